@@ -1,0 +1,97 @@
+"""Translation of any line-aligned parallel text: a directory of files NAME.SOURCE and NAME.TARGET."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from firstlab.data.files import data_files, read_parallel
+from firstlab.data.prompts import translation_prompt
+from firstlab.data.task import Example, Task
+
+#: The words that the prompt uses for a language code.
+LANGUAGE_NAMES = {
+    "cs": "Czech",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fi": "Finnish",
+    "fr": "French",
+    "ja": "Japanese",
+    "ru": "Russian",
+    "uk": "Ukrainian",
+    "zh": "Chinese",
+}
+
+
+class ParallelText(Task):
+    """Translates the lines of `NAME.<source_language>` to those of `NAME.<target_language>`.
+
+    Args:
+        source_language: Language code, also the file name extension.
+        target_language: The same for the references.
+        root: Directory of the files.
+        train: Name of the training text, or several, joined in this order.
+        validation: Name of a validation text; None draws validation from the training text.
+        test: Name of the test text.
+
+    Raises:
+        ValueError: A language without a name for the prompt, or a text used twice. Reading raises it for missing and
+            faulty files.
+    """
+
+    kind: ClassVar[str] = "translation"
+
+    def __init__(
+        self,
+        source_language: str,
+        target_language: str,
+        root: str,
+        train: str | Sequence[str] = "train",
+        validation: str | None = None,
+        test: str = "test_2016_flickr",
+    ) -> None:
+        for option, code in (("data.source_language", source_language), ("data.target_language", target_language)):
+            if code not in LANGUAGE_NAMES:
+                raise ValueError(f"{option}={code} is unknown: choose one of {', '.join(LANGUAGE_NAMES)}")
+        self.source_language = source_language
+        self.target_language = target_language
+        self.root: str | None = root
+        self.train_names = (train,) if isinstance(train, str) else tuple(train)
+        self.validation_name = validation
+        self.test_name = test
+        if not self.train_names:
+            raise ValueError("data.train=[] names no training text: give at least one name")
+        used = [*self.train_names, test, *([validation] if validation is not None else [])]
+        for name in used:
+            if used.count(name) > 1:
+                raise ValueError(f"data: the text '{name}' is used twice; train, validation and test must not overlap")
+
+    def train_pool(self) -> list[Example]:
+        return [example for name in self.train_names for example in self._read(name)]
+
+    def validation(self) -> list[Example] | None:
+        """The validation text, or None when validation is drawn from the training text."""
+        return None if self.validation_name is None else self._read(self.validation_name)
+
+    def test(self) -> list[Example]:
+        return self._read(self.test_name)
+
+    def prompt(self, example: Example, source: str | None = None) -> str:
+        text = example.source if source is None else source
+        return translation_prompt(text, LANGUAGE_NAMES[self.source_language], LANGUAGE_NAMES[self.target_language])
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        assert self.root is not None
+        source, reference = data_files(
+            self.root, [f"{name}.{self.source_language}", f"{name}.{self.target_language}"]
+        )
+        return source, reference
+
+    def _read(self, name: str) -> list[Example]:
+        pairs = read_parallel(*self._paths(name))
+        return [
+            Example(id=f"{name}:{number}", source=text, references=(translation,))
+            for number, (text, translation) in enumerate(pairs, start=1)
+        ]

@@ -1,0 +1,55 @@
+"""What a task is: where its examples come from and how a prompt is written.
+
+A new data set is one file with one subclass of `Task` and one YAML in `conf/data/`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input with its references.
+
+    Attributes:
+        id: Stable name of the example, the same on every machine.
+        source: The text that is shortened when a prompt is too long: sentence, article or passage.
+        references: Accepted answers; the first one is the training target.
+        question: Extractive QA only.
+        difficulty: 1 (easy) and up for generated tasks, 0 where nobody knows.
+    """
+
+    id: str
+    source: str
+    references: tuple[str, ...]
+    question: str = ""
+    difficulty: int = 0
+
+
+class Task(ABC):
+    """Loads examples and writes prompts. Splits, tokenisation and batches are the data module's."""
+
+    #: Which metrics apply: "translation", "summarization" or "qa".
+    kind: ClassVar[str]
+    #: Target language of a translation task (BLEU is per character for "zh"); None elsewhere.
+    target_language: str | None = None
+
+    @abstractmethod
+    def train_pool(self) -> list[Example]:
+        """Examples that training and validation are drawn from, in a fixed order."""
+
+    @abstractmethod
+    def test(self) -> list[Example]:
+        """The held-out test set, in its published order."""
+
+    @abstractmethod
+    def prompt(self, example: Example, source: str | None = None) -> str:
+        """The prompt of appendix A.6, ending in `### Response:` and a newline.
+
+        Args:
+            example: The example to ask about.
+            source: A shortened `example.source`, when the whole does not fit.
+        """

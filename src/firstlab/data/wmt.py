@@ -1,0 +1,67 @@
+"""WMT news translation: newstest2017-2020 to train on, the WMT22 general test set (reference A) to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from firstlab.data.parallel_text import ParallelText
+
+PAIRS = ("en-de", "en-zh")
+TEST_YEAR = 2022
+
+
+class WMTTranslation(ParallelText):
+    """The paper's translation tasks (section 5, Table 8).
+
+    Args:
+        pair: "en-de" or "en-zh".
+        root: Directory with `newstestYYYY.PAIR.SOURCE` and `newstestYYYY.PAIR.TARGET`; None fetches the test sets with
+            sacrebleu (kept in its own cache).
+        train_years: The news test sets that make up the training pool.
+
+    Raises:
+        ValueError: Unknown pair, or the test year among the training years.
+    """
+
+    def __init__(
+        self, pair: str, root: str | None = None, train_years: Sequence[int] = (2017, 2018, 2019, 2020)
+    ) -> None:
+        if pair not in PAIRS:
+            raise ValueError(f"data.pair={pair} is unknown: choose one of {', '.join(PAIRS)}")
+        if TEST_YEAR in train_years:
+            raise ValueError(f"data.train_years holds {TEST_YEAR}, which is the test set: remove it")
+        source, target = pair.split("-")
+        super().__init__(
+            source,
+            target,
+            root="" if root is None else root,
+            train=[f"newstest{year}.{pair}" for year in train_years],
+            test=f"newstest{TEST_YEAR}.{pair}",
+        )
+        self.pair = pair
+        self.root = root
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        return super()._paths(name) if self.root is not None else self._sacrebleu_paths(name)
+
+    def _sacrebleu_paths(self, name: str) -> tuple[Path, Path]:
+        import sacrebleu
+
+        year = name.removeprefix("newstest").removesuffix(f".{self.pair}")
+        data_set = f"wmt{year[-2:]}"
+        texts = (*self.train_names, self.test_name)
+        files = ", ".join(f"{text}.{code}" for text in texts for code in (self.source_language, self.target_language))
+        advice = f"set data.root=DIR, a directory with {files}"
+        if data_set not in sacrebleu.DATASETS or self.pair not in sacrebleu.DATASETS[data_set].langpairs:
+            raise ValueError(f"sacrebleu has no {self.pair} test set '{data_set}': leave {year} out, or {advice}")
+        try:
+            source = sacrebleu.DATASETS[data_set].get_source_file(self.pair)
+            # The first permitted reference; for WMT22 sacrebleu permits A only.
+            reference = sacrebleu.DATASETS[data_set].get_reference_files(self.pair)[0]
+        except (Exception, SystemExit) as error:  # sacrebleu leaves the process on a bad download
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"cannot fetch {data_set} {self.pair} with sacrebleu ({reason}). Without a connection {advice}"
+            ) from error
+        return Path(source), Path(reference)

@@ -1,0 +1,230 @@
+"""The KV cache that carries the routes.
+
+A route belongs to one prompt, so it lives with that prompt's keys and values: models stay stateless, beams take their
+routes along when they are reordered, and interleaved generations never mix (§4.3, "fixed router decisions").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+
+from firstlab.model.routers import Routers
+
+
+class RoutedCache(DynamicCache):
+    """A `DynamicCache` that measures rho during prefill, fixes the routes, and applies them to every later token.
+
+    Prefill runs every layer. When the whole prompt has been seen, route = (rho >= threshold) and the keys and values
+    of layers that no row runs are freed. Every later pass, of one token or many, runs exactly the routed layers.
+
+    Args:
+        config: Config of the wrapped model.
+        routers: The routers that read the prompt.
+        prompt_length: Padded length of the prompt, when it arrives in several chunks. None: the first pass is the
+            whole prompt.
+        routes: [L] or [rows, L] boolean; uses these instead of the routers' decision. Rows are repeated when the
+            batch is a multiple of them (beams, several sequences per prompt).
+
+    Attributes:
+        routes: [B, L] boolean, true where a layer runs; None until the prompt has been read.
+        rho: [B, L] fp32, None until then and for forced routes.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        routers: Routers,
+        prompt_length: int | None = None,
+        routes: Tensor | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if len(self.layers) != routers.num_layers or not all(hasattr(x, "get_mask_sizes") for x in self.layers):
+            raise ValueError(
+                f"{type(config).__name__}: routed decoding needs one attention cache per decoder layer; state-space, "
+                "recurrent and KV-sharing layers are not supported"
+            )
+        self.routes: Tensor | None = None
+        self.rho: Tensor | None = None
+        self._routers = routers
+        self._prompt_length = prompt_length
+        self._forced = None if routes is None else check_routes(routes, routers.num_layers)
+        self._seen = 0
+        self._pass_tokens = 0
+        self._pass_mask: Tensor | None = None
+        self._sums: list[Tensor] = []
+        self._counts: Tensor | None = None
+        self._any_row: list[bool] = []
+        self._all_rows: list[bool] = []
+
+    # -- one forward pass of the model, driven by the hooks and layers of `RouterAugmentedLM` --
+
+    def begin_pass(self, batch_size: int, tokens: int, attention_mask: Tensor | None) -> None:
+        """Called before the decoder runs: `tokens` new tokens per row, mask [B, seen + tokens] or None."""
+        self._pass_tokens = tokens
+        if self.routes is not None:
+            if self.routes.shape[0] != batch_size:
+                raise ValueError(
+                    f"this cache holds the routes of {self.routes.shape[0]} rows but the batch has {batch_size}"
+                )
+            return
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("routing a prompt needs a 2-D attention_mask [batch, tokens] to leave out the padding")
+        self._pass_mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        """Run, skip, or run for some rows only.
+
+        Args:
+            index: Layer, 0-based.
+            hidden: [B, T, D], input of the layer.
+            run: Calls the layer.
+            skip: The layer's output when nothing is computed.
+        """
+        if self.routes is None:
+            if self._forced is None:
+                self._measure(index, hidden)
+            return run()
+        if not self._any_row[index]:
+            return skip()
+        output = run()
+        if self._all_rows[index]:
+            return output
+        keep = self.routes[:, index].to(hidden.device).view(-1, 1, 1)
+        if isinstance(output, tuple):
+            return (torch.where(keep, output[0], hidden), *output[1:])
+        return torch.where(keep, output, hidden)
+
+    def end_pass(self) -> None:
+        """Called after the decoder ran: count the tokens and, after the last prompt chunk, fix the routes."""
+        self._seen += self._pass_tokens
+        if self.routes is None and self._seen >= (self._prompt_length or 0):
+            self._fix_routes()
+        if self.routes is not None:
+            for layer, any_row in zip(self.layers, self._any_row, strict=True):
+                if not any_row and hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = self._seen
+
+    def _measure(self, index: int, hidden: Tensor) -> None:
+        # A mean over the whole prompt: chunks contribute sums and counts.
+        probabilities = self._routers.probabilities(hidden, index)
+        mask = self._pass_mask
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        weights = mask.to(probabilities)
+        total = (probabilities * weights).sum(-1)
+        if index < len(self._sums):
+            self._sums[index] = self._sums[index] + total
+        else:
+            self._sums.append(total)
+        if index == 0:
+            count = weights.sum(-1)
+            self._counts = count if self._counts is None else self._counts + count
+
+    def _fix_routes(self) -> None:
+        if self._forced is not None:
+            rows = self._batch_rows()
+            routes = self._forced
+            if routes.ndim == 1:
+                routes = routes.expand(rows, -1)
+            elif rows % routes.shape[0]:
+                raise ValueError(f"routes has {routes.shape[0]} rows, which do not divide the batch of {rows}")
+            else:
+                routes = routes.repeat_interleave(rows // routes.shape[0], dim=0)
+            self._set_routes(routes)
+        else:
+            assert self._counts is not None
+            device = self._sums[0].device
+            sums = torch.stack([x.to(device) for x in self._sums], dim=1)
+            self.rho = sums / self._counts.to(device).clamp_min(1).unsqueeze(1)
+            self._set_routes(self._routers.decide(self.rho))
+        self._sums, self._counts, self._pass_mask = [], None, None
+        for layer, any_row in zip(self.layers, self._any_row, strict=True):
+            if not any_row:
+                # Zero length, not deleted: reordering and selecting rows still work on it.
+                layer.keys = layer.keys[..., :0, :].clone()
+                layer.values = layer.values[..., :0, :].clone()
+
+    def _batch_rows(self) -> int:
+        return self.layers[0].keys.shape[0]
+
+    def _set_routes(self, routes: Tensor) -> None:
+        self.routes = routes
+        self._any_row = routes.any(0).tolist()
+        self._all_rows = routes.all(0).tolist()
+
+    # -- what users and transformers ask a cache --
+
+    @property
+    def skip_rate(self) -> Tensor:
+        """[B], skipped layers ÷ L of every row."""
+        if self.routes is None:
+            raise ValueError("the routes are not known before the prompt has been read")
+        return 1 - self.routes.float().mean(1)
+
+    def kv_bytes(self) -> int:
+        """Bytes that keys and values hold now."""
+        kept = (x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values))
+        return sum(x.numel() * x.element_size() for x in kept)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, whether or not `layer_idx` was skipped."""
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(key length, key offset) of a running layer of the same kind as `layer_idx`."""
+        layer = self.layers[layer_idx]
+        if hasattr(layer, "cumulative_length"):
+            return layer.get_mask_sizes(query_length)
+        return self._seen + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative count, as in transformers)."""
+        super().crop(tokens_to_remove)
+        self._seen = max(0, self._seen - abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget prompt and routes; forced routes stay."""
+        super().reset()
+        self.routes = self.rho = self._counts = self._pass_mask = None
+        self._sums, self._any_row, self._all_rows = [], [], []
+        self._seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: routes go with their rows."""
+        super().reorder_cache(beam_idx)
+        self._take_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, with its route."""
+        super().batch_repeat_interleave(repeats)
+        self._take_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, with their routes."""
+        super().batch_select_indices(indices)
+        self._take_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        if self.rho is not None:
+            self.rho = take(self.rho)
+        if self.routes is not None:
+            self._set_routes(take(self.routes))
+
+
+def check_routes(routes: Tensor, num_layers: int) -> Tensor:
+    """Validate forced routes.
+
+    Raises:
+        ValueError: Not boolean [L] or [B, L].
+    """
+    if routes.dtype != torch.bool or routes.ndim not in (1, 2) or routes.shape[-1] != num_layers:
+        raise ValueError(
+            f"routes must be a boolean tensor [{num_layers}] or [batch, {num_layers}] (true = the layer runs); "
+            f"got {routes.dtype} {list(routes.shape)}"
+        )
+    return routes

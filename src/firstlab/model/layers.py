@@ -1,0 +1,128 @@
+"""How a decoder layer is made routable without touching parameters, names or state-dict keys.
+
+The layer's class is swapped for a subclass of itself whose `forward` asks the current routing what to do. Routing comes
+with the KV cache (inference) or with the current teacher-forced pass (training); without either the layer is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from firstlab.model.cache import RoutedCache
+
+
+class Routing(Protocol):
+    """Decides what one layer does in one forward pass."""
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any: ...
+
+
+_current: ContextVar[Routing | None] = ContextVar("firstlab_routing", default=None)
+
+
+@contextmanager
+def routing(value: Routing) -> Iterator[None]:
+    """Applies `value` to every routable layer called without a routed cache in this context."""
+    token = _current.set(value)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutedCache | None:
+    """The routed cache among the arguments of a module call, under whatever name the architecture gives it."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, RoutedCache)), None)
+
+
+class RoutableLayer(nn.Module):
+    """Mixed in before a decoder layer's own class by `make_routable`."""
+
+    dense_class: type[nn.Module]
+    layer_index: int
+    # Older architectures return (hidden, attention weights); learned from the first call, which always runs the layer.
+    output_length: int | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = partial(super().forward, *args, **kwargs)
+        current = find_cache(args, kwargs) or _current.get()
+        if current is None:
+            return run()
+        hidden = args[0] if args else kwargs["hidden_states"]
+
+        def run_and_note() -> Any:
+            output = run()
+            self.output_length = len(output) if isinstance(output, tuple) else None
+            return output
+
+        def skip() -> Any:
+            return hidden if self.output_length is None else (hidden, *[None] * (self.output_length - 1))
+
+        return current.run_layer(self.layer_index, hidden, run_and_note, skip)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The subclass is made at run time: pickle by the dense class and make it again.
+        return _rebuild, (self.dense_class,), self.__dict__
+
+
+def _rebuild(dense_class: type[nn.Module]) -> nn.Module:
+    cls = _routable_class(dense_class)
+    return cls.__new__(cls)
+
+
+@lru_cache(maxsize=None)
+def _routable_class(dense_class: type[nn.Module]) -> type[nn.Module]:
+    # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
+    return type(
+        dense_class.__name__,
+        (RoutableLayer, dense_class),
+        {"dense_class": dense_class, "__module__": dense_class.__module__},
+    )
+
+
+def make_routable(layers: nn.ModuleList) -> None:
+    """Make every layer ask for its routing; calling it twice changes nothing."""
+    for index, layer in enumerate(layers):
+        layer.layer_index = index  # type: ignore[assignment]
+        if not isinstance(layer, RoutableLayer):
+            layer.__class__ = _routable_class(type(layer))
+
+
+def make_dense(layers: nn.ModuleList) -> None:
+    """Undo `make_routable`."""
+    for layer in layers:
+        if isinstance(layer, RoutableLayer):
+            layer.__class__ = layer.dense_class
+            del layer.layer_index
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that owns the decoder layers, and the layers.
+
+    Raises:
+        ValueError: Not a decoder-only model with all its layers in one `ModuleList`.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be routed")
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    modules = dict(model.named_modules())
+    lists = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList) and len(module) == expected and ".0." not in f"{name}."
+    }
+    if len(lists) != 1:
+        found = ", ".join(lists) or "none"
+        raise ValueError(
+            f"{type(model).__name__}: expected exactly one ModuleList of {expected} decoder layers, found {found}; "
+            "only decoder-only models whose layers stand in one ModuleList can be routed"
+        )
+    [(name, layers)] = lists.items()
+    return modules[name.rpartition(".")[0]], layers

@@ -1,0 +1,383 @@
+"""`RouterAugmentedLM`: any decoder-only transformers model with routers, LoRA and routed decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from firstlab.model import storage
+from firstlab.model.cache import RoutedCache, check_routes
+from firstlab.model.generation import check_generation_options
+from firstlab.model.layers import find_cache, find_decoder, make_dense, make_routable, routing
+from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
+from firstlab.model.routers import Routers, RouterSettings
+from firstlab.model.teacher_forcing import PromptPass, TeacherForcedPass
+
+
+@dataclass
+class RouterAugmentedOutput(CausalLMOutputWithPast):
+    """The output of the wrapped model plus what routing adds.
+
+    Attributes:
+        rho: [B, L] fp32, with gradient in a teacher-forced pass.
+        loss_terms: Scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²), `non_skip`
+            (Σ_i batch mean of rho_i), and the label `token_count`; empty without labels.
+    """
+
+    rho: Tensor | None = None
+    loss_terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class RouterAugmentedLM(nn.Module):
+    """A causal LM whose prompt decides which layers decode skips.
+
+    Wraps `lm` in place: its parameters, module names and state-dict keys stay as they are.
+
+    Args:
+        lm: A loaded transformers decoder-only model.
+        settings: How the routers read hidden states and decide.
+
+    Raises:
+        ValueError: The model's layers cannot be routed.
+    """
+
+    def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
+        super().__init__()
+        decoder, layers = find_decoder(lm)
+        self.lm = lm
+        hidden_size = lm.config.get_text_config(decoder=True).hidden_size
+        self.routers = Routers(len(layers), hidden_size, settings).to(next(layers.parameters()).device)
+        self.gradient_checkpointing = False
+        self._takes_positions = "position_ids" in signature(lm.forward).parameters
+        make_routable(layers)
+        self._hooks = [
+            decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True),
+            decoder.register_forward_hook(_end_pass, with_kwargs=True),
+        ]
+        self.train(lm.training)
+
+    # -- loading and saving --
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> RouterAugmentedLM:
+        """Load a hub id, a local transformers folder, or a folder written by `save_pretrained`.
+
+        Args:
+            path: Hub id or folder.
+            **kwargs: For transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
+
+        Raises:
+            ModelUnavailableError: Nothing can be loaded from `path`; the message says what to do.
+        """
+        saved = storage.read_config(path)
+        if saved is None:
+            return cls(storage.load_base(str(path), **kwargs))
+        base = storage.load_base(storage.base_location(path, saved), **kwargs)
+        model = cls(base, RouterSettings(**saved["router"]))
+        storage.load_trained(model, path, saved)
+        return model
+
+    def save_pretrained(self, path: str | Path, save_base: bool = False) -> None:
+        """Write config.json, routers.safetensors, the PEFT adapter if there is one, and, if asked, the base model."""
+        storage.save(self, path, save_base)
+
+    # -- properties --
+
+    @property
+    def config(self) -> Any:
+        """The wrapped model's config."""
+        return self.lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.lm.device
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers L."""
+        return self.routers.num_layers
+
+    def train(self, mode: bool = True) -> RouterAugmentedLM:
+        """Training mode for routers and LoRA; the base is frozen in use, so its own dropout stays off."""
+        super().train(mode)
+        self.lm.eval()
+        for layer in lora_layers(self.lm):
+            layer.lora_dropout.train(mode)
+        return self
+
+    def unwrap(self) -> PreTrainedModel:
+        """Give the transformers model back as it came (LoRA layers stay if there are any)."""
+        _, layers = find_decoder(self.lm)
+        make_dense(layers)
+        for hook in self._hooks:
+            hook.remove()
+        return self.lm
+
+    # -- LoRA --
+
+    def add_lora(self, settings: LoraSettings | None = None) -> None:
+        """Inject fresh LoRA layers into every linear map of the decoder layers (§4.2, A.4)."""
+        add_lora(self.lm, settings or LoraSettings())
+        self.train(self.training)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether unmerged LoRA layers are present."""
+        return any(True for _ in lora_layers(self.lm))
+
+    @contextmanager
+    def lora_disabled(self) -> Iterator[None]:
+        """Run the model as if it had no LoRA."""
+        layers = list(lora_layers(self.lm))
+        # PEFT's switch also flips requires_grad; what is trainable is not its business here.
+        trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+
+    def merge_and_unload(self) -> RouterAugmentedLM:
+        """Fold LoRA into the base weights; returns self."""
+        merge_lora(self.lm)
+        return self
+
+    def freeze_all_but(self, trainable: str) -> None:
+        """Freeze every parameter except those of "routers" (phase 1) or "lora" (phase 2)."""
+        if trainable not in ("routers", "lora"):
+            raise ValueError(f"trainable={trainable!r} is unknown; choose one of routers, lora")
+        self.requires_grad_(False)
+        if trainable == "routers":
+            self.routers.requires_grad_(True)
+        else:
+            for name, parameter in self.lm.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+
+    # -- teacher-forced and cached forward --
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        prompt_mask: Tensor | None = None,
+        objective: str = "soft",
+        gate: str = "soft",
+        pooled_tokens: str = "sequence",
+        routes: Tensor | None = None,
+        past_key_values: RoutedCache | None = None,
+        **kwargs: Any,
+    ) -> RouterAugmentedOutput:
+        """One pass: teacher-forced without a cache, routed inference with one.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], or [B, seen + T] with a cache; 0 on padding.
+            labels: [B, T], -100 where no loss is wanted.
+            prompt_mask: [B, T], true on prompt tokens. Default: the tokens before the first label, or all of them
+                without labels.
+            objective, gate, pooled_tokens, routes: See `TeacherForcedPass`.
+            past_key_values: A cache from `new_cache`.
+
+        Returns:
+            Logits [B, T, V], `loss` (mean cross-entropy), `rho` and `loss_terms`.
+        """
+        if past_key_values is not None:
+            out = self.lm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=_own_cache(past_key_values),
+                use_cache=True,
+                **kwargs,
+            )
+            return RouterAugmentedOutput(**out, rho=past_key_values.rho)
+        shape_source = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        if attention_mask is None:
+            attention_mask = torch.ones(shape_source.shape[:2], dtype=torch.long, device=shape_source.device)
+        attended = attention_mask.bool()
+        if prompt_mask is None:
+            prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
+        current = TeacherForcedPass(
+            self.routers,
+            attended,
+            prompt_mask.bool() & attended,
+            objective,
+            gate,
+            pooled_tokens,
+            None if routes is None else check_routes(routes, self.num_layers),
+            self.gradient_checkpointing,
+        )
+        with routing(current):
+            out = self.lm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **self._positions(attention_mask),
+                **kwargs,
+            )
+        result = RouterAugmentedOutput(**out, rho=current.rho)
+        if labels is not None:
+            total, count = cross_entropy(out.logits, labels)
+            result.loss = total / count.clamp_min(1)
+            result.loss_terms = {
+                "cross_entropy": result.loss,
+                "regularization": self.routers.squared_norm(),
+                "non_skip": result.rho.mean(0).sum(),
+                "token_count": count,
+            }
+        return result
+
+    def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        if not self._takes_positions:
+            return {}
+        return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp_min(0)}
+
+    # -- routed inference --
+
+    @torch.no_grad()
+    def prompt_rho(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """rho of every layer as prefill measures it: [B, T] prompts -> [B, L] fp32."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        _check_prompt(input_ids, attention_mask)
+        current = PromptPass(self.routers, attention_mask.bool())
+        with routing(current):
+            self.lm.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **self._positions(attention_mask),
+            )
+        return current.rho
+
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Which layers decode will run for these prompts.
+
+        Args:
+            input_ids: [B, T] prompts, padded on any side.
+            attention_mask: [B, T], 0 on padding.
+
+        Returns:
+            [B, L] boolean, true where the layer runs.
+        """
+        return self.routers.decide(self.prompt_rho(input_ids, attention_mask))
+
+    def new_cache(self, prompt_length: int | None = None, routes: Tensor | None = None) -> RoutedCache:
+        """An empty cache that will carry this model's routes; see `RoutedCache`."""
+        return RoutedCache(self.config, self.routers, prompt_length, routes)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        routes: Tensor | None = None,
+        past_key_values: RoutedCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' own `generate` with routed decoding.
+
+        Prompts may be padded on either side; right padding is moved to the left first, so a returned row is
+        [padding, prompt, new tokens].
+
+        Args:
+            input_ids: [B, T] prompts (or `inputs_embeds=` [B, T, D]).
+            attention_mask: [B, T], 0 on padding.
+            routes: [L] or [B, L] boolean, forces which layers decode runs.
+            past_key_values: A cache of an earlier turn; its routes stay in force.
+            **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
+
+        Raises:
+            ValueError: An option that routed decoding cannot honour, named in the message.
+        """
+        check_generation_options(kwargs)
+        embeds = kwargs.get("inputs_embeds")
+        if input_ids is None and embeds is None:
+            raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")
+        prompt = input_ids if input_ids is not None else embeds
+        assert prompt is not None
+        if past_key_values is None:
+            if attention_mask is None:
+                attention_mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            _check_prompt(prompt, attention_mask)
+            if not attention_mask[:, -1].all():
+                order = attention_mask.long().argsort(dim=1, stable=True)
+                attention_mask = attention_mask.gather(1, order)
+                if input_ids is not None:
+                    input_ids = input_ids.gather(1, order)
+                if embeds is not None:
+                    kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
+            past_key_values = self.new_cache(prompt.shape[1], routes)
+        elif routes is not None:
+            raise ValueError("routes= cannot be forced on a past_key_values that already carries routes; drop one")
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        return self.lm.generate(input_ids, past_key_values=_own_cache(past_key_values), **kwargs)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed next-token cross-entropy in fp32.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T], -100 where no loss is wanted.
+
+    Returns:
+        (sum over label tokens, number of label tokens), both scalars.
+    """
+    targets = labels[:, 1:].to(logits.device)
+    total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total, (targets != -100).sum()
+
+
+def _own_cache(cache: Any) -> RoutedCache:
+    if not isinstance(cache, RoutedCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; routes live in the cache, so pass one from model.new_cache() "
+            "or from an earlier generate(..., return_dict_in_generate=True)"
+        )
+    return cache
+
+
+def _check_prompt(prompt: Tensor, attention_mask: Tensor) -> None:
+    if attention_mask.ndim != 2 or attention_mask.shape != prompt.shape[:2]:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] like the prompt {list(prompt.shape[:2])}; "
+            f"got {list(attention_mask.shape)}"
+        )
+    if not attention_mask.any(dim=1).all():
+        raise ValueError("a prompt has no tokens; give every row at least one (for instance the BOS token)")
+
+
+def _begin_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = find_cache(args, kwargs)
+    if cache is None:
+        return
+    given = signature(decoder.forward).bind(*args, **kwargs).arguments
+    inputs = given.get("input_ids")
+    if inputs is None:
+        inputs = given["inputs_embeds"]
+    cache.begin_pass(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
+
+
+def _end_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = find_cache(args, kwargs)
+    if cache is not None:
+        cache.end_pass()

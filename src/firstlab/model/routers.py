@@ -1,0 +1,133 @@
+"""Routers: one linear map per layer, and the paper's equations around it (§4.1, §4.3).
+
+Shapes: B batch, T tokens, D hidden size, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INPUT_NORMS = ("none", "rms")
+
+
+def token_probabilities(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> Tensor:
+    """p = sigmoid(h · r) per token (§4.1), computed in fp32 whatever the model's dtype.
+
+    Args:
+        hidden: [B, T, D], the input of the layer.
+        weight: [D], the layer's router.
+        input_norm: "none" (paper) or "rms" (h is divided by its root mean square first, so that the size of the
+            router does not depend on the size of the hidden states).
+
+    Returns:
+        [B, T] fp32 in (0, 1).
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden.float()
+        logits = hidden @ weight.to(hidden.device)
+        if input_norm == "rms":
+            logits = logits * torch.rsqrt(hidden.square().mean(-1) + 1e-6)
+        return torch.sigmoid(logits)
+
+
+def pool(probabilities: Tensor, pooled_tokens: Tensor) -> Tensor:
+    """rho = mean of p over the pooled tokens (§4.1); padding never counts.
+
+    Args:
+        probabilities: [B, T].
+        pooled_tokens: [B, T], true where a token counts.
+
+    Returns:
+        [B]; 0 for a row without pooled tokens.
+    """
+    weights = pooled_tokens.to(probabilities.dtype)
+    return (probabilities * weights).sum(-1) / weights.sum(-1).clamp_min(1)
+
+
+def decide(rho: Tensor, threshold: float = 0.5) -> Tensor:
+    """route = (rho >= threshold), true where the layer runs in decode (§4.3). Any shape."""
+    return rho >= threshold
+
+
+def straight_through(rho: Tensor, decision: Tensor) -> Tensor:
+    """The hard decision in the forward pass with the gradient of rho. Any shape."""
+    return decision.to(rho.dtype) + (rho - rho.detach())
+
+
+def mix(hidden: Tensor, output: Tensor, gate: Tensor) -> Tensor:
+    """h_i = h_{i-1} + g · phi_i(h_{i-1}), written h + g · (F(h) - h); exact at g = 0 and g = 1.
+
+    Args:
+        hidden: [B, T, D], input of the layer.
+        output: [B, T, D], F_i(hidden) = hidden + phi_i(hidden).
+        gate: [B, T] or broadcastable.
+    """
+    return torch.lerp(hidden, output, gate.to(output.dtype).unsqueeze(-1).expand_as(output))
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """What a set of routers needs to be used as it was trained.
+
+    Attributes:
+        input_norm: "none" (paper) or "rms".
+        threshold: A layer runs when rho >= threshold; 0.5 in the paper.
+    """
+
+    input_norm: str = "none"
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.input_norm not in INPUT_NORMS:
+            raise ValueError(
+                f"router.input_norm={self.input_norm!r} is unknown; choose one of {', '.join(INPUT_NORMS)}"
+            )
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"router.threshold={self.threshold} must lie strictly between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for config.json."""
+        return asdict(self)
+
+
+class Routers(nn.Module):
+    """One router r_i in R^D per layer, without bias, kept in fp32 on whatever device the model is.
+
+    Starts as a standard linear layer does (uniform within 1/sqrt(D)), which puts every rho near 0.5.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int, settings: RouterSettings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or RouterSettings()
+        bound = hidden_size**-0.5
+        self.weight = nn.Parameter(torch.empty(num_layers, hidden_size).uniform_(-bound, bound))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers L."""
+        return self.weight.shape[0]
+
+    def probabilities(self, hidden: Tensor, layer_index: int) -> Tensor:
+        """Per-token probabilities of one layer, [B, T, D] -> [B, T] fp32."""
+        return token_probabilities(hidden, self.weight[layer_index], self.settings.input_norm)
+
+    def decide(self, rho: Tensor) -> Tensor:
+        """Routes from rho, any shape."""
+        return decide(rho, self.settings.threshold)
+
+    def squared_norm(self) -> Tensor:
+        """Regularisation loss of §4.1: sum over layers of ||r_i||², a scalar."""
+        return self.weight.square().sum()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Routers:
+        # Follow the model to its device, never to its dtype.
+        before = self.weight.detach()
+        super()._apply(fn, recurse)
+        if self.weight.dtype != torch.float32:
+            self.weight.data = before.to(self.weight.device)
+        return self

@@ -1,0 +1,150 @@
+"""Loading base models with errors a user can act on; saving and loading what was trained, in safetensors only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from firstlab.model.lm import RouterAugmentedLM
+
+FORMAT = "firstlab"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ROUTER_WEIGHTS = "routers.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+class ModelUnavailableError(ValueError):
+    """A model or tokenizer cannot be loaded; the message says what to do."""
+
+
+def _unavailable(path: str, error: Exception) -> ModelUnavailableError:
+    text = str(error).lower()
+    if Path(path).exists():
+        way_out = "the folder exists but cannot be read as a transformers causal LM"
+    elif "gated" in text or "401" in text or "403" in text:
+        way_out = "it is gated: accept its licence on the hub, then log in with `hf auth login` or set HF_TOKEN"
+    elif "trust_remote_code" in text or "custom code" in text:
+        way_out = "it needs code from the hub, which firstlab does not run; choose a model that transformers ships"
+    else:
+        way_out = (
+            "no such folder, and the hub has no such model or cannot be reached: check the name, or download the "
+            "model where there is a network and set model.path to its folder"
+        )
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ModelUnavailableError(f"model.path={path!r} is not available: {way_out} ({type(error).__name__}: {first_line[:200]})")
+
+
+def load_base(path: str, **kwargs: Any) -> PreTrainedModel:
+    """A causal LM from a hub id or folder, from safetensors, without remote code.
+
+    Raises:
+        ModelUnavailableError: It cannot be loaded.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **{"use_safetensors": True, **kwargs})
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _unavailable(path, error) from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id, a transformers folder, or a folder written by firstlab (its base model's).
+
+    Raises:
+        ModelUnavailableError: It cannot be loaded.
+    """
+    saved = read_config(path)
+    location = str(path) if saved is None else base_location(path, saved)
+    try:
+        return AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unavailable(location, error) from error
+
+
+def read_config(path: str | Path) -> dict[str, Any] | None:
+    """The firstlab part of a folder's config.json, or None if `save_pretrained` did not write it."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelUnavailableError(f"{file} is not valid JSON ({error}); save the model again") from error
+    return config if config.get("model_type") == FORMAT else None
+
+
+def base_location(path: str | Path, config: dict[str, Any]) -> str:
+    """Where the base model of a saved folder is: inside the folder if it was saved along, else where it was."""
+    inside = Path(path) / "base"
+    return str(inside) if inside.is_dir() else config["base_model_name_or_path"]
+
+
+def save(model: RouterAugmentedLM, path: str | Path, save_base: bool) -> None:
+    """See `RouterAugmentedLM.save_pretrained`.
+
+    Raises:
+        ValueError: The base has no name to find it by and is not saved along.
+    """
+    directory = Path(path)
+    base = model.config._name_or_path
+    if not base and not save_base:
+        raise ValueError("the wrapped model was not loaded from a path or hub id; use save_pretrained(dir, save_base=True)")
+    directory.mkdir(parents=True, exist_ok=True)
+    if base and Path(base).is_dir():
+        base = str(Path(base).resolve())
+    save_file({"weight": model.routers.weight.detach().cpu().contiguous()}, directory / _ROUTER_WEIGHTS)
+    if model.has_lora:
+        adapter = get_peft_model_state_dict(model.lm, adapter_name="default")
+        save_file(
+            {_PEFT_PREFIX + k.removeprefix(_PEFT_PREFIX): v.detach().cpu().contiguous() for k, v in adapter.items()},
+            directory / _ADAPTER_WEIGHTS,
+        )
+        model.lm.peft_config["default"].save_pretrained(directory)
+    if save_base:
+        if model.has_lora:
+            raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
+        model.lm.save_pretrained(directory / "base")
+    config = {
+        "model_type": FORMAT,
+        "base_model_name_or_path": base,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.routers.weight.shape[1],
+        "router": model.routers.settings.to_dict(),
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_trained(model: RouterAugmentedLM, path: str | Path, config: dict[str, Any]) -> None:
+    """Put saved routers and adapter into a freshly wrapped base.
+
+    Raises:
+        ValueError: Their shapes are not those of the base.
+    """
+    directory = Path(path)
+    weight = _load_file(directory / _ROUTER_WEIGHTS)["weight"]
+    if weight.shape != model.routers.weight.shape:
+        raise ValueError(
+            f"{directory}: routers of shape {list(weight.shape)} do not fit a base model with "
+            f"{list(model.routers.weight.shape)} ([layers, hidden size]); was another base model put in its place?"
+        )
+    with torch.no_grad():
+        model.routers.weight.copy_(weight)
+    if (directory / _ADAPTER_WEIGHTS).is_file():
+        adapter = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(directory / _ADAPTER_WEIGHTS).items()}
+        inject_adapter_in_model(LoraConfig.from_pretrained(str(directory)), model.lm, "default")
+        set_peft_model_state_dict(model.lm, adapter, adapter_name="default")
+        model.train(model.training)
+
+
+def _load_file(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is missing or truncated ({error}); save the model again") from error

@@ -1,0 +1,117 @@
+"""Teacher-forced passes: the paper's soft forward (§4.1) and the decode-consistent forward.
+
+`soft` mixes every token with rho. `decode_consistent` does in one pass what inference does in many: prompt tokens run all
+layers unmixed, response tokens pass through the gates that the prompt's rho sets, so that at a kept layer they attend
+to the prompt's keys and values of that layer, exactly as with a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from firstlab.model.routers import Routers, mix, pool, straight_through
+
+OBJECTIVES = ("soft", "decode_consistent")
+GATES = ("soft", "hard", "bernoulli")
+POOLED_TOKENS = ("sequence", "prompt")
+
+
+class TeacherForcedPass:
+    """Routing of one forward pass over whole sequences.
+
+    Args:
+        routers: The routers; None together with `routes`.
+        attention_mask: [B, T] boolean, false on padding.
+        prompt_mask: [B, T] boolean, true on prompt tokens.
+        objective: "soft" or "decode_consistent".
+        gate: "soft" (g = rho), "hard" (g = rho >= threshold, gradient of rho) or "bernoulli" (g drawn with
+            probability rho, gradient of rho).
+        pooled_tokens: "sequence" (paper) or "prompt" (what inference sees); decode_consistent always pools the prompt.
+        routes: [B, L] or [L] boolean gates to use instead of the routers'.
+        checkpoint_layers: Recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        routers: Routers,
+        attention_mask: Tensor,
+        prompt_mask: Tensor,
+        objective: str = "soft",
+        gate: str = "soft",
+        pooled_tokens: str = "sequence",
+        routes: Tensor | None = None,
+        checkpoint_layers: bool = False,
+    ) -> None:
+        for name, value, allowed in (
+            ("objective", objective, OBJECTIVES),
+            ("gate", gate, GATES),
+            ("pooled_tokens", pooled_tokens, POOLED_TOKENS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        self.routers = routers
+        self.decode_consistent = objective == "decode_consistent"
+        self.gate = gate
+        self.prompt_mask = prompt_mask
+        self.pooled = prompt_mask if self.decode_consistent or pooled_tokens == "prompt" else attention_mask
+        self.routes = None if routes is None else routes.expand(attention_mask.shape[0], -1)
+        self.checkpoint_layers = checkpoint_layers
+        self._rho: list[Tensor] = []
+
+    @property
+    def rho(self) -> Tensor:
+        """[B, L], with gradient."""
+        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        """Run the layer and mix its output with its input by the gate."""
+        rho = pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
+        self._rho.append(rho)
+        gate = self._gate(index, rho)[:, None].expand(hidden.shape[:2])
+        if self.decode_consistent:
+            gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
+        if self.checkpoint_layers and torch.is_grad_enabled():
+            output = checkpoint(run, use_reentrant=False)
+        else:
+            output = run()
+        if isinstance(output, tuple):
+            return (mix(hidden, output[0], gate), *output[1:])
+        return mix(hidden, output, gate)
+
+    def _gate(self, index: int, rho: Tensor) -> Tensor:
+        if self.routes is not None:
+            return self.routes[:, index].to(rho)
+        if self.gate == "hard":
+            return straight_through(rho, self.routers.decide(rho))
+        if self.gate == "bernoulli":
+            return straight_through(rho, torch.bernoulli(rho.detach()))
+        return rho
+
+
+class PromptPass:
+    """Measures rho on the unskipped path, as prefill does, and keeps no keys and values.
+
+    Args:
+        routers: The routers.
+        prompt_mask: [B, T] boolean, true on prompt tokens.
+    """
+
+    def __init__(self, routers: Routers, prompt_mask: Tensor) -> None:
+        self.routers = routers
+        self.prompt_mask = prompt_mask
+        self._rho: list[Tensor] = []
+
+    @property
+    def rho(self) -> Tensor:
+        """[B, L]."""
+        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        """Measure, then run the layer unchanged."""
+        self._rho.append(pool(self.routers.probabilities(hidden, index), self.prompt_mask.to(hidden.device)))
+        return run()

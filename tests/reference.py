@@ -1,0 +1,67 @@
+"""An independent, slow reference of the inference rule: full recompute, no cache, plain forward hooks."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The longest ModuleList of the model."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def gated_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
+    """Logits of one full pass in which layer l maps token t of row b to its input wherever gates[b, t, l] is false."""
+    inputs: dict[int, Tensor] = {}
+
+    def before(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[index] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def after(index: int) -> Any:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            keep = gates[:, :, index].unsqueeze(-1)
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden = torch.where(keep, hidden, inputs[index])
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    hooks = []
+    for i, layer in enumerate(decoder_layers(model)):
+        hooks.append(layer.register_forward_pre_hook(before(i), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after(i)))
+    extra = {}
+    if "position_ids" in signature(model.forward).parameters:
+        extra["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def slow_generate(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, routes: Tensor, new_tokens: int, eos: int = 2, pad: int = 0
+) -> Tensor:
+    """Greedy decoding: prompt tokens run every layer, new tokens only those of `routes` [B, L]; left-padded prompts."""
+    prompt = ids.shape[1]
+    finished = torch.zeros(len(ids), dtype=torch.bool)
+    for _ in range(new_tokens):
+        gates = routes[:, None, :].expand(-1, ids.shape[1], -1).clone()
+        gates[:, :prompt] = True
+        token = gated_logits(model, ids, mask, gates)[:, -1].argmax(-1)
+        token = torch.where(finished, pad, token)
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
+        finished |= token == eos
+        if finished.all():
+            break
+    return ids
