@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from firstlab import RouterAugmentedLM
+
+LAYERS = 6
+HIDDEN = 32
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -51,3 +59,54 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = 2
     return model
+
+
+def random_routers(model: RouterAugmentedLM, seed: int = 1) -> None:
+    """Random routers whose logits have mean 0 and spread 2 over random prompts, so that routes differ by prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (16, 10), generator=generator)
+    with torch.no_grad():
+        hidden = model.lm(ids, output_hidden_states=True, use_cache=False).hidden_states
+        for weight, states in zip(model.routers.weight, hidden[:-1], strict=True):
+            mean = states.mean((0, 1))
+            direction = torch.randn(weight.shape, generator=generator)
+            direction -= (direction @ mean) / (mean @ mean) * mean
+            weight.copy_(2 * direction / (states @ direction).std())
+
+
+def routed_model(architecture: str = "llama", seed: int = 0) -> RouterAugmentedLM:
+    """A fresh wrapped tiny model whose routers skip some layers for some prompts."""
+    model = RouterAugmentedLM(tiny_model(architecture, seed))
+    random_routers(model)
+    return model
+
+
+@lru_cache(maxsize=None)
+def pair(architecture: str) -> tuple[PreTrainedModel, RouterAugmentedLM]:
+    """(untouched base, wrapped copy of it), shared by tests that change neither."""
+    base = tiny_model(architecture)
+    model = RouterAugmentedLM(deepcopy(base))
+    random_routers(model)
+    return base, model
+
+
+def prompts(lengths: tuple[int, ...] = (5, 9, 12), side: str = "left", seed: int = 3) -> tuple[Tensor, Tensor]:
+    """Random prompts of these lengths, padded with 0 on one side: (ids, mask)."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        where = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[row, where] = torch.randint(3, 97, (length,), generator=generator)
+        mask[row, where] = 1
+    return ids, mask
+
+
+def random_routes(rows: int, seed: int = 5) -> Tensor:
+    """Random routes [rows, LAYERS], each skipping something, different from one another; layer 0 skipped in row 0."""
+    generator = torch.Generator().manual_seed(seed)
+    routes = torch.rand(rows, LAYERS, generator=generator) > 0.4
+    routes[0, 0] = False
+    routes[torch.arange(rows), torch.arange(rows) % LAYERS] = False
+    return routes

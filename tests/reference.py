@@ -65,3 +65,40 @@ def slow_generate(
         if finished.all():
             break
     return ids
+
+
+def decode_gates(prompt_length: int, total: int, routes: Tensor) -> Tensor:
+    """[B, total, L]: prompt tokens run every layer, later ones those of `routes` [B, L]."""
+    gates = routes[:, None, :].expand(-1, total, -1).clone()
+    gates[:, :prompt_length] = True
+    return gates
+
+
+def step_logits(model: PreTrainedModel, sequences: Tensor, mask: Tensor, routes: Tensor) -> Tensor:
+    """Logits [B, new, V] from which each new token of `sequences` was chosen, by one full pass without a cache.
+
+    `mask` [B, prompt] covers the left-padded prompt.
+    """
+    prompt_length = mask.shape[1]
+    new = sequences.shape[1] - prompt_length
+    full = torch.cat([mask, mask.new_ones(len(mask), new)], dim=1)
+    logits = gated_logits(model, sequences, full, decode_gates(prompt_length, sequences.shape[1], routes))
+    return logits[:, prompt_length - 1 : -1]
+
+
+def prompt_rho(model: PreTrainedModel, weight: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """rho [B, L] row by row, without padding, from the inputs of the layers of an unskipped pass."""
+    rows = []
+    for row_ids, row_mask in zip(ids, mask, strict=True):
+        seen: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: list[Tensor] = seen) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder_layers(model)]
+        with torch.no_grad():
+            model(input_ids=row_ids[row_mask.bool()][None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        rows.append(torch.stack([(h[0] @ r).sigmoid().mean() for h, r in zip(seen, weight, strict=True)]))
+    return torch.stack(rows).detach()

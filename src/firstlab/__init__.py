@@ -1,6 +1,20 @@
 """firstlab: input-adaptive layer skipping for large language models."""
 
-from firstlab.model import RouterAugmentedLM
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from firstlab.model import RouterAugmentedLM
 
 __all__ = ["RouterAugmentedLM"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: command-line help must not wait for torch and transformers.
+    if name == "RouterAugmentedLM":
+        from firstlab.model import RouterAugmentedLM
+
+        return RouterAugmentedLM
+    raise AttributeError(f"module 'firstlab' has no attribute {name!r}")

@@ -21,9 +21,10 @@ class CnnDailyMail(Task):
     """Articles with their highlights (paper, section 5).
 
     Args:
-        root: Directory with train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ..., "id": ...}` for each
-            article; None takes the hub's data set.
-        pool_size: How many articles of the train split to keep in memory, at even distances; None keeps all 287,113.
+        root: Directory with train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ..., "id":
+            ...}` for each article; None takes the hub's data set.
+        pool_size: How many articles of the train split to keep in memory, at even distances; None keeps all
+            287,113.
 
     Raises:
         ValueError: Reading raises it for missing or faulty files and when the hub cannot be reached.

@@ -1,13 +1,16 @@
-"""Strict readers of plain text, JSON and hub data sets: every fault names its file, its place and the way out."""
+"""Strict readers of text, JSON and hub data sets: every fault names its file, its place and the way out."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON escapes can smuggle one in
 
 
 def data_files(root: str, names: Sequence[str]) -> list[Path]:
@@ -26,7 +29,7 @@ def data_files(root: str, names: Sequence[str]) -> list[Path]:
         found = sorted(entry.name for entry in folder.iterdir())
         shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
         raise ValueError(
-            f"data.root={root} lacks {', '.join(missing)}: expected {wanted}; the directory holds "
+            f"data.root={root} lacks {', '.join(missing)} of the expected {wanted}; the directory holds "
             f"{shown or 'nothing'}. Add the missing files or set data.root to another directory"
         )
     return [folder / name for name in names]
@@ -47,7 +50,7 @@ def clean_text(value: object, where: str, what: str) -> str:
         raise ValueError(f"{where}: the {what} is {type(value).__name__}, not text; correct or remove this entry")
     if not value.strip():
         raise ValueError(f"{where}: the {what} is empty; fill it in or remove this entry")
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if _SURROGATE.search(value):
         raise ValueError(f"{where}: the {what} holds half of a surrogate pair; replace that character")
     return value.strip()
 
@@ -62,7 +65,7 @@ def read_text(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # `error.object` lacks the mark that utf-8-sig cut off, so count in what was really decoded.
+        # Positions count from behind a byte order mark, as `error.object` does.
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
     if not text.strip():
@@ -73,8 +76,8 @@ def read_text(path: Path) -> str:
 def read_lines(path: Path) -> list[str]:
     r"""The lines of a text file. Only "\n" and "\r\n" end a line.
 
-    `str.splitlines` would also split at U+2028, U+0085 and others, which occur inside sentences, and so shift one side of
-    parallel text against the other.
+    `str.splitlines` would also split at U+2028, U+0085 and others, which occur inside sentences, and so shift
+    one side of parallel text against the other.
     """
     lines = read_text(path).split("\n")
     if not lines[-1]:
@@ -92,8 +95,8 @@ def read_parallel(source: Path, reference: Path) -> list[tuple[str, str]]:
     if len(sources) != len(references):
         shorter = min(len(sources), len(references))
         raise ValueError(
-            f"{source} has {len(sources)} lines but {reference} has {len(references)}: line {shorter + 1} has no "
-            "counterpart; parallel text needs line i of one file to translate line i of the other"
+            f"{source} has {len(sources)} lines but {reference} has {len(references)}: line {shorter + 1} "
+            "has no counterpart; parallel text needs line i of one file to translate line i of the other"
         )
     return [
         (
@@ -172,8 +175,8 @@ def load_hub_split(hub_id: str, config: str | None, split: str, names: Sequence[
     except Exception as error:  # the hub client's errors share no base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"cannot load {hub_id} from the Hugging Face hub ({reason}). Without a connection set data.root=DIR, "
-            f"a directory with {' and '.join(names)}"
+            f"cannot load {hub_id} from the Hugging Face hub ({reason}). Without a connection set "
+            f"data.root=DIR, a directory with {' and '.join(names)}"
         ) from error
 
 

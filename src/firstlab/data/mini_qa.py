@@ -1,6 +1,7 @@
 """Extractive question answering on passages generated from small worlds of people, firms and landmarks.
 
-A world is a few entities of one kind with a value per relation. The passage states every value once, so a question
+A world is a few entities of one kind with a value per relation. The passage states every value once,
+so a question
 about (entity, relation) has one answer, and the answer is a span of the passage. Difficulty:
 
 1. one sentence answers in the question's own words;
@@ -78,38 +79,59 @@ JOBS = tuple(
     for noun, doing in (
         ("clockmaker", "repairs clocks"), ("baker", "bakes bread"), ("nurse", "cares for the sick"),
         ("teacher", "gives lessons to children"), ("farmer", "works in the fields"), ("tailor", "sews coats"),
-        ("carpenter", "makes tables and chairs"), ("potter", "shapes clay bowls"), ("gardener", "looks after roses"),
+        ("carpenter", "makes tables and chairs"), ("potter", "shapes clay bowls"),
+        ("gardener", "looks after roses"),
         ("beekeeper", "sells honey"), ("fisher", "catches fish"), ("painter", "paints pictures"),
         ("pilot", "flies planes"), ("sailor", "works on ships"), ("lawyer", "speaks in court"),
         ("cook", "prepares meals"), ("singer", "sings on stage"), ("writer", "writes novels"),
         ("dentist", "treats teeth"), ("plumber", "mends pipes"), ("librarian", "lends out books"),
         ("shoemaker", "makes boots"), ("barber", "cuts hair"), ("judge", "decides cases"),
         ("jeweller", "sells rings"), ("mechanic", "fixes cars"), ("shepherd", "guards sheep"),
-        ("astronomer", "studies the stars"), ("architect", "plans houses"), ("translator", "turns letters into English"),
+        ("astronomer", "studies the stars"), ("architect", "plans houses"),
+        ("translator", "turns letters into English"),
     )
 )  # fmt: skip
-ANIMALS = ("cat", "dog", "goat", "horse", "parrot", "rabbit", "donkey", "goose", "pony", "mouse", "snake", "duck")
+ANIMALS = (
+    "cat",
+    "dog",
+    "goat",
+    "horse",
+    "parrot",
+    "rabbit",
+    "donkey",
+    "goose",
+    "pony",
+    "mouse",
+    "snake",
+    "duck",
+)
 INSTRUMENTS = (
-    "violin", "piano", "flute", "drum", "guitar", "harp", "trumpet", "organ", "cello", "horn", "banjo", "clarinet",
+    "violin", "piano", "flute", "drum", "guitar", "harp", "trumpet", "organ", "cello", "horn", "banjo",
+    "clarinet",
 )  # fmt: skip
 FOODS = (
-    "plum cake", "onion soup", "fresh bread", "goat cheese", "fried fish", "apple pie", "bean stew", "rice pudding",
+    "plum cake", "onion soup", "fresh bread", "goat cheese", "fried fish", "apple pie", "bean stew",
+    "rice pudding",
     "lemon tart", "spiced tea", "roast duck", "potato salad", "dark chocolate", "honey biscuits",
 )  # fmt: skip
 THINGS = (
-    "lamp", "basket", "mirror", "carpet", "chair", "suitcase", "telescope", "teapot", "violin case", "bicycle",
+    "lamp", "basket", "mirror", "carpet", "chair", "suitcase", "telescope", "teapot", "violin case",
+    "bicycle",
     "wooden box", "coat", "map", "birdcage", "umbrella", "vase", "blanket", "clock", "chess set", "kite",
 )  # fmt: skip
 TRANSPORT = ("train", "bus", "ferry", "bicycle", "car", "horse", "plane", "coach", "tram", "sledge")
 GOODS = (
-    "glass bottles", "leather shoes", "wool blankets", "bicycles", "wooden toys", "soap", "paper", "copper wire",
-    "garden tools", "tin boxes", "ice cream", "church bells", "fishing nets", "kitchen knives", "tea cups", "pianos",
+    "glass bottles", "leather shoes", "wool blankets", "bicycles", "wooden toys", "soap", "paper",
+    "copper wire",
+    "garden tools", "tin boxes", "ice cream", "church bells", "fishing nets", "kitchen knives", "tea cups",
+    "pianos",
     "watches", "silk scarves", "paint", "biscuits",
 )  # fmt: skip
 MATERIALS = ("stone", "brick", "oak", "steel", "marble", "concrete", "granite", "iron", "glass", "pine")
 LANDMARKS = ("Tower", "Bridge", "Museum", "Theatre", "Library", "Station", "Hall", "Gate")
 LANDMARK_NAMES = (
-    "Heron", "Amber", "Falcon", "Crown", "Silver", "Lion", "Maple", "Rose", "Swan", "Garden", "River", "Eagle",
+    "Heron", "Amber", "Falcon", "Crown", "Silver", "Lion", "Maple", "Rose", "Swan", "Garden", "River",
+    "Eagle",
     "Harbour", "Orchard", "Copper", "Moon",
 )  # fmt: skip
 FIRMS = ("{} and Sons", "{} Works", "{} Brothers", "{} Trading", "{} Supplies", "{} Union")
@@ -173,7 +195,8 @@ LIFE = (
     ),
     Relation(
         "home", _town,
-        (("{s} lives in {v}", "Where does {s} live?"), ("{s} lives in the town of {v}", "In which town does {s} live?")),
+        (("{s} lives in {v}", "Where does {s} live?"),
+         ("{s} lives in the town of {v}", "In which town does {s} live?")),
         ("{s} has made {his} home in {v}", "{s} rents a flat in {v}", "{s} owns a small house in {v}",
          "{s} shares a house with friends in {v}", "{v} is the town that {s} calls home"),
         ("Where is the home of {s}?", "In which place does {s} live today?", "What is the home town of {s}?"),
@@ -181,15 +204,18 @@ LIFE = (
     ),
     Relation(
         "birthplace", _town,
-        (("{s} was born in {v}", "Where was {s} born?"), ("{s} was born in the town of {v}", "In which town was {s} born?")),
+        (("{s} was born in {v}", "Where was {s} born?"),
+         ("{s} was born in the town of {v}", "In which town was {s} born?")),
         ("{s} came into the world in {v}", "{s} is a native of {v}", "{v} is the birthplace of {s}",
          "{his} parents lived in {v} when {s} was born", "{s} spent {his} first days in {v}"),
-        ("What is the birthplace of {s}?", "Where did {s} come into the world?", "Which town is {s} a native of?"),
+        ("What is the birthplace of {s}?", "Where did {s} come into the world?",
+         "Which town is {s} a native of?"),
         "was born in {v}", "was not born in {v}",
     ),
     Relation(
         "age", _number(18, 89),
-        (("{s} is {v} years old", "How old is {s}?"), ("{s} has reached the age of {v}", "What age has {s} reached?")),
+        (("{s} is {v} years old", "How old is {s}?"),
+         ("{s} has reached the age of {v}", "What age has {s} reached?")),
         ("{s} turned {v} this spring", "{s} has just had {his} birthday and is now {v}", "{s} is aged {v}",
          "last month {s} celebrated turning {v}"),
         ("What is the age of {s}?", "How many years old is {s}?"),
@@ -200,13 +226,15 @@ LIFE = (
         (("{s} keeps {v}", "What does {s} keep?"), ("{s} has {v} as a pet", "What does {s} have as a pet?")),
         ("{s} looks after {v}", "{s} shares {his} room with {v}", "{s} never goes out without {v}",
          "{v} sleeps in the kitchen of {s}", "{s} was given {v} and still feeds it daily"),
-        ("Which animal belongs to {s}?", "What kind of pet does {s} own?", "What animal does {s} look after?"),
+        ("Which animal belongs to {s}?", "What kind of pet does {s} own?",
+         "What animal does {s} look after?"),
         "keeps {v}", "does not keep {v}",
     ),
     Relation(
         "instrument", _one_of(INSTRUMENTS, "the "),
         (("{s} plays {v}", "What does {s} play?"), ("{s} is learning {v}", "What is {s} learning?")),
-        ("{s} practises {v} every evening", "{s} took up {v} as a child", "in the town band {s} is heard on {v}",
+        ("{s} practises {v} every evening", "{s} took up {v} as a child",
+         "in the town band {s} is heard on {v}",
          "{s} spends {his} free time with {v}"),
         ("Which instrument does {s} play?", "On which instrument does {s} make music?"),
         "plays {v}", "does not play {v}",
@@ -221,15 +249,18 @@ LIFE = (
     ),
     Relation(
         "employer", lambda rng: Value(_firm_name(rng)),
-        (("{s} works for {v}", "Who does {s} work for?"), ("{s} is employed by {v}", "By whom is {s} employed?")),
+        (("{s} works for {v}", "Who does {s} work for?"),
+         ("{s} is employed by {v}", "By whom is {s} employed?")),
         ("{s} has a post at {v}", "{s} draws {his} wages from {v}", "{v} took {s} on some years ago",
          "{s} signed a contract with {v}"),
-        ("Which firm pays {s}?", "What is the employer of {s} called?", "At which company does {s} have a job?"),
+        ("Which firm pays {s}?", "What is the employer of {s} called?",
+         "At which company does {s} have a job?"),
         "works for {v}", "does not work for {v}",
     ),
     Relation(
         "teacher", _person,
-        (("{s} was taught by {v}", "Who was {s} taught by?"), ("{s} learned everything from {v}", "From whom did {s} learn everything?")),
+        (("{s} was taught by {v}", "Who was {s} taught by?"),
+         ("{s} learned everything from {v}", "From whom did {s} learn everything?")),
         ("{s} took lessons from {v}", "{v} was the teacher of {s}", "{s} owes {his} skill to {v}",
          "{s} was a pupil of {v}"),
         ("Who gave lessons to {s}?", "Whose pupil was {s}?", "Who was the teacher of {s}?"),
@@ -243,7 +274,8 @@ JOURNEY = (
         (("{s} travelled to {v}", "Where did {s} travel to?"), ("{s} went to {v}", "Where did {s} go?")),
         ("{s} set off for {v}", "the road took {s} to {v}", "{s} had a ticket to {v}", "{s} visited {v}",
          "{v} was where {s} wanted to be"),
-        ("What was the destination of {s}?", "Which town did {s} visit?", "To which town did {s} make a journey?"),
+        ("What was the destination of {s}?", "Which town did {s} visit?",
+         "To which town did {s} make a journey?"),
         "went to {v}", "did not go to {v}",
     ),
     Relation(
@@ -257,20 +289,23 @@ JOURNEY = (
     Relation(
         "day", _one_of(world.DAYS, "on "),
         (("{s} left {v}", "When did {s} leave?"), ("{s} left home {v}", "When did {s} leave home?")),
-        ("{s} set out {v}", "{s} said goodbye {v}", "{v} the journey of {s} began", "{s} locked {his} door {v} and was gone"),
+        ("{s} set out {v}", "{s} said goodbye {v}", "{v} the journey of {s} began",
+         "{s} locked {his} door {v} and was gone"),
         ("On which day did {s} set out?", "On what day of the week did {s} start the journey?"),
         "left {v}", "did not leave {v}",
     ),
     Relation(
         "hour", _time,
-        (("{s} arrived at {v}", "When did {s} arrive?"), ("{s} arrived there at {v}", "At what time did {s} arrive?")),
+        (("{s} arrived at {v}", "When did {s} arrive?"),
+         ("{s} arrived there at {v}", "At what time did {s} arrive?")),
         ("{s} reached the station at {v}", "at {v} {s} was met at the gate", "it was {v} when {s} got there"),
         ("At what hour did {s} get there?", "What time was it when {s} came in?"),
         "arrived at {v}", "", "arrived later", "arrived earlier",
     ),
     Relation(
         "fare", _number(5, 60, "coins"),
-        (("{s} paid {v} for the trip", "How much did {s} pay for the trip?"), ("{s} paid a fare of {v}", "What fare did {s} pay?")),
+        (("{s} paid {v} for the trip", "How much did {s} pay for the trip?"),
+         ("{s} paid a fare of {v}", "What fare did {s} pay?")),
         ("the ticket cost {s} {v}", "{s} gave the driver {v}", "{s} spent {v} on {his} ticket",
          "{s} handed over {v} for a seat"),
         ("How much did the journey cost {s}?", "What was the price of the ticket that {s} bought?"),
@@ -298,7 +333,8 @@ MARKET = (
     Relation(
         "price", _number(5, 95, "coins"),
         (("{s} paid {v}", "How much did {s} pay?"), ("{s} spent {v}", "How much did {s} spend?")),
-        ("it cost {s} {v}", "{s} counted out {v}", "{s} handed {v} to the seller", "{s} left {v} on the table"),
+        ("it cost {s} {v}", "{s} counted out {v}", "{s} handed {v} to the seller",
+         "{s} left {v} on the table"),
         ("What price did {s} pay?", "How much money did {s} hand over?", "What was the cost for {s}?"),
         "paid {v}", "", "paid more", "paid less",
     ),
@@ -329,7 +365,8 @@ FIRM = (
     ),
     Relation(
         "seat", _town,
-        (("{s} is based in {v}", "Where is {s} based?"), ("{s} has its office in {v}", "Where does {s} have its office?")),
+        (("{s} is based in {v}", "Where is {s} based?"),
+         ("{s} has its office in {v}", "Where does {s} have its office?")),
         ("{s} has its seat in {v}", "{s} works from an old hall in {v}", "the workshops of {s} stand in {v}",
          "{s} never moved away from {v}"),
         ("In which town is the seat of {s}?", "Which town is the home of {s}?", "Where can {s} be found?"),
@@ -337,7 +374,8 @@ FIRM = (
     ),
     Relation(
         "founder", _person,
-        (("{s} was founded by {v}", "Who was {s} founded by?"), ("{s} was founded by {v}", "Who founded {s}?")),
+        (("{s} was founded by {v}", "Who was {s} founded by?"),
+         ("{s} was founded by {v}", "Who founded {s}?")),
         ("{v} started {s} with borrowed money", "{s} was set up by {v}", "{s} goes back to {v}",
          "{s} was the idea of {v}"),
         ("Who started {s}?", "Who set up {s}?", "Who had the idea for {s}?"),
@@ -352,7 +390,8 @@ FIRM = (
     ),
     Relation(
         "staff", _number(8, 950, "workers"),
-        (("{s} has {v}", "How many workers does {s} have?"), ("{s} employs {v}", "How many workers does {s} employ?")),
+        (("{s} has {v}", "How many workers does {s} have?"),
+         ("{s} employs {v}", "How many workers does {s} employ?")),
         ("{s} gives work to {v}", "{s} pays {v} every month", "at the gates of {s} you meet {v} each day"),
         ("How many people work at {s}?", "How large is the staff of {s}?"),
         "employs {v}", "", "has more workers", "has fewer workers",
@@ -369,7 +408,8 @@ FIRM = (
 LANDMARK = (
     Relation(
         "place", _town,
-        (("{s} stands in {v}", "Where does {s} stand?"), ("{s} can be seen in {v}", "Where can {s} be seen?")),
+        (("{s} stands in {v}", "Where does {s} stand?"),
+         ("{s} can be seen in {v}", "Where can {s} be seen?")),
         ("{s} is the pride of {v}", "{s} draws visitors to {v}", "people in {v} walk past {s} daily",
          "{s} was put up in {v}"),
         ("In which town is {s}?", "Which town is the site of {s}?", "What is the location of {s}?"),
@@ -377,14 +417,16 @@ LANDMARK = (
     ),
     Relation(
         "built", _number(1450, 1990),
-        (("{s} was built in {v}", "When was {s} built?"), ("{s} was finished in {v}", "When was {s} finished?")),
+        (("{s} was built in {v}", "When was {s} built?"),
+         ("{s} was finished in {v}", "When was {s} finished?")),
         ("{s} dates from {v}", "{s} was completed in {v}", "{s} has welcomed guests since {v}"),
         ("In what year was {s} completed?", "What year does {s} date from?"),
         "was built in {v}", "", "was built later", "was built earlier",
     ),
     Relation(
         "material", _one_of(MATERIALS),
-        (("{s} is made of {v}", "What is {s} made of?"), ("{s} was built from {v}", "What was {s} built from?")),
+        (("{s} is made of {v}", "What is {s} made of?"),
+         ("{s} was built from {v}", "What was {s} built from?")),
         ("the walls of {s} are {v}", "{s} consists mostly of {v}", "for {s} the builders used {v}"),
         ("What material was used for {s}?", "Which material does {s} consist of?"),
         "is made of {v}", "is not made of {v}",
@@ -398,7 +440,8 @@ LANDMARK = (
     ),
     Relation(
         "architect", _person,
-        (("{s} was designed by {v}", "Who was {s} designed by?"), ("{s} was designed by {v}", "Who designed {s}?")),
+        (("{s} was designed by {v}", "Who was {s} designed by?"),
+         ("{s} was designed by {v}", "Who designed {s}?")),
         ("{v} drew the plans for {s}", "{s} is the work of {v}", "{s} made {v} famous"),
         ("Who was the architect of {s}?", "Who made the plans for {s}?"),
         "was designed by {v}", "", names_person=True,
@@ -415,22 +458,30 @@ LANDMARK = (
 KINDS = (LIFE, LIFE, JOURNEY, MARKET, FIRM, LANDMARK)  # life twice: it has the most to tell
 
 OPENINGS = (
-    "it was a quiet spring in the valley", "the old notebook tells us a good deal", "the local paper wrote about this",
-    "not much is left from that time", "here is what the records say", "many stories are told in this part of the country",
+    "it was a quiet spring in the valley", "the old notebook tells us a good deal",
+    "the local paper wrote about this",
+    "not much is left from that time", "here is what the records say",
+    "many stories are told in this part of the country",
     "the weather was fine and the roads were dry", "this is a short report from the coast",
-    "a guide prepared these notes for visitors", "some details are easily mixed up", "the river was high that year",
+    "a guide prepared these notes for visitors", "some details are easily mixed up",
+    "the river was high that year",
     "everyone had something to say", "our reporter spoke to several people", "letters from that year survive",
 )  # fmt: skip
 FILLERS = (
-    "nobody was surprised by this", "some people still talk about it", "the rest is soon told", "that is all we know for certain",
+    "nobody was surprised by this", "some people still talk about it", "the rest is soon told",
+    "that is all we know for certain",
     "it rained for most of the week", "the neighbours did not mind", "there was music in the square",
-    "much has changed since then", "it was not always easy", "a photograph on the wall shows it", "the streets were full of people",
-    "others had different plans", "nothing else was written down", "there is little more to add", "children played by the water",
+    "much has changed since then", "it was not always easy", "a photograph on the wall shows it",
+    "the streets were full of people",
+    "others had different plans", "nothing else was written down", "there is little more to add",
+    "children played by the water",
     "this was the talk of the day", "the evenings were long and warm", "few had expected that",
 )  # fmt: skip
 LEADS = (
-    "people say that", "the diary notes that", "it is well known that", "a friend recalls that", "according to a letter,",
-    "as many remember,", "we also read that", "as far as anyone knows,", "the records show that", "it seems that",
+    "people say that", "the diary notes that", "it is well known that", "a friend recalls that",
+    "according to a letter,",
+    "as many remember,", "we also read that", "as far as anyone knows,", "the records show that",
+    "it seems that",
 )  # fmt: skip
 PAIRS = (
     "{a} and {b} have known each other for years", "{a} and {b} are cousins", "{a} met {b} at a wedding",
@@ -444,7 +495,9 @@ def _say(template: str, entity: Entity, relation: Relation, subject: str) -> str
     return template.format(s=subject, v=value.text, his=entity.possessive, doing=value.doing)
 
 
-def _entities(rng: random.Random, kind: tuple[Relation, ...], count: int, mixed: bool = False) -> list[Entity]:
+def _entities(
+    rng: random.Random, kind: tuple[Relation, ...], count: int, mixed: bool = False
+) -> list[Entity]:
     """Entities without facts, no two of which share a name; `mixed` alternates women and men."""
     if kind is FIRM:
         names = [rng.choice(FIRMS).format(surname) for surname in rng.sample(world.SURNAMES, count)]
@@ -486,7 +539,11 @@ def _statement(rng: random.Random, relation: Relation) -> str:
 
 
 def _paragraph(
-    rng: random.Random, entity: Entity, relations: list[Relation], pronouns: float, fixed: dict[str, tuple[str, bool]]
+    rng: random.Random,
+    entity: Entity,
+    relations: list[Relation],
+    pronouns: float,
+    fixed: dict[str, tuple[str, bool]],
 ) -> list[str]:
     """Sentences about one entity: the first names it, later ones may use a pronoun.
 
@@ -499,6 +556,7 @@ def _paragraph(
     """
     sentences: list[str] = []
     clear = False  # whether a pronoun would point at the entity
+    leading = False  # whether the entity was the subject of the last clause
     for relation in relations:
         template, wanted = fixed.get(relation.name, (_statement(rng, relation), rng.random() < pronouns))
         short = clear and wanted and _takes_pronoun(template)
@@ -506,12 +564,13 @@ def _paragraph(
         if not sentences and rng.random() < 0.35:
             subject = entity.full_name
         text = _say(template, entity, relation, subject)
-        if clear and short and rng.random() < 0.25 and template.startswith("{s} ") and sentences[-1].count(" and ") == 0:
+        if short and leading and " and " not in sentences[-1] and rng.random() < 0.25:
             text = f"{sentences.pop()} and {text.removeprefix(subject + ' ')}"
         elif rng.random() < 0.15:
             text = f"{rng.choice(LEADS)} {text}"
         sentences.append(text)
         clear = not relation.names_person
+        leading = _takes_pronoun(template)
     return sentences
 
 
@@ -558,14 +617,14 @@ def _direct(rng: random.Random) -> Built:
     entities = _entities(rng, kind, 2)
     chosen = rng.sample(kind, 4)
     asked, target = chosen[0], rng.choice(entities)
+    for relation in chosen:
+        _settle(rng, entities, relation)
     statement, question = rng.choice(asked.direct)
     paragraphs = []
     for entity in entities:
         told = rng.sample(chosen[1:], 2 + (entity is not target))
         if entity is target:
             told.insert(rng.randrange(3), asked)
-        for relation in told:
-            entity.facts.setdefault(relation.name, relation.draw(rng))
         paragraphs.append(_paragraph(rng, entity, told, 0.4, {asked.name: (statement, False)}))
     return _passage(rng, paragraphs, 1), question.format(s=target.name), _accepted(target.facts[asked.name])
 
@@ -596,16 +655,19 @@ def _pronoun(rng: random.Random) -> Built:
     asked, target = relations[0], rng.choice(entities)
     for relation in relations:
         _settle(rng, entities, relation)
-    plain = {r.name: [t for t in (*r.statements, *(p[0] for p in r.direct)) if _takes_pronoun(t)] for r in relations}
+    plain = {
+        r.name: [t for t in (*r.statements, *(p[0] for p in r.direct)) if _takes_pronoun(t)]
+        for r in relations
+    }
     if entities[0].pronoun != "it" and rng.random() < 0.6:
         # Both are named once; after that only "he" and "she" tell them apart.
         sentences = [rng.choice(PAIRS).format(a=entities[0].full_name, b=entities[1].name)]
         rng.shuffle(relations)
         for relation in relations:
             order = rng.sample(entities, 2)
-            told = [_say(rng.choice(plain[relation.name]), e, relation, e.pronoun) for e in order]
+            said = [_say(rng.choice(plain[relation.name]), e, relation, e.pronoun) for e in order]
             joined = rng.random() < 0.4
-            sentences += [f"{told[0]}, {rng.choice(('while', 'and', 'but'))} {told[1]}"] if joined else told
+            sentences += [f"{said[0]}, {rng.choice(('while', 'and', 'but'))} {said[1]}"] if joined else said
         cut = rng.randint(2, len(sentences) - 1)
         paragraphs = [sentences[:cut], sentences[cut:]]
         source = _passage(rng, paragraphs[: 1 + bool(paragraphs[1])], 1)
@@ -633,12 +695,13 @@ def _two_hops(rng: random.Random) -> Built:
         _settle(rng, entities, relation)
     paragraphs = []
     for entity in entities:
-        told = [known, asked, spare] if entity is target and rng.random() < 0.5 else [known, asked]
+        told = [known, asked, spare] if rng.random() < 0.4 else [known, asked]
         rng.shuffle(told)
         paragraphs.append(_paragraph(rng, entity, told, 0.7, {}))
     subject = _the_one(target, _say(known.clause, target, known, ""))
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
-    return _passage(rng, paragraphs, 0), rng.choice(questions).format(s=subject), _accepted(target.facts[asked.name])
+    question = rng.choice(questions).format(s=subject)
+    return _passage(rng, paragraphs, 1), question, _accepted(target.facts[asked.name])
 
 
 def _through_firm(rng: random.Random) -> Built:
@@ -654,13 +717,12 @@ def _through_firm(rng: random.Random) -> Built:
         person.facts[employer.name] = Value(firm.name)
     about_people = [s for p in people for s in _paragraph(rng, p, rng.sample((other, employer), 2), 0.7, {})]
     order = rng.sample(firms, 2)
-    about_firms = [s for f in order for s in _paragraph(rng, f, rng.sample((asked, spare), 1 + (f is order[0])), 0.7, {})]
-    # Every firm needs the asked fact; the second one tells whatever was drawn, so state it when it is missing.
-    for firm in firms:
-        if not any(firm.facts[asked.name].text in s for s in about_firms):
-            about_firms.append(_say(_statement(rng, asked), firm, asked, firm.name))
+    told = rng.sample((asked, spare), 2)
+    about_firms = [s for firm in order for s in _paragraph(rng, firm, told, 0.7, {})]
     index = rng.randrange(2)
-    subject = rng.choice(("the firm that {} works for", "the company that employs {}", "the firm that pays {}"))
+    subject = rng.choice(
+        ("the firm that {} works for", "the company that employs {}", "the firm that pays {}")
+    )
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
     question = rng.choice(questions).format(s=subject.format(people[index].name))
     return _passage(rng, [about_people, about_firms], 0), question, _accepted(firms[index].facts[asked.name])
@@ -680,10 +742,10 @@ def _comparison(rng: random.Random) -> Built:
         _settle(rng, entities, relation)
     paragraphs = []
     for entity in entities:
-        told = [compared, asked] if len(entities) == 3 else [compared, asked, spare]
+        told = [compared, asked] if len(entities) == 3 and rng.random() < 0.6 else [compared, asked, spare]
         rng.shuffle(told)
         paragraphs.append(_paragraph(rng, entity, told, 0.6, {}))
-    source = _passage(rng, paragraphs, int(len(entities) == 2))
+    source = _passage(rng, paragraphs, 1)
     first, second = rng.sample(entities, 2)
     more = rng.random() < 0.5
     clause = compared.more if more else compared.less
@@ -701,12 +763,16 @@ def _comparison(rng: random.Random) -> Built:
 def _exclusion(rng: random.Random, kind: tuple[Relation, ...], shared: Relation) -> Built:
     """Three entities of which two share a value; the question is about the third."""
     entities = _entities(rng, kind, 3)
-    asked = rng.choice([relation for relation in kind if relation is not shared])
-    for relation in (shared, asked):
+    asked, spare = rng.sample([relation for relation in kind if relation is not shared], 2)
+    for relation in (shared, asked, spare):
         _settle(rng, entities, relation)
     target, one, two = rng.sample(entities, 3)
     two.facts[shared.name] = one.facts[shared.name]
-    paragraphs = [_paragraph(rng, e, rng.sample((shared, asked), 2), 0.6, {}) for e in entities]
+    paragraphs = []
+    for entity in entities:
+        told = [shared, asked, spare] if rng.random() < 0.4 else [shared, asked]
+        rng.shuffle(told)
+        paragraphs.append(_paragraph(rng, entity, told, 0.6, {}))
     source = _passage(rng, paragraphs, 1)
     clause = _say(shared.negated, one, shared, "")
     if rng.random() < 0.5:
@@ -749,7 +815,8 @@ class MiniQA(Task):
 
     def train_pool(self) -> list[Example]:
         """`pool_size` examples; none of their passages is held out for testing."""
-        return world.draw(_build, self.pool_size, f"mini-qa-train-{self.seed}", "mini-qa-train", held_out=False)
+        stream = f"mini-qa-train-{self.seed}"
+        return world.draw(_build, self.pool_size, stream, "mini-qa-train", held_out=False)
 
     def test(self) -> list[Example]:
         """`test_size` examples with held-out passages."""

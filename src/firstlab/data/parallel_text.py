@@ -37,8 +37,8 @@ class ParallelText(Task):
         test: Name of the test text.
 
     Raises:
-        ValueError: A language without a name for the prompt, or a text used twice. Reading raises it for missing and
-            faulty files.
+        ValueError: A language without a name for the prompt, or a text used twice. Reading raises it for
+            missing and faulty files.
     """
 
     kind: ClassVar[str] = "translation"
@@ -47,17 +47,21 @@ class ParallelText(Task):
         self,
         source_language: str,
         target_language: str,
-        root: str,
+        root: str | None,
         train: str | Sequence[str] = "train",
         validation: str | None = None,
         test: str = "test_2016_flickr",
     ) -> None:
-        for option, code in (("data.source_language", source_language), ("data.target_language", target_language)):
+        for option, code in (
+            ("data.source_language", source_language),
+            ("data.target_language", target_language),
+        ):
             if code not in LANGUAGE_NAMES:
                 raise ValueError(f"{option}={code} is unknown: choose one of {', '.join(LANGUAGE_NAMES)}")
         self.source_language = source_language
         self.target_language = target_language
-        self.root: str | None = root
+        self.language_names = LANGUAGE_NAMES[source_language], LANGUAGE_NAMES[target_language]
+        self.root = root
         self.train_names = (train,) if isinstance(train, str) else tuple(train)
         self.validation_name = validation
         self.test_name = test
@@ -69,7 +73,7 @@ class ParallelText(Task):
                 raise ValueError(f"data: the text '{name}' is used twice; train, validation and test must not overlap")
 
     def train_pool(self) -> list[Example]:
-        return [example for name in self.train_names for example in self._read(name)]
+        return self._read(*self.train_names)
 
     def validation(self) -> list[Example] | None:
         """The validation text, or None when validation is drawn from the training text."""
@@ -79,19 +83,22 @@ class ParallelText(Task):
         return self._read(self.test_name)
 
     def prompt(self, example: Example, source: str | None = None) -> str:
-        text = example.source if source is None else source
-        return translation_prompt(text, LANGUAGE_NAMES[self.source_language], LANGUAGE_NAMES[self.target_language])
+        return translation_prompt(example.source if source is None else source, *self.language_names)
 
-    def _paths(self, name: str) -> tuple[Path, Path]:
-        assert self.root is not None
-        source, reference = data_files(
-            self.root, [f"{name}.{self.source_language}", f"{name}.{self.target_language}"]
-        )
-        return source, reference
+    def _file_names(self, names: Sequence[str]) -> list[str]:
+        return [f"{name}.{code}" for name in names for code in (self.source_language, self.target_language)]
 
-    def _read(self, name: str) -> list[Example]:
-        pairs = read_parallel(*self._paths(name))
+    def _paths(self, names: Sequence[str]) -> list[tuple[Path, Path]]:
+        """Source and reference file of each text."""
+        files = self._file_names(names)
+        if self.root is None:
+            raise ValueError(f"data.root is not set: set it to the directory that holds {', '.join(files)}")
+        paths = data_files(self.root, files)
+        return list(zip(paths[::2], paths[1::2], strict=True))
+
+    def _read(self, *names: str) -> list[Example]:
         return [
             Example(id=f"{name}:{number}", source=text, references=(translation,))
-            for number, (text, translation) in enumerate(pairs, start=1)
+            for name, paths in zip(names, self._paths(names), strict=True)
+            for number, (text, translation) in enumerate(read_parallel(*paths), start=1)
         ]

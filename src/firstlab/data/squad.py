@@ -18,7 +18,8 @@ class Squad(Task):
     """Questions on a passage, each with every accepted answer (paper, section 5).
 
     Args:
-        root: Directory with train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's data set.
+        root: Directory with train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's
+            data set.
 
     Raises:
         ValueError: Reading raises it for missing or faulty files and when the hub cannot be reached.

@@ -1,4 +1,4 @@
-"""WMT news translation: newstest2017-2020 to train on, the WMT22 general test set (reference A) to test on."""
+"""WMT news translation: newstest2017-2020 to train on, WMT22 (general test set, reference A) to test on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class WMTTranslation(ParallelText):
 
     Args:
         pair: "en-de" or "en-zh".
-        root: Directory with `newstestYYYY.PAIR.SOURCE` and `newstestYYYY.PAIR.TARGET`; None fetches the test sets with
-            sacrebleu (kept in its own cache).
+        root: Directory with `newstestYYYY.PAIR.SOURCE` and `newstestYYYY.PAIR.TARGET`; None fetches the test
+            sets with sacrebleu (kept in its own cache).
         train_years: The news test sets that make up the training pool.
 
     Raises:
@@ -35,15 +35,16 @@ class WMTTranslation(ParallelText):
         super().__init__(
             source,
             target,
-            root="" if root is None else root,
+            root,
             train=[f"newstest{year}.{pair}" for year in train_years],
             test=f"newstest{TEST_YEAR}.{pair}",
         )
         self.pair = pair
-        self.root = root
 
-    def _paths(self, name: str) -> tuple[Path, Path]:
-        return super()._paths(name) if self.root is not None else self._sacrebleu_paths(name)
+    def _paths(self, names: Sequence[str]) -> list[tuple[Path, Path]]:
+        if self.root is not None:
+            return super()._paths(names)
+        return [self._sacrebleu_paths(name) for name in names]
 
     def _sacrebleu_paths(self, name: str) -> tuple[Path, Path]:
         import sacrebleu
@@ -51,8 +52,7 @@ class WMTTranslation(ParallelText):
         year = name.removeprefix("newstest").removesuffix(f".{self.pair}")
         data_set = f"wmt{year[-2:]}"
         texts = (*self.train_names, self.test_name)
-        files = ", ".join(f"{text}.{code}" for text in texts for code in (self.source_language, self.target_language))
-        advice = f"set data.root=DIR, a directory with {files}"
+        advice = f"set data.root=DIR, a directory with {', '.join(self._file_names(texts))}"
         if data_set not in sacrebleu.DATASETS or self.pair not in sacrebleu.DATASETS[data_set].langpairs:
             raise ValueError(f"sacrebleu has no {self.pair} test set '{data_set}': leave {year} out, or {advice}")
         try:

@@ -63,6 +63,12 @@ class RoutedCache(DynamicCache):
 
     # -- one forward pass of the model, driven by the hooks and layers of `RouterAugmentedLM` --
 
+    def expect_prompt(self, length: int, routes: Tensor | None = None) -> None:
+        """Announce the padded length of the prompt, and routes to force, before an empty cache is used."""
+        self._prompt_length = length
+        if routes is not None:
+            self._forced = check_routes(routes, self._routers.num_layers)
+
     def begin_pass(self, batch_size: int, tokens: int, attention_mask: Tensor | None) -> None:
         """Called before the decoder runs: `tokens` new tokens per row, mask [B, seen + tokens] or None."""
         self._pass_tokens = tokens
@@ -104,10 +110,15 @@ class RoutedCache(DynamicCache):
         self._seen += self._pass_tokens
         if self.routes is None and self._seen >= (self._prompt_length or 0):
             self._fix_routes()
-        if self.routes is not None:
-            for layer, any_row in zip(self.layers, self._any_row, strict=True):
-                if not any_row and hasattr(layer, "cumulative_length"):
-                    layer.cumulative_length = self._seen
+        self._sync_skipped_lengths()
+
+    def _sync_skipped_lengths(self) -> None:
+        # A sliding-window layer counts its tokens itself, and the masks of all such layers are sized by the first.
+        if self.routes is None:
+            return
+        for layer, any_row in zip(self.layers, self._any_row, strict=True):
+            if not any_row and hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = self._seen
 
     def _measure(self, index: int, hidden: Tensor) -> None:
         # A mean over the whole prompt: chunks contribute sums and counts.
@@ -115,14 +126,14 @@ class RoutedCache(DynamicCache):
         mask = self._pass_mask
         if mask is None:
             mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        weights = mask.to(probabilities)
-        total = (probabilities * weights).sum(-1)
+        mask = mask.to(hidden.device)
+        total = probabilities.masked_fill(~mask, 0).sum(-1)
         if index < len(self._sums):
             self._sums[index] = self._sums[index] + total
         else:
             self._sums.append(total)
         if index == 0:
-            count = weights.sum(-1)
+            count = mask.sum(-1)
             self._counts = count if self._counts is None else self._counts + count
 
     def _fix_routes(self) -> None:
@@ -135,7 +146,7 @@ class RoutedCache(DynamicCache):
                 raise ValueError(f"routes has {routes.shape[0]} rows, which do not divide the batch of {rows}")
             else:
                 routes = routes.repeat_interleave(rows // routes.shape[0], dim=0)
-            self._set_routes(routes)
+            self._set_routes(routes.to(self.layers[0].keys.device))
         else:
             assert self._counts is not None
             device = self._sums[0].device
@@ -154,8 +165,8 @@ class RoutedCache(DynamicCache):
 
     def _set_routes(self, routes: Tensor) -> None:
         self.routes = routes
-        self._any_row = routes.any(0).tolist()
-        self._all_rows = routes.all(0).tolist()
+        # The one place where routes come to the host: layers that decode skips must not wait for the device.
+        self._any_row, self._all_rows = torch.stack([routes.any(0), routes.all(0)]).tolist()
 
     # -- what users and transformers ask a cache --
 
@@ -186,6 +197,7 @@ class RoutedCache(DynamicCache):
         """Take back the last tokens (a negative count, as in transformers)."""
         super().crop(tokens_to_remove)
         self._seen = max(0, self._seen - abs(tokens_to_remove))
+        self._sync_skipped_lengths()
 
     def reset(self) -> None:
         """Forget prompt and routes; forced routes stay."""

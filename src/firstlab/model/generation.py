@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import GenerationConfig
 
 # Option -> (values that mean "off", reason and way out).
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_model": ((None,), "assisted decoding drafts tokens inside the prompt pass, before a route exists"),
     "prompt_lookup_num_tokens": (
-        (None, 0),
+        (None,),
         "prompt-lookup decoding drafts tokens inside the prompt pass, before a route exists",
     ),
     "assistant_early_exit": ((None,), "self-speculation drafts tokens inside the prompt pass, before a route exists"),
+    "speculation_type": ((None,), "speculation drafts tokens inside the prompt pass, before a route exists"),
     "use_mtp": ((None, False), "multi-token prediction drafts tokens before a route exists"),
+    "is_assistant": ((None, False), "a draft model's cache is rewound into the prompt pass"),
     "penalty_alpha": ((None, 0, 0.0), "contrastive search rewinds the cache that carries the routes"),
     "dola_layers": ((None,), "DoLa compares layers that a route may skip"),
-    "cache_implementation": ((None, "dynamic"), "the routes live in the model's own dynamic cache"),
+    "num_beam_groups": ((None, 1), "group beam search runs code from the hub that may replace the cache"),
+    "constraints": ((None,), "constrained beam search runs code from the hub that may replace the cache"),
+    "force_words_ids": ((None,), "constrained beam search runs code from the hub that may replace the cache"),
+    "token_healing": ((None, False), "it tokenizes the prompt again, so that padding and prompt length may change"),
+    # transformers itself reads "hybrid", which older configs carry, as "dynamic".
+    "cache_implementation": ((None, "hybrid"), "the routes live in the model's own dynamic cache"),
     "cache_config": ((None,), "the routes live in the model's own dynamic cache"),
     "custom_generate": ((None,), "its code may replace the cache that carries the routes"),
     "guidance_scale": ((None, 1, 1.0), "its second, unconditional pass would run unrouted"),
 }
 
 
-def check_generation_options(options: dict[str, Any]) -> None:
+def check_generation_options(options: dict[str, Any], defaults: GenerationConfig) -> None:
     """Refuse options that would give silently wrong text.
 
     Args:
         options: Keyword arguments meant for transformers' `generate`; a `generation_config` in them counts too.
+        defaults: The model's own generation config, in force where neither says anything.
 
     Raises:
         ValueError: Names the option, its value and the reason.
@@ -38,10 +47,15 @@ def check_generation_options(options: dict[str, Any]) -> None:
         raise ValueError(f"generation_config must be a transformers GenerationConfig; got {type(config).__name__}")
 
     def value(name: str) -> Any:
-        return options[name] if name in options else getattr(config, name, None)
+        if name in options:
+            return options[name]
+        given = getattr(config, name, None)
+        return getattr(defaults, name, None) if given is None else given
 
     if value("use_cache") is False:
         raise ValueError("use_cache=False cannot be used: the route of a prompt lives in its KV cache; drop the option")
     for name, (off, reason) in _UNSUPPORTED.items():
-        if value(name) not in off:
-            raise ValueError(f"{name}={value(name)!r} cannot be used with routed decoding: {reason}; drop the option")
+        given = value(name)
+        if given not in off:
+            shown = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
+            raise ValueError(f"{name}={shown} cannot be used with routed decoding: {reason}; drop the option")

@@ -113,10 +113,13 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be routed")
     expected = model.config.get_text_config(decoder=True).num_hidden_layers
     modules = dict(model.named_modules())
+    # A list inside a numbered module (experts of a layer, say) is not the list of layers.
     lists = {
         name: module
         for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) == expected and ".0." not in f"{name}."
+        if isinstance(module, nn.ModuleList)
+        and len(module) == expected
+        and not any(part.isdigit() for part in name.split("."))
     }
     if len(lists) != 1:
         found = ", ".join(lists) or "none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
     Attributes:
         rho: [B, L] fp32, with gradient in a teacher-forced pass.
         loss_terms: Scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²), `non_skip`
-            (Σ_i batch mean of rho_i), and the label `token_count`; empty without labels.
+            (Σ_i batch mean of rho_i), and the label `token_count`; None without labels.
     """
 
     rho: Tensor | None = None
-    loss_terms: dict[str, Tensor] = field(default_factory=dict)
+    loss_terms: dict[str, Tensor] | None = None
 
 
 class RouterAugmentedLM(nn.Module):
@@ -69,11 +69,14 @@ class RouterAugmentedLM(nn.Module):
     # -- loading and saving --
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> RouterAugmentedLM:
+    def from_pretrained(
+        cls, path: str | Path, settings: RouterSettings | None = None, **kwargs: Any
+    ) -> RouterAugmentedLM:
         """Load a hub id, a local transformers folder, or a folder written by `save_pretrained`.
 
         Args:
             path: Hub id or folder.
+            settings: Of fresh routers; a folder written by `save_pretrained` brings its own.
             **kwargs: For transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
 
         Raises:
@@ -81,7 +84,7 @@ class RouterAugmentedLM(nn.Module):
         """
         saved = storage.read_config(path)
         if saved is None:
-            return cls(storage.load_base(str(path), **kwargs))
+            return cls(storage.load_base(str(path), **kwargs), settings)
         base = storage.load_base(storage.base_location(path, saved), **kwargs)
         model = cls(base, RouterSettings(**saved["router"]))
         storage.load_trained(model, path, saved)
@@ -198,7 +201,16 @@ class RouterAugmentedLM(nn.Module):
         Returns:
             Logits [B, T, V], `loss` (mean cross-entropy), `rho` and `loss_terms`.
         """
+        shape_source = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         if past_key_values is not None:
+            if labels is not None or routes is not None:
+                raise ValueError(
+                    "labels= and routes= belong to a teacher-forced pass: drop past_key_values, or force the routes "
+                    "with new_cache(routes=...)"
+                )
+            if attention_mask is not None and "position_ids" not in kwargs:
+                positions = self._positions(attention_mask)
+                kwargs |= {name: value[:, -shape_source.shape[1] :] for name, value in positions.items()}
             out = self.lm(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -207,7 +219,6 @@ class RouterAugmentedLM(nn.Module):
                 **kwargs,
             )
             return RouterAugmentedOutput(**out, rho=past_key_values.rho)
-        shape_source = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         if attention_mask is None:
             attention_mask = torch.ones(shape_source.shape[:2], dtype=torch.long, device=shape_source.device)
         attended = attention_mask.bool()
@@ -231,17 +242,18 @@ class RouterAugmentedLM(nn.Module):
                 **self._positions(attention_mask),
                 **kwargs,
             )
-        result = RouterAugmentedOutput(**out, rho=current.rho)
-        if labels is not None:
-            total, count = cross_entropy(out.logits, labels)
-            result.loss = total / count.clamp_min(1)
-            result.loss_terms = {
-                "cross_entropy": result.loss,
-                "regularization": self.routers.squared_norm(),
-                "non_skip": result.rho.mean(0).sum(),
-                "token_count": count,
-            }
-        return result
+        rho = current.rho
+        if labels is None:
+            return RouterAugmentedOutput(**out, rho=rho)
+        total, count = cross_entropy(out.logits, labels)
+        loss = total / count.clamp_min(1)
+        terms = {
+            "cross_entropy": loss,
+            "regularization": self.routers.squared_norm(),
+            "non_skip": rho.mean(0).sum(),
+            "token_count": count,
+        }
+        return RouterAugmentedOutput(loss=loss, **out, rho=rho, loss_terms=terms)
 
     def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         if not self._takes_positions:
@@ -307,16 +319,21 @@ class RouterAugmentedLM(nn.Module):
         Raises:
             ValueError: An option that routed decoding cannot honour, named in the message.
         """
-        check_generation_options(kwargs)
+        check_generation_options(kwargs, self.lm.generation_config)
         embeds = kwargs.get("inputs_embeds")
         if input_ids is None and embeds is None:
             raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")
-        prompt = input_ids if input_ids is not None else embeds
+        prompt = input_ids if embeds is None else embeds
         assert prompt is not None
-        if past_key_values is None:
+        cache = None if past_key_values is None else _own_cache(past_key_values)
+        if cache is None or cache.get_seq_length() == 0:
             if attention_mask is None:
                 attention_mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
             _check_prompt(prompt, attention_mask)
+            if routes is not None and routes.ndim == 2 and routes.shape[0] != prompt.shape[0]:
+                raise ValueError(
+                    f"routes has {routes.shape[0]} rows but there are {prompt.shape[0]} prompts; give one row per prompt"
+                )
             if not attention_mask[:, -1].all():
                 order = attention_mask.long().argsort(dim=1, stable=True)
                 attention_mask = attention_mask.gather(1, order)
@@ -324,12 +341,15 @@ class RouterAugmentedLM(nn.Module):
                     input_ids = input_ids.gather(1, order)
                 if embeds is not None:
                     kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
-            past_key_values = self.new_cache(prompt.shape[1], routes)
+            cache = self.new_cache() if cache is None else cache
+            cache.expect_prompt(prompt.shape[1], routes)
         elif routes is not None:
             raise ValueError("routes= cannot be forced on a past_key_values that already carries routes; drop one")
+        elif attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("the new tokens after past_key_values are padded on the right; pad them on the left")
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
-        return self.lm.generate(input_ids, past_key_values=_own_cache(past_key_values), **kwargs)
+        return self.lm.generate(input_ids, past_key_values=cache, **kwargs)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model: PreTrainedModel) -> None:
     """Add every adapter to its base weight and put the base layer back in its place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
@@ -77,3 +77,5 @@ def merge_lora(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+        # No folder or hub id holds these weights any more; saving asks for them.
+        model.config._name_or_path = ""

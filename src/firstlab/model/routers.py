@@ -40,13 +40,14 @@ def pool(probabilities: Tensor, pooled_tokens: Tensor) -> Tensor:
 
     Args:
         probabilities: [B, T].
-        pooled_tokens: [B, T], true where a token counts.
+        pooled_tokens: [B, T] boolean, true where a token counts.
 
     Returns:
         [B]; 0 for a row without pooled tokens.
     """
-    weights = pooled_tokens.to(probabilities.dtype)
-    return (probabilities * weights).sum(-1) / weights.sum(-1).clamp_min(1)
+    # Filled, not multiplied: attention may leave NaN at padding.
+    total = probabilities.masked_fill(~pooled_tokens, 0).sum(-1)
+    return total / pooled_tokens.sum(-1).clamp_min(1)
 
 
 def decide(rho: Tensor, threshold: float = 0.5) -> Tensor:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FORMAT = "firstlab"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
 _ROUTER_WEIGHTS = "routers.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
@@ -95,7 +96,12 @@ def save(model: RouterAugmentedLM, path: str | Path, save_base: bool) -> None:
     directory = Path(path)
     base = model.config._name_or_path
     if not base and not save_base:
-        raise ValueError("the wrapped model was not loaded from a path or hub id; use save_pretrained(dir, save_base=True)")
+        raise ValueError(
+            "the base weights could not be found again: the model was not loaded from a path or hub id, or LoRA was "
+            "merged into it; use save_pretrained(dir, save_base=True)"
+        )
+    if save_base and model.has_lora:
+        raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
     directory.mkdir(parents=True, exist_ok=True)
     if base and Path(base).is_dir():
         base = str(Path(base).resolve())
@@ -107,9 +113,10 @@ def save(model: RouterAugmentedLM, path: str | Path, save_base: bool) -> None:
             directory / _ADAPTER_WEIGHTS,
         )
         model.lm.peft_config["default"].save_pretrained(directory)
+    else:
+        for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
+            (directory / name).unlink(missing_ok=True)
     if save_base:
-        if model.has_lora:
-            raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
         model.lm.save_pretrained(directory / "base")
     config = {
         "model_type": FORMAT,

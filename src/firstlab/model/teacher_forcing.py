@@ -59,7 +59,10 @@ class TeacherForcedPass:
         self.gate = gate
         self.prompt_mask = prompt_mask
         self.pooled = prompt_mask if self.decode_consistent or pooled_tokens == "prompt" else attention_mask
-        self.routes = None if routes is None else routes.expand(attention_mask.shape[0], -1)
+        rows = attention_mask.shape[0]
+        if routes is not None and routes.ndim == 2 and routes.shape[0] != rows:
+            raise ValueError(f"routes has {routes.shape[0]} rows but the batch has {rows}; give one row per prompt")
+        self.routes = None if routes is None else routes.expand(rows, -1)
         self.checkpoint_layers = checkpoint_layers
         self._rho: list[Tensor] = []
 

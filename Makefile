@@ -1,0 +1,78 @@
+# Everyday commands. `make` lists them; the ones that need Python packages install them first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+COMET_VENV ?= .venv-comet
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+COMET_INSTALLED := $(COMET_VENV)/.installed
+
+# Removes a half-made environment's marker, so that an interrupted set-up starts over.
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format nano comet reproduce-tables lock clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' Makefile
+	@echo "Options: PYTHON=$(PYTHON)  VENV=$(VENV)  WORKERS=$(WORKERS) (parallel test processes)"
+
+setup: $(INSTALLED) ## install firstlab and its locked dependencies into .venv
+
+demo test: export HF_HUB_OFFLINE := 1
+
+demo: setup ## train, evaluate and plot the bundled model twice: default settings, and 25 % of layers skipped
+	$(PY) -m firstlab.train
+	$(PY) -m firstlab.train method.target_skip=0.25
+
+test: export OMP_NUM_THREADS := 1
+test: lint ## lint, then run the test suite
+	$(PY) -m pytest -n $(WORKERS)
+
+lint: setup ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## fix what style and formatting checks can fix
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+nano: setup ## train the bundled nano model again, from generated text
+	$(PY) -m firstlab.nano
+
+comet: $(COMET_INSTALLED) ## install the COMET metric into .venv-comet, its own environment
+
+reproduce-tables: setup ## write the tables and figures from the recorded results
+	$(PY) -m firstlab.tables
+
+lock: setup ## renew constraints.txt: the newest versions that work together on Python 3.10 and later
+	$(PY) -m pip install --quiet uv
+	$(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --all-extras \
+	  --no-annotate --no-header --upgrade --output-file $(VENV)/resolved.txt
+	sed -n '/^#/p' constraints.txt > $(VENV)/constraints.txt
+	sed -E "/^(cuda-|nvidia-|triton=)/d; /sys_platform == 'emscripten'/d; s/ (and|;) sys_platform != 'emscripten'//" \
+	  $(VENV)/resolved.txt >> $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
+
+clean: ## remove caches and build output; keep environments and runs
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --constraint constraints.txt --editable ".[dev,sweep,tensorboard]"
+	@touch $@
+
+$(COMET_INSTALLED): constraints-comet.txt | $(COMET_VENV)/bin/python
+	$(COMET_VENV)/bin/python -m pip install --requirement constraints-comet.txt
+	@touch $@
+
+$(PY) $(COMET_VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no program called '$(PYTHON)': name a Python 3.10 or newer," \
+	  "for instance: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("make: $(PYTHON) is Python %d.%d, but" \
+	  " firstlab needs 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" % v[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments:" \
+	  "install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(@D)/..

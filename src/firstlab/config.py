@@ -1,0 +1,380 @@
+"""The typed configuration. Every key that `conf/` may set stands here, with its meaning and its range.
+
+`load` turns what Hydra composed into an `ExperimentConfig` and checks it before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    # Imported where it is used: command-line help must not wait for torch.
+    from firstlab.methods.base import Method
+
+PHASES = ("router", "lora", "evaluate")
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
+
+
+def conf_dir() -> str:
+    """The `conf` folder: the repository's when there is one, else the copy inside the installed package."""
+    in_repository = Path(__file__).resolve().parents[2] / "conf"
+    inside_package = Path(__file__).resolve().parent / "conf"
+    return str(in_repository if (in_repository / "train.yaml").is_file() else inside_package)
+
+
+def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{option}={value!r} is not allowed: {allowed}")
+
+
+@dataclass
+class RouterConfig:
+    """See `firstlab.model.RouterSettings`."""
+
+    input_norm: str = "rms"
+    threshold: float = 0.5
+
+
+@dataclass
+class ModelConfig:
+    """The base model.
+
+    Attributes:
+        name: Short name for run directories and tables.
+        path: Hub id or folder; `bundled:nano` is the model inside this package.
+        dtype: float32, bfloat16, float16 or auto.
+        revision: Hub revision.
+        attn_implementation: sdpa, eager, flash_attention_2, or null for transformers' choice.
+    """
+
+    name: str = MISSING
+    path: str = MISSING
+    dtype: str = "float32"
+    revision: str | None = None
+    attn_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        allowed = ("float32", "bfloat16", "float16", "auto")
+        _require(self.dtype in allowed, "model.dtype", self.dtype, f"choose one of {', '.join(allowed)}")
+
+
+@dataclass
+class DataConfig:
+    """A task and how much of it is used; see `firstlab.data.datamodule.PromptDataModule`.
+
+    Attributes:
+        name: Short name for run directories and tables.
+        task: `_target_` of a `firstlab.data.task.Task` and its arguments.
+        root: Folder of plain files, or null for the hub.
+        max_length_router, max_length_lora: Tokens of prompt and response in phase 1 and phase 2 (A.4).
+        max_prompt_length: Tokens of a prompt in generation.
+        max_new_tokens: Tokens that generation adds.
+    """
+
+    name: str = MISSING
+    task: dict[str, Any] = MISSING
+    root: str | None = None
+    train_size: int | None = None
+    val_size: int = 128
+    test_size: int | None = None
+    split_seed: int = 0
+    max_length_router: int = 256
+    max_length_lora: int = 256
+    max_prompt_length: int = 512
+    max_new_tokens: int = 80
+    num_workers: int = 0
+
+
+@dataclass
+class LoraConfig:
+    """See `firstlab.model.LoraSettings`; the defaults are the paper's (A.4)."""
+
+    rank: int = 8
+    lora_alpha: int = 32
+    dropout: float = 0.1
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass
+class PhaseConfig:
+    """One training phase.
+
+    Attributes:
+        batch_size: Rows of a micro-batch over all processes together.
+        accumulate: Micro-batches per optimizer step.
+        epochs: Passes over the training examples.
+        max_steps: Cap on optimizer steps, or null.
+        learning_rate: Peak; cosine decay to zero.
+        validate_every, checkpoint_every: In optimizer steps.
+        patience: Validations without improvement before training stops, or null.
+        loss_on: "all" tokens or "response" tokens.
+    """
+
+    batch_size: int = 16
+    accumulate: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.05
+    gradient_clip: float | None = 1.0
+    validate_every: int = 20
+    checkpoint_every: int = 20
+    patience: int | None = 4
+    loss_on: str = "response"
+
+    def check(self, name: str) -> None:
+        """Raises ValueError with the option's full name."""
+        for key in ("batch_size", "accumulate", "epochs", "validate_every", "checkpoint_every"):
+            _require(getattr(self, key) >= 1, f"{name}.{key}", getattr(self, key), "at least 1")
+        for key in ("max_steps", "patience"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"{name}.{key}", value, "at least 1, or null")
+        _require(self.learning_rate > 0, f"{name}.learning_rate", self.learning_rate, "greater than 0")
+        _require(0 <= self.warmup_fraction < 1, f"{name}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
+        _require(
+            self.loss_on in ("all", "response"), f"{name}.loss_on", self.loss_on, "choose one of all, response"
+        )
+
+
+@dataclass
+class BertScoreConfig:
+    """BERTScore of summaries. path: hub id or folder of the encoder; null leaves the metric out."""
+
+    path: str | None = None
+    num_layers: int | None = None
+
+
+@dataclass
+class CometConfig:
+    """COMET of translations, through its own environment (`make comet`). model: null leaves the metric out."""
+
+    model: str | None = None
+    command: str = ".venv-comet/bin/comet-score"
+    batch_size: int = 8
+    gpus: int = 0
+
+
+@dataclass
+class EvaluationConfig:
+    """How a trained model is evaluated.
+
+    Attributes:
+        limit: Test examples to use (evenly spread), or null for all.
+        batch_size: Rows generated together.
+        do_sample, temperature, top_k: Sampling as in the paper (0.8, top-k 10), or greedy.
+        num_beams: Beam search when greater than 1.
+        confidence, resamples: Of the bootstrap intervals.
+        perplexity: Also measure response perplexity under the routes.
+        tpot_prompts: Prompts timed one by one, dense and routed in turn; 0 leaves timing out.
+        tpot_tokens: New tokens per timed prompt.
+        tpot_repetitions: Times every prompt is timed.
+    """
+
+    limit: int | None = None
+    batch_size: int = 32
+    do_sample: bool = False
+    temperature: float = 0.8
+    top_k: int = 10
+    num_beams: int = 1
+    confidence: float = 0.95
+    resamples: int = 1000
+    perplexity: bool = True
+    tpot_prompts: int = 8
+    tpot_tokens: int = 24
+    tpot_repetitions: int = 3
+    bertscore: BertScoreConfig = field(default_factory=BertScoreConfig)
+    comet: CometConfig = field(default_factory=CometConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "at least 1, or null for all")
+        _require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1")
+        _require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "at least 1")
+        _require(self.temperature > 0, "evaluation.temperature", self.temperature, "greater than 0")
+        _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
+        _require(self.resamples >= 100, "evaluation.resamples", self.resamples, "at least 100")
+        _require(self.tpot_prompts >= 0, "evaluation.tpot_prompts", self.tpot_prompts, "at least 0")
+        _require(self.tpot_tokens >= 2, "evaluation.tpot_tokens", self.tpot_tokens, "at least 2")
+        _require(self.tpot_repetitions >= 1, "evaluation.tpot_repetitions", self.tpot_repetitions, "at least 1")
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how training runs.
+
+    Attributes:
+        accelerator: "cpu" or "gpu".
+        devices: Processes per node.
+        strategy: "auto", "ddp" or "fsdp".
+        precision: Lightning precision.
+        gradient_checkpointing: Recompute layer activations in the backward pass.
+        progress_bar: Show progress.
+    """
+
+    accelerator: str = "cpu"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    gradient_checkpointing: bool = False
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            self.accelerator in ("cpu", "gpu"), "trainer.accelerator", self.accelerator, "choose one of cpu, gpu"
+        )
+        _require(
+            self.strategy in ("auto", "ddp", "fsdp"), "trainer.strategy", self.strategy, "choose one of auto, ddp, fsdp"
+        )
+        _require(
+            self.precision in PRECISIONS, "trainer.precision", self.precision, f"choose one of {', '.join(PRECISIONS)}"
+        )
+        _require(self.devices >= 1, "trainer.devices", self.devices, "at least 1")
+        _require(self.num_nodes >= 1, "trainer.num_nodes", self.num_nodes, "at least 1")
+        if self.strategy == "auto" and self.devices * self.num_nodes > 1:
+            raise ValueError(
+                f"trainer.devices={self.devices} needs trainer.strategy=ddp or fsdp; or choose trainer=ddp"
+            )
+        if self.strategy == "fsdp" and self.accelerator != "gpu":
+            raise ValueError("trainer.strategy='fsdp' needs trainer.accelerator=gpu; on CPU use trainer=ddp")
+
+
+@dataclass
+class ExperimentConfig:
+    """One run: one method at one skip level on one model, task and seed.
+
+    Attributes:
+        method: `_target_` of a `firstlab.methods.base.Method` and its arguments.
+        logger: `_target_` of a Lightning logger and its arguments, or null.
+        run_dir: Where everything goes; null derives it from data, model, method and seed.
+        runs: Folder of all run directories.
+        phases: Which of router, lora, evaluate to run.
+        init_from: Saved model to start phase 2 or evaluation from, instead of this run's own phase 1.
+        compare_with_base: Also run `method=none` on the same settings (once), for the table.
+        ckpt: "last" goes on where the run was; "none" starts its phases again.
+        overwrite: Delete what the run directory holds.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: Any = MISSING
+    router: RouterConfig = field(default_factory=RouterConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    router_phase: PhaseConfig = field(default_factory=PhaseConfig)
+    lora_phase: PhaseConfig = field(default_factory=PhaseConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: Any = None
+    seed: int = 0
+    run_dir: str | None = None
+    runs: str = "runs"
+    phases: list[str] = field(default_factory=lambda: list(PHASES))
+    init_from: str | None = None
+    compare_with_base: bool = True
+    ckpt: str = "last"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.router_phase.check("router_phase")
+        self.lora_phase.check("lora_phase")
+        unknown = [p for p in self.phases if p not in PHASES]
+        _require(not unknown and bool(self.phases), "phases", self.phases, f"choose from {', '.join(PHASES)}")
+        _require(self.ckpt in ("last", "none"), "ckpt", self.ckpt, "choose one of last, none")
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+    def directory(self, method: Method) -> Path:
+        """The run directory."""
+        if self.run_dir is not None:
+            return Path(self.run_dir)
+        return Path(self.runs) / f"{self.data.name}-{self.model.name}" / f"{method.label}-seed{self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, as written to config.yaml."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's numbers: everything but where it runs, where it writes and how it starts."""
+        config = self.to_dict()
+        for key in ("logger", "run_dir", "runs", "phases", "init_from", "compare_with_base", "ckpt", "overwrite"):
+            del config[key]
+        for key in ("accelerator", "devices", "num_nodes", "strategy", "progress_bar", "gradient_checkpointing"):
+            del config["trainer"][key]
+        del config["data"]["num_workers"]
+        return config
+
+    def hash(self) -> str:
+        """Short hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def register() -> None:
+    """Tell Hydra the schemas that the primary config files start from."""
+    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
+
+
+def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
+    """The checked configuration and its method.
+
+    Raises:
+        ValueError: One message with the option, its value and what is allowed.
+    """
+    from firstlab.methods.base import Method
+
+    experiment = _to_object(config)
+    method = build(experiment.method, "method")
+    if not isinstance(method, Method):
+        raise ValueError(f"method._target_={experiment.method.get('_target_')!r} is not a firstlab method")
+    return experiment, method
+
+
+def load_dict(node: dict[str, Any]) -> ExperimentConfig:
+    """A configuration from what `ExperimentConfig.to_dict` gave.
+
+    Raises:
+        ValueError: It does not fit this version's schema.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(node))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"saved configuration: {str(error).strip()}") from error
+    assert isinstance(merged, DictConfig)
+    return _to_object(merged)
+
+
+def _to_object(config: DictConfig) -> ExperimentConfig:
+    try:
+        experiment = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).strip()}") from error
+    assert isinstance(experiment, ExperimentConfig)
+    return experiment
+
+
+def build(node: Any, option: str, **extra: Any) -> Any:
+    """Instantiate a `_target_` node; errors become one line that names the option.
+
+    Raises:
+        ValueError: No `_target_`, unknown target, or arguments it refuses.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
+    try:
+        return instantiate(node, _convert_="object", **extra)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(str(cause) if isinstance(cause, ValueError) else f"{option}: {cause}") from error

@@ -1,0 +1,113 @@
+"""The order of samples: batches and shards that lose and double nothing, the same on every machine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+
+def cut(items: Sequence[int], parts: int) -> list[list[int]]:
+    """`items` in `parts` runs whose lengths differ by at most 1, the longer ones first."""
+    size, extra = divmod(len(items), parts)
+    starts = [part * size + min(part, extra) for part in range(parts + 1)]
+    return [list(items[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def batch_count(n: int, batch_size: int) -> int:
+    """How many batches of at most `batch_size` hold `n` samples."""
+    if batch_size < 1:
+        raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+    return -(-n // batch_size)
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The global batches of one epoch: 0 to n - 1 permuted, in ceil(n / batch_size) runs of near equal size.
+
+    No sample is lost or doubled, and no small last batch gives few samples a large weight. Depends on `seed`
+    + `epoch`, not on the number of processes.
+    """
+    order = list(range(n))
+    random.Random(seed + epoch).shuffle(order)
+    return cut(order, batch_count(n, batch_size)) if n else []
+
+
+class FixedBatches:
+    """Given batches as a batch sampler (Lightning's prediction loop takes no bare list)."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def shard_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Batches of samples `rank`, `rank` + `world_size`, ... below `n`, for validation and generation.
+
+    Every rank gets the same number of batches as far as its samples go, so that ranks which talk in each step
+    stay in step.
+    """
+    shard = range(rank, n, world_size)
+    batches = batch_count(batch_count(n, world_size), batch_size)
+    return cut(shard, min(batches, len(shard))) if len(shard) else []
+
+
+class DistributedBatches:
+    """The batches of one rank over a whole training run, epoch after epoch (a batch sampler).
+
+    Rank r gets the r-th run of every global batch of `epoch_batches`. The union over ranks is the batch that
+    a single process sees; ranks differ by at most one row, the lower ranks have more.
+
+    Args:
+        n: Number of samples.
+        batch_size: Rows of a global batch, at most.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+        total_batches: Length of the run.
+        start_batch: Batches of the run that are done already; iteration starts behind them.
+
+    Raises:
+        ValueError: A global batch would leave a rank without a row, or there is no sample.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        *,
+        total_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+    ) -> None:
+        if n < 1:
+            raise ValueError("data.train_size=0 leaves nothing to train on: set it to at least 1")
+        self.batches_per_epoch = batch_count(n, batch_size)
+        smallest = n // self.batches_per_epoch
+        if smallest < world_size:
+            raise ValueError(
+                f"trainer.devices (with trainer.num_nodes) gives {world_size} processes, but data.batch_size="
+                f"{batch_size} over {n} training samples makes global batches of {smallest}: every process "
+                "needs a row; raise data.batch_size or lower trainer.devices"
+            )
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.total_batches, self.start_batch = total_batches, start_batch
+
+    def __len__(self) -> int:
+        """Batches of the whole run, done ones included: Lightning adds restored progress to its count."""
+        return self.total_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, skip = divmod(self.start_batch, self.batches_per_epoch)
+        left = self.total_batches - self.start_batch
+        while left > 0:
+            for batch in epoch_batches(self.n, self.batch_size, self.seed, epoch)[skip : skip + left]:
+                yield cut(batch, self.world_size)[self.rank]
+                left -= 1
+            epoch, skip = epoch + 1, 0

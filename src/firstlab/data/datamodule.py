@@ -1,0 +1,315 @@
+"""The Lightning data module: splits of one task and the loaders over them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from firstlab.data.batching import DistributedBatches, FixedBatches, batch_count, shard_batches
+from firstlab.data.encoding import (
+    Batch,
+    LossOn,
+    PromptRows,
+    Row,
+    TrainingRows,
+    collate_prompts,
+    collate_training,
+    encode,
+    fit_prompt,
+    pad_id,
+    prompt_ids,
+)
+from firstlab.data.files import spread
+from firstlab.data.task import Example, Task
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Splits of one task and the loaders over them.
+
+    `train`, `val` and `test` are lists of `Example` after `setup`; `index` in a batch is the position there.
+    Use `Trainer(use_distributed_sampler=False, max_epochs=1)`: shards are made here, and the train loader is
+    the whole run.
+
+    Args:
+        task: The data.
+        tokenizer: Never changed; needs an EOS token.
+        train_size: Training examples, fewer where the pool has not enough after validation is taken; None
+            takes all.
+        val_size: Validation examples, taken from the pool before training examples, or from the task's own
+            validation set if it offers `validation()`.
+        test_size: Test examples at even distances; None, or more than there are, takes all.
+        seed: Of the splits and of the training order.
+        max_length: Tokens of prompt and response in training and validation.
+        max_prompt_length: Tokens of a prompt in generation; None takes `max_length`.
+        max_new_tokens: Tokens that generation adds; kept for the code that generates, checked against the
+            tokenizer's limit.
+        batch_size: Rows of a micro batch over all processes together.
+        eval_batch_size: Rows of a validation or generation batch on one process.
+        num_workers: Loader processes.
+        loss_on: "all" real tokens (phase 1) or "response" tokens only (phase 2).
+        epochs: Length of the training run, unless `total_batches` is set.
+        total_batches: Length of the training run in micro batches.
+
+    Attributes:
+        consumed_batches: Training batches done; saved in checkpoints, and where `train_dataloader` starts. The
+            training code sets it, in `training_step`: checkpoint callbacks run before `on_train_batch_end`.
+
+    Raises:
+        ValueError: A setting out of range (here), data that cannot be used (in `setup`).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train_size: int | None,
+        val_size: int,
+        test_size: int | None = None,
+        seed: int = 0,
+        max_length: int = 256,
+        max_prompt_length: int | None = None,
+        max_new_tokens: int = 80,
+        batch_size: int = 8,
+        eval_batch_size: int = 8,
+        num_workers: int = 0,
+        loss_on: LossOn = "all",
+        epochs: int = 1,
+        total_batches: int | None = None,
+    ) -> None:
+        super().__init__()
+        least = {
+            "train_size": (train_size, 1),
+            "val_size": (val_size, 0),
+            "test_size": (test_size, 1),
+            "max_length": (max_length, 2),
+            "max_prompt_length": (max_prompt_length, 1),
+            "max_new_tokens": (max_new_tokens, 1),
+            "batch_size": (batch_size, 1),
+            "eval_batch_size": (eval_batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "epochs": (epochs, 1),
+            "total_batches": (total_batches, 1),
+        }
+        for option, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise ValueError(f"data.{option}={value} must be at least {lowest}")
+        if loss_on not in ("all", "response"):
+            raise ValueError(f"data.loss_on={loss_on} is unknown: choose 'all' or 'response'")
+        self.task, self.tokenizer = task, tokenizer
+        self.train_size, self.val_size, self.test_size, self.seed = train_size, val_size, test_size, seed
+        self.max_length, self.max_new_tokens, self.loss_on = max_length, max_new_tokens, loss_on
+        self.prompt_option = "data.max_length" if max_prompt_length is None else "data.max_prompt_length"
+        self.max_prompt_length = max_length if max_prompt_length is None else max_prompt_length
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.epochs, self.total_batches = epochs, total_batches
+        self.consumed_batches = 0
+        self._saved_stream: dict[str, int] | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # few prompts on many devices
+        limit = tokenizer.model_max_length
+        if max(max_length, self.max_prompt_length + max_new_tokens) > limit:
+            raise ValueError(
+                f"data.max_length={max_length} or {self.prompt_option}={self.max_prompt_length} with "
+                f"data.max_new_tokens={max_new_tokens} exceeds the tokenizer's model_max_length of "
+                f"{limit}: lower them"
+            )
+        self.pad = pad_id(tokenizer)
+
+    # Splits
+
+    def prepare_data(self) -> None:
+        """Loads everything on one process of each machine first, so that the others find downloads done.
+
+        The test set as well: that it cannot be read should show before the training, not after.
+        """
+        _ = self._train_val, self.test
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads what `stage` needs; raises for a prompt that can never fit here, not in mid-training."""
+        if stage in (None, "fit", "validate"):
+            for example in self._tight([*self.train, *self.val], self.max_length - self.max_length // 2):
+                encode(self.task, example, self.tokenizer, self.max_length)
+        if stage in (None, "test"):
+            for example in self._tight(self.test, self.max_length - self.max_length // 2):
+                encode(self.task, example, self.tokenizer, self.max_length)
+        if stage in (None, "predict"):
+            for example in self._tight(self.test, self.max_prompt_length):
+                fit_prompt(self.task, example, self.tokenizer, self.max_prompt_length, self.prompt_option)
+
+    def _tight(self, examples: Sequence[Example], room: int) -> list[Example]:
+        """Examples whose prompt may not fit into `room` tokens even with one word of its text only.
+
+        Few prompts have to be tokenised for that: a token is at least a byte, and most tasks have one frame.
+        """
+        word = 32  # tokens, generously; special tokens included
+        lengths: dict[str, int] = {}
+        tight = []
+        for example in examples:
+            frame = self.task.prompt(example, "")
+            if frame not in lengths:
+                short = len(frame.encode()) + word < room
+                lengths[frame] = 0 if short else len(prompt_ids(self.tokenizer, frame))
+            if lengths[frame] + word >= room:
+                tight.append(example)
+        return tight
+
+    @cached_property
+    def _train_val(self) -> tuple[list[Example], list[Example]]:
+        pool = self._shuffled(self.task.train_pool())
+        own_validation = getattr(self.task, "validation", None)
+        held_out = own_validation() if own_validation is not None else None
+        if held_out is not None:
+            if len(held_out) < self.val_size:
+                raise ValueError(
+                    f"data.val_size={self.val_size}, but the validation set has {len(held_out)} examples: "
+                    f"set data.val_size to at most {len(held_out)}"
+                )
+            val, rest = self._shuffled(held_out)[: self.val_size], pool
+        else:
+            if len(pool) <= self.val_size:
+                raise ValueError(
+                    f"data.val_size={self.val_size} leaves nothing to train on: the training pool has "
+                    f"{len(pool)} examples; set data.val_size to at most {max(len(pool) - 1, 0)}"
+                )
+            val, rest = pool[: self.val_size], pool[self.val_size :]
+        return rest[: self.train_size], val
+
+    def _shuffled(self, examples: Sequence[Example]) -> list[Example]:
+        order = list(range(len(examples)))
+        random.Random(self.seed).shuffle(order)
+        return [examples[i] for i in order]
+
+    @property
+    def train(self) -> list[Example]:
+        """Training examples."""
+        return self._train_val[0]
+
+    @property
+    def val(self) -> list[Example]:
+        """Validation examples."""
+        return self._train_val[1]
+
+    @cached_property
+    def test(self) -> list[Example]:
+        """Test examples in published order."""
+        return spread(self.task.test(), self.test_size)
+
+    # Loaders
+
+    def _world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(
+        self,
+        rows: Dataset[Row],
+        batches: DistributedBatches | FixedBatches,
+        collate: Callable[[Sequence[Row]], Batch],
+    ) -> DataLoader[Row]:
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def run_batches(self) -> int:
+        """Micro batches of the whole training run."""
+        per_epoch = batch_count(len(self.train), self.batch_size)
+        return self.epochs * per_epoch if self.total_batches is None else self.total_batches
+
+    def train_dataloader(self) -> DataLoader[Row]:
+        """The training run from `consumed_batches` on, as one stream over epochs.
+
+        Raises:
+            ValueError: More processes than rows in a batch, or other data than in the checkpoint.
+        """
+        self._check_stream()
+        rank, world_size = self._world()
+        batches = DistributedBatches(
+            len(self.train),
+            self.batch_size,
+            self.seed,
+            total_batches=self.run_batches(),
+            rank=rank,
+            world_size=world_size,
+            start_batch=self.consumed_batches,
+        )
+        rows = TrainingRows(self.task, self.train, self.tokenizer, self.max_length)
+        return self._loader(rows, batches, partial(collate_training, pad=self.pad, loss_on=self.loss_on))
+
+    def val_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
+        """Teacher-forced validation batches; no loader when there is no validation."""
+        return self.teacher_forced_loader(self.val, "data.val_size") if self.val else []
+
+    def test_dataloader(self) -> DataLoader[Row]:
+        """Teacher-forced test batches, for perplexity."""
+        return self.teacher_forced_loader(self.test, "data.test_size")
+
+    def predict_dataloader(self) -> DataLoader[Row]:
+        """Test prompts to generate from."""
+        return self.generation_loader(self.test)
+
+    def teacher_forced_loader(self, examples: Sequence[Example], option: str = "the examples") -> DataLoader[Row]:
+        """This rank's share of `examples` with responses, in order.
+
+        Raises:
+            ValueError: Ranks would have different numbers of batches, on which sharded models hang.
+        """
+        rank, world_size = self._world()
+        counts = {
+            len(shard_batches(len(examples), self.eval_batch_size, each, world_size)) for each in range(world_size)
+        }
+        if len(counts) > 1:
+            raise ValueError(
+                f"{option}: {len(examples)} examples in data.eval_batch_size={self.eval_batch_size} give "
+                f"some of the {world_size} processes fewer batches than others, which would hang them: set "
+                f"data.eval_batch_size to at least 2, a number of examples that {world_size} divides, or "
+                "fewer trainer.devices"
+            )
+        rows = TrainingRows(self.task, examples, self.tokenizer, self.max_length)
+        batches = FixedBatches(shard_batches(len(examples), self.eval_batch_size, rank, world_size))
+        return self._loader(rows, batches, partial(collate_training, pad=self.pad, loss_on=self.loss_on))
+
+    def generation_loader(self, examples: Sequence[Example]) -> DataLoader[Row]:
+        """This rank's share of the prompts of `examples`, in order; ranks may differ in batch counts."""
+        rank, world_size = self._world()
+        rows = PromptRows(self.task, examples, self.tokenizer, self.max_prompt_length, self.prompt_option)
+        batches = FixedBatches(shard_batches(len(examples), self.eval_batch_size, rank, world_size))
+        return self._loader(rows, batches, partial(collate_prompts, pad=self.pad))
+
+    # Checkpoints
+
+    def _stream(self) -> dict[str, int]:
+        """What the order of training batches depends on."""
+        return {"seed": self.seed, "batch_size": self.batch_size, "train_size": len(self.train)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training is, and in which stream of batches."""
+        return {"consumed_batches": self.consumed_batches, "stream": self._stream()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets training go on behind the batches done; the number of processes may have changed."""
+        self.consumed_batches = state_dict["consumed_batches"]
+        self._saved_stream = state_dict["stream"]
+
+    def _check_stream(self) -> None:
+        # Not in `load_state_dict`: a checkpoint may be evaluated on any data.
+        now = self._stream()
+        changed = [
+            f"data.{option}: {value} in the checkpoint, {now[option]} now"
+            for option, value in (self._saved_stream or now).items()
+            if value != now[option]
+        ]
+        if changed:
+            raise ValueError(
+                f"cannot resume in the middle of other training data ({'; '.join(changed)}): restore these "
+                "options or start a new run"
+            )

@@ -1,0 +1,223 @@
+"""From an example to token ids and from rows of ids to padded batches.
+
+Notation used for tensor shapes: B rows of a batch, T tokens of its longest row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from firstlab.data.task import Example, Task
+
+LossOn = Literal["all", "response"]
+Batch = dict[str, Tensor]
+
+# The steps in which a text is shortened: words, but single characters in scripts without spaces, and pieces
+# of very long words (a text that is one address or one line of base64).
+_CJK = "\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]{{1,32}}")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS.
+
+    Some tokenizers are set to close every text with EOS, after which a model would have nothing to say.
+    """
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        bare: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if bare[-1:] == ids[-1:] else ids[:-1]
+    return ids
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
+    """Token ids of a response, closed with EOS and tokenised apart from its prompt."""
+    ids: list[int] = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+    return [*ids, eos_id(tokenizer)]
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the token that ends a text.
+
+    Raises:
+        ValueError: The tokenizer has none.
+    """
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no EOS token, so "
+            "responses could not end: set tokenizer.eos_token to one of its tokens"
+        )
+    return tokenizer.eos_token_id
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: PAD, or EOS where there is none. Masks and labels come from lengths, not ids."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else eos_id(tokenizer)
+
+
+def fit_prompt(
+    task: Task,
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    option: str = "data.max_length",
+) -> str:
+    """The prompt of `example` in at most `max_tokens` tokens, its source text cut at the end where needed.
+
+    Whole words are cut off, in scripts without spaces characters; one more would not fit. The rest of the
+    prompt, `### Response:` above all, always stays.
+
+    Args:
+        task: Writes the prompt.
+        example: What to ask.
+        tokenizer: Counts, special tokens included.
+        max_tokens: Room for the prompt.
+        option: The setting that bounds the prompt, for the message.
+
+    Raises:
+        ValueError: Not even one word of the text fits.
+    """
+
+    def fits(prompt: str) -> bool:
+        return len(prompt_ids(tokenizer, prompt)) <= max_tokens
+
+    whole = task.prompt(example)
+    if fits(whole):
+        return whole
+    ends = [unit.end() for unit in _UNIT.finditer(example.source)]
+    # Invariant: `kept` units fit, `lost` units do not (0 and all are placeholders, never tried).
+    kept, lost = 0, len(ends) + 1
+    while lost - kept > 1:
+        middle = (kept + lost) // 2
+        if fits(task.prompt(example, example.source[: ends[middle - 1]])):
+            kept = middle
+        else:
+            lost = middle
+    if kept == 0:
+        frame = len(prompt_ids(tokenizer, task.prompt(example, "")))
+        raise ValueError(
+            f"{option} leaves {max_tokens} tokens for the prompt of example '{example.id}', which has "
+            f"{frame} tokens before any of its text is in: raise {option}"
+        )
+    return task.prompt(example, example.source[: ends[kept - 1]])
+
+
+def encode(
+    task: Task, example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and response (the first reference), together at most `max_length`.
+
+    What is too long loses source text first. The response is cut only where it takes more than half of
+    `max_length` and the prompt leaves no room; a cut response has no EOS, because it does not end there.
+
+    Raises:
+        ValueError: The prompt's frame does not fit.
+    """
+    prompt = prompt_ids(tokenizer, task.prompt(example))
+    response = response_ids(tokenizer, example.references[0])
+    if len(prompt) + len(response) > max_length:
+        response = response[: max(max_length // 2, max_length - len(prompt))]
+        prompt = prompt_ids(tokenizer, fit_prompt(task, example, tokenizer, max_length - len(response)))
+    return prompt, response
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tokenised example; `index` is its position in its split. No response when it is to be generated."""
+
+    index: int
+    prompt: list[int]
+    response: list[int]
+
+
+class TrainingRows(Dataset[Row]):
+    """Prompt and response of each example, tokenised on access (worker processes share that work)."""
+
+    def __init__(
+        self, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
+        self.task, self.examples, self.tokenizer, self.max_length = task, examples, tokenizer, max_length
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Row:
+        return Row(index, *encode(self.task, self.examples[index], self.tokenizer, self.max_length))
+
+
+class PromptRows(Dataset[Row]):
+    """The prompt of each example, for generation."""
+
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        option: str,
+    ) -> None:
+        self.task, self.examples, self.tokenizer = task, examples, tokenizer
+        self.max_length, self.option = max_length, option
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Row:
+        prompt = fit_prompt(self.task, self.examples[index], self.tokenizer, self.max_length, self.option)
+        return Row(index, prompt_ids(self.tokenizer, prompt), [])
+
+
+def collate_training(rows: Sequence[Row], pad: int, loss_on: LossOn) -> Batch:
+    """Pads on the right.
+
+    Returns:
+        input_ids, attention_mask, labels (-100 outside the loss; not shifted) and prompt_mask (1 on prompt
+        tokens), each [B, T]; index [B].
+    """
+    longest = max(len(row.prompt) + len(row.response) for row in rows)
+    shape = (len(rows), longest)
+    input_ids = torch.full(shape, pad)
+    labels = torch.full(shape, -100)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    prompt_mask = torch.zeros(shape, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start, end = len(row.prompt), len(row.prompt) + len(row.response)
+        input_ids[i, :end] = torch.tensor(row.prompt + row.response)
+        attention_mask[i, :end] = 1
+        prompt_mask[i, :start] = 1
+        first = 0 if loss_on == "all" else start
+        labels[i, first:end] = input_ids[i, first:end]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "prompt_mask": prompt_mask,
+        "index": torch.tensor([row.index for row in rows]),
+    }
+
+
+def collate_prompts(rows: Sequence[Row], pad: int) -> Batch:
+    """Pads on the left, as generation needs it.
+
+    Returns:
+        input_ids and attention_mask [B, T]; index [B].
+    """
+    longest = max(len(row.prompt) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        input_ids[i, longest - len(row.prompt) :] = torch.tensor(row.prompt)
+        attention_mask[i, longest - len(row.prompt) :] = 1
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "index": torch.tensor([row.index for row in rows]),
+    }

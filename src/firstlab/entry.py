@@ -1,0 +1,92 @@
+"""What all command-line entry points share: one-line errors, resumable interrupts, several processes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    from firstlab.config import TrainerConfig
+
+
+def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Print a `ValueError` as one message and exit with 2; on Ctrl-C say how to go on and exit with 130."""
+
+    @functools.wraps(main)
+    def run(config: DictConfig) -> None:
+        _quiet()
+        try:
+            main(config)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+def _quiet() -> None:
+    # Notices of the libraries that a user can do nothing about.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+
+
+def in_processes(module: str, trainer: TrainerConfig) -> bool:
+    """Start `module` again under torchrun when several processes are asked for and this is not one of them.
+
+    Several nodes are started from outside (torchrun or srun on every node).
+
+    Returns:
+        True if the processes were started and have ended well; the caller is done.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if trainer.devices * trainer.num_nodes == 1:
+        return False
+    if world > 1:
+        _join(trainer)
+        return False
+    if trainer.num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={trainer.num_nodes}: start this command on every node with torchrun --nnodes "
+            f"{trainer.num_nodes} --nproc-per-node {trainer.devices} -m {module} ..."
+        )
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
+    code = subprocess.run([*launcher, "-m", module, *overrides], check=False).returncode
+    if code:
+        sys.exit(code)
+    return True
+
+
+def _join(trainer: TrainerConfig) -> None:
+    import torch
+    import torch.distributed as dist
+
+    world, wanted = int(os.environ["WORLD_SIZE"]), trainer.devices * trainer.num_nodes
+    if world != wanted:
+        raise ValueError(
+            f"{world} processes were started but trainer.devices={trainer.devices} on {trainer.num_nodes} node(s) "
+            f"makes {wanted}; start as many as the configuration says"
+        )
+    if not dist.is_initialized():
+        if trainer.accelerator == "gpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo")

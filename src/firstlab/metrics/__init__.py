@@ -1,0 +1,162 @@
+"""Quality metrics: pure functions of (predictions, references), all on a scale of 0 to 100, higher is better.
+
+| kind | metrics |
+|---|---|
+| translation | bleu1, bleu2 (NLTK), bleu, chrf (sacreBLEU), comet |
+| summarization | rouge1, rougeL, bertscore |
+| qa | em, f1 (SQuAD v1.1) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from firstlab.metrics import comet as comet_program
+from firstlab.metrics import qa, summarization, translation
+from firstlab.metrics.comet import CometConfig
+from firstlab.metrics.language_modeling import perplexity
+from firstlab.metrics.scores import MetricUnavailableError, Scores
+from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test
+from firstlab.metrics.summarization import BertScoreConfig
+
+__all__ = [
+    "PRIMARY_METRIC",
+    "BertScoreConfig",
+    "CometConfig",
+    "MetricResult",
+    "MetricUnavailableError",
+    "PairedTest",
+    "compare",
+    "evaluate_predictions",
+    "perplexity",
+]
+
+#: The headline metric of each kind of task.
+PRIMARY_METRIC: dict[str, str] = {"translation": "bleu", "summarization": "rougeL", "qa": "f1"}
+
+
+@dataclass(frozen=True, slots=True)
+class MetricResult:
+    """One metric on one test set.
+
+    Attributes:
+        value: The score, 0..100.
+        low: Lower end of its bootstrap interval.
+        high: Upper end.
+        n: Number of examples.
+        signature: What one must know to reproduce the figure.
+        higher_is_better: True for every metric here.
+        per_example: Scores per example, 0..100, where the metric is their mean.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    signature: str | None = None
+    higher_is_better: bool = True
+    per_example: list[float] | None = None
+
+    def to_dict(self) -> dict[str, float | int | str | bool | None]:
+        """All fields but `per_example`, ready for JSON."""
+        fields = asdict(self)
+        del fields["per_example"]
+        return fields
+
+
+def evaluate_predictions(
+    kind: str,
+    predictions: Sequence[str],
+    references: Sequence[tuple[str, ...]],
+    sources: Sequence[str] = (),
+    target_language: str | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    bertscore: BertScoreConfig | None = None,
+    comet: CometConfig | None = None,
+) -> dict[str, MetricResult]:
+    """Every metric of a kind of task, each with its bootstrap interval.
+
+    Args:
+        kind: "translation", "summarization" or "qa".
+        predictions: One text per example.
+        references: One tuple of accepted texts per example.
+        sources: Source texts; only COMET reads them.
+        target_language: Language code of a translation; decides the tokenizer of BLEU.
+        confidence: Coverage of the intervals.
+        resamples: Bootstrap resamples.
+        seed: Seed of the resampling.
+        bertscore: Encoder of BERTScore; None leaves "bertscore" out.
+        comet: Model of COMET; None leaves "comet" out.
+
+    Raises:
+        ValueError: Unknown kind, empty or unpaired inputs, or a setting out of range.
+        MetricUnavailableError: BERTScore or COMET was asked for and its model or program is not there.
+    """
+    scores = _score(kind, predictions, references, sources, target_language, bertscore, comet)
+    results = {}
+    for name, metric in scores.items():
+        low, high = bootstrap_interval(metric, confidence=confidence, resamples=resamples, seed=seed)
+        results[name] = MetricResult(
+            metric.value, low, high, len(metric), metric.signature, per_example=metric.per_example
+        )
+    return results
+
+
+def compare(
+    kind: str,
+    predictions_a: Sequence[str],
+    predictions_b: Sequence[str],
+    references: Sequence[tuple[str, ...]],
+    sources: Sequence[str] = (),
+    target_language: str | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    bertscore: BertScoreConfig | None = None,
+    comet: CometConfig | None = None,
+) -> dict[str, PairedTest]:
+    """Paired test of A against B on the same examples, for every metric of the kind.
+
+    Arguments and errors as `evaluate_predictions`; differences are A minus B.
+    """
+    a = _score(kind, predictions_a, references, sources, target_language, bertscore, comet)
+    b = _score(kind, predictions_b, references, sources, target_language, bertscore, comet)
+    return {
+        name: paired_test(a[name], b[name], confidence=confidence, resamples=resamples, seed=seed)
+        for name in a
+    }
+
+
+def _score(
+    kind: str,
+    predictions: Sequence[str],
+    references: Sequence[tuple[str, ...]],
+    sources: Sequence[str],
+    target_language: str | None,
+    bertscore_config: BertScoreConfig | None,
+    comet_config: CometConfig | None,
+) -> dict[str, Scores]:
+    match kind:
+        case "translation":
+            scores = {
+                "bleu1": translation.bleu_n(predictions, references, 1, target_language),
+                "bleu2": translation.bleu_n(predictions, references, 2, target_language),
+                "bleu": translation.bleu(predictions, references, target_language),
+                "chrf": translation.chrf(predictions, references),
+            }
+            if comet_config is not None:
+                scores["comet"] = comet_program.comet(sources, predictions, references, comet_config)
+        case "summarization":
+            scores = summarization.rouge(predictions, references)
+            if bertscore_config is not None:
+                scores["bertscore"] = summarization.bertscore(predictions, references, bertscore_config)
+        case "qa":
+            scores = {"em": qa.exact_match(predictions, references), "f1": qa.f1(predictions, references)}
+        case _:
+            raise ValueError(f"kind={kind!r} is not a kind of task; one of {', '.join(PRIMARY_METRIC)}")
+    return scores

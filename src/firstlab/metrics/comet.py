@@ -1,0 +1,181 @@
+"""COMET scores from the separate COMET environment, through its own command-line program.
+
+unbabel-comet needs older transformers and numpy than firstlab does, so nothing of it is imported here: texts
+go out as files with one segment per line, scores come back as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from firstlab.metrics.scores import MetricUnavailableError, Scores, check_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class CometConfig:
+    """Which COMET model scores, and where its program is.
+
+    Attributes:
+        command: The `comet-score` program; a relative path starts at the working directory.
+        model: Hub id, path of a `.ckpt` file, or a directory that holds `checkpoints/model.ckpt`.
+        batch_size: Segments per forward pass.
+        gpus: Number of GPUs; 0: CPU.
+    """
+
+    command: str = ".venv-comet/bin/comet-score"
+    model: str = "Unbabel/XCOMET-XL"
+    batch_size: int = 16
+    gpus: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"comet.batch_size={self.batch_size} must be at least 1")
+        if self.gpus < 0:
+            raise ValueError(f"comet.gpus={self.gpus} must be 0 (CPU) or more")
+
+
+def comet(
+    sources: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    config: CometConfig | None = None,
+) -> Scores:
+    """Mean COMET (Rei et al. 2020; XCOMET: Guerreiro et al. 2024) times 100, against the first reference.
+
+    Raises:
+        ValueError: Empty or unpaired inputs.
+        MetricUnavailableError: As `comet_scores`.
+    """
+    config = config or CometConfig()
+    found = comet_scores(sources, predictions, references, config)
+    signature = f"model:{_model_name(config.model)}|refs:first|empty:0"
+    return Scores.mean([100.0 * score for score in found], signature)
+
+
+def comet_scores(
+    sources: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    config: CometConfig,
+) -> list[float]:
+    """One COMET score per segment (most models: 0..1), in order.
+
+    An empty prediction scores 0 without being sent: models give silence undeserved credit.
+
+    Raises:
+        ValueError: Empty or unpaired inputs.
+        MetricUnavailableError: The program is absent, the model cannot be had, or the program failed.
+    """
+    check_pairs(predictions, references)
+    if len(sources) != len(predictions):
+        raise ValueError(
+            f"{len(sources)} sources but {len(predictions)} predictions: COMET needs each source"
+        )
+    program = _program(config)
+    lines = [
+        (_one_line(source), _one_line(prediction), _one_line(accepted[0]))
+        for source, prediction, accepted in zip(sources, predictions, references, strict=True)
+    ]
+    spoken = [index for index, (_, prediction, _) in enumerate(lines) if prediction]
+    scores = [0.0] * len(lines)
+    if spoken:
+        for index, score in zip(spoken, _run(program, [lines[i] for i in spoken], config), strict=True):
+            scores[index] = score
+    return scores
+
+
+def _program(config: CometConfig) -> str:
+    program = shutil.which(config.command)
+    if program is None:
+        raise MetricUnavailableError(
+            f"COMET is not installed: comet.command={config.command!r} is not a program; run 'make comet', "
+            "or give the path of comet-score in another environment"
+        )
+    return program
+
+
+def _run(program: str, lines: list[tuple[str, str, str]], config: CometConfig) -> list[float]:
+    with tempfile.TemporaryDirectory(prefix="firstlab-comet-") as folder:
+        paths = [Path(folder, name) for name in ("sources.txt", "predictions.txt", "references.txt")]
+        for path, segments in zip(paths, zip(*lines, strict=True), strict=True):
+            path.write_text("".join(f"{segment}\n" for segment in segments), encoding="utf-8")
+        output = Path(folder, "scores.json")
+        command = [
+            program,
+            "-s",
+            str(paths[0]),
+            "-t",
+            str(paths[1]),
+            "-r",
+            str(paths[2]),
+            "--only_system",
+            "--quiet",
+        ]
+        command += ["--model", _checkpoint(config.model), "--to_json", str(output)]
+        command += ["--batch_size", str(config.batch_size), "--gpus", str(config.gpus)]
+        # The other environment must not find our packages.
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")
+        }
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment, check=False
+        )
+        if done.returncode != 0 or not output.is_file():
+            raise MetricUnavailableError(_failure(done, config))
+        return _parse(output.read_text(encoding="utf-8"), len(lines), config)
+
+
+def _parse(text: str, expected: int, config: CometConfig) -> list[float]:
+    """Scores from the program's JSON: {path of the predictions: [{"COMET": score, …}, …]}."""
+    try:
+        (segments,) = json.loads(text).values()
+        scores = [float(segment["COMET"]) for segment in segments]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MetricUnavailableError(
+            f"{config.command} wrote JSON of an unknown form: {text[:200]!r}"
+        ) from error
+    if len(scores) != expected:
+        raise MetricUnavailableError(
+            f"{config.command} returned {len(scores)} scores for {expected} segments"
+        )
+    if not all(map(math.isfinite, scores)):
+        raise MetricUnavailableError(f"comet.model={config.model!r} returned a score that is not a number")
+    return scores
+
+
+def _failure(done: subprocess.CompletedProcess[str], config: CometConfig) -> str:
+    last = "\n".join(done.stderr.strip().splitlines()[-5:]) or "no error output"
+    advice = ""
+    if "not supported by COMET" in done.stderr or "Invalid checkpoint path" in done.stderr:
+        advice = (
+            f"\ncomet.model={config.model!r} could not be had. Either it is not in the hub cache and there "
+            "is no network, or it is gated (accept its licence on its hub page, then `hf auth login`); "
+            "otherwise give the path of a .ckpt file"
+        )
+    return f"{config.command} failed with exit status {done.returncode}:{advice}\n{last}"
+
+
+def _checkpoint(model: str) -> str:
+    """What `--model` takes: the checkpoint file of a local directory, else the name as it is."""
+    return str(Path(model, "checkpoints", "model.ckpt")) if Path(model).is_dir() else model
+
+
+def _model_name(model: str) -> str:
+    """A name without this machine's folders: hub ids stay, local paths keep their last telling part."""
+    path = Path(model)
+    if path.suffix == ".ckpt":
+        return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+    return path.name if path.is_dir() else model
+
+
+def _one_line(text: str) -> str:
+    """`text` on one line: white space, line breaks of any kind included, becomes single blanks."""
+    return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())

@@ -1,0 +1,91 @@
+"""The common form of every metric: one row of numbers per example, and how sums of rows become the score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+class MetricUnavailableError(RuntimeError):
+    """A metric needs a model, a program or a network that is not there; the message names the way out."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What one metric keeps of n examples.
+
+    The score of any subset, resample or mixture of examples follows from the sum of its rows alone. That is
+    what makes corpus metrics such as BLEU as cheap to bootstrap as means.
+
+    Attributes:
+        rows: `[n, K]` sufficient statistics, one row per example.
+        aggregate: Maps sums of rows `[R, K]` to scores `[R]` in 0..100.
+        signature: What one must know to reproduce the figure.
+        per_example: Scores in 0..100 where the metric is their mean, else None.
+    """
+
+    rows: FloatArray
+    aggregate: Callable[[FloatArray], FloatArray]
+    signature: str | None = None
+    per_example: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def value(self) -> float:
+        """The metric over all examples, 0..100."""
+        return float(self.aggregate(self.rows.sum(axis=0, keepdims=True))[0])
+
+    @classmethod
+    def mean(cls, values: Sequence[float], signature: str | None = None) -> Scores:
+        """A metric that is the mean of one value per example (0..100).
+
+        Raises:
+            ValueError: No values, or a value that is not finite.
+        """
+        array = np.asarray(values, dtype=np.float64)
+        if array.size == 0:
+            raise ValueError("a mean needs at least one example; got none")
+        if not np.isfinite(array).all():
+            raise ValueError(f"score of example {int(np.argmin(np.isfinite(array)))} is not finite")
+        rows = np.stack([array, np.ones_like(array)], axis=1)
+        return cls(rows, _ratio, signature, array.tolist())
+
+    @classmethod
+    def corpus(cls, rows: Any, score: Callable[[list[float]], float], signature: str | None = None) -> Scores:
+        """A metric of summed counts, such as BLEU.
+
+        Args:
+            rows: `[n, K]` counts.
+            score: Maps one sum of rows (K numbers) to the score in 0..100.
+            signature: What one must know to reproduce the figure.
+        """
+
+        def aggregate(sums: FloatArray) -> FloatArray:
+            return np.array([score(row) for row in sums.tolist()], dtype=np.float64)
+
+        return cls(np.asarray(rows, dtype=np.float64), aggregate, signature)
+
+
+def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError unless there is at least one prediction and each has at least one reference."""
+    if not predictions:
+        raise ValueError("predictions are empty: there is nothing to score")
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions but {len(references)} references: they must pair")
+    for index, accepted in enumerate(references):
+        if isinstance(accepted, str):
+            raise ValueError(f"references[{index}] is a string; give a tuple of accepted strings")
+        if not accepted:
+            raise ValueError(f"references[{index}] is empty: every example needs at least one reference")
+
+
+def _ratio(sums: FloatArray) -> FloatArray:
+    return sums[:, 0] / sums[:, 1]

@@ -1,0 +1,126 @@
+"""How sure a score is: bootstrap intervals and paired tests, alike for means and for corpus metrics.
+
+Both draw examples, never tokens, and work on sums of per-example rows (`Scores`), so a resample costs one
+weighted sum. One seed draws the same resamples for every metric and system of the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from firstlab.metrics.scores import FloatArray, Scores
+
+#: Draws held in memory at once (resamples x examples).
+_CHUNK = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """Two systems on the same examples.
+
+    Attributes:
+        difference: Score of A minus score of B, in points of 0..100.
+        p_value: Two-sided, paired approximate randomisation.
+        low: Lower end of the paired bootstrap interval of the difference.
+        high: Its upper end.
+    """
+
+    difference: float
+    p_value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def bootstrap_interval(
+    scores: Scores, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of a metric (Efron 1979; for BLEU, Koehn 2004).
+
+    A single example has no spread to resample: both ends are then the score itself.
+
+    Raises:
+        ValueError: No examples, `confidence` outside (0, 1) or `resamples` below 1.
+    """
+    _check(len(scores), confidence, resamples)
+    drawn = np.concatenate(
+        [scores.aggregate(counts @ scores.rows) for counts in _resamples(len(scores), resamples, seed)]
+    )
+    return _percentiles(drawn, confidence)
+
+
+def paired_test(
+    a: Scores, b: Scores, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> PairedTest:
+    """Test whether A and B, scored on the same examples by the same metric, differ.
+
+    Each trial swaps the two systems' outputs on a random half of the examples. The p-value is the share of
+    trials whose absolute difference reaches the observed one (Riezler and Maxwell 2005), with the observed
+    arrangement counted in: never 0, and 1 where nothing differs. The interval resamples examples as pairs.
+
+    Raises:
+        ValueError: No examples, different sizes, `confidence` outside (0, 1) or `resamples` below 1.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a paired test needs the same examples: A has {len(a)}, B has {len(b)}")
+    _check(len(a), confidence, resamples)
+
+    difference = a.value - b.value
+    drawn = np.concatenate(
+        [
+            a.aggregate(counts @ a.rows) - b.aggregate(counts @ b.rows)
+            for counts in _resamples(len(a), resamples, seed)
+        ]
+    )
+    low, high = _percentiles(drawn, confidence)
+
+    total_a, total_b, delta = a.rows.sum(axis=0), b.rows.sum(axis=0), b.rows - a.rows
+    reached = 0
+    for swapped in _swaps(len(a), resamples, seed):
+        moved = swapped @ delta
+        trial = a.aggregate(total_a + moved) - b.aggregate(total_b - moved)
+        # Swapping everything or nothing must count as equal whatever the order of summation.
+        reached += int(np.sum(np.abs(trial) >= abs(difference) - 1e-9))
+    return PairedTest(difference, (reached + 1) / (resamples + 1), low, high)
+
+
+def _check(n: int, confidence: float, resamples: int) -> None:
+    if n == 0:
+        raise ValueError("there are no examples to resample")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be at least 1; 1000 is usual")
+
+
+def _resamples(n: int, resamples: int, seed: int) -> Iterator[FloatArray]:
+    """Chunks `[R, n]`: how often each example is drawn, n draws with replacement per row."""
+    generator = np.random.default_rng([seed, 0])
+    for size in _chunks(n, resamples):
+        drawn = generator.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+
+
+def _swaps(n: int, trials: int, seed: int) -> Iterator[FloatArray]:
+    """Chunks `[R, n]` of 0 and 1: which examples change sides."""
+    generator = np.random.default_rng([seed, 1])
+    for size in _chunks(n, trials):
+        yield generator.integers(2, size=(size, n)).astype(np.float64)
+
+
+def _chunks(n: int, total: int) -> Iterator[int]:
+    size = max(1, _CHUNK // n)
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _percentiles(drawn: FloatArray, confidence: float) -> tuple[float, float]:
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(drawn, [tail, 1.0 - tail])
+    return float(low), float(high)

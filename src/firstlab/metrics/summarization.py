@@ -1,0 +1,134 @@
+"""Summarization metrics: ROUGE-1, ROUGE-L and BERTScore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchmetrics import __version__ as torchmetrics_version
+from torchmetrics.functional.text import rouge_score
+
+from firstlab.metrics.scores import MetricUnavailableError, Scores, check_pairs
+
+if TYPE_CHECKING:
+    from bert_score import BERTScorer
+
+
+@dataclass(frozen=True, slots=True)
+class BertScoreConfig:
+    """Which encoder BERTScore compares with.
+
+    Attributes:
+        encoder: Hub id or local directory; bert-score's own choice for English by default.
+        num_layers: Layer whose states are compared; None: bert-score's choice for the encoder, else its last.
+        device: Torch device; None: CUDA where there is one.
+        batch_size: Texts per forward pass.
+    """
+
+    encoder: str = "roberta-large"
+    num_layers: int | None = None
+    device: str | None = None
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"bertscore.batch_size={self.batch_size} must be at least 1")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ValueError(f"bertscore.num_layers={self.num_layers} must be at least 1, or null")
+
+
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Scores]:
+    """Mean F1 of ROUGE-1 ("rouge1") and ROUGE-L ("rougeL"), 0..100, against each example's best reference.
+
+    Computed by torchmetrics: it is maintained, while rouge-score, equal to it figure by figure, had its last
+    release in 2022. Both lower-case, keep only a-z and 0-9, and do not stem here: text in other scripts scores 0.
+
+    Raises:
+        ValueError: Empty or unpaired inputs.
+    """
+    check_pairs(predictions, references)
+    keys = ("rouge1", "rougeL")
+    best: dict[str, list[float]] = {key: [] for key in keys}
+    for prediction, accepted in zip(predictions, references, strict=True):
+        # One reference at a time: torchmetrics would choose the best by ROUGE-1 for every key.
+        found = [rouge_score(prediction, reference, rouge_keys=keys) for reference in accepted]
+        for key in keys:
+            best[key].append(100.0 * max(float(scores[f"{key}_fmeasure"]) for scores in found))
+    signature = f"f1|case:lc|tok:a-z0-9|stem:no|refs:max|torchmetrics:{torchmetrics_version}"
+    return {key: Scores.mean(values, signature) for key, values in best.items()}
+
+
+def bertscore(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], config: BertScoreConfig | None = None
+) -> Scores:
+    """Mean BERTScore F1 (Zhang et al. 2020), 0..100, best reference; no idf weights, no rescaling.
+
+    A blank text has no tokens to match: its F1 is 0 and the encoder never sees it.
+
+    Raises:
+        ValueError: Empty or unpaired inputs, or `num_layers` beyond the encoder's depth.
+        MetricUnavailableError: The encoder is not there.
+    """
+    check_pairs(predictions, references)
+    config = config or BertScoreConfig()
+    texts = [_encodable(prediction) for prediction in predictions]
+    pairs = [
+        (index, texts[index], _encodable(reference))
+        for index, accepted in enumerate(references)
+        for reference in accepted
+        if texts[index] and _encodable(reference)
+    ]
+    scorer, num_layers = _load_scorer(config)
+    best: dict[int, float] = {}
+    if pairs:
+        candidates, targets = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+        _, _, found = scorer.score(candidates, targets, batch_size=config.batch_size)
+        for (index, _, _), value in zip(pairs, found.tolist(), strict=True):
+            best[index] = max(value, best.get(index, -1.0))
+
+    from bert_score import __version__ as version
+
+    name = Path(config.encoder).name if Path(config.encoder).is_dir() else config.encoder
+    signature = f"f1|encoder:{name}|layer:{num_layers}|idf:no|rescale:no|refs:max|bert-score:{version}"
+    return Scores.mean([100.0 * best.get(index, 0.0) for index in range(len(texts))], signature)
+
+
+def _encodable(text: str) -> str:
+    """`text` without surrounding white space and without lone surrogates, which no tokenizer accepts."""
+    return text.encode("utf-8", errors="replace").decode("utf-8").strip()
+
+
+def _load_scorer(config: BertScoreConfig) -> tuple[BERTScorer, int]:
+    """The scorer and the layer it uses."""
+    # Slow to import, and of use here alone.
+    from bert_score import BERTScorer
+    from bert_score.utils import model2layers
+    from transformers import AutoConfig
+
+    try:
+        encoder = AutoConfig.from_pretrained(config.encoder)
+        if "t5" in config.encoder and "t5" not in encoder.model_type:
+            raise ValueError(
+                f"bertscore.encoder={config.encoder!r}: bert-score takes any path with 't5' in it for a T5 "
+                "model; move the encoder to another path"
+            )
+        depth: int = encoder.num_hidden_layers
+        num_layers = config.num_layers or model2layers.get(config.encoder, depth)
+        if num_layers > depth:
+            raise ValueError(f"bertscore.num_layers={num_layers}: {config.encoder!r} has {depth} layers")
+        scorer = BERTScorer(model_type=config.encoder, num_layers=num_layers, device=config.device)
+    except OSError as error:
+        raise MetricUnavailableError(
+            f"bertscore.encoder={config.encoder!r} is no local encoder directory, is not in the hub cache and "
+            "cannot be downloaded from here; give the directory of an encoder, or fetch it first with "
+            f"`hf download {config.encoder}`"
+        ) from error
+    tokenizer = scorer._tokenizer
+    positions = getattr(encoder, "max_position_embeddings", None)
+    # Tokenizers saved without a maximum report a huge one, and long texts would overrun the position table.
+    # RoBERTa's table has two entries more than it has positions.
+    if positions and tokenizer.model_max_length > positions:
+        tokenizer.model_max_length = positions - 2
+    return scorer, num_layers

@@ -1,0 +1,135 @@
+"""`result.json`: one record per run, written last and atomically; and the table of several runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from firstlab.files import write_atomically
+
+RESULT = "result.json"
+_PACKAGES = ("firstlab", "torch", "transformers", "lightning", "peft", "hydra-core", "datasets", "sacrebleu", "numpy")
+ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "router_lora": "Router + LoRA"}
+
+
+def provenance() -> dict[str, Any]:
+    """Code revision, package versions and machine."""
+    here = Path(__file__).resolve().parent
+    revision = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changed = subprocess.run(
+        ["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "revision": revision or None,
+        "uncommitted_changes": bool(changed),
+        "packages": versions,
+        "python": platform.python_version(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write(directory: Path, record: dict[str, Any]) -> None:
+    """Write result.json."""
+    write_atomically(directory / RESULT, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """The record of a finished run, or None.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    file = directory / RESULT
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); pass overwrite=true to run again") from error
+
+
+def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One flat row per variant of a run, for tables."""
+    found = []
+    for name, variant in record["variants"].items():
+        primary = variant["primary_metric"]
+        found.append(
+            {
+                "variant": name,
+                "method": record["method"],
+                "label": record["label"],
+                "level": record["level"],
+                "metric": primary,
+                "metrics": variant["metrics"],
+                "perplexity": variant.get("perplexity"),
+                "skip": variant["skip"],
+                "timing": variant.get("timing"),
+                "directory": record["directory"],
+            }
+        )
+    return found
+
+
+def row_title(row: dict[str, Any]) -> str:
+    """How a row is called in tables and pictures."""
+    title = ROW_NAMES[row["variant"]]
+    if row["method"] == "none":
+        return title
+    name = "FiRST" if row["method"] == "first" else row["method"]
+    return f"{name} {title} ({row['level']})"
+
+
+def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
+    """Quality with intervals, skip rate and TPOT ratio side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(table[0]["metrics"])
+    view = Table(title=title, title_justify="left")
+    view.add_column("", no_wrap=True)
+    for name in names:
+        view.add_column(name, justify="right")
+    for name in ("skip rate", "TPOT ratio"):
+        view.add_column(name, justify="right")
+    for row in table:
+        cells = []
+        for name in names:
+            metric = row["metrics"].get(name)
+            interval = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if metric and name == row["metric"] else ""
+            cells.append(f"{metric['value']:.1f}{interval}" if metric else "-")
+        cells.append(f"{100 * row['skip']['skip_rate']:.1f} %")
+        timing = row["timing"]
+        cells.append(f"{timing['tpot_ratio']:.2f}x" if timing else "-")
+        view.add_row(row_title(row), *cells)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(view)

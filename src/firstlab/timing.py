@@ -1,0 +1,112 @@
+"""Time per output token, dense and routed in turn in one process, so that their ratio means something."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.encoding import PromptRows, collate_prompts
+from firstlab.model import RouterAugmentedLM
+
+if TYPE_CHECKING:
+    from firstlab.evaluation import Prediction
+
+
+class _Stopwatch(LogitsProcessor):
+    """Notes when the logits of each token are there; the device is synchronised first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize(scores.device)
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def time_generation(model: RouterAugmentedLM, batch: dict[str, Tensor], routes: Tensor, tokens: int) -> tuple[float, float]:
+    """(TTFT, TPOT) in seconds of one greedy generation of exactly `tokens` tokens; TPOT is the median decode step.
+
+    Args:
+        model: The model.
+        batch: input_ids and attention_mask [1, T].
+        routes: [L] boolean.
+        tokens: New tokens, at least 2.
+    """
+    watch = _Stopwatch()
+    if batch["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model.generate(
+        batch["input_ids"],
+        batch["attention_mask"],
+        routes=routes,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([watch]),
+    )
+    return watch.times[0] - start, float(np.median(np.diff(watch.times)))
+
+
+def measure_tpot(
+    model: RouterAugmentedLM,
+    data: PromptDataModule,
+    predictions: Sequence[Prediction],
+    prompts: int,
+    tokens: int,
+    repetitions: int,
+) -> dict[str, Any]:
+    """TPOT ratio routed ÷ dense at batch size 1, through transformers' generate.
+
+    Each prompt is decoded with every layer and with the route it got, one right after the other, after a warm-up.
+
+    Args:
+        model: The model.
+        data: Gives the test prompts.
+        predictions: Their routes.
+        prompts: How many, evenly spread.
+        tokens: New tokens each.
+        repetitions: Times each is repeated.
+
+    Returns:
+        Medians in seconds, the median ratio and its quartiles.
+    """
+    indices = np.unique(np.linspace(0, len(predictions) - 1, min(prompts, len(predictions))).astype(int))
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
+    ttft, dense_tpot, routed_tpot = [], [], []
+    warm = False
+    for index in indices:
+        batch = collate_prompts([rows[int(index)]], pad=data.pad)
+        batch = {k: v.to(model.device) for k, v in batch.items()}
+        routed = dense.clone()
+        routed[predictions[int(index)].skipped] = False
+        if not warm:
+            time_generation(model, batch, dense, tokens)
+            time_generation(model, batch, routed, tokens)
+            warm = True
+        for _ in range(repetitions):
+            first, step = time_generation(model, batch, dense, tokens)
+            ttft.append(first)
+            dense_tpot.append(step)
+            routed_tpot.append(time_generation(model, batch, routed, tokens)[1])
+    ratios = np.array(routed_tpot) / np.array(dense_tpot)
+    return {
+        "batch_size": 1,
+        "tokens": tokens,
+        "measurements": len(ratios),
+        "ttft_s": float(np.median(ttft)),
+        "tpot_dense_s": float(np.median(dense_tpot)),
+        "tpot_s": float(np.median(routed_tpot)),
+        "tpot_ratio": float(np.median(ratios)),
+        "tpot_ratio_quartiles": [float(np.quantile(ratios, q)) for q in (0.25, 0.75)],
+    }

@@ -1,0 +1,69 @@
+"""What a run reports while it goes on: metrics.jsonl always, and any Lightning logger (W&B, CSV, TensorBoard) beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+SAMPLES = 50
+
+
+class JsonLinesLogger(Logger):
+    """One JSON object per logged step, appended to a file. A resumed run repeats the steps since its last checkpoint."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """There is one file."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The configuration stands in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+
+
+def log_evaluation(logger: Logger, record: dict[str, Any], predictions: Path) -> None:
+    """Report the evaluation of every variant: metrics, skip rates, TPOT, and sample predictions as a W&B table.
+
+    Args:
+        logger: Where to.
+        record: What result.json will hold.
+        predictions: The run's predictions.jsonl.
+    """
+    figures: dict[str, float] = {}
+    for name, variant in record["variants"].items():
+        figures |= {f"test/{name}/{key}": metric["value"] for key, metric in variant["metrics"].items()}
+        figures[f"test/{name}/skip_rate"] = variant["skip"]["skip_rate"]
+        if "timing" in variant:
+            figures[f"test/{name}/tpot_ratio"] = variant["timing"]["tpot_ratio"]
+        if "perplexity" in variant:
+            figures[f"test/{name}/perplexity"] = variant["perplexity"]
+    logger.log_metrics(figures)
+    if isinstance(logger, WandbLogger):
+        lines = predictions.read_text(encoding="utf-8").split("\n")[:-1]
+        columns = ["variant", "id", "difficulty", "text", "new_tokens", "skipped"]
+        wanted = [row for row in map(json.loads, lines) if row["index"] < SAMPLES]
+        data = [[str(row[c]) if c == "skipped" else row[c] for c in columns] for row in wanted]
+        logger.log_table("predictions", columns=columns, data=data)
+        logger.experiment.finish()

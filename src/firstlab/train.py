@@ -1,0 +1,39 @@
+"""Train and evaluate one run: `python -m firstlab.train [+experiment=NAME] [KEY=VALUE ...]`.
+
+Phase 1 trains the routers, phase 2 LoRA, then every variant is evaluated and result.json is written. The same command
+again goes on where an interrupted run was, and does nothing for a finished one.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from firstlab.config import conf_dir, register
+from firstlab.entry import guarded, in_processes
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
+@guarded
+def main(composed: DictConfig) -> None:
+    """Run one experiment and, for the table, the dense model on the same settings."""
+    from firstlab.config import load
+
+    config, method = load(composed)
+    if in_processes("firstlab.train", config.trainer):
+        return
+
+    from firstlab.report import report
+    from firstlab.experiment import Experiment, dense_counterpart
+
+    experiment = Experiment(config, method)
+    if config.compare_with_base and method.name != "none":
+        Experiment(*dense_counterpart(config)).run()
+    experiment.run()
+    report(experiment)
+
+
+if __name__ == "__main__":
+    main()

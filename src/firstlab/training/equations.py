@@ -1,0 +1,40 @@
+"""The objectives of the paper (§4.1, §4.2) and of the target-skip controller, as pure functions of scalars."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def router_loss(cross_entropy: Tensor, regularization: Tensor, non_skip: Tensor, lam: float, alpha: float) -> Tensor:
+    """Phase 1 (§4.1): L = L_CE + λ · Σ_i ||r_i||² + α · Σ_i rho_i.
+
+    Args:
+        cross_entropy: Mean over label tokens.
+        regularization: Σ over layers of the squared router norm.
+        non_skip: Σ over layers of the batch mean of rho.
+        lam: λ, 0.01 in the paper.
+        alpha: α, trades quality for latency.
+    """
+    return cross_entropy + lam * regularization + alpha * non_skip
+
+
+def lora_loss(cross_entropy: Tensor, non_skip: Tensor, beta: float) -> Tensor:
+    """Phase 2 (§4.2): L = L_CE(response) + β · Σ_i rho_i, β = α / 3 in the paper (A.4)."""
+    return cross_entropy + beta * non_skip
+
+
+def dual_step(multiplier: float, skip_rate: float, target: float, rate: float) -> float:
+    """One step of dual ascent on the measured hard skip rate: too little skipping raises the price of running layers.
+
+    The multiplier may become negative, which pays for running layers when too many are skipped.
+    """
+    return multiplier + rate * (target - skip_rate)
+
+
+def selection_score(cross_entropy: float, skip_rate: float, target: float | None, tolerance: float, weight: float) -> float:
+    """What "best by validation" means at a target skip rate: cross-entropy of the routed model plus `weight` times the
+    distance to the target beyond `tolerance`. Without a target it is the cross-entropy alone.
+    """
+    if target is None:
+        return cross_entropy
+    return cross_entropy + weight * max(0.0, abs(skip_rate - target) - tolerance)

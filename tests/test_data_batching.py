@@ -1,0 +1,79 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from firstlab.data.batching import DistributedBatches, batch_count, cut, epoch_batches, shard_batches
+
+ORDER = [[1, 5, 6, 0], [9, 4, 7], [2, 8, 3]]  # seed 3, epoch 0
+
+samples, sizes, seeds = st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**32)
+
+
+@given(samples, sizes, seeds, st.integers(0, 5))
+def test_an_epoch_is_a_partition_into_near_equal_batches(n, batch_size, seed, epoch):
+    batches = epoch_batches(n, batch_size, seed, epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(n))
+    assert len(batches) == -(-n // batch_size)
+    lengths = [len(batch) for batch in batches]
+    assert 1 <= max(lengths) <= batch_size and max(lengths) - min(lengths) <= 1
+
+
+def test_the_order_is_fixed_for_all_time():
+    assert epoch_batches(10, 4, seed=3, epoch=0) == ORDER
+    assert epoch_batches(10, 4, seed=2, epoch=1) == ORDER
+    assert epoch_batches(10, 4, seed=3, epoch=1) != ORDER
+    assert epoch_batches(0, 4, seed=3, epoch=0) == []
+
+
+@given(samples, sizes, st.integers(1, 5))
+def test_shards_lose_and_double_nothing(n, batch_size, world_size):
+    shards = [shard_batches(n, batch_size, rank, world_size) for rank in range(world_size)]
+    flat = [[index for batch in shard for index in batch] for shard in shards]
+    assert flat == [list(range(rank, n, world_size)) for rank in range(world_size)]
+    assert all(1 <= len(batch) <= batch_size for shard in shards for batch in shard)
+    if batch_size > 1 and n >= world_size:
+        assert len({len(shard) for shard in shards}) == 1
+
+
+@given(
+    st.integers(1, 4).flatmap(lambda w: st.tuples(st.just(w), st.integers(2 * w, 40), st.integers(2 * w, 12))),
+    seeds,
+    st.integers(1, 30),
+    st.data(),
+)
+def test_ranks_together_see_what_one_process_sees(setting, seed, total, data):
+    world_size, n, batch_size = setting
+    start = data.draw(st.integers(0, total))
+    alone = list(DistributedBatches(n, batch_size, seed, total_batches=total))
+    ranks = [
+        list(DistributedBatches(n, batch_size, seed, total_batches=total, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
+    for parts in zip(*ranks, strict=True):
+        lengths = [len(part) for part in parts]
+        assert lengths == sorted(lengths, reverse=True) and 0 <= lengths[0] - lengths[-1] <= 1 and lengths[-1]
+    resumed = DistributedBatches(n, batch_size, seed, total_batches=total, start_batch=start)
+    assert list(resumed) == alone[start:] and len(resumed) == total
+
+
+def test_a_run_goes_on_over_epochs():
+    run = list(DistributedBatches(10, 4, 3, total_batches=7))
+    assert run[:3] == ORDER and run[3:6] == epoch_batches(10, 4, 3, 1) and run[6:] == epoch_batches(10, 4, 3, 2)[:1]
+
+
+def test_too_many_processes():
+    with pytest.raises(ValueError, match="trainer.devices .* gives 4 processes, but data.batch_size=4 over 9 .* of 3:"):
+        DistributedBatches(9, 4, 0, total_batches=1, world_size=4)
+    DistributedBatches(8, 4, 0, total_batches=1, world_size=4)
+
+
+def test_impossible_sizes():
+    with pytest.raises(ValueError, match="data.batch_size=0 must be at least 1"):
+        batch_count(3, 0)
+    with pytest.raises(ValueError, match="data.train_size=0 leaves nothing"):
+        DistributedBatches(0, 4, 0, total_batches=1)
+
+
+def test_cut():
+    assert cut(range(7), 3) == [[0, 1, 2], [3, 4], [5, 6]]

@@ -1,0 +1,63 @@
+import re
+
+import pytest
+
+from firstlab.data.parallel_text import ParallelText
+
+
+def write(root, name, pairs, source="en", target="de"):
+    (root / f"{name}.{source}").write_text("".join(f"{pair[0]}\n" for pair in pairs), encoding="utf-8")
+    (root / f"{name}.{target}").write_text("".join(f"{pair[1]}\n" for pair in pairs), encoding="utf-8")
+
+
+def test_texts_are_joined_in_order(tmp_path):
+    write(tmp_path, "a", [("one", "eins"), ("two", "zwei")])
+    write(tmp_path, "b", [("three", "drei")])
+    write(tmp_path, "val", [("four", "vier")])
+    write(tmp_path, "test", [("five", "fünf")])
+    task = ParallelText("en", "de", str(tmp_path), train=["a", "b"], validation="val", test="test")
+    assert [example.id for example in task.train_pool()] == ["a:1", "a:2", "b:1"]
+    assert [example.references for example in task.train_pool()] == [("eins",), ("zwei",), ("drei",)]
+    assert [example.source for example in task.validation()] == ["four"]
+    assert [example.source for example in task.test()] == ["five"]
+    assert task.kind == "translation" and task.target_language == "de"
+
+
+def test_prompt_names_the_languages(tmp_path):
+    write(tmp_path, "test", [("five", "五")], target="zh")
+    task = ParallelText("en", "zh", str(tmp_path), test="test")
+    (example,) = task.test()
+    assert task.prompt(example) == (
+        "### Instruction:\nTranslate the following sentences from English to Chinese.\n\n"
+        "### Input:\nfive\n\n### Response:\n"
+    )
+    assert "### Input:\n\n\n" in task.prompt(example, "")
+    assert task.validation() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source_language": "xx"}, "data.source_language=xx is unknown: choose one of cs, de, en"),
+        ({"target_language": "German"}, "data.target_language=German is unknown"),
+        ({"train": []}, "data.train=[] names no training text"),
+        ({"train": ["a", "a"]}, "the text 'a' is used twice"),
+        ({"train": "test"}, "the text 'test' is used twice"),
+        ({"validation": "train"}, "the text 'train' is used twice"),
+    ],
+)
+def test_impossible_options(options, message):
+    defaults = {"source_language": "en", "target_language": "de", "root": "r", "test": "test"}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ParallelText(**{**defaults, **options})
+
+
+def test_every_missing_file_is_named_at_once(tmp_path):
+    write(tmp_path, "a", [("one", "eins")])
+    with pytest.raises(ValueError, match=r"lacks b\.en, b\.de, c\.en, c\.de of the expected a\.en, a\.de, b\.en"):
+        ParallelText("en", "de", str(tmp_path), train=["a", "b", "c"]).train_pool()
+
+
+def test_an_unset_root_is_named():
+    with pytest.raises(ValueError, match=r"data\.root is not set: .* holds t\.en, t\.de"):
+        ParallelText("en", "de", None, test="t").test()

@@ -1,0 +1,147 @@
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import ARCHITECTURES, LAYERS, prompts, routed_model, tiny_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from firstlab import RouterAugmentedLM
+from firstlab.model.layers import RoutableLayer, find_decoder, make_dense, make_routable
+
+every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+
+
+@every_architecture
+def test_find_decoder_finds_all_layers(architecture):
+    model = tiny_model(architecture)
+    decoder, layers = find_decoder(model)
+    assert len(layers) == LAYERS
+    assert any(child is layers for child in decoder.children())
+
+
+@every_architecture
+def test_wrapping_keeps_parameters_names_and_logits(architecture):
+    base = tiny_model(architecture)
+    ids, mask = prompts()
+    with torch.no_grad():
+        logits = base(ids, attention_mask=mask).logits
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    names = [name for name, _ in base.named_modules()]
+    model = RouterAugmentedLM(base)
+    assert model.lm is base
+    assert [name for name, _ in base.named_modules()] == names
+    after = base.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert set(model.state_dict()) == {"routers.weight", *(f"lm.{name}" for name in before)}
+    with torch.no_grad():
+        assert torch.equal(base(ids, attention_mask=mask).logits, logits)
+
+
+def test_routable_layers_are_still_layers_of_their_class():
+    base = tiny_model("llama")
+    dense_class = type(base.model.layers[0])
+    RouterAugmentedLM(base)
+    for index, layer in enumerate(base.model.layers):
+        assert isinstance(layer, dense_class) and isinstance(layer, RoutableLayer)
+        assert type(layer).__name__ == dense_class.__name__
+        assert layer.layer_index == index
+    # Made once per class, and making it twice changes nothing.
+    classes = {type(layer) for layer in base.model.layers}
+    make_routable(base.model.layers)
+    assert {type(layer) for layer in base.model.layers} == classes and len(classes) == 1
+    make_dense(base.model.layers)
+    assert {type(layer) for layer in base.model.layers} == {dense_class}
+
+
+@every_architecture
+def test_unwrap_gives_the_plain_model_back(architecture):
+    base = tiny_model(architecture)
+    decoder, layers = find_decoder(base)
+    classes, hooks = [type(x) for x in layers], len(decoder._forward_pre_hooks) + len(decoder._forward_hooks)
+    attributes = [set(vars(x)) for x in layers]
+    model = RouterAugmentedLM(base)
+    plain = model.unwrap()
+    assert plain is base
+    assert [type(x) for x in layers] == classes
+    assert len(decoder._forward_pre_hooks) + len(decoder._forward_hooks) == hooks
+    assert [set(vars(x)) for x in layers] == attributes
+    again = RouterAugmentedLM(plain)
+    ids, mask = prompts((4, 6))
+    assert again.generate(ids, attention_mask=mask, max_new_tokens=2).shape[1] == 8
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle", "torch.save"])
+def test_copies_work_and_are_independent(architecture, duplicate, tmp_path):
+    model = routed_model(architecture)
+    model.add_lora()
+    ids, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **options)
+    if duplicate == "deepcopy":
+        other = copy.deepcopy(model)
+    elif duplicate == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(other.generate(ids, **options), expected)
+    assert torch.equal(other.route(ids, mask), model.route(ids, mask))
+    with torch.no_grad():
+        other.routers.weight.neg_()
+    assert not torch.equal(other.route(ids, mask), model.route(ids, mask))
+    plain = other.unwrap()
+    assert not any(isinstance(m, RoutableLayer) for m in plain.modules())
+    decoder, _ = find_decoder(plain)
+    assert not decoder._forward_hooks and not decoder._forward_pre_hooks
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+def test_encoder_decoders_are_refused(architecture):
+    sizes = {"d_model": 16, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 30, "d_ff": 16}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(architecture, **sizes))
+    with pytest.raises(ValueError, match="is an encoder-decoder model; only decoder-only models can be routed"):
+        RouterAugmentedLM(model)
+
+
+def fake(**lists: nn.Module) -> nn.Module:
+    model = nn.Module()
+    text = SimpleNamespace(num_hidden_layers=3, hidden_size=4)
+    model.config = SimpleNamespace(is_encoder_decoder=False, get_text_config=lambda decoder: text)
+    for name, module in lists.items():
+        model.add_module(name, module)
+    return model
+
+
+def linears(count: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("lists", "found"),
+    [({}, "none"), ({"layers": linears(2)}, "none"), ({"layers": linears(3), "others": linears(3)}, "layers, others")],
+)
+def test_models_without_exactly_one_list_of_layers_are_refused(lists, found):
+    with pytest.raises(ValueError, match=f"expected exactly one ModuleList of 3 decoder layers, found {found};"):
+        RouterAugmentedLM(fake(**lists))
+
+
+def test_lists_inside_a_layer_are_not_the_list_of_layers():
+    layers = linears(3)
+    for layer in layers:
+        layer.experts = linears(3)
+    assert find_decoder(fake(layers=layers))[1] is layers
+
+
+def test_the_routers_follow_the_layers_of_other_models():
+    config = AutoConfig.for_model("stablelm", hidden_size=32, intermediate_size=48, num_hidden_layers=3, vocab_size=97,
+                                  num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
+    model = RouterAugmentedLM(AutoModelForCausalLM.from_config(config).eval())
+    assert model.num_layers == 3
+    ids, mask = prompts()
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0).shape == (3, 14)
