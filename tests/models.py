@@ -74,13 +74,6 @@ def random_routers(model: RouterAugmentedLM, seed: int = 1) -> None:
             weight.copy_(2 * direction / (states @ direction).std())
 
 
-def routed_model(architecture: str = "llama", seed: int = 0) -> RouterAugmentedLM:
-    """A fresh wrapped tiny model whose routers skip some layers for some prompts."""
-    model = RouterAugmentedLM(tiny_model(architecture, seed))
-    random_routers(model)
-    return model
-
-
 @lru_cache(maxsize=None)
 def pair(architecture: str) -> tuple[PreTrainedModel, RouterAugmentedLM]:
     """(untouched base, wrapped copy of it), shared by tests that change neither."""
@@ -88,6 +81,13 @@ def pair(architecture: str) -> tuple[PreTrainedModel, RouterAugmentedLM]:
     model = RouterAugmentedLM(deepcopy(base))
     random_routers(model)
     return base, model
+
+
+def routed_model(architecture: str = "llama") -> RouterAugmentedLM:
+    """A fresh wrapped tiny model whose routers skip some layers for some prompts."""
+    model = RouterAugmentedLM(tiny_model(architecture))
+    model.routers.load_state_dict(pair(architecture)[1].routers.state_dict())
+    return model
 
 
 def prompts(lengths: tuple[int, ...] = (5, 9, 12), side: str = "left", seed: int = 3) -> tuple[Tensor, Tensor]:

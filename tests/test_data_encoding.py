@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import tiny_tokenizer
 
 from firstlab.data.encoding import (
     Row,
@@ -17,6 +16,7 @@ from firstlab.data.encoding import (
 )
 from firstlab.data.prompts import qa_prompt, translation_prompt
 from firstlab.data.task import Example, Task
+from tiny_tokenizer import tiny_tokenizer
 
 BOS, EOS = 0, 1
 TOKENIZER = tiny_tokenizer()

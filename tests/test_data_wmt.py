@@ -2,9 +2,9 @@ import re
 
 import pytest
 import sacrebleu
-from test_data_parallel_text import write
 
 from firstlab.data.wmt import WMTTranslation
+from test_data_parallel_text import write
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_tokenizer import tiny_tokenizer
 
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.prompts import qa_prompt, translation_prompt
 from firstlab.data.task import Example, Task
+from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

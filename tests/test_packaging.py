@@ -41,11 +41,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_of(folder: Path) -> set[str]:
-    return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
+    """Relative paths below the folder, without what tools leave behind."""
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {name.as_posix() for name in names if not any(part.startswith((".", "__pycache__")) for part in name.parts)}
 
 
 def test_wheel_carries_package_assets_configuration_and_licence(wheel: Path) -> None:

@@ -342,6 +342,36 @@ def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
     return experiment, method
 
 
+def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[ExperimentConfig, Method]:
+    """A run's own saved configuration, with some keys replaced.
+
+    Args:
+        file: config.yaml of a run directory.
+        overrides: Dotted key to value; `data` names a file of conf/data.
+
+    Raises:
+        ValueError: There is no such file, or a key or value is wrong.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")
+    saved = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
+    overrides = dict(overrides or {})
+    if "data" in overrides:
+        name = overrides.pop("data")
+        chosen = Path(conf_dir()) / "data" / f"{name}.yaml"
+        if not chosen.is_file():
+            names = ", ".join(sorted(each.stem for each in chosen.parent.glob("*.yaml")))
+            raise ValueError(f"data={name!r} is unknown; choose one of {names}")
+        saved.data = OmegaConf.load(chosen)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
+        merged.merge_with_dotlist([f"{key}={value}" for key, value in overrides.items()])
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return load(merged)
+
+
 def load_dict(node: dict[str, Any]) -> ExperimentConfig:
     """A configuration from what `ExperimentConfig.to_dict` gave.
 

@@ -9,22 +9,26 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
     from firstlab.config import TrainerConfig
 
+Input = TypeVar("Input")
+Options = TypeVar("Options")
 
-def guarded(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+
+def guarded(main: Callable[[Input], None]) -> Callable[[Input], None]:
     """Print a `ValueError` as one message and exit with 2; on Ctrl-C say how to go on and exit with 130."""
 
     @functools.wraps(main)
-    def run(config: DictConfig) -> None:
+    def run(given: Input) -> None:
         _quiet()
         try:
-            main(config)
+            main(given)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -90,3 +94,36 @@ def _join(trainer: TrainerConfig) -> None:
         if trainer.accelerator == "gpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo")
+
+
+def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """KEY=VALUE arguments and the others."""
+    options, words = {}, []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and all(part.isidentifier() for part in key.split(".")):
+            options[key] = value
+        else:
+            words.append(argument)
+    return options, words
+
+
+def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, list[str]]:
+    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields is text.
+
+    Raises:
+        ValueError: A value of the wrong type.
+    """
+    schema = OmegaConf.structured(defaults)
+    words = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in schema:
+            words.append(argument)
+            continue
+        try:
+            schema[key] = None if value == "null" else value
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+    options: Any = OmegaConf.to_object(schema)
+    return options, words

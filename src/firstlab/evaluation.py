@@ -236,7 +236,7 @@ def evaluate_variant(
         result["primary_metric"] = PRIMARY_METRIC[data.task.kind]
         if config.tpot_prompts:
             result["timing"] = measure_tpot(
-                model, data, predictions, config.tpot_prompts, config.tpot_tokens, config.tpot_repetitions
+                model, data, [p.skipped for p in predictions], config.tpot_prompts, config.tpot_tokens, config.tpot_repetitions
             )
         write_atomically(file, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
     return result

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from firstlab import results
-from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, build, load_dict
+from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, build, load_dict, read
 from firstlab.data.batching import batch_count
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import TrainingRows, collate_training
@@ -115,7 +115,7 @@ class Experiment:
             return finished
         start = time.perf_counter()
         L.seed_everything(self.config.seed, workers=True, verbose=False)
-        self.data = self._data_module()
+        self.data = build_data(self.config)
         self.data.setup("fit")
         if "evaluate" in self.config.phases:
             _ = self.data.test  # a wrong path or a malformed line stops here, not after the training
@@ -182,51 +182,16 @@ class Experiment:
             return f"target {100 * self.method.target_skip:g} %"
         return f"α = {self.method.alpha:g}" if isinstance(self.method, First) else ""
 
-    def _data_module(self) -> PromptDataModule:
-        data = self.config.data
-        task = build_task(self.config)
-        return PromptDataModule(
-            task,
-            load_tokenizer(model_path(self.config.model.path)),
-            train_size=data.train_size,
-            val_size=data.val_size,
-            test_size=min(filter(None, (data.test_size, self.config.evaluation.limit)), default=None),
-            seed=data.split_seed,
-            max_length=data.max_length_lora,
-            max_prompt_length=data.max_prompt_length,
-            max_new_tokens=data.max_new_tokens,
-            eval_batch_size=self.config.evaluation.batch_size,
-            num_workers=data.num_workers,
-        )
-
     def _load_model(self) -> RouterAugmentedLM:
         config = self.config
         if config.init_from is not None:
-            return self._load(model_path(config.init_from))
+            return load_model(config, model_path(config.init_from))
         if self.method.trains_routers and "router" not in config.phases and not (self.directory / "router").is_dir():
             raise ValueError(
                 f"phases={config.phases} needs trained routers, and {self.directory} has none; "
                 "set init_from to a saved model, or add router to phases"
             )
-        return self._load(model_path(config.model.path))
-
-    def _load(self, path: str | Path) -> RouterAugmentedLM:
-        config, router = self.config.model, self.config.router
-        options: dict[str, Any] = {"dtype": config.dtype}
-        if config.revision is not None:
-            options["revision"] = config.revision
-        if config.attn_implementation is not None:
-            options["attn_implementation"] = config.attn_implementation
-        torch.manual_seed(self.config.seed)
-        settings = RouterSettings(router.input_norm, router.threshold)
-        model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
-        model.gradient_checkpointing = self.config.trainer.gradient_checkpointing
-        return model.to(self._device()).eval()
-
-    def _device(self) -> torch.device:
-        if self.config.trainer.accelerator == "gpu":
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cpu")
+        return load_model(config, model_path(config.model.path))
 
     def _loggers(self) -> list[Logger]:
         loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
@@ -289,7 +254,7 @@ class Experiment:
                 self.model.save_pretrained(temporary)
                 temporary.rename(product)
             _barrier()
-        self.model = self._load(product)
+        self.model = load_model(self.config, product)
 
     def _train(self, name: str, loggers: list[Logger], routes: Tensor | None) -> None:
         config, method = self.config, self.method
@@ -379,6 +344,75 @@ def build_task(config: ExperimentConfig) -> Task:
     if not isinstance(task, Task):
         raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
     return task
+
+
+def build_data(config: ExperimentConfig) -> PromptDataModule:
+    """The data module of a configuration, with the lengths of phase 2."""
+    data = config.data
+    return PromptDataModule(
+        build_task(config),
+        load_tokenizer(model_path(config.model.path)),
+        train_size=data.train_size,
+        val_size=data.val_size,
+        test_size=min(filter(None, (data.test_size, config.evaluation.limit)), default=None),
+        seed=data.split_seed,
+        max_length=data.max_length_lora,
+        max_prompt_length=data.max_prompt_length,
+        max_new_tokens=data.max_new_tokens,
+        eval_batch_size=config.evaluation.batch_size,
+        num_workers=data.num_workers,
+    )
+
+
+def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
+    """A model on the configured device, in eval mode; fresh routers start from the run's seed."""
+    options: dict[str, Any] = {"dtype": config.model.dtype}
+    if config.model.revision is not None:
+        options["revision"] = config.model.revision
+    if config.model.attn_implementation is not None:
+        options["attn_implementation"] = config.model.attn_implementation
+    torch.manual_seed(config.seed)
+    settings = RouterSettings(config.router.input_norm, config.router.threshold)
+    model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
+    model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    on_gpu = config.trainer.accelerator == "gpu"
+    return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
+
+
+def load_run(
+    directory: Path, variant: str | None, overrides: dict[str, str] | None = None
+) -> tuple[ExperimentConfig, RouterAugmentedLM, str, Task]:
+    """Configuration, model, variant and task of a trained run.
+
+    Args:
+        directory: Run directory.
+        variant: base, base_lora, router or router_lora; None takes the most trained one there is.
+        overrides: Keys that replace the saved ones; `data` names a file of conf/data.
+
+    Raises:
+        ValueError: Not a run directory, or the variant was not trained.
+    """
+    config, method = read(directory / "config.yaml", overrides)
+    products = {"base": None, "base_lora": "lora"} if method.name == "none" else {
+        "base": None, "router": "router" if method.trains_routers else None, "router_lora": "lora"
+    }
+    if variant is None:
+        variant = [name for name, part in products.items() if part is None or (directory / part).is_dir()][-1]
+    if variant not in products:
+        raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(products)}")
+    part = products[variant]
+    if part is not None and not (directory / part).is_dir():
+        raise ValueError(f"variant={variant}: {directory} has no trained {part}; train it, or choose another variant")
+    path = model_path(config.model.path) if part is None else directory / part
+    return config, load_model(config, path), variant, build_task(config)
+
+
+def fixed_routes(directory: Path, variant: str, num_layers: int) -> Tensor | None:
+    """Routes that a run without routers decodes with; all true for the base; None where routers decide."""
+    if variant == "base":
+        return torch.ones(num_layers, dtype=torch.bool)
+    file = directory / "routes.json"
+    return torch.tensor(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

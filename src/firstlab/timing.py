@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows, collate_prompts
 from firstlab.model import RouterAugmentedLM
-
-if TYPE_CHECKING:
-    from firstlab.evaluation import Prediction
 
 
 class _Stopwatch(LogitsProcessor):
@@ -60,7 +57,7 @@ def time_generation(model: RouterAugmentedLM, batch: dict[str, Tensor], routes: 
 def measure_tpot(
     model: RouterAugmentedLM,
     data: PromptDataModule,
-    predictions: Sequence[Prediction],
+    skipped: Sequence[Sequence[int]],
     prompts: int,
     tokens: int,
     repetitions: int,
@@ -72,7 +69,7 @@ def measure_tpot(
     Args:
         model: The model.
         data: Gives the test prompts.
-        predictions: Their routes.
+        skipped: The layers that each prompt skips.
         prompts: How many, evenly spread.
         tokens: New tokens each.
         repetitions: Times each is repeated.
@@ -80,7 +77,7 @@ def measure_tpot(
     Returns:
         Medians in seconds, the median ratio and its quartiles.
     """
-    indices = np.unique(np.linspace(0, len(predictions) - 1, min(prompts, len(predictions))).astype(int))
+    indices = np.unique(np.linspace(0, len(skipped) - 1, min(prompts, len(skipped))).astype(int))
     rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
     dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
     ttft, dense_tpot, routed_tpot = [], [], []
@@ -89,7 +86,7 @@ def measure_tpot(
         batch = collate_prompts([rows[int(index)]], pad=data.pad)
         batch = {k: v.to(model.device) for k, v in batch.items()}
         routed = dense.clone()
-        routed[predictions[int(index)].skipped] = False
+        routed[list(skipped[int(index)])] = False
         if not warm:
             time_generation(model, batch, dense, tokens)
             time_generation(model, batch, routed, tokens)

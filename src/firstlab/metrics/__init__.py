@@ -126,10 +126,7 @@ def compare(
     """
     a = _score(kind, predictions_a, references, sources, target_language, bertscore, comet)
     b = _score(kind, predictions_b, references, sources, target_language, bertscore, comet)
-    return {
-        name: paired_test(a[name], b[name], confidence=confidence, resamples=resamples, seed=seed)
-        for name in a
-    }
+    return {name: paired_test(a[name], b[name], confidence=confidence, resamples=resamples, seed=seed) for name in a}
 
 
 def _score(

@@ -76,9 +76,7 @@ def comet_scores(
     """
     check_pairs(predictions, references)
     if len(sources) != len(predictions):
-        raise ValueError(
-            f"{len(sources)} sources but {len(predictions)} predictions: COMET needs each source"
-        )
+        raise ValueError(f"{len(sources)} sources but {len(predictions)} predictions: COMET needs each source")
     program = _program(config)
     lines = [
         (_one_line(source), _one_line(prediction), _one_line(accepted[0]))
@@ -122,12 +120,8 @@ def _run(program: str, lines: list[tuple[str, str, str]], config: CometConfig) -
         command += ["--model", _checkpoint(config.model), "--to_json", str(output)]
         command += ["--batch_size", str(config.batch_size), "--gpus", str(config.gpus)]
         # The other environment must not find our packages.
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")
-        }
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment, check=False
-        )
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
         if done.returncode != 0 or not output.is_file():
             raise MetricUnavailableError(_failure(done, config))
         return _parse(output.read_text(encoding="utf-8"), len(lines), config)
@@ -139,13 +133,9 @@ def _parse(text: str, expected: int, config: CometConfig) -> list[float]:
         (segments,) = json.loads(text).values()
         scores = [float(segment["COMET"]) for segment in segments]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MetricUnavailableError(
-            f"{config.command} wrote JSON of an unknown form: {text[:200]!r}"
-        ) from error
+        raise MetricUnavailableError(f"{config.command} wrote JSON of an unknown form: {text[:200]!r}") from error
     if len(scores) != expected:
-        raise MetricUnavailableError(
-            f"{config.command} returned {len(scores)} scores for {expected} segments"
-        )
+        raise MetricUnavailableError(f"{config.command} returned {len(scores)} scores for {expected} segments")
     if not all(map(math.isfinite, scores)):
         raise MetricUnavailableError(f"comet.model={config.model!r} returned a score that is not a number")
     return scores

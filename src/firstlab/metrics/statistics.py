@@ -55,9 +55,7 @@ def bootstrap_interval(
     return _percentiles(drawn, confidence)
 
 
-def paired_test(
-    a: Scores, b: Scores, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> PairedTest:
+def paired_test(a: Scores, b: Scores, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> PairedTest:
     """Test whether A and B, scored on the same examples by the same metric, differ.
 
     Each trial swaps the two systems' outputs on a random half of the examples. The p-value is the share of
@@ -73,10 +71,7 @@ def paired_test(
 
     difference = a.value - b.value
     drawn = np.concatenate(
-        [
-            a.aggregate(counts @ a.rows) - b.aggregate(counts @ b.rows)
-            for counts in _resamples(len(a), resamples, seed)
-        ]
+        [a.aggregate(counts @ a.rows) - b.aggregate(counts @ b.rows) for counts in _resamples(len(a), resamples, seed)]
     )
     low, high = _percentiles(drawn, confidence)
 

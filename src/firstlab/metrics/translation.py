@@ -64,9 +64,7 @@ def bleu_n(
     return Scores.corpus(rows, _bleu_from_sums, signature)
 
 
-def bleu(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], target_language: str | None = None
-) -> Scores:
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], target_language: str | None = None) -> Scores:
     """sacreBLEU's BLEU-4, 0..100: tokenizer `zh` for Chinese, else `13a`; exponential smoothing.
 
     Raises:

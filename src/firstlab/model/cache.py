@@ -35,6 +35,8 @@ class RoutedCache(DynamicCache):
         rho: [B, L] fp32, None until then and for forced routes.
     """
 
+    layers: list[Any]  # one attention cache per decoder layer, which `__init__` makes sure of
+
     def __init__(
         self,
         config: PretrainedConfig,
@@ -206,7 +208,7 @@ class RoutedCache(DynamicCache):
         self._sums, self._any_row, self._all_rows = [], [], []
         self._seen = 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: routes go with their rows."""
         super().reorder_cache(beam_idx)
         self._take_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -77,14 +77,18 @@ def _rebuild(dense_class: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@lru_cache(maxsize=None)
+_routable_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _routable_class(dense_class: type[nn.Module]) -> type[nn.Module]:
-    # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
-    return type(
-        dense_class.__name__,
-        (RoutableLayer, dense_class),
-        {"dense_class": dense_class, "__module__": dense_class.__module__},
-    )
+    if dense_class not in _routable_classes:
+        # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
+        _routable_classes[dense_class] = type(
+            dense_class.__name__,
+            (RoutableLayer, dense_class),
+            {"dense_class": dense_class, "__module__": dense_class.__module__},
+        )
+    return _routable_classes[dense_class]
 
 
 def make_routable(layers: nn.ModuleList) -> None:
@@ -97,10 +101,11 @@ def make_routable(layers: nn.ModuleList) -> None:
 
 def make_dense(layers: nn.ModuleList) -> None:
     """Undo `make_routable`."""
-    for layer in layers:
-        if isinstance(layer, RoutableLayer):
-            layer.__class__ = layer.dense_class
-            del layer.layer_index
+    routable: list[Any] = [layer for layer in layers if isinstance(layer, RoutableLayer)]
+    for layer in routable:
+        layer.__class__ = layer.dense_class
+        for name in ("layer_index", "output_length"):
+            layer.__dict__.pop(name, None)
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

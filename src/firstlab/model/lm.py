@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from firstlab.model import storage
@@ -54,6 +54,10 @@ class RouterAugmentedLM(nn.Module):
     def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
         super().__init__()
         decoder, layers = find_decoder(lm)
+        if not isinstance(lm, GenerationMixin):
+            raise ValueError(
+                f"{type(lm).__name__} has no language-model head; load it with AutoModelForCausalLM.from_pretrained"
+            )
         self.lm = lm
         hidden_size = lm.config.get_text_config(decoder=True).hidden_size
         self.routers = Routers(len(layers), hidden_size, settings).to(next(layers.parameters()).device)
@@ -144,7 +148,7 @@ class RouterAugmentedLM(nn.Module):
         """Run the model as if it had no LoRA."""
         layers = list(lora_layers(self.lm))
         # PEFT's switch also flips requires_grad; what is trainable is not its business here.
-        trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.lm.parameters()]
         for layer in layers:
             layer.enable_adapters(False)
         try:

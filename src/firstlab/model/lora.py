@@ -58,6 +58,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         lora_dropout=settings.dropout,
         target_modules=sorted({name.rpartition(".")[2] for name in names}),
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
         base_model_name_or_path=model.config._name_or_path or None,
     )
     inject_adapter_in_model(config, model, "default")

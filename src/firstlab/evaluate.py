@@ -1,0 +1,65 @@
+"""Evaluate a trained run, from its own saved configuration, on its own data or any other.
+
+    python -m firstlab.evaluate run=DIR                                   # again, on the run's test set
+    python -m firstlab.evaluate run=DIR data=mini_qa evaluation.limit=100 # on another task
+    python -m firstlab.evaluate run=DIR data=parallel data.root=FOLDER    # on your own text
+    python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
+
+Every key of conf/ under data, evaluation, trainer and seed may be given. Results go to DIR/evaluations/.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from firstlab.entry import guarded, split_options
+
+
+@guarded
+def main(arguments: list[str]) -> None:
+    """Parse, load, evaluate, print the table."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    options, words = split_options(arguments)
+    if words:
+        raise ValueError(f"{words[0]!r} is not KEY=VALUE; see python -m firstlab.evaluate --help")
+    run, variant = options.pop("run", None), options.pop("variant", None)
+    if run is None:
+        raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
+    refused = [key for key in options if key.split(".")[0] not in ("data", "evaluation", "trainer", "seed")]
+    if refused:
+        raise ValueError(f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer and seed change")
+
+    from firstlab import results
+    from firstlab.evaluation import evaluate_variant
+    from firstlab.experiment import build_data, fixed_routes, load_run
+
+    config, model, variant, _ = load_run(Path(run), variant, options)
+    data = build_data(config)
+    record = results.read(Path(run)) or {}
+    directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}"
+    model.merge_and_unload()
+    result = evaluate_variant(
+        model, data, config.evaluation, directory, variant, fixed_routes(Path(run), variant, model.num_layers),
+        config.seed, config.trainer.progress_bar,
+    )
+    full = {
+        **{key: record.get(key) for key in ("method", "label", "level", "model")},
+        "data": config.data.name,
+        "directory": str(directory),
+        "config_hash": config.hash(),
+        "config": config.identity(),
+        "seed": config.seed,
+        "variants": {variant: result},
+        **results.provenance(),
+    }
+    results.write(directory, full)
+    results.print_table(f"{config.data.name}: {run}", results.rows(full))
+    print(json.dumps({"record": str(directory / results.RESULT)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

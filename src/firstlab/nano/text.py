@@ -1,0 +1,170 @@
+"""From examples to token ids: the tokenizer that nano trains, and the corpus it makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+from firstlab.data.task import Example, Task
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+# Words keep the space before them, digits stand alone, so that numbers are copied digit by digit.
+_PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+Ints = NDArray[np.int64]
+
+
+@runtime_checkable
+class Generated(Protocol):
+    """A task that makes as many training examples as one asks for, all apart from its test set."""
+
+    def generate(self, count: int, seed: int) -> list[Example]: ...
+
+
+def training_examples(task: Task, count: int, seed: int) -> list[Example]:
+    """`count` generated examples, or the task's train pool when `count` is 0.
+
+    Raises:
+        ValueError: `count` is set for a task that generates nothing.
+    """
+    if count == 0:
+        return task.train_pool()
+    if not isinstance(task, Generated):
+        raise ValueError(f"count={count} needs a task that generates text, {type(task).__name__} does not: set 0")
+    return task.generate(count, seed)
+
+
+def frame_lines(task: Task, example: Example) -> list[str]:
+    """The fixed lines of a task's prompts, with the line ends around them."""
+    prompt = task.prompt(example)
+    for text in filter(None, (example.source, example.question)):
+        prompt = prompt.replace(text, "\0")
+    lines: list[str] = []
+    for piece in prompt.split("\0"):
+        lead = piece[: len(piece) - len(piece.lstrip("\n"))]
+        parts = [line for line in piece.lstrip("\n").splitlines(keepends=True)]
+        for part in parts:
+            if part == "\n":
+                lines[-1] += part
+            else:
+                lines.append(lead + part)
+                lead = ""
+    return lines
+
+
+def train_tokenizer(texts: Iterable[str], frame: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every line of the prompts' frame is one token, so that prompts stay short.
+
+    The start of every text and line gets a space, which decoding takes away, so that a word is the same token
+    wherever it stands. BOS comes first; any Unicode text survives the round trip.
+    """
+    frame = sorted(set(frame))
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Sequence([normalizers.Replace("\n", "\n "), normalizers.Prepend(" ")])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(frame),
+            special_tokens=[PAD, BOS, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.add_tokens([AddedToken(line, normalized=False, special=False) for line in frame])
+    bpe.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace(Regex(r"(?:\A|(?<=\n)) "), "")]
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All training examples as token ids, one behind the other, task by task."""
+
+    ids: Ints
+    starts: Ints
+    """Where each example starts in `ids`, and the end of the last one."""
+    prompt_lengths: Ints
+    sizes: Ints
+    """Examples of each task."""
+
+    def lengths(self) -> Ints:
+        """Tokens of each example, prompt and response."""
+        return np.diff(self.starts)
+
+    def save(self, path: Path) -> None:
+        part = path.with_suffix(".part.npz")
+        np.savez(part, ids=self.ids, starts=self.starts, prompt_lengths=self.prompt_lengths, sizes=self.sizes)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Corpus:
+        with np.load(path) as arrays:
+            return cls(**{name: arrays[name] for name in arrays.files})
+
+
+def encode_corpus(
+    tokenizer: PreTrainedTokenizerFast, tasks: Sequence[tuple[Task, Sequence[Example]]], max_length: int
+) -> Corpus:
+    """Prompt and first reference of every example, closed with EOS; longer ones than `max_length` are left out.
+
+    Raises:
+        ValueError: Nothing of a task is left.
+    """
+    rows: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    sizes: list[int] = []
+    for task, examples in tasks:
+        prompts = tokenizer([task.prompt(e) for e in examples])["input_ids"]
+        responses = tokenizer([e.references[0] for e in examples], add_special_tokens=False)["input_ids"]
+        before = len(rows)
+        for prompt, response in zip(prompts, responses, strict=True):
+            row = [*prompt, *response, tokenizer.eos_token_id]
+            if len(row) <= max_length:
+                rows.append(row)
+                prompt_lengths.append(len(prompt))
+        sizes.append(len(rows) - before)
+        if sizes[-1] == 0:
+            raise ValueError(
+                f"training.max_length={max_length} leaves no example of {type(task).__name__}: raise it"
+            )
+    return Corpus(
+        ids=np.concatenate([np.asarray(row, np.int64) for row in rows]),
+        starts=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+        prompt_lengths=np.asarray(prompt_lengths, np.int64),
+        sizes=np.asarray(sizes, np.int64),
+    )

@@ -1,0 +1,28 @@
+"""Objectives against hand-computed values."""
+
+import pytest
+import torch
+
+from firstlab.training.equations import dual_step, lora_loss, router_loss, selection_score
+
+
+def test_router_loss_adds_regulariser_and_penalty():
+    loss = router_loss(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0), lam=0.01, alpha=0.1)
+    assert loss.item() == pytest.approx(2.0 + 0.03 + 0.5)
+
+
+def test_lora_loss_has_no_regulariser():
+    assert lora_loss(torch.tensor(2.0), torch.tensor(6.0), beta=0.05).item() == pytest.approx(2.3)
+
+
+def test_too_little_skipping_raises_the_multiplier_and_too_much_lowers_it():
+    assert dual_step(0.2, skip_rate=0.10, target=0.15, rate=2.0) == pytest.approx(0.3)
+    assert dual_step(0.2, skip_rate=0.50, target=0.15, rate=2.0) == pytest.approx(-0.5)
+    assert dual_step(0.2, skip_rate=0.15, target=0.15, rate=2.0) == pytest.approx(0.2)
+
+
+def test_selection_score_punishes_only_the_distance_beyond_the_tolerance():
+    assert selection_score(1.5, 0.9, None, 0.01, 100) == 1.5
+    assert selection_score(1.5, 0.155, 0.15, 0.01, 100) == 1.5
+    assert selection_score(1.5, 0.18, 0.15, 0.01, 100) == pytest.approx(1.5 + 2.0)
+    assert selection_score(1.5, 0.12, 0.15, 0.01, 100) == pytest.approx(1.5 + 2.0)

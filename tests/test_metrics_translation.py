@@ -1,0 +1,123 @@
+"""NLTK BLEU against NLTK itself, sacreBLEU against its published example and its own corpus scores."""
+
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.translate.bleu_score import corpus_bleu
+from sacrebleu.metrics import BLEU, CHRF
+
+from firstlab.metrics.translation import bleu, bleu_n, chrf, tokenize
+
+# The example of sacreBLEU's README: three segments with two references each, BLEU 48.53 and chrF2 59.73.
+PREDICTIONS = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
+REFERENCES = [
+    ("The dog bit the man.", "The dog had bit the man."),
+    ("It was not unexpected.", "No one was surprised."),
+    ("The man bit him first.", "The man had bitten the dog."),
+]
+
+TEXT = st.text(alphabet="ab äß猫狗。.\n\t\u2028\u0301", max_size=12)
+PAIRS = st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=3).map(tuple)), min_size=1, max_size=5)
+
+
+def nltk_bleu(predictions, references, order, language):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NLTK warns where an order has no match
+        return 100 * corpus_bleu(
+            [[tokenize(text, language) for text in accepted] for accepted in references],
+            [tokenize(text, language) for text in predictions],
+            weights=(1.0,) if order == 1 else (0.5, 0.5),
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "tokens"),
+    [
+        ("Don't go, Käthe!", "de", ["Don", "'", "t", "go", ",", "Käthe", "!"]),
+        ("one\ntwo\u2028 three", None, ["one", "two", "three"]),
+        ("我有 2 只猫。\n", "zh", ["我", "有", "2", "只", "猫", "。"]),
+        ("猫狗", "zh-CN", ["猫", "狗"]),
+        ("猫狗", "de", ["猫狗"]),
+        ("", "zh", []),
+    ],
+)
+def test_tokens(text, language, tokens):
+    assert tokenize(text, language) == tokens
+
+
+def test_bleu_1_by_hand():
+    # 3 of 4 words match; the hypothesis is as long as the reference: 75. One of 3 pairs matches too: sqrt(3/4 · 1/3).
+    scores = [bleu_n(["a b c x"], [("b c a y",)], order) for order in (1, 2)]
+    assert scores[0].value == pytest.approx(75.0)
+    assert scores[1].value == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("language", ["de", "zh"])
+def test_bleu_n_is_nltks(order, language):
+    expected = nltk_bleu(PREDICTIONS, REFERENCES, order, language)
+    assert 10 < expected < 100
+    assert bleu_n(PREDICTIONS, REFERENCES, order, language).value == pytest.approx(expected, rel=1e-12)
+
+
+@given(PAIRS, st.sampled_from(["de", "zh"]))
+@settings(max_examples=60, deadline=None)
+def test_every_metric_is_its_librarys_on_any_text(pairs, language):
+    predictions, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    for order in (1, 2):
+        expected = nltk_bleu(predictions, references, order, language)
+        assert bleu_n(predictions, references, order, language).value == pytest.approx(expected, abs=1e-9)
+
+    width = max(map(len, references))
+    streams = [[refs[i] if i < len(refs) else None for refs in references] for i in range(width)]
+    library = BLEU(tokenize="zh" if language == "zh" else "13a", force=True).corpus_score(predictions, streams)
+    assert bleu(predictions, references, language).value == pytest.approx(library.score, abs=1e-9)
+    library = CHRF().corpus_score(predictions, streams)
+    assert chrf(predictions, references).value == pytest.approx(library.score, abs=1e-9)
+
+
+def test_sacrebleu_known_values_and_signatures():
+    ours = bleu(PREDICTIONS, REFERENCES, "de")
+    assert ours.value == pytest.approx(48.53, abs=0.005)
+    assert ours.signature.startswith("nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert "tok:zh" in bleu(PREDICTIONS, REFERENCES, "zh_Hans").signature
+    ours = chrf(PREDICTIONS, REFERENCES)
+    assert ours.value == pytest.approx(59.73, abs=0.005)
+    assert ours.signature.startswith("nrefs:2|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+    assert "nrefs:var" in bleu(["a", "b"], [("a",), ("b", "c")]).signature
+
+
+def test_nltk_signature_names_what_matters():
+    assert bleu_n(["a"], [("a",)], 2, "zh").signature.startswith("order:2|case:mixed|tok:char|smooth:none|nltk:")
+    assert "|tok:wordpunct|" in bleu_n(["a"], [("a",)], 1, "de").signature
+
+
+def test_chinese_counts_characters():
+    assert bleu_n(["我有一只猫"], [("我有一只狗",)], 1, "zh").value == pytest.approx(80.0)
+    assert bleu_n(["我有一只猫"], [("我有一只狗",)], 1, "de").value == 0.0
+
+
+def test_perfect_empty_and_disjoint():
+    text = ["Ein Hund läuft über die Wiese ."]
+    for score in (bleu_n(text, [tuple(text)], 2), bleu(text, [tuple(text)]), chrf(text, [tuple(text)])):
+        assert score.value == pytest.approx(100.0)
+    for prediction in ("", "\n", "xyz"):
+        pair = ([prediction], [("a b",)])
+        for score in (bleu_n(*pair, 2), bleu(*pair), chrf(*pair)):
+            assert score.value == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", [bleu, chrf, lambda p, r: bleu_n(p, r, 1)])
+def test_bad_inputs(metric):
+    with pytest.raises(ValueError, match="nothing to score"):
+        metric([], [])
+    with pytest.raises(ValueError, match="1 predictions but 2 references"):
+        metric(["a"], [("a",), ("b",)])
+    with pytest.raises(ValueError, match=r"references\[0\] is empty"):
+        metric(["a"], [()])
+    with pytest.raises(ValueError, match=r"references\[0\] is a string"):
+        metric(["a"], ["a"])
+    with pytest.raises(ValueError, match="order=0"):
+        bleu_n(["a"], [("a",)], 0)

@@ -1,0 +1,229 @@
+"""Saving, loading, and errors a user can act on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from models import pair, prompts, random_routers, tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_model_lora import logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from firstlab import RouterAugmentedLM
+from firstlab.model import LoraSettings, ModelUnavailableError, RouterSettings, load_tokenizer
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trained(path, lora=True, settings=None) -> RouterAugmentedLM:
+    """A model from a folder with random routers and, if asked, working LoRA."""
+    model = RouterAugmentedLM.from_pretrained(path)
+    if settings is not None:
+        model.routers.settings = settings
+    random_routers(model, seed=4)
+    if lora:
+        model.add_lora(LoraSettings(rank=4, lora_alpha=16))
+        for name, parameter in model.lm.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_saved_and_loaded_model_has_the_same_logits(base_folder, tmp_path, lora):
+    model = trained(base_folder, lora, RouterSettings("rms", 0.45))
+    model.save_pretrained(tmp_path / "saved")
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(other), logits(model))
+    assert other.routers.settings == RouterSettings("rms", 0.45)
+    assert other.has_lora is lora
+    ids, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(other.generate(ids, **options), model.generate(ids, **options))
+    # And once more from there.
+    other.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "again")), logits(model))
+
+
+def test_what_is_written(base_folder, tmp_path):
+    model = trained(base_folder)
+    model.save_pretrained(tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"config.json", "routers.safetensors", "adapter_config.json", "adapter_model.safetensors"} <= names
+    assert not any(name.startswith(("model", "pytorch", "base")) for name in names)
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder)
+    assert config["router"] == {"input_norm": "none", "threshold": 0.5}
+    weight = load_file(tmp_path / "saved" / "routers.safetensors")["weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, model.routers.weight)
+
+
+def test_base_saved_along_makes_a_folder_that_moves(tmp_path):
+    model = RouterAugmentedLM(tiny_model("llama"))
+    model.save_pretrained(tmp_path / "saved", save_base=True)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "moved")), logits(model))
+
+
+def test_a_base_without_a_place_must_be_saved_along(tmp_path):
+    with pytest.raises(ValueError, match="save_base=True"):
+        RouterAugmentedLM(tiny_model("llama")).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_merged_lora_is_saved_with_its_base_or_not_at_all(base_folder, tmp_path):
+    model = trained(base_folder)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        model.save_pretrained(tmp_path / "saved", save_base=True)
+    assert not (tmp_path / "saved").exists()
+    # Into the folder of the unmerged model: its adapter must not be applied a second time.
+    model.save_pretrained(tmp_path / "saved")
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="LoRA was merged into it"):
+        model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved", save_base=True)
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+    assert not other.has_lora
+    torch.testing.assert_close(logits(other), logits(model), atol=1e-6, rtol=1e-6)
+
+
+def test_adapter_is_a_plain_peft_adapter(base_folder, tmp_path):
+    model = trained(base_folder)
+    model.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(base_folder)
+    peft_model = PeftModel.from_pretrained(plain, tmp_path / "saved").eval()
+    ids, mask = prompts()
+    with torch.no_grad():
+        found = peft_model(ids, attention_mask=mask).logits
+        expected = model.lm(ids, attention_mask=mask).logits
+        dense = pair("llama")[0](ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, dense, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype_is_for_the_base_and_never_for_the_routers(base_folder, tmp_path, dtype):
+    model = trained(base_folder, lora=False)
+    model.save_pretrained(tmp_path / "saved")
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "saved", dtype=dtype)
+    assert other.lm.dtype == dtype
+    assert other.routers.weight.dtype == torch.float32
+    assert torch.equal(other.routers.weight, model.routers.weight)
+
+
+def test_loading_a_plain_folder_gives_fresh_routers(base_folder):
+    model = RouterAugmentedLM.from_pretrained(str(base_folder))
+    ids, mask = prompts()
+    with torch.no_grad():
+        assert torch.equal(
+            model.lm(ids, attention_mask=mask).logits, pair("llama")[0](ids, attention_mask=mask).logits
+        )
+    assert not model.has_lora
+
+
+@pytest.mark.parametrize("name", ["routers.safetensors", "adapter_model.safetensors"])
+def test_truncated_files_are_named(base_folder, tmp_path, name):
+    trained(base_folder).save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / name
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"{name} is missing or truncated"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_missing_routers_are_named(base_folder, tmp_path):
+    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "routers.safetensors").unlink()
+    with pytest.raises(ValueError, match="routers.safetensors is missing or truncated"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_broken_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "firstlab"')
+    with pytest.raises(ModelUnavailableError, match="config.json is not valid JSON"):
+        RouterAugmentedLM.from_pretrained(tmp_path)
+
+
+def test_truncated_base_is_named(base_folder):
+    file = base_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+        RouterAugmentedLM.from_pretrained(base_folder)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_another_base_in_its_place_is_noticed(base_folder, tmp_path, lora):
+    trained(base_folder, lora).save_pretrained(tmp_path / "saved")
+    tiny_model("gpt2").save_pretrained(base_folder)
+    other = tiny_model("llama").config
+    other.num_hidden_layers = 4
+    AutoModelForCausalLM.from_config(other).save_pretrained(base_folder)
+    with pytest.raises(ValueError, match="was another base model put in its place"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_vanished_base_is_named(base_folder, tmp_path):
+    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
+    base_folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelUnavailableError, match=r"base.* is not available: no such folder"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_unknown_models_say_what_to_do():
+    with pytest.raises(ModelUnavailableError, match="model.path='nobody/no-such-model'.*set model.path to its folder"):
+        RouterAugmentedLM.from_pretrained("nobody/no-such-model")
+    with pytest.raises(ModelUnavailableError, match="model.path='nobody/no-such-model' is not available"):
+        load_tokenizer("nobody/no-such-model")
+
+
+def test_empty_folders_say_what_to_do(tmp_path):
+    for load in (RouterAugmentedLM.from_pretrained, load_tokenizer):
+        with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+            load(tmp_path)
+
+
+def test_pickled_weights_are_not_read(base_folder):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    torch.save(model.state_dict(), base_folder / "pytorch_model.bin")
+    (base_folder / "model.safetensors").unlink()
+    with pytest.raises(ModelUnavailableError):
+        RouterAugmentedLM.from_pretrained(base_folder)
+
+
+def test_tokenizer_of_a_saved_folder_is_that_of_its_base(base_folder, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(base_folder)
+    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
+    expected = AutoTokenizer.from_pretrained(base_folder)
+    assert load_tokenizer(tmp_path / "saved").get_vocab() == expected.get_vocab()
+    assert load_tokenizer(base_folder).get_vocab() == expected.get_vocab()
+
+
+def test_saving_again_overwrites(base_folder, tmp_path):
+    model = trained(base_folder)
+    for _ in range(2):
+        with torch.no_grad():
+            model.routers.weight.mul_(-1)
+        model.save_pretrained(tmp_path / "saved")
+        other = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+        assert torch.equal(other.routers.weight, model.routers.weight)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "bloom", "gemma2", "mixtral", "phi3", "gpt_neox"])
+def test_other_architectures_round_trip(architecture, tmp_path):
+    tiny_model(architecture).save_pretrained(tmp_path / "base")
+    model = trained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))

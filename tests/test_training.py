@@ -1,0 +1,182 @@
+"""Both phases on a tiny model: what is trained, what is kept, and that an interrupted run ends like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from tiny_run import composed, overrides
+
+from firstlab.experiment import build_data, load_model
+from firstlab.model import LoraSettings
+from firstlab.training import modules
+from firstlab.training.calibration import loss_under_routes, start_routers
+from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
+from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
+
+
+def settings(**changes: Any) -> FitSettings:
+    values = {
+        "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true",
+        "accumulate": 2, "max_steps": 6, "gradient_clip": 1.0, "validate_every": 2, "checkpoint_every": 1,
+        "patience": None, "progress_bar": False,
+    }  # fmt: skip
+    return FitSettings(**{**values, **changes})
+
+
+class Setup:
+    """Model, data and modules of a small run."""
+
+    def __init__(self, model_dir: Path, runs: Path) -> None:
+        config, _ = composed(*overrides(model_dir, runs))
+        self.data = build_data(config)
+        self.data.batch_size, self.data.loss_on, self.data.total_batches = 4, "response", 12
+        self.model = load_model(config, model_dir)
+
+    def module(self, phase: str, objective: RoutingObjective, learning_rate: float = 0.01) -> Any:
+        optimizer = OptimizerSettings(learning_rate, 0.0, 0.1, 6)
+        if phase == "router":
+            return RouterModule(self.model, objective, optimizer, seed=3)
+        torch.manual_seed(0)
+        self.model.add_lora(LoraSettings(rank=2, dropout=0.1))
+        return LoRACompensationModule(self.model, objective, optimizer, seed=3)
+
+
+@pytest.fixture
+def setup(tiny_model_dir: Path, tmp_path: Path) -> Setup:
+    return Setup(tiny_model_dir, tmp_path)
+
+
+OURS = RoutingObjective("decode_consistent", "bernoulli", "prompt", 0.1, None)
+PAPER = RoutingObjective("soft", "soft", "sequence", 0.1, None)
+
+
+def trained(module: Any) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("objective", [OURS, PAPER], ids=["decode_consistent", "soft"])
+def test_phase_1_changes_the_routers_and_nothing_else(setup: Setup, tmp_path: Path, objective: RoutingObjective):
+    module = setup.module("router", objective)
+    before = trained(module)
+    kept = fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    changed = {k for k, v in trained(module).items() if not torch.equal(v, before[k])}
+    assert changed == {"model.routers.weight"}
+    assert 0 <= kept["val/skip_rate"] <= 1 and kept["val/cross_entropy"] > 0
+
+
+def test_phase_2_changes_lora_and_nothing_else(setup: Setup, tmp_path: Path):
+    module = setup.module("lora", OURS)
+    before = trained(module)
+    fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    changed = {k for k, v in trained(module).items() if not torch.equal(v, before[k])}
+    assert changed and all("lora_" in k for k in changed)
+    lora = {k for k in before if "lora_B" in k}
+    assert lora <= changed, "every adapter of every layer learns"
+
+
+def test_checkpoints_hold_trainable_weights_only(setup: Setup, tmp_path: Path):
+    fit_phase(setup.module("router", OURS), setup.data, settings(), tmp_path, [], resume=True)
+    assert set(read_checkpoint(tmp_path / "last.ckpt")["state_dict"]) == {"model.routers.weight"}
+    assert (tmp_path / "last.ckpt").stat().st_size < 50_000
+
+
+class _Kill(RuntimeError):
+    pass
+
+
+class _KillAt(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise _Kill
+
+
+@pytest.mark.parametrize("phase", ["router", "lora"])
+def test_an_interrupted_phase_ends_exactly_like_an_uninterrupted_one(
+    tiny_model_dir: Path, tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+):
+    objective = RoutingObjective("decode_consistent", "bernoulli", "prompt", 0.1, target_skip=0.3, dual_rate=0.5)
+    whole = Setup(tiny_model_dir, tmp_path)
+    reference = whole.module(phase, objective)
+    fit_phase(reference, whole.data, settings(), tmp_path / "whole", [], resume=True)
+
+    first = Setup(tiny_model_dir, tmp_path)
+    module = first.module(phase, objective)
+    monkeypatch.setattr(type(module), "configure_callbacks", lambda self: [_KillAt(3)])
+    with pytest.raises(_Kill):
+        fit_phase(module, first.data, settings(), tmp_path / "cut", [], resume=True)
+    monkeypatch.undo()
+    second = Setup(tiny_model_dir, tmp_path)
+    resumed = second.module(phase, objective)
+    fit_phase(resumed, second.data, settings(), tmp_path / "cut", [], resume=True)
+
+    assert resumed.multiplier == reference.multiplier
+    for name, value in trained(reference).items():
+        torch.testing.assert_close(trained(resumed)[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_best_weights_by_validation_are_kept(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scores = iter(range(1, 100))  # every validation is worse than the one before
+    monkeypatch.setattr(modules, "selection_score", lambda *_: float(next(scores)))
+    module = setup.module("lora", RoutingObjective("decode_consistent", "hard", "prompt", 0.0, target_skip=0.2))
+    fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    best, last = (read_checkpoint(tmp_path / f"{name}.ckpt") for name in ("best", "last"))
+    assert (best["global_step"], last["global_step"]) == (2, 6)
+    name = next(k for k in best["state_dict"] if "lora_B" in k)
+    assert not torch.equal(best["state_dict"][name], last["state_dict"][name])
+    torch.testing.assert_close(module.state_dict()[name], best["state_dict"][name])
+
+
+def test_early_stopping_counts_validations_without_improvement(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scores = iter(range(1, 100))
+    monkeypatch.setattr(modules, "selection_score", lambda *_: float(next(scores)))
+    module = setup.module("lora", RoutingObjective("decode_consistent", "hard", "prompt", 0.0, target_skip=0.2))
+    fit_phase(module, setup.data, settings(patience=2, validate_every=1), tmp_path, [], resume=True)
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
+
+
+def test_a_truncated_checkpoint_is_named(setup: Setup, tmp_path: Path):
+    module = setup.module("router", OURS)
+    fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"last\.ckpt is truncated.*ckpt=none"):
+        fit_phase(setup.module("router", OURS), setup.data, settings(), tmp_path, [], resume=True)
+
+
+def test_a_calibrated_start_gives_the_wanted_routes_and_margins(setup: Setup):
+    batches = [
+        {k: v for k, v in batch.items() if k != "index"} for batch in list(setup.data.val_dataloader())[:2]
+    ]
+    routes = torch.tensor([True, False, True, False])
+    start_routers(setup.model, batches, routes, margin=0.2, ridge=1e-6)
+    for batch in batches:
+        rho = setup.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
+        assert torch.equal(setup.model.routers.decide(rho), routes.expand_as(rho))
+        torch.testing.assert_close(rho.mean(0), torch.where(routes, 0.7, 0.3), atol=0.08, rtol=0)
+
+
+def test_calibration_loss_is_the_loss_of_the_routed_model(setup: Setup):
+    batch = {k: v for k, v in next(iter(setup.data.val_dataloader())).items() if k != "index"}
+    routes = torch.tensor([True, False, True, True])
+    labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
+    out = setup.model(**{**batch, "labels": labels}, objective="decode_consistent", routes=routes)
+    assert loss_under_routes(setup.model, [batch], routes) == pytest.approx(out.loss.item(), rel=1e-5)
+    assert loss_under_routes(setup.model, [batch], ~routes) != pytest.approx(out.loss.item(), rel=1e-3)
+
+
+def test_target_skip_moves_the_hard_rate_towards_the_target(setup: Setup, tmp_path: Path):
+    objective = RoutingObjective("decode_consistent", "soft", "prompt", 0.0, target_skip=0.5, dual_rate=5.0)
+    batches = [{k: v for k, v in next(iter(setup.data.val_dataloader())).items() if k != "index"}]
+    start_routers(setup.model, batches, torch.ones(4, dtype=torch.bool), margin=0.01)
+    module = setup.module("router", objective, learning_rate=0.02)
+    kept = fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    assert kept["val/skip_rate"] > 0.2
