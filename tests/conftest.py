@@ -2,7 +2,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 import torch
 
 # Read when transformers is imported, which the tests do later.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +27,15 @@ _SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT = {"n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 128, "vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2}
+_GPT = {
+    "n_embd": 32,
+    "n_layer": 6,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": 97,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _SMALL,
@@ -74,7 +82,7 @@ def random_routers(model: RouterAugmentedLM, seed: int = 1) -> None:
             weight.copy_(2 * direction / (states @ direction).std())
 
 
-@lru_cache(maxsize=None)
+@cache
 def pair(architecture: str) -> tuple[PreTrainedModel, RouterAugmentedLM]:
     """(untouched base, wrapped copy of it), shared by tests that change neither."""
     base = tiny_model(architecture)

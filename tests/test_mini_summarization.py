@@ -83,9 +83,7 @@ def summarize(article: str) -> set[str]:
             first = event.lead.format(who=who, thing=thing, town=lead["town"], day=lead["day"])
             second = mini_world.sentence(event.figure.format(n=figures[-1]))
             joined = ending.lower().startswith(mini_summarization.RESULT)
-            rest = (
-                [f"{second} and {outcome}."] if joined else [f"{second}.", f"{mini_world.sentence(outcome)}."]
-            )
+            rest = [f"{second} and {outcome}."] if joined else [f"{second}.", f"{mini_world.sentence(outcome)}."]
             found.add("\n".join([mini_world.sentence(first), *rest]))
     return found
 

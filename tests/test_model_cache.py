@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, LAYERS, pair, prompts, random_routes
-from reference import gated_logits, step_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from firstlab.model import RoutedCache, Routers
+from models import ARCHITECTURES, LAYERS, pair, prompts, random_routes
+from reference import gated_logits, step_logits
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 WINDOWED = ["mistral", "gemma2", "gemma3_text"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
 import torch
-from models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model
-from reference import prompt_rho, slow_generate, step_logits
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -19,6 +18,8 @@ from transformers import (
 )
 
 from firstlab.model import RoutedCache
+from models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model
+from reference import prompt_rho, slow_generate, step_logits
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 GREEDY = {"do_sample": False, "max_new_tokens": 7}
@@ -197,9 +198,7 @@ def test_beams_carry_routes(architecture):
     )
     assert torch.equal(out.past_key_values.routes, routes.repeat_interleave(4, dim=0))
     # The score of a beam is the mean log-probability of its tokens; recompute it with the slow reference.
-    logits = step_logits(
-        base, out.sequences, mask.repeat_interleave(2, dim=0), routes.repeat_interleave(2, dim=0)
-    )
+    logits = step_logits(base, out.sequences, mask.repeat_interleave(2, dim=0), routes.repeat_interleave(2, dim=0))
     new = out.sequences[:, mask.shape[1] :]
     expected = logits.log_softmax(-1).gather(-1, new.unsqueeze(-1)).squeeze(-1).mean(1)
     torch.testing.assert_close(out.sequences_scores, expected, atol=1e-4, rtol=1e-4)
@@ -256,9 +255,12 @@ def test_input_ids_beside_embeds_are_only_a_prefix_of_the_output():
     ids, mask = prompts()
     embeds = model.lm.get_input_embeddings()(ids)
     expected = model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
-    out = model.generate(ids[:, -2:], inputs_embeds=embeds, attention_mask=mask, **GREEDY)
-    assert torch.equal(out[:, :2], ids[:, -2:])
-    assert torch.equal(out[:, 2:], expected)
+    right, right_mask = prompts(side="right")
+    right_embeds = model.lm.get_input_embeddings()(right)
+    for given, given_mask in ((embeds, mask), (right_embeds, right_mask)):
+        out = model.generate(ids[:, -2:], inputs_embeds=given, attention_mask=given_mask, **GREEDY)
+        assert torch.equal(out[:, :2], ids[:, -2:])
+        assert torch.equal(out[:, 2:], expected)
 
 
 class Recorder:
@@ -513,7 +515,7 @@ def test_routes_must_have_one_row_per_prompt(rows):
     _, model = pair("llama")
     ids, mask = prompts((4, 6, 6, 6))
     routes = torch.ones(rows, LAYERS, dtype=torch.bool)
-    with pytest.raises(ValueError, match=f"routes has {rows} rows but there are 4 prompts"):
+    with pytest.raises(ValueError, match=f"routes has {rows} rows for 4 prompts"):
         model.generate(ids, attention_mask=mask, routes=routes)
     with pytest.raises(ValueError, match=f"routes has {rows} rows but the batch has 4"):
         model(ids, attention_mask=mask, routes=routes)
@@ -602,8 +604,6 @@ def test_attention_implementations_agree(implementation):
 
 
 def test_threads_do_not_mix():
-    from concurrent.futures import ThreadPoolExecutor
-
     _, model = pair("llama")
     batches = [prompts((4 + i, 9), seed=i) for i in range(3)]
     expected = [model.generate(ids, attention_mask=mask, **GREEDY) for ids, mask in batches]

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import ARCHITECTURES, LAYERS, prompts, routed_model, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from firstlab import RouterAugmentedLM
 from firstlab.model.layers import RoutableLayer, find_decoder, make_dense, make_routable
+from models import ARCHITECTURES, LAYERS, prompts, routed_model, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
@@ -107,6 +107,11 @@ def test_encoder_decoders_are_refused(architecture):
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(architecture, **sizes))
     with pytest.raises(ValueError, match="is an encoder-decoder model; only decoder-only models can be routed"):
         RouterAugmentedLM(model)
+
+
+def test_models_without_a_head_are_refused():
+    with pytest.raises(ValueError, match="LlamaModel has no language-model head; load it with AutoModelForCausalLM"):
+        RouterAugmentedLM(tiny_model("llama").model)
 
 
 def fake(**lists: nn.Module) -> nn.Module:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model, tiny_model
-from reference import prompt_rho, step_logits
 
 from firstlab import RouterAugmentedLM
 from firstlab.model import LoraSettings, RouterSettings
+from models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model, tiny_model
+from reference import prompt_rho, step_logits
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
@@ -80,9 +80,7 @@ def test_router_settings_hold_in_every_way_to_route(settings):
         forward = model(ids, mask)
     rho = model.prompt_rho(ids, mask)
     torch.testing.assert_close(cache.rho, rho, atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        model(ids, mask, objective="decode_consistent", gate="hard").rho, rho, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(model(ids, mask, objective="decode_consistent", gate="hard").rho, rho, atol=1e-5, rtol=0)
     torch.testing.assert_close(forward.rho[:, 0], rho[:, 0], atol=1e-5, rtol=0)
     assert torch.equal(cache.routes, rho >= settings.threshold)
     assert torch.equal(model.route(ids, mask), rho >= settings.threshold)
@@ -127,9 +125,7 @@ def test_gradients_flow_only_where_they_should(architecture, trainable):
     loss = out.loss + 0.01 * out.loss_terms["regularization"] + 0.1 * out.loss_terms["non_skip"]
     loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    expected = {
-        name for name, _ in model.named_parameters() if name.startswith("routers") or "lora_" in name
-    }
+    expected = {name for name, _ in model.named_parameters() if name.startswith("routers") or "lora_" in name}
     expected = {name for name in expected if name.startswith("routers") == (trainable == "routers")}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
     if architecture == "mixtral":

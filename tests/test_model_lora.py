@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import ARCHITECTURES, LAYERS, pair, prompts, routed_model, tiny_model
 from peft.tuners.lora import LoraLayer
 
 from firstlab.model import LoraSettings, RouterAugmentedLM
 from firstlab.model.lora import linear_names, lora_layers
+from models import ARCHITECTURES, LAYERS, pair, prompts, routed_model, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 

@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from models import pair, prompts, random_routers, tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_model_lora import logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firstlab import RouterAugmentedLM
 from firstlab.model import LoraSettings, ModelUnavailableError, RouterSettings, load_tokenizer
+from models import pair, prompts, random_routers, tiny_model
+from test_model_lora import logits
 
 
 @pytest.fixture
@@ -124,9 +124,7 @@ def test_loading_a_plain_folder_gives_fresh_routers(base_folder):
     model = RouterAugmentedLM.from_pretrained(str(base_folder))
     ids, mask = prompts()
     with torch.no_grad():
-        assert torch.equal(
-            model.lm(ids, attention_mask=mask).logits, pair("llama")[0](ids, attention_mask=mask).logits
-        )
+        assert torch.equal(model.lm(ids, attention_mask=mask).logits, pair("llama")[0](ids, attention_mask=mask).logits)
     assert not model.has_lora
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model
-from reference import decode_gates, gated_logits, prompt_rho, step_logits
 
 from firstlab.model.lm import cross_entropy
 from firstlab.model.teacher_forcing import TeacherForcedPass
+from models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model
+from reference import decode_gates, gated_logits, prompt_rho, step_logits
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 

@@ -10,8 +10,7 @@ def test_translation_prompt_is_the_papers():
 
 def test_summarization_prompt_is_the_papers():
     assert summarization_prompt("News.") == (
-        "### Instruction:\nSummarize the news article in around 100-200 words.\n\n"
-        "### Input:\nNews.\n\n### Response:\n"
+        "### Instruction:\nSummarize the news article in around 100-200 words.\n\n### Input:\nNews.\n\n### Response:\n"
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tiny_run import composed, overrides
 
 from firstlab.experiment import build_data, load_model
 from firstlab.model import LoraSettings
@@ -16,6 +15,7 @@ from firstlab.training import modules
 from firstlab.training.calibration import loss_under_routes, start_routers
 from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
 from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
+from tiny_run import composed, overrides
 
 
 def settings(**changes: Any) -> FitSettings:
@@ -153,9 +153,7 @@ def test_a_truncated_checkpoint_is_named(setup: Setup, tmp_path: Path):
 
 
 def test_a_calibrated_start_gives_the_wanted_routes_and_margins(setup: Setup):
-    batches = [
-        {k: v for k, v in batch.items() if k != "index"} for batch in list(setup.data.val_dataloader())[:2]
-    ]
+    batches = [{k: v for k, v in batch.items() if k != "index"} for batch in list(setup.data.val_dataloader())[:2]]
     routes = torch.tensor([True, False, True, False])
     start_routers(setup.model, batches, routes, margin=0.2, ridge=1e-6)
     for batch in batches:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from tiny_tokenizer import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from firstlab.config import ExperimentConfig, conf_dir, load, register
 from firstlab.methods.base import Method
+from tiny_tokenizer import tiny_tokenizer
 
 SMALL = [
     "model=hf",

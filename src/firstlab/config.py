@@ -147,9 +147,7 @@ class PhaseConfig:
             _require(value is None or value >= 1, f"{name}.{key}", value, "at least 1, or null")
         _require(self.learning_rate > 0, f"{name}.learning_rate", self.learning_rate, "greater than 0")
         _require(0 <= self.warmup_fraction < 1, f"{name}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
-        _require(
-            self.loss_on in ("all", "response"), f"{name}.loss_on", self.loss_on, "choose one of all, response"
-        )
+        _require(self.loss_on in ("all", "response"), f"{name}.loss_on", self.loss_on, "choose one of all, response")
 
 
 @dataclass
@@ -235,9 +233,7 @@ class TrainerConfig:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        _require(
-            self.accelerator in ("cpu", "gpu"), "trainer.accelerator", self.accelerator, "choose one of cpu, gpu"
-        )
+        _require(self.accelerator in ("cpu", "gpu"), "trainer.accelerator", self.accelerator, "choose one of cpu, gpu")
         _require(
             self.strategy in ("auto", "ddp", "fsdp"), "trainer.strategy", self.strategy, "choose one of auto, ddp, fsdp"
         )

@@ -31,7 +31,9 @@ def main(arguments: list[str]) -> None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
     refused = [key for key in options if key.split(".")[0] not in ("data", "evaluation", "trainer", "seed")]
     if refused:
-        raise ValueError(f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer and seed change")
+        raise ValueError(
+            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer and seed change"
+        )
 
     from firstlab import results
     from firstlab.evaluation import evaluate_variant
@@ -43,8 +45,14 @@ def main(arguments: list[str]) -> None:
     directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}"
     model.merge_and_unload()
     result = evaluate_variant(
-        model, data, config.evaluation, directory, variant, fixed_routes(Path(run), variant, model.num_layers),
-        config.seed, config.trainer.progress_bar,
+        model,
+        data,
+        config.evaluation,
+        directory,
+        variant,
+        fixed_routes(Path(run), variant, model.num_layers),
+        config.seed,
+        config.trainer.progress_bar,
     )
     full = {
         **{key: record.get(key) for key in ("method", "label", "level", "model")},

@@ -1,4 +1,4 @@
-"""Generation and measurement of one model variant on the test set; resumable, and the same on any number of processes."""
+"""Generates with one model variant on the test set and measures it; resumable, the same on any number of processes."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ def generate_predictions(
             batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
             ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
             torch.manual_seed(seed * 1_000_003 + indices[0])
-            result = model.generate(
-                ids, mask, routes=None if routes is None else routes.to(model.device), **options
-            )
+            result = model.generate(ids, mask, routes=None if routes is None else routes.to(model.device), **options)
             decided = result.past_key_values.routes[:: config.num_beams].cpu()
             for i, tokens, route in zip(indices, result.sequences[:, ids.shape[1] :].cpu(), decided, strict=True):
                 text, count = _decode(tokenizer, tokens, data.pad)
@@ -236,8 +234,12 @@ def evaluate_variant(
         result["primary_metric"] = PRIMARY_METRIC[data.task.kind]
         if config.tpot_prompts:
             result["timing"] = measure_tpot(
-                model, data, [p.skipped for p in predictions], config.tpot_prompts, config.tpot_tokens, config.tpot_repetitions
+                model,
+                data,
+                [p.skipped for p in predictions],
+                config.tpot_prompts,
+                config.tpot_tokens,
+                config.tpot_repetitions,
             )
         write_atomically(file, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
     return result
-

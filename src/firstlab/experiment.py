@@ -33,9 +33,9 @@ from firstlab.methods.first import First
 from firstlab.methods.none import Dense
 from firstlab.methods.sleb import greedy_static_routes
 from firstlab.model import LoraSettings, RouterAugmentedLM, RouterSettings, load_tokenizer
+from firstlab.tracking import JsonLinesLogger, log_evaluation
 from firstlab.training.calibration import loss_under_routes, start_routers
 from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
-from firstlab.tracking import JsonLinesLogger, log_evaluation
 from firstlab.training.trainer import FitSettings, fit_phase
 
 BUNDLED = {"bundled:nano": Path(__file__).resolve().parent / "assets" / "nano"}
@@ -84,7 +84,7 @@ class Experiment:
                 self._check_same(yaml.safe_load(file.read_text(encoding="utf-8")))
             elif self.directory.exists() and any(self.directory.iterdir()):
                 raise ValueError(
-                    f"run_dir={self.directory} is not empty and holds no config.yaml of firstlab; choose another run_dir"
+                    f"run_dir={self.directory} is not empty and holds no config.yaml; choose another run_dir"
                 )
             write_atomically(file, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
         _barrier()
@@ -98,7 +98,9 @@ class Experiment:
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         old, new = _flat(load_dict(saved).identity()), _flat(self.config.identity())
-        changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
+        changed = [
+            f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)
+        ]
         if changed:
             raise ValueError(
                 f"run directory {self.directory} belongs to another configuration ({'; '.join(changed[:6])}); "
@@ -232,7 +234,9 @@ class Experiment:
         method = self.method
         if not isinstance(method, First) or method.start == "random":
             return
-        rank_zero_info(f"calibrating the routers' start ({method.start}) on {method.calibration_prompts} training prompts")
+        rank_zero_info(
+            f"calibrating the routers' start ({method.start}) on {method.calibration_prompts} training prompts"
+        )
         layers = self.model.num_layers
         if method.start == "dense":
             routes = torch.ones(layers, dtype=torch.bool)
@@ -260,7 +264,8 @@ class Experiment:
         config, method = self.config, self.method
         phase: PhaseConfig = config.router_phase if name == "router" else config.lora_phase
         data = self.data
-        data.batch_size, data.loss_on = phase.batch_size, phase.loss_on
+        data.batch_size = phase.batch_size
+        data.loss_on = "all" if phase.loss_on == "all" else "response"
         data.max_length = config.data.max_length_router if name == "router" else config.data.max_length_lora
         per_epoch = math.ceil(batch_count(len(data.train), phase.batch_size) / phase.accumulate)
         steps = min(phase.epochs * per_epoch, phase.max_steps or math.inf)
@@ -279,12 +284,23 @@ class Experiment:
             if routes is not None:
                 objective = replace(objective, target_skip=None, objective="decode_consistent")
             module = LoRACompensationModule(self.model, objective, optimizer, config.seed, routes)
-        rank_zero_info(f"phase {name}: {int(steps)} steps of {phase.batch_size * phase.accumulate} prompts, {method.label}")
+        rank_zero_info(
+            f"phase {name}: {int(steps)} steps of {phase.batch_size * phase.accumulate} prompts, {method.label}"
+        )
         trainer = config.trainer
         settings = FitSettings(
-            trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy, trainer.precision,
-            phase.accumulate, int(steps), phase.gradient_clip, phase.validate_every, phase.checkpoint_every,
-            phase.patience, trainer.progress_bar,
+            trainer.accelerator,
+            trainer.devices,
+            trainer.num_nodes,
+            trainer.strategy,
+            trainer.precision,
+            phase.accumulate,
+            int(steps),
+            phase.gradient_clip,
+            phase.validate_every,
+            phase.checkpoint_every,
+            phase.patience,
+            trainer.progress_bar,
         )
         checkpoints = self.directory / "checkpoints" / name
         start = time.perf_counter()
@@ -324,8 +340,14 @@ class Experiment:
         if not file.is_file():
             config = self.config
             variant = evaluate_variant(
-                self.model, self.data, config.evaluation, self.directory / "predictions", name, routes,
-                config.seed, config.trainer.progress_bar,
+                self.model,
+                self.data,
+                config.evaluation,
+                self.directory / "predictions",
+                name,
+                routes,
+                config.seed,
+                config.trainer.progress_bar,
             )
             if rank()[0] == 0:
                 write_atomically(file, yaml.safe_dump(variant, sort_keys=False))
@@ -393,9 +415,11 @@ def load_run(
         ValueError: Not a run directory, or the variant was not trained.
     """
     config, method = read(directory / "config.yaml", overrides)
-    products = {"base": None, "base_lora": "lora"} if method.name == "none" else {
-        "base": None, "router": "router" if method.trains_routers else None, "router_lora": "lora"
-    }
+    products = (
+        {"base": None, "base_lora": "lora"}
+        if method.name == "none"
+        else {"base": None, "router": "router" if method.trains_routers else None, "router_lora": "lora"}
+    )
     if variant is None:
         variant = [name for name, part in products.items() if part is None or (directory / part).is_dir()][-1]
     if variant not in products:
@@ -430,7 +454,9 @@ def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Metho
     """The same settings with method=none: what skipping is compared with."""
     dense = Dense()
     node = {"_target_": f"{Dense.__module__}.{Dense.__qualname__}"}
-    directory = None if config.run_dir is None else str(Path(config.run_dir).with_name(Path(config.run_dir).name + "-none"))
+    directory = (
+        None if config.run_dir is None else str(Path(config.run_dir).with_name(Path(config.run_dir).name + "-none"))
+    )
     phases = list(PHASES) if "lora" in config.phases else ["evaluate"]
     # What only routers use is left at its default, so that every method shares one dense run.
     counterpart = replace(

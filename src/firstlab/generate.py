@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from firstlab.entry import guarded, parse_options
 
@@ -77,7 +78,9 @@ def main(arguments: list[str]) -> None:
         limit, new_tokens = config.data.max_prompt_length, options.max_new_tokens or config.data.max_new_tokens
     else:
         if options.prompt == "task":
-            raise ValueError(f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder")
+            raise ValueError(
+                f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder"
+            )
         model, variant, task = RouterAugmentedLM.from_pretrained(options.run), options.variant or "router_lora", None
         tokenizer = load_tokenizer(options.run)
         limit, new_tokens = 0, options.max_new_tokens or 80
@@ -85,13 +88,15 @@ def main(arguments: list[str]) -> None:
         assert task is not None
         if task.kind == "qa" and not options.question:
             raise ValueError('this run answers questions: pass question="..." and the passage as text')
-        text = fit_prompt(task, Example("input", text, ("",), options.question), tokenizer, limit, "data.max_prompt_length")
+        text = fit_prompt(
+            task, Example("input", text, ("",), options.question), tokenizer, limit, "data.max_prompt_length"
+        )
     ids = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
     if ids.numel() == 0:
         raise ValueError("the text is empty, and this tokenizer adds no BOS token; give at least one word")
     torch.manual_seed(options.seed)
     dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
-    sampling = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
+    sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(
         ids,
         routes=dense if variant == "base" else None,

@@ -29,7 +29,9 @@ class _Stopwatch(LogitsProcessor):
         return scores
 
 
-def time_generation(model: RouterAugmentedLM, batch: dict[str, Tensor], routes: Tensor, tokens: int) -> tuple[float, float]:
+def time_generation(
+    model: RouterAugmentedLM, batch: dict[str, Tensor], routes: Tensor, tokens: int
+) -> tuple[float, float]:
     """(TTFT, TPOT) in seconds of one greedy generation of exactly `tokens` tokens; TPOT is the median decode step.
 
     Args:

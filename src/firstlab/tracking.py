@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: metrics.jsonl always, and any Lightning logger (W&B, CSV, TensorBoard) beside it."""
+"""What a run reports while it goes on: metrics.jsonl always, and any Lightning logger beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLES = 50
 
 
 class JsonLinesLogger(Logger):
-    """One JSON object per logged step, appended to a file. A resumed run repeats the steps since its last checkpoint."""
+    """One JSON object per logged step, appended to a file; a resumed run repeats the steps since its checkpoint."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()

@@ -25,8 +25,8 @@ def main(composed: DictConfig) -> None:
     if in_processes("firstlab.train", config.trainer):
         return
 
-    from firstlab.report import report
     from firstlab.experiment import Experiment, dense_counterpart
+    from firstlab.report import report
 
     experiment = Experiment(config, method)
     if config.compare_with_base and method.name != "none":

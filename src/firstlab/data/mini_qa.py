@@ -495,9 +495,7 @@ def _say(template: str, entity: Entity, relation: Relation, subject: str) -> str
     return template.format(s=subject, v=value.text, his=entity.possessive, doing=value.doing)
 
 
-def _entities(
-    rng: random.Random, kind: tuple[Relation, ...], count: int, mixed: bool = False
-) -> list[Entity]:
+def _entities(rng: random.Random, kind: tuple[Relation, ...], count: int, mixed: bool = False) -> list[Entity]:
     """Entities without facts, no two of which share a name; `mixed` alternates women and men."""
     if kind is FIRM:
         names = [rng.choice(FIRMS).format(surname) for surname in rng.sample(world.SURNAMES, count)]
@@ -655,10 +653,7 @@ def _pronoun(rng: random.Random) -> Built:
     asked, target = relations[0], rng.choice(entities)
     for relation in relations:
         _settle(rng, entities, relation)
-    plain = {
-        r.name: [t for t in (*r.statements, *(p[0] for p in r.direct)) if _takes_pronoun(t)]
-        for r in relations
-    }
+    plain = {r.name: [t for t in (*r.statements, *(p[0] for p in r.direct)) if _takes_pronoun(t)] for r in relations}
     if entities[0].pronoun != "it" and rng.random() < 0.6:
         # Both are named once; after that only "he" and "she" tell them apart.
         sentences = [rng.choice(PAIRS).format(a=entities[0].full_name, b=entities[1].name)]
@@ -720,9 +715,7 @@ def _through_firm(rng: random.Random) -> Built:
     told = rng.sample((asked, spare), 2)
     about_firms = [s for firm in order for s in _paragraph(rng, firm, told, 0.7, {})]
     index = rng.randrange(2)
-    subject = rng.choice(
-        ("the firm that {} works for", "the company that employs {}", "the firm that pays {}")
-    )
+    subject = rng.choice(("the firm that {} works for", "the company that employs {}", "the firm that pays {}"))
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
     question = rng.choice(questions).format(s=subject.format(people[index].name))
     return _passage(rng, [about_people, about_firms], 0), question, _accepted(firms[index].facts[asked.name])

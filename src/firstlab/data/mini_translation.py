@@ -849,11 +849,7 @@ class _Draw:
             return self.kin()
         noun = self.pick(_nouns(tags))
         plural = self.chance(0.25)
-        det = (
-            self.pick(("def", "def", "def", "indef", "this"))
-            if not plural
-            else self.pick(("def", "some", "this"))
-        )
+        det = self.pick(("def", "def", "def", "indef", "this")) if not plural else self.pick(("def", "some", "this"))
         if plural and level >= 2 and self.chance(0.3):
             return NP(noun, "count", True, self.adjectives(noun, level), count=self.count())
         if level >= 3 and tags == "p" and det == "def" and not plural and self.chance(0.12):
@@ -872,9 +868,7 @@ class _Draw:
             return NP(noun, "def", owner=owner)
         return NP(
             noun,
-            self.pick(
-                {"m": ("he", "I"), "f": ("she", "I")}.get(spouse or "", ("I", "we", "he", "she", "they"))
-            ),
+            self.pick({"m": ("he", "I"), "f": ("she", "I")}.get(spouse or "", ("I", "we", "he", "she", "they"))),
         )
 
     def owner(self) -> NP:
@@ -932,9 +926,7 @@ class _Draw:
             NP(place.noun, "def", False, self.adjectives(place.noun, level)),
         )
 
-    def predicate(
-        self, subject: NP, tense: str, noun: Noun, negated: bool = False, state: bool = False
-    ) -> Clause:
+    def predicate(self, subject: NP, tense: str, noun: Noun, negated: bool = False, state: bool = False) -> Clause:
         """Subject, "be" and an adjective fit for `noun`; `state` asks for a passing state such as "tired"."""
         adjective = self.pick(_adjectives("P")) if state else self.adjective(noun, predicate=True)
         assert adjective is not None
@@ -1078,12 +1070,7 @@ class _Draw:
             clause, negated = self.eventive(level, self.tense()), False
             if clause.tense == "pres" and self.chance(0.4):
                 return replace(clause, frequency=self.pick(lexicon.FREQUENCIES))
-            if (
-                clause.place is None
-                and clause.direction is None
-                and clause.price is None
-                and self.chance(0.2)
-            ):
+            if clause.place is None and clause.direction is None and clause.price is None and self.chance(0.2):
                 verb = clause.verb
                 if verb and "s" not in verb.flags and not verb.preposition and "{}" not in verb.zh:
                     clause = replace(clause, manner=self.pick(lexicon.MANNERS))
@@ -1116,19 +1103,11 @@ class _Draw:
             if self.chance(0.3):
                 where = self.place(2)
                 verb = self.pick(
-                    [
-                        v
-                        for v in lexicon.INTRANSITIVE
-                        if v.en in ("live", "work", "wait", "sit", "stand", "sing")
-                    ]
+                    [v for v in lexicon.INTRANSITIVE if v.en in ("live", "work", "wait", "sit", "stand", "sing")]
                 )
                 return Clause(subject, verb, tense, place=where, gap="subject")
             clause = self.action(2, tense, subject)
-            return (
-                replace(clause, gap="subject")
-                if "{}" not in (clause.verb.zh if clause.verb else "")
-                else None
-            )
+            return replace(clause, gap="subject") if "{}" not in (clause.verb.zh if clause.verb else "") else None
         verbs = _object_verbs(noun)
         if not verbs:
             return None
@@ -1157,9 +1136,7 @@ class _Draw:
             if slot == "obj" and clause.verb and clause.verb.prefix:
                 continue
             relative = self.relative(head)
-            if relative is None or (
-                relative.subject and relative.subject == clause.subject and slot == "obj"
-            ):
+            if relative is None or (relative.subject and relative.subject == clause.subject and slot == "obj"):
                 continue
             if relative.gap == "subject":
                 relative = replace(relative, subject=NP(head, plural=np.plural))
@@ -1183,13 +1160,7 @@ class _Draw:
     def referred(self, clause: Clause) -> tuple[NP, Noun | None] | None:
         """A pronoun for the subject or a thing in the object, where its gender is beyond doubt."""
         obj = clause.obj
-        if (
-            obj
-            and obj.noun
-            and not set(obj.noun.tags) & set("pkaw")
-            and not obj.noun.mass
-            and self.chance(0.5)
-        ):
+        if obj and obj.noun and not set(obj.noun.tags) & set("pkaw") and not obj.noun.mass and self.chance(0.5):
             if clause.negated or (clause.subject and clause.subject.plural and obj.plural):
                 return None
             pronoun = "they" if obj.plural else "it"
@@ -1197,11 +1168,7 @@ class _Draw:
         subject = clause.subject
         if subject is None or subject.parts:
             return None
-        if (
-            obj
-            and (obj.name or obj.pronoun or (obj.noun and set(obj.noun.tags) & set("pk")))
-            or clause.recipient
-        ):
+        if obj and (obj.name or obj.pronoun or (obj.noun and set(obj.noun.tags) & set("pk"))) or clause.recipient:
             return None
         if subject.pronoun:
             return subject, None
@@ -1248,9 +1215,7 @@ class _Draw:
                 return None
             pair = (
                 one,
-                self.action(2, tense, shared[0])
-                if link == "if" and shared[0].human
-                else self.about(*shared, tense),
+                self.action(2, tense, shared[0]) if link == "if" and shared[0].human else self.about(*shared, tense),
             )
         for clause in pair:
             if _stative(clause) and link in ("before", "while", "if") and clause.verb is not _BE:
@@ -1292,9 +1257,7 @@ class _Draw:
                 return Clause(name, _BE, predicate=Phrase(f"{_en_article(en)} {en}", de, f"是{zh}"))
             clause = self.action(2, self.tense())
             nps = [np for np in (clause.subject, clause.obj, clause.recipient) if np]
-            return (
-                clause if any(np.adjectives or np.count or np.owner for np in nps) or clause.price else None
-            )
+            return clause if any(np.adjectives or np.count or np.owner for np in nps) or clause.price else None
         if level == 3:
             return self.enriched(3)
         if level == 4:
@@ -1339,9 +1302,7 @@ class _Draw:
     def comparison(self) -> Clause | None:
         tags = self.pick(("r", "c", "t", "v", "u", "p"))
         one, two = self.pick(_nouns(tags)), self.pick(_nouns(tags))
-        fitting = [
-            a for a in lexicon.ADJECTIVES if a.en_comparative and set(a.tags) & set(one.tags) & set(two.tags)
-        ]
+        fitting = [a for a in lexicon.ADJECTIVES if a.en_comparative and set(a.tags) & set(one.tags) & set(two.tags)]
         if one is two or not fitting:
             return None
         adjective, other = self.pick(fitting), NP(two, self.pick(("def", "this")))
@@ -1392,9 +1353,7 @@ class MiniTranslation(Task):
 
     kind: ClassVar[str] = "translation"
 
-    def __init__(
-        self, pair: str = "en-de", pool_size: int = 6000, test_size: int = 500, seed: int = 0
-    ) -> None:
+    def __init__(self, pair: str = "en-de", pool_size: int = 6000, test_size: int = 500, seed: int = 0) -> None:
         if pair not in _LANGUAGES:
             raise ValueError(f"pair={pair!r} is unknown; choose one of {', '.join(_LANGUAGES)}.")
         for option, value in (("pool_size", pool_size), ("test_size", test_size)):
@@ -1434,11 +1393,7 @@ class MiniTranslation(Task):
             while True:
                 sentence = draw.sentence(level)
                 source = english(sentence)
-                if (
-                    source in seen
-                    or _held_out(source) != held_out
-                    or not 3 <= len(source.split()) <= _MAX_EN_WORDS
-                ):
+                if source in seen or _held_out(source) != held_out or not 3 <= len(source.split()) <= _MAX_EN_WORDS:
                     continue
                 target = write(sentence)
                 if len(target.split()) <= _MAX_DE_WORDS:
@@ -1449,6 +1404,4 @@ class MiniTranslation(Task):
 
     def prompt(self, example: Example, source: str | None = None) -> str:
         """The translation prompt of appendix A.6."""
-        return translation_prompt(
-            example.source if source is None else source, "English", _LANGUAGES[self.pair]
-        )
+        return translation_prompt(example.source if source is None else source, "English", _LANGUAGES[self.pair])

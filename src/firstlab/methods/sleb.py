@@ -1,4 +1,4 @@
-"""SLEB (Song et al. 2024), decode-only: layers are switched off one by one, each time the one whose loss hurts least."""
+"""SLEB (Song et al. 2024), decode-only: layers are switched off one by one, each time the one that hurts least."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchmetrics import __version__ as torchmetrics_version
 from torchmetrics.functional.text import rouge_score
 
 from firstlab.metrics.scores import MetricUnavailableError, Scores, check_pairs
@@ -56,7 +56,7 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
         found = [rouge_score(prediction, reference, rouge_keys=keys) for reference in accepted]
         for key in keys:
             best[key].append(100.0 * max(float(scores[f"{key}_fmeasure"]) for scores in found))
-    signature = f"f1|case:lc|tok:a-z0-9|stem:no|refs:max|torchmetrics:{torchmetrics_version}"
+    signature = f"f1|case:lc|tok:a-z0-9|stem:no|refs:max|torchmetrics:{version('torchmetrics')}"
     return {key: Scores.mean(values, signature) for key, values in best.items()}
 
 
@@ -88,10 +88,8 @@ def bertscore(
         for (index, _, _), value in zip(pairs, found.tolist(), strict=True):
             best[index] = max(value, best.get(index, -1.0))
 
-    from bert_score import __version__ as version
-
     name = Path(config.encoder).name if Path(config.encoder).is_dir() else config.encoder
-    signature = f"f1|encoder:{name}|layer:{num_layers}|idf:no|rescale:no|refs:max|bert-score:{version}"
+    signature = f"f1|encoder:{name}|layer:{num_layers}|idf:no|rescale:no|refs:max|bert-score:{version('bert-score')}"
     return Scores.mean([100.0 * best.get(index, 0.0) for index in range(len(texts))], signature)
 
 

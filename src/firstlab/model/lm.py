@@ -35,7 +35,8 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
     """
 
     rho: Tensor | None = None
-    loss_terms: dict[str, Tensor] | None = None
+    # ModelOutput leaves out fields that are None; with labels it is always there.
+    loss_terms: dict[str, Tensor] = None  # type: ignore[assignment]
 
 
 class RouterAugmentedLM(nn.Module):
@@ -336,14 +337,14 @@ class RouterAugmentedLM(nn.Module):
             _check_prompt(prompt, attention_mask)
             if routes is not None and routes.ndim == 2 and routes.shape[0] != prompt.shape[0]:
                 raise ValueError(
-                    f"routes has {routes.shape[0]} rows but there are {prompt.shape[0]} prompts; give one row per prompt"
+                    f"routes has {routes.shape[0]} rows for {prompt.shape[0]} prompts; give one row per prompt"
                 )
             if not attention_mask[:, -1].all():
                 order = attention_mask.long().argsort(dim=1, stable=True)
                 attention_mask = attention_mask.gather(1, order)
-                if input_ids is not None:
-                    input_ids = input_ids.gather(1, order)
-                if embeds is not None:
+                if embeds is None:
+                    input_ids = prompt.gather(1, order)
+                else:
                     kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
             cache = self.new_cache() if cache is None else cache
             cache.expect_prompt(prompt.shape[1], routes)
@@ -353,7 +354,8 @@ class RouterAugmentedLM(nn.Module):
             raise ValueError("the new tokens after past_key_values are padded on the right; pad them on the left")
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
-        return self.lm.generate(input_ids, past_key_values=cache, **kwargs)
+        generate: Any = self.lm.generate  # transformers types its receiver more narrowly than PreTrainedModel
+        return generate(input_ids, past_key_values=cache, **kwargs)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,8 +376,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _own_cache(cache: Any) -> RoutedCache:
     if not isinstance(cache, RoutedCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; routes live in the cache, so pass one from model.new_cache() "
-            "or from an earlier generate(..., return_dict_in_generate=True)"
+            f"past_key_values is a {type(cache).__name__}; routes live in the cache, so pass one from "
+            "model.new_cache() or from an earlier generate(..., return_dict_in_generate=True)"
         )
     return cache
 

@@ -40,7 +40,9 @@ def _unavailable(path: str, error: Exception) -> ModelUnavailableError:
             "model where there is a network and set model.path to its folder"
         )
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return ModelUnavailableError(f"model.path={path!r} is not available: {way_out} ({type(error).__name__}: {first_line[:200]})")
+    return ModelUnavailableError(
+        f"model.path={path!r} is not available: {way_out} ({type(error).__name__}: {first_line[:200]})"
+    )
 
 
 def load_base(path: str, **kwargs: Any) -> PreTrainedModel:

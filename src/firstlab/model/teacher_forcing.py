@@ -1,8 +1,8 @@
 """Teacher-forced passes: the paper's soft forward (§4.1) and the decode-consistent forward.
 
-`soft` mixes every token with rho. `decode_consistent` does in one pass what inference does in many: prompt tokens run all
-layers unmixed, response tokens pass through the gates that the prompt's rho sets, so that at a kept layer they attend
-to the prompt's keys and values of that layer, exactly as with a KV cache.
+`soft` mixes every token with rho. `decode_consistent` does in one pass what inference does in many: prompt tokens run
+all layers unmixed, response tokens pass through the gates that the prompt's rho sets, so that at a kept layer they
+attend to the prompt's keys and values of that layer, exactly as with a KV cache.
 """
 
 from __future__ import annotations
@@ -78,10 +78,8 @@ class TeacherForcedPass:
         gate = self._gate(index, rho)[:, None].expand(hidden.shape[:2])
         if self.decode_consistent:
             gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
-        if self.checkpoint_layers and torch.is_grad_enabled():
-            output = checkpoint(run, use_reentrant=False)
-        else:
-            output = run()
+        recompute = self.checkpoint_layers and torch.is_grad_enabled()
+        output = checkpoint(run, use_reentrant=False) if recompute else run()
         if isinstance(output, tuple):
             return (mix(hidden, output[0], gate), *output[1:])
         return mix(hidden, output, gate)

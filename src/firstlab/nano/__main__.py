@@ -48,9 +48,7 @@ def prepare(config: NanoConfig, tasks: dict[str, Task], work: Path) -> None:
             )
         return
     work.mkdir(parents=True, exist_ok=True)
-    pools = {
-        name: training_examples(task, config.tasks[name].count, config.seed) for name, task in tasks.items()
-    }
+    pools = {name: training_examples(task, config.tasks[name].count, config.seed) for name, task in tasks.items()}
     seen = [example for pool in pools.values() for example in pool[: config.tokenizer_examples]]
     tokenizer = train_tokenizer(
         (text for e in seen for text in (e.source, e.question, e.references[0]) if text),
@@ -59,9 +57,7 @@ def prepare(config: NanoConfig, tasks: dict[str, Task], work: Path) -> None:
     )
     tokenizer.model_max_length = config.model.max_position_embeddings
     tokenizer.save_pretrained(work / "tokenizer")
-    corpus = encode_corpus(
-        tokenizer, [(task, pools[name]) for name, task in tasks.items()], config.training.max_length
-    )
+    corpus = encode_corpus(tokenizer, [(task, pools[name]) for name, task in tasks.items()], config.training.max_length)
     corpus.save(work / "corpus.npz")
     log.info("%d examples, %.1f M tokens, vocabulary %d", len(corpus.lengths()), len(corpus.ids) / 1e6, len(tokenizer))
     write_atomically(path, json.dumps(recipe(config), indent=1) + "\n")

@@ -114,6 +114,10 @@ def check(config: NanoConfig) -> None:
     for option, value in positive.items():
         if value < 1:
             raise ValueError(f"{option}={value} must be at least 1")
+    if training.batches_per_step % config.processes:
+        raise ValueError(
+            f"training.batches_per_step={training.batches_per_step} must be a multiple of processes={config.processes}"
+        )
     if not config.tasks:
         raise ValueError("tasks is empty: give at least one task to train on")
     for name, task in config.tasks.items():

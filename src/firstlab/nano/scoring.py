@@ -52,9 +52,7 @@ def score(
             resamples=1000 if level is None else 1,
         )
 
-    scores: dict[str, dict[str, Any]] = {
-        "all": {name: result.to_dict() for name, result in metrics(None).items()}
-    }
+    scores: dict[str, dict[str, Any]] = {"all": {name: result.to_dict() for name, result in metrics(None).items()}}
     levels = sorted({e.difficulty for e in examples})
     if len(levels) > 1:
         for level in levels:

@@ -95,9 +95,7 @@ def train_tokenizer(texts: Iterable[str], frame: Iterable[str], vocab_size: int)
         ),
     )
     bpe.add_tokens([AddedToken(line, normalized=False, special=False) for line in frame])
-    bpe.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace(Regex(r"(?:\A|(?<=\n)) "), "")]
-    )
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(Regex(r"(?:\A|(?<=\n)) "), "")])
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
@@ -159,9 +157,7 @@ def encode_corpus(
                 prompt_lengths.append(len(prompt))
         sizes.append(len(rows) - before)
         if sizes[-1] == 0:
-            raise ValueError(
-                f"training.max_length={max_length} leaves no example of {type(task).__name__}: raise it"
-            )
+            raise ValueError(f"training.max_length={max_length} leaves no example of {type(task).__name__}: raise it")
     return Corpus(
         ids=np.concatenate([np.asarray(row, np.int64) for row in rows]),
         starts=np.cumsum([0, *map(len, rows)], dtype=np.int64),

@@ -65,9 +65,7 @@ def lr_scale(step: int, training: TrainingConfig) -> float:
     return min(1.0, warm, decay)
 
 
-def weighted_loss(
-    model: LlamaForCausalLM, ids: Tensor, weights: Tensor, response: Tensor
-) -> tuple[Tensor, Tensor]:
+def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor, response: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over one batch: of weight * cross entropy, and of the cross entropy of response tokens.
 
     Rows are padded on the right, so causal attention needs no mask; only positions that count get logits.
@@ -103,9 +101,7 @@ def save_checkpoint(
     os.replace(part, path)
 
 
-def load_checkpoint(
-    path: Path, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
-) -> Progress:
+def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
     """Restores what `save_checkpoint` wrote; without a file nothing changes and the run starts at step 0."""
     if not path.exists():
         return Progress()
@@ -183,9 +179,7 @@ def train_in_processes(config: NanoConfig, work: Path) -> None:
     world = config.processes if device_of(config).type == "cpu" else 1
     (work / "rendezvous").unlink(missing_ok=True)
     others = [
-        multiprocessing.get_context("spawn").Process(
-            target=train, args=(rank, world, config, work), daemon=True
-        )
+        multiprocessing.get_context("spawn").Process(target=train, args=(rank, world, config, work), daemon=True)
         for rank in range(1, world)
     ]
     for process in others:

@@ -1,7 +1,7 @@
 """Calibration on training prompts: the loss under given routes, and routers that start from given routes.
 
-A linear map without bias has no constant to set, so a router that says "run" or "skip" for every prompt is fitted to the
-hidden states: a ridge regression, in closed form, of the wanted logit on the prompt tokens' states.
+A linear map without bias has no constant to set, so a router that says "run" or "skip" for every prompt is fitted to
+the hidden states: a ridge regression, in closed form, of the wanted logit on the prompt tokens' states.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def start_routers(
         moments.prompt_mask = batch["prompt_mask"].bool()
         moments.count += int(moments.prompt_mask.sum())
         with routing(moments):
-            model.lm.base_model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            )
+            model.lm.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     logit = math.log((0.5 + margin) / (0.5 - margin))
     size = model.routers.weight.shape[1]
     for index in range(model.num_layers):

@@ -31,7 +31,9 @@ def dual_step(multiplier: float, skip_rate: float, target: float, rate: float) -
     return multiplier + rate * (target - skip_rate)
 
 
-def selection_score(cross_entropy: float, skip_rate: float, target: float | None, tolerance: float, weight: float) -> float:
+def selection_score(
+    cross_entropy: float, skip_rate: float, target: float | None, tolerance: float, weight: float
+) -> float:
     """What "best by validation" means at a target skip rate: cross-entropy of the routed model plus `weight` times the
     distance to the target beyond `tolerance`. Without a target it is the cross-entropy alone.
     """

@@ -105,9 +105,10 @@ class _Phase(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         out = self._routed(batch)
         # Every rank holds its share of the global batch; sums over it must not depend on how it was cut.
-        cross_entropy = self._global_mean(out.loss_terms["cross_entropy"], out.loss_terms["token_count"])
+        terms = out.loss_terms
+        cross_entropy = self._global_mean(terms["cross_entropy"], terms["token_count"])
         rows = torch.tensor(len(batch["input_ids"]), device=self.device)
-        non_skip = self._global_mean(out.loss_terms["non_skip"], rows)
+        non_skip = self._global_mean(terms["non_skip"], rows)
         loss = self.loss(cross_entropy, non_skip)
         skip_rate = self._hard_skip_rate(out, batch)
         if self.objective.target_skip is not None:
@@ -135,7 +136,7 @@ class _Phase(L.LightningModule):
         world = self.trainer.world_size
         if world == 1:
             return local_mean
-        total = self.all_gather(local_weight.float()).sum()
+        total = self.trainer.strategy.reduce(local_weight.float(), reduce_op="sum")
         return local_mean * (local_weight * world / total)
 
     def _hard_skip_rate(self, out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
@@ -162,15 +163,20 @@ class _Phase(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._validation = {
             name: torch.zeros(size, device=self.device)
-            for name, size in (("nll", 1), ("tokens", 1), ("rows", 1), ("rho", self.model.num_layers), ("skip", self.model.num_layers), ("soft", 1))
+            for name, size in (
+                ("nll", 1),
+                ("tokens", 1),
+                ("rows", 1),
+                ("rho", self.model.num_layers),
+                ("skip", self.model.num_layers),
+                ("soft", 1),
+            )
         }
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         common = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask")}
         response = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-        out = self.model(
-            **common, labels=response, objective="decode_consistent", gate="hard", routes=self.routes
-        )
+        out = self.model(**common, labels=response, objective="decode_consistent", gate="hard", routes=self.routes)
         sums = self._validation
         rows = len(batch["input_ids"])
         tokens = out.loss_terms["token_count"]

@@ -49,7 +49,7 @@ class FitSettings:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary file and renames it, so that a checkpoint is whole or absent; reads tensors and plain data only."""
+    """Renames finished files into place, so that a checkpoint is whole or absent; reads tensors and plain data only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         file = Path(path)
@@ -78,7 +78,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 class _CountBatches(Callback):
-    """Tells the data module where an interrupted run goes on; in front of ModelCheckpoint, so that it saves the truth."""
+    """Tells the data module where an interrupted run goes on. Lightning runs it before any ModelCheckpoint."""
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         trainer.datamodule.consumed_batches = batch_idx + 1  # type: ignore[attr-defined]
@@ -117,15 +117,23 @@ def fit_phase(
     """
     last = directory / "last.ckpt"
     best = ModelCheckpoint(
-        directory, filename="best", monitor="val_score", save_top_k=1, enable_version_counter=False,
+        directory,
+        filename="best",
+        monitor="val_score",
+        save_top_k=1,
+        enable_version_counter=False,
         save_on_train_epoch_end=False,
     )
     callbacks: list[Callback] = [
         _CountBatches(),
         best,
         ModelCheckpoint(
-            directory, filename="last", every_n_train_steps=settings.checkpoint_every, save_top_k=1,
-            enable_version_counter=False, save_on_train_epoch_end=False,
+            directory,
+            filename="last",
+            every_n_train_steps=settings.checkpoint_every,
+            save_top_k=1,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
         ),
     ]
     if settings.patience is not None:

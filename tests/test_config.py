@@ -1,0 +1,107 @@
+"""Every experiment composes; every wrong value is one message that names the option, before a model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from firstlab.config import ExperimentConfig, conf_dir, load_dict, read
+from tiny_run import composed
+
+EXPERIMENTS = sorted(p.stem for p in (Path(conf_dir()) / "experiment").glob("*.yaml") if not p.stem.startswith("_"))
+GROUPS = {
+    group: sorted(p.stem for p in (Path(conf_dir()) / group).glob("*.yaml"))
+    for group in ("model", "data", "method", "trainer", "logger")
+}
+
+
+def test_there_is_an_experiment_for_every_task_and_alpha_of_the_paper():
+    wanted = {f"{d}_a{a}" for d in ("wmt_ende", "wmt_enzh", "cnn_dm", "squad") for a in ("0.005", "0.01", "0.025")}
+    assert wanted <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("model", ["llama3_8b", "llama32_3b"])
+def test_experiments_compose_to_the_papers_settings(name: str, model: str):
+    config, method = composed(f"+experiment={name}", f"model={model}")
+    assert config.model.name == model
+    assert name == f"{config.data.name}_a{method.alpha:g}"
+    assert (method.objective, method.gate, method.pooled_tokens, method.lam) == ("soft", "soft", "sequence", 0.01)
+    assert config.router_phase.accumulate == 5 and config.router_phase.patience == 4
+    assert (config.lora.rank, config.lora.lora_alpha, config.lora.dropout) == (8, 32, 0.1)
+    assert (config.router_phase.loss_on, config.lora_phase.loss_on) == ("all", "response")
+    assert config.evaluation.do_sample and (config.evaluation.temperature, config.evaluation.top_k) == (0.8, 10)
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, names in GROUPS.items() for n in names])
+def test_every_group_member_composes(group: str, name: str):
+    given = {"model=hf": ["model.name=x", "model.path=y"]}.get(f"{group}={name}", [])
+    config, _ = composed(f"{group}={name}", *given)
+    assert isinstance(config, ExperimentConfig)
+
+
+def test_names_match_their_files():
+    for group in ("model", "data"):
+        for name in GROUPS[group]:
+            if name != "hf":
+                assert getattr(composed(f"{group}={name}")[0], group).name == name
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("method.alpha=-1", r"method\.alpha=-1.*negative"),
+        ("method.target_skip=0", r"method\.target_skip=0.*between 0 and 1"),
+        ("method.target_skip=1.5", r"method\.target_skip=1\.5.*between 0 and 1"),
+        ("method.objective=hard", r"method\.objective='hard'.*soft, decode_consistent"),
+        ("method.target_skip=null", r"method\.start=static needs method\.target_skip"),
+        ("router.threshold=1", r"threshold.*between 0 and 1"),
+        ("router_phase.batch_size=0", r"router_phase\.batch_size=0.*at least 1"),
+        ("lora_phase.learning_rate=0", r"lora_phase\.learning_rate=0.*greater than 0"),
+        ("lora.rank=0", r"lora\.rank=0"),
+        ("evaluation.confidence=95", r"evaluation\.confidence=95"),
+        ("trainer.devices=2", r"trainer\.devices=2 needs trainer\.strategy=ddp"),
+        ("trainer.precision=8", r"trainer\.precision='8'.*32-true"),
+        ("phases=[train]", r"phases=\['train'\].*router, lora, evaluate"),
+        ("ckpt=best", r"ckpt='best'.*last, none"),
+        ("model.dtype=fp8", r"model\.dtype='fp8'.*bfloat16"),
+        ("seed=-1", r"seed=-1"),
+    ],
+)
+def test_values_out_of_range_are_named(argument: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        composed(argument)
+
+
+def test_unknown_keys_and_wrong_types_stop_at_composition():
+    with pytest.raises(ConfigCompositionException, match="alhpa"):
+        composed("method.alhpa=1")
+    with pytest.raises(ConfigCompositionException, match="batch_size"):
+        composed("router_phase.batch_size=many")
+
+
+def test_a_typo_in_a_method_file_is_named():
+    with pytest.raises(ValueError, match="method.*bogus"):
+        composed("+method.bogus=1")
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path):
+    import yaml
+
+    config, _ = composed("method.target_skip=0.25", "lora.target_modules=[q_proj]")
+    assert load_dict(config.to_dict()) == config
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    again, method = read(tmp_path / "config.yaml", {"data": "mini_qa", "evaluation.limit": "5"})
+    assert (again.data.name, again.evaluation.limit, method.target_skip) == ("mini_qa", 5, 0.25)
+    with pytest.raises(ValueError, match="data='nonsense'.*mini_qa"):
+        read(tmp_path / "config.yaml", {"data": "nonsense"})
+    with pytest.raises(ValueError, match="not a run directory"):
+        read(tmp_path / "nothing" / "config.yaml")
+
+
+def test_identity_ignores_where_and_how_a_run_is_started():
+    same = composed("runs=elsewhere", "trainer=ddp", "logger=csv", "overwrite=true", "phases=[evaluate]")[0]
+    assert same.hash() == composed()[0].hash()
+    assert composed("seed=1")[0].hash() != composed()[0].hash()

@@ -1,0 +1,186 @@
+"""Whole runs on a tiny model: from the command line's configuration to result.json, interrupted, resumed, in processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from firstlab import experiment as experiment_module
+from firstlab import results
+from firstlab.experiment import Experiment, dense_counterpart, load_run
+from firstlab.report import report
+from tiny_run import composed, flat, overrides
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run of FiRST with its dense counterpart beside it."""
+    runs = tmp_path_factory.mktemp("runs")
+    config, method = composed(*overrides(tiny_model_dir, runs, "method.target_skip=0.25"))
+    Experiment(*dense_counterpart(config)).run()
+    run = Experiment(config, method)
+    run.run()
+    report(run)
+    return run.directory
+
+
+def test_a_run_leaves_everything_a_reader_needs(finished: Path):
+    record = json.loads((finished / "result.json").read_text())
+    assert set(record["variants"]) == {"router", "router_lora"}
+    for variant in record["variants"].values():
+        assert variant["n"] == 7
+        assert set(variant["metrics"]) == {"bleu1", "bleu2", "bleu", "chrf"}
+        for metric in variant["metrics"].values():
+            assert metric["low"] <= metric["value"] <= metric["high"]
+        assert 0 <= variant["skip"]["skip_rate"] <= 1 and len(variant["skip"]["per_layer"]) == 4
+        assert variant["perplexity"] > 1
+        assert variant["timing"]["tpot_ratio"] > 0
+    assert record["config_hash"] and record["packages"]["torch"] and record["peak_memory_bytes"] > 0
+    lines = [json.loads(x) for x in (finished / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 14 and {x["variant"] for x in lines} == {"router", "router_lora"}
+    steps = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for step in steps for key in step}
+    assert {"train/loss", "val/skip_rate", "rho/layer00", "skip/layer03", "test/router_lora/bleu"} <= keys
+    assert any(key.startswith("lr-") for key in keys)
+    assert (finished / "config.yaml").is_file()
+    assert (finished.parent / "skip_per_layer.png").stat().st_size > 5_000
+
+
+def test_measured_skip_rates_are_those_of_the_predictions(finished: Path):
+    record = json.loads((finished / "result.json").read_text())
+    lines = [json.loads(x) for x in (finished / "predictions.jsonl").read_text().splitlines()]
+    for name, variant in record["variants"].items():
+        skipped = [len(x["skipped"]) / 4 for x in lines if x["variant"] == name]
+        assert variant["skip"]["skip_rate"] == pytest.approx(sum(skipped) / len(skipped))
+
+
+def test_a_finished_run_is_not_repeated(finished: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experiment_module, "load_model", lambda *_: pytest.fail("loaded a model"))
+    config, method = composed(*overrides(tiny_model_dir, finished.parents[1], "method.target_skip=0.25"))
+    again = Experiment(config, method).run()
+    assert again == results.read(finished)
+
+
+def test_another_configuration_does_not_get_the_directory(finished: Path, tiny_model_dir: Path):
+    config, method = composed(*overrides(tiny_model_dir, finished.parents[1], "method.target_skip=0.25", "lora.rank=4"))
+    with pytest.raises(ValueError, match=r"belongs to another configuration \(lora\.rank: 8 there, 4 now\)"):
+        Experiment(config, method)
+
+
+def test_a_foreign_directory_is_left_alone(tiny_model_dir: Path, tmp_path: Path):
+    (tmp_path / "precious.txt").write_text("mine")
+    for extra in ([], ["overwrite=true"]):
+        config, method = composed(*overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path}", *extra))
+        with pytest.raises(ValueError, match="choose another run_dir"):
+            Experiment(config, method)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_asking_for_a_gpu_where_there_is_none(tiny_model_dir: Path, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config, method = composed(*overrides(tiny_model_dir, tmp_path, "trainer=gpu"))
+    with pytest.raises(ValueError, match="no CUDA device; use trainer=cpu"):
+        Experiment(config, method)
+
+
+def test_an_unavailable_model_says_what_to_do(tmp_path: Path):
+    config, method = composed(*overrides(tmp_path / "absent", tmp_path))
+    with pytest.raises(ValueError, match="is not available.*model.path"):
+        Experiment(config, method).run()
+
+
+def test_a_generated_task_takes_no_root(tiny_model_dir: Path, tmp_path: Path):
+    config, method = composed(*overrides(tiny_model_dir, tmp_path, "data.root=somewhere"))
+    with pytest.raises(ValueError, match="data.root='somewhere'.*generated"):
+        Experiment(config, method).run()
+
+
+def test_phases_run_alone_and_join_to_the_same_result(finished: Path, tiny_model_dir: Path, tmp_path: Path):
+    for phase in ("router", "lora", "evaluate"):
+        arguments = overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", f"phases=[{phase}]")
+        run = Experiment(*composed(*arguments))
+        run.run()
+    assert_same_numbers(run.directory, finished)
+
+
+def test_phase_2_from_a_saved_phase_1(finished: Path, tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(
+        tiny_model_dir,
+        tmp_path,
+        "method.target_skip=0.25",
+        "phases=[lora,evaluate]",
+        f"init_from={finished / 'router'}",
+    )
+    record = Experiment(*composed(*arguments)).run()
+    assert set(record["variants"]) == {"router", "router_lora"}
+    with pytest.raises(ValueError, match="needs trained routers.*init_from"):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path / "b", "phases=[lora]"))).run()
+
+
+@pytest.mark.parametrize("method", ["first_soft", "sleb", "none"])
+def test_other_methods_run(tiny_model_dir: Path, tmp_path: Path, method: str):
+    target = ["method.target_skip=0.25"] if method == "sleb" else []
+    small = [x for x in overrides(tiny_model_dir, tmp_path) if not (method == "none" and x.startswith("method."))]
+    record = Experiment(*composed(f"method={method}", *small, *target)).run()
+    assert len(record["variants"]) == 2
+    if method == "sleb":
+        assert record["fixed_routes"].count(False) == 1
+        assert record["variants"]["router_lora"]["skip"]["skip_rate"] == 0.25
+
+
+def test_evaluate_and_generate_from_the_run_directory(finished: Path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "firstlab.generate", f"run={finished}", "Ünïcode 🙂 text", "max_new_tokens=4"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("layers 0 ") and " of 4 (" in done.stdout.splitlines()[-1]
+    done = subprocess.run(
+        [sys.executable, "-m", "firstlab.evaluate", f"run={finished}", "variant=base", "evaluation.limit=3"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads(Path(json.loads(done.stdout.splitlines()[-1])["record"]).read_text())
+    assert record["variants"]["base"]["skip"]["skip_rate"] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "firstlab.evaluate", f"run={finished}", "lora.rank=3"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 2 and "lora.rank was fixed" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_names_its_variants(finished: Path):
+    assert load_run(finished, None)[2] == "router_lora"
+    with pytest.raises(ValueError, match="variant='best' is unknown; choose one of base, router, router_lora"):
+        load_run(finished, "best")
+
+
+def test_two_processes_give_the_numbers_of_one(finished: Path, tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", "trainer=ddp")
+    done = subprocess.run(
+        [sys.executable, "-m", "firstlab.train", *arguments, "compare_with_base=false"],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    [directory] = [p.parent for p in tmp_path.rglob("result.json")]
+    assert_same_numbers(directory, finished)
+
+
+def assert_same_numbers(directory: Path, reference: Path) -> None:
+    """Both results say the same, up to float noise; timings aside."""
+    ours, theirs = (json.loads((d / "result.json").read_text())["variants"] for d in (directory, reference))
+    for name in theirs:
+        for variant in (ours[name], theirs[name]):
+            variant.pop("timing")
+        mine, other = flat(ours[name]), flat(theirs[name])
+        assert mine.keys() == other.keys()
+        for key, value in other.items():
+            assert mine[key] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), key

@@ -1,0 +1,65 @@
+"""What loggers receive, read back from what they wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+
+from firstlab.tracking import JsonLinesLogger, log_evaluation
+
+RECORD = {
+    "variants": {
+        "router": {
+            "metrics": {"bleu": {"value": 41.5}},
+            "skip": {"skip_rate": 0.2},
+            "timing": {"tpot_ratio": 0.84},
+            "perplexity": 2.5,
+        }
+    }
+}
+PREDICTION = {
+    "variant": "router", "index": 0, "id": "a", "text": "Das Haus ist rot.",
+    "new_tokens": 6, "skipped": [1, 3], "difficulty": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Path:
+    file = tmp_path / "predictions.jsonl"
+    file.write_text(json.dumps(PREDICTION) + "\n", encoding="utf-8")
+    return file
+
+
+def test_json_lines(tmp_path: Path, predictions: Path):
+    logger = JsonLinesLogger(tmp_path / "metrics.jsonl")
+    logger.log_metrics({"train/loss": 1.5}, step=3)
+    log_evaluation(logger, RECORD, predictions)
+    first, second = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (first["step"], first["train/loss"]) == (3, 1.5)
+    assert second["test/router/bleu"] == 41.5 and second["test/router/tpot_ratio"] == 0.84
+
+
+def test_an_offline_wandb_run_holds_metrics_and_the_prediction_table(tmp_path: Path, predictions: Path):
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    logger = WandbLogger(project="firstlab", save_dir=str(tmp_path), offline=True)
+    logger.log_metrics({"train/loss": 1.5, "rho/layer00": 0.6}, step=0)
+    log_evaluation(logger, RECORD, predictions)
+    [file] = tmp_path.rglob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    seen: dict[str, str] = {}
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            seen[item.key or "/".join(item.nested_key)] = item.value_json
+    assert json.loads(seen["train/loss"]) == 1.5 and json.loads(seen["rho/layer00"]) == 0.6
+    assert json.loads(seen["test/router/bleu"]) == 41.5 and json.loads(seen["test/router/skip_rate"]) == 0.2
+    [table] = tmp_path.rglob("*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"][:2] == ["variant", "id"] and content["data"][0][3] == PREDICTION["text"]
