@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: from the command line's configuration to result.json, interrupted, resumed, in processes."""
+"""Whole runs on a tiny model: from the configuration to result.json, interrupted, resumed, in several processes."""
 
 from __future__ import annotations
 

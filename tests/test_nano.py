@@ -22,7 +22,7 @@ from firstlab.config import conf_dir
 from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_translation import MiniTranslation
 from firstlab.data.squad import Squad
-from firstlab.data.task import Example, Task
+from firstlab.data.task import Task
 from firstlab.nano.__main__ import finish, prepare
 from firstlab.nano.batches import collate, cut_by_tokens, plan_steps
 from firstlab.nano.config import EvaluationConfig, ModelConfig, NanoConfig, TaskConfig, TrainingConfig, check, recipe
@@ -44,7 +44,7 @@ def tiny(work: Path, **changes: Any) -> NanoConfig:
         "tokens_per_batch": 512,
         "batches_per_step": 2,
         "window": 32,
-        "max_length": 256,
+        "max_length": 512,
         "prompt_weight": 0.1,
         "prompt_steps": 3,
         "matrix_lr": 0.02,
@@ -128,7 +128,6 @@ def weights_of(work: Path) -> dict[str, Tensor]:
         "",
         "a\r\n\tb",
         "### Response:\n",
-        "<s> </s>",
         "12345 3.14",
     ],
 )
@@ -142,7 +141,7 @@ def test_prompts_survive_the_tokenizer_and_their_frame_is_one_token_a_line(
     for task in TASKS.values():
         example = task.test()[0]
         ids = tokenizer(task.prompt(example))["input_ids"]
-        frame = frame_lines(task, example)
+        frame = frame_lines(task)
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids[1:]) == task.prompt(example)
         assert all(len(tokenizer(line, add_special_tokens=False)["input_ids"]) == 1 for line in frame)
@@ -157,13 +156,13 @@ def test_a_word_is_the_same_token_wherever_it_stands(tokenizer: PreTrainedTokeni
         assert tokenizer(text)["input_ids"][-1:] == word
 
 
-def test_numbers_are_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert len(tokenizer("4711", add_special_tokens=False)["input_ids"]) == 4
+def test_numbers_are_read_digit_by_digit(tokenizer: PreTrainedTokenizerFast) -> None:
+    pieces = [tokenizer.decode(piece) for piece in tokenizer("1200 1999", add_special_tokens=False)["input_ids"]]
+    assert all(sum(sign.isdigit() for sign in piece) <= 1 for piece in pieces)
 
 
-def test_frame_lines_rebuild_the_prompt() -> None:
-    example = Example(id="0", source="PASSAGE", references=("a",), question="QUESTION")
-    assert frame_lines(TASKS["mini_qa"], example) == [
+def test_frame_lines_are_all_of_a_prompt_but_its_texts() -> None:
+    assert frame_lines(TASKS["mini_qa"]) == [
         "### Instruction:\n",
         "Answer the question based on the given passage.\n\n",
         "### Passage:\n",

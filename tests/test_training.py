@@ -152,14 +152,26 @@ def test_a_truncated_checkpoint_is_named(setup: Setup, tmp_path: Path):
         fit_phase(setup.module("router", OURS), setup.data, settings(), tmp_path, [], resume=True)
 
 
+def calibration_batches(setup: Setup) -> list[dict[str, torch.Tensor]]:
+    return [{k: v for k, v in batch.items() if k != "index"} for batch in setup.data.val_dataloader()]
+
+
 def test_a_calibrated_start_gives_the_wanted_routes_and_margins(setup: Setup):
-    batches = [{k: v for k, v in batch.items() if k != "index"} for batch in list(setup.data.val_dataloader())[:2]]
+    batches = calibration_batches(setup)
+    start_routers(setup.model, batches, order=[1, 3], skip_rate=0.5, margin=0.2)
     routes = torch.tensor([True, False, True, False])
-    start_routers(setup.model, batches, routes, margin=0.2, ridge=1e-6)
     for batch in batches:
         rho = setup.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
         assert torch.equal(setup.model.routers.decide(rho), routes.expand_as(rho))
         torch.testing.assert_close(rho.mean(0), torch.where(routes, 0.7, 0.3), atol=0.08, rtol=0)
+
+
+def test_a_rate_between_two_layers_is_met_by_skipping_one_for_some_prompts(setup: Setup):
+    batches = calibration_batches(setup)
+    start_routers(setup.model, batches, order=[1, 3], skip_rate=0.375, margin=0.2)
+    routes = torch.cat([setup.model.route(b["input_ids"], b["prompt_mask"]) for b in batches])
+    assert (~routes).float().mean(0).tolist() == [0, 1, 0, 0.5]
+    assert 1 - routes.float().mean() == 0.375
 
 
 def test_calibration_loss_is_the_loss_of_the_routed_model(setup: Setup):
@@ -174,7 +186,7 @@ def test_calibration_loss_is_the_loss_of_the_routed_model(setup: Setup):
 def test_target_skip_moves_the_hard_rate_towards_the_target(setup: Setup, tmp_path: Path):
     objective = RoutingObjective("decode_consistent", "soft", "prompt", 0.0, target_skip=0.5, dual_rate=5.0)
     batches = [{k: v for k, v in next(iter(setup.data.val_dataloader())).items() if k != "index"}]
-    start_routers(setup.model, batches, torch.ones(4, dtype=torch.bool), margin=0.01)
+    start_routers(setup.model, batches, [], 0.0, margin=0.01)
     module = setup.module("router", objective, learning_rate=0.02)
     kept = fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
     assert kept["val/skip_rate"] > 0.2

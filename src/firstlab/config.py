@@ -45,6 +45,10 @@ class RouterConfig:
     input_norm: str = "rms"
     threshold: float = 0.5
 
+    def __post_init__(self) -> None:
+        _require(self.input_norm in ("none", "rms"), "router.input_norm", self.input_norm, "choose one of none, rms")
+        _require(0 < self.threshold < 1, "router.threshold", self.threshold, "strictly between 0 and 1")
+
 
 @dataclass
 class ModelConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -37,6 +38,49 @@ def guarded(main: Callable[[Input], None]) -> Callable[[Input], None]:
             sys.exit(130)
 
     return run
+
+
+def check_command_line(config_name: str, arguments: list[str]) -> None:
+    """Compose once before Hydra does, to turn its complaints into one message with the allowed values.
+
+    Sweeps and Hydra's own flags (--help, --cfg, ...) are left to Hydra.
+    """
+    if any(argument.startswith("-") for argument in arguments):
+        return
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    from firstlab.config import conf_dir
+
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        try:
+            for argument in arguments:
+                key = argument.lstrip("+").partition("=")[0]
+                if argument.startswith("+") and key not in ("experiment", "sweep"):
+                    raise ValueError(_allowed(key, compose(config_name)))
+            compose(config_name, arguments)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            text = str(error)
+            unknown = re.search(r"Could not override '([\w.]+)'", text)
+            if unknown:
+                text = _allowed(unknown[1], compose(config_name))
+            else:
+                text = f"{text}\n{error.__cause__ or ''}".partition("Config search path:")[0]
+                lines = [line.strip() for line in text.splitlines() if line.strip()]
+                text = ", ".join(x for x in lines if not x.startswith(("reference_type", "object_type", "full_key")))
+            print(f"error: {text}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _allowed(key: str, node: Any) -> str:
+    """Why `key` is wrong: the deepest part of it that exists, and the keys that part has."""
+    parts, path = key.split("."), []
+    while parts and OmegaConf.is_dict(node) and parts[0] in node:
+        path.append(parts.pop(0))
+        node = node[path[-1]]
+    where = ".".join(path) or "the configuration"
+    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else "none"
+    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys}"
 
 
 def _quiet() -> None:

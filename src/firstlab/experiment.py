@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from firstlab import results
@@ -31,12 +30,12 @@ from firstlab.files import write_atomically
 from firstlab.methods.base import Method
 from firstlab.methods.first import First
 from firstlab.methods.none import Dense
-from firstlab.methods.sleb import greedy_static_routes
+from firstlab.methods.sleb import greedy_order
 from firstlab.model import LoraSettings, RouterAugmentedLM, RouterSettings, load_tokenizer
 from firstlab.tracking import JsonLinesLogger, log_evaluation
 from firstlab.training.calibration import loss_under_routes, start_routers
 from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
-from firstlab.training.trainer import FitSettings, fit_phase
+from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
 
 BUNDLED = {"bundled:nano": Path(__file__).resolve().parent / "assets" / "nano"}
 
@@ -113,7 +112,7 @@ class Experiment:
         """All phases that are not done yet; returns the record that is in result.json."""
         finished = results.read(self.directory)
         if finished is not None and set(self._wanted_variants()) <= set(finished["variants"]):
-            rank_zero_info(f"{self.directory} is finished already")
+            _say(f"{self.directory} is finished already")
             return finished
         start = time.perf_counter()
         L.seed_everything(self.config.seed, workers=True, verbose=False)
@@ -207,18 +206,23 @@ class Experiment:
         """Routes of a method without routers, found once and kept."""
         if self.method.trains_routers:
             return None
-        return self._remembered_routes("routes", lambda loss: self.method.fixed_routes(self.model.num_layers, loss))
 
-    def _remembered_routes(self, name: str, find: Callable[[Callable[[Tensor], float]], Tensor | None]) -> Tensor:
+        def find(loss_of: Callable[[Tensor], float]) -> list[bool]:
+            routes = self.method.fixed_routes(self.model.num_layers, loss_of)
+            assert routes is not None
+            return routes.tolist()
+
+        return torch.tensor(self._calibrated("routes", find), dtype=torch.bool)
+
+    def _calibrated(self, name: str, find: Callable[[Callable[[Tensor], float]], list[Any]]) -> list[Any]:
+        """What a search over routes on training prompts found; done once, kept in NAME.json."""
         file = self.directory / f"{name}.json"
         if not file.is_file() and rank()[0] == 0:
-            prompts = getattr(self.method, "calibration_prompts", 1)
-            batches = self._calibration_batches(prompts)
-            routes = find(lambda candidate: loss_under_routes(self.model, batches, candidate))
-            assert routes is not None
-            write_atomically(file, yaml.safe_dump(routes.tolist(), default_flow_style=True))
+            batches = self._calibration_batches(getattr(self.method, "calibration_prompts", 1))
+            found = find(lambda routes: loss_under_routes(self.model, batches, routes))
+            write_atomically(file, json.dumps(found) + "\n")
         _barrier()
-        return torch.tensor(yaml.safe_load(file.read_text(encoding="utf-8")), dtype=torch.bool)
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def _calibration_batches(self, prompts: int) -> list[dict[str, Tensor]]:
         rows = TrainingRows(self.data.task, self.data.train[:prompts], self.data.tokenizer, self.data.max_length)
@@ -234,16 +238,14 @@ class Experiment:
         method = self.method
         if not isinstance(method, First) or method.start == "random":
             return
-        rank_zero_info(
-            f"calibrating the routers' start ({method.start}) on {method.calibration_prompts} training prompts"
+        _say(f"calibrating the routers' start ({method.start}) on {method.calibration_prompts} training prompts")
+        layers, rate, order = self.model.num_layers, 0.0, []
+        if method.start == "static":
+            rate = method.target_skip or 0.0
+            order = self._calibrated("start", lambda loss: greedy_order(layers, math.ceil(rate * layers), loss))
+        start_routers(
+            self.model, self._calibration_batches(method.calibration_prompts), order, rate, method.start_margin
         )
-        layers = self.model.num_layers
-        if method.start == "dense":
-            routes = torch.ones(layers, dtype=torch.bool)
-        else:
-            count = round((method.target_skip or 0) * layers)
-            routes = self._remembered_routes("start", lambda loss: greedy_static_routes(layers, count, loss))
-        start_routers(self.model, self._calibration_batches(method.calibration_prompts), routes, method.start_margin)
 
     def _phase(self, name: str, loggers: list[Logger], routes: Tensor | None) -> None:
         """Train a phase unless its product is there, and load the product; without either the model stays as it is."""
@@ -252,6 +254,8 @@ class Experiment:
             if name not in self.config.phases:
                 return
             self._train(name, loggers, routes)
+            if self.config.trainer.strategy == "fsdp":
+                self._load_best(name)
             if rank()[0] == 0:
                 temporary = self.directory / f".{name}.tmp"
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -259,6 +263,22 @@ class Experiment:
                 temporary.rename(product)
             _barrier()
         self.model = load_model(self.config, product)
+
+    def _load_best(self, name: str) -> None:
+        """After sharded training: an unsharded model with the weights of the phase's best checkpoint."""
+        router = self.directory / "router"
+        start = router if name == "lora" and router.is_dir() else model_path(self.config.model.path)
+        self.model = load_model(self.config, start)
+        if name == "lora":
+            self._add_lora()
+        best = read_checkpoint(self.directory / "checkpoints" / name / "best.ckpt")["state_dict"]
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)
+
+    def _add_lora(self) -> None:
+        lora = self.config.lora
+        targets = None if lora.target_modules is None else tuple(lora.target_modules)
+        torch.manual_seed(self.config.seed)
+        self.model.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
 
     def _train(self, name: str, loggers: list[Logger], routes: Tensor | None) -> None:
         config, method = self.config, self.method
@@ -277,16 +297,11 @@ class Experiment:
             self._start_routers()
             module = RouterModule(self.model, objective, optimizer, config.seed)
         else:
-            torch.manual_seed(config.seed)
-            lora = config.lora
-            targets = None if lora.target_modules is None else tuple(lora.target_modules)
-            self.model.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
+            self._add_lora()
             if routes is not None:
                 objective = replace(objective, target_skip=None, objective="decode_consistent")
             module = LoRACompensationModule(self.model, objective, optimizer, config.seed, routes)
-        rank_zero_info(
-            f"phase {name}: {int(steps)} steps of {phase.batch_size * phase.accumulate} prompts, {method.label}"
-        )
+        _say(f"phase {name}: {int(steps)} steps of {phase.batch_size * phase.accumulate} prompts, {method.label}")
         trainer = config.trainer
         settings = FitSettings(
             trainer.accelerator,
@@ -436,13 +451,18 @@ def fixed_routes(directory: Path, variant: str, num_layers: int) -> Tensor | Non
     if variant == "base":
         return torch.ones(num_layers, dtype=torch.bool)
     file = directory / "routes.json"
-    return torch.tensor(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return torch.tensor(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix.rstrip("."): node}
     return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+
+
+def _say(message: str) -> None:
+    if rank()[0] == 0:
+        print(message, flush=True)
 
 
 def _barrier() -> None:

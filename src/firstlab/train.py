@@ -6,11 +6,13 @@ again goes on where an interrupted run was, and does nothing for a finished one.
 
 from __future__ import annotations
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from firstlab.config import conf_dir, register
-from firstlab.entry import guarded, in_processes
+from firstlab.entry import check_command_line, guarded, in_processes
 
 register()
 
@@ -36,4 +38,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_command_line("train", sys.argv[1:])
     main()

@@ -36,13 +36,21 @@ class SLEB(Method):
         """Greedy elimination of round(target_skip · L) layers."""
         assert self.target_skip is not None
         count = round(self.target_skip * num_layers)
-        return greedy_static_routes(num_layers, count, loss_of, self.protect_first, self.protect_last)
+        order = greedy_order(num_layers, count, loss_of, self.protect_first, self.protect_last)
+        return routes_without(num_layers, order)
 
 
-def greedy_static_routes(
+def routes_without(num_layers: int, skipped: list[int]) -> Tensor:
+    """[L] boolean routes that run every layer but `skipped`."""
+    routes = torch.ones(num_layers, dtype=torch.bool)
+    routes[skipped] = False
+    return routes
+
+
+def greedy_order(
     num_layers: int, count: int, loss_of: Callable[[Tensor], float], protect_first: int = 1, protect_last: int = 1
-) -> Tensor:
-    """[L] boolean routes with `count` layers off; each step removes for good the layer with the least loss.
+) -> list[int]:
+    """`count` layers in the order in which they are switched off for good, each the one with the least loss.
 
     Raises:
         ValueError: More layers to remove than may be removed.
@@ -53,13 +61,8 @@ def greedy_static_routes(
             f"cannot skip {count} of {num_layers} layers while the first {protect_first} and the last "
             f"{protect_last} are kept: lower method.target_skip"
         )
-    routes = torch.ones(num_layers, dtype=torch.bool)
+    order: list[int] = []
     for _ in range(count):
-        losses = {}
-        for layer in free:
-            if routes[layer]:
-                routes[layer] = False
-                losses[layer] = loss_of(routes)
-                routes[layer] = True
-        routes[min(losses, key=losses.__getitem__)] = False
-    return routes
+        losses = {i: loss_of(routes_without(num_layers, [*order, i])) for i in free if i not in order}
+        order.append(min(losses, key=losses.__getitem__))
+    return order

@@ -54,6 +54,11 @@ def check_generation_options(options: dict[str, Any], defaults: GenerationConfig
 
     if value("use_cache") is False:
         raise ValueError("use_cache=False cannot be used: the route of a prompt lives in its KV cache; drop the option")
+    if options.get("inputs_embeds") is not None and value("prefill_chunk_size") is not None:
+        raise ValueError(
+            f"prefill_chunk_size={value('prefill_chunk_size')} cannot be used with inputs_embeds: transformers cuts "
+            "only input_ids into chunks; drop one of them"
+        )
     for name, (off, reason) in _UNSUPPORTED.items():
         given = value(name)
         if given not in off:

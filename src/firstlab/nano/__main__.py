@@ -52,7 +52,7 @@ def prepare(config: NanoConfig, tasks: dict[str, Task], work: Path) -> None:
     seen = [example for pool in pools.values() for example in pool[: config.tokenizer_examples]]
     tokenizer = train_tokenizer(
         (text for e in seen for text in (e.source, e.question, e.references[0]) if text),
-        (line for name, task in tasks.items() for line in frame_lines(task, pools[name][0])),
+        (line for task in tasks.values() for line in frame_lines(task)),
         config.model.vocab_size,
     )
     tokenizer.model_max_length = config.model.max_position_embeddings

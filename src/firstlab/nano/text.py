@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,29 +53,18 @@ def training_examples(task: Task, count: int, seed: int) -> list[Example]:
     return task.generate(count, seed)
 
 
-def frame_lines(task: Task, example: Example) -> list[str]:
+def frame_lines(task: Task) -> list[str]:
     """The fixed lines of a task's prompts, with the line ends around them."""
-    prompt = task.prompt(example)
-    for text in filter(None, (example.source, example.question)):
-        prompt = prompt.replace(text, "\0")
-    lines: list[str] = []
-    for piece in prompt.split("\0"):
-        lead = piece[: len(piece) - len(piece.lstrip("\n"))]
-        parts = [line for line in piece.lstrip("\n").splitlines(keepends=True)]
-        for part in parts:
-            if part == "\n":
-                lines[-1] += part
-            else:
-                lines.append(lead + part)
-                lead = ""
-    return lines
+    prompt = task.prompt(Example(id="frame", source="\0", references=("",), question="\0"))
+    return [line for piece in prompt.split("\0") for line in re.findall(r"\n*[^\n]+\n*", piece)]
 
 
 def train_tokenizer(texts: Iterable[str], frame: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every line of the prompts' frame is one token, so that prompts stay short.
 
     The start of every text and line gets a space, which decoding takes away, so that a word is the same token
-    wherever it stands. BOS comes first; any Unicode text survives the round trip.
+    wherever it stands. BOS comes first; any text without BOS, EOS and PAD written in it
+    survives the round trip.
     """
     frame = sorted(set(frame))
     bpe = Tokenizer(models.BPE())

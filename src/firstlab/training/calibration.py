@@ -1,7 +1,7 @@
-"""Calibration on training prompts: the loss under given routes, and routers that start from given routes.
+"""Calibration on training prompts: losses under given routes, and routers that start from a good static set.
 
-A linear map without bias has no constant to set, so a router that says "run" or "skip" for every prompt is fitted to
-the hidden states: a ridge regression, in closed form, of the wanted logit on the prompt tokens' states.
+A linear map without bias has no constant to set, so routers are fitted to the prompt tokens' hidden states: a ridge
+regression, in closed form, of the logit that each prompt should get.
 """
 
 from __future__ import annotations
@@ -11,84 +11,163 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from firstlab.methods.sleb import routes_without
 from firstlab.model import RouterAugmentedLM
 from firstlab.model.layers import routing
 
 Batch = dict[str, Tensor]
+# Rounds of bisection that place a partly skipped layer at its rate.
+_BISECTIONS = 12
 
 
 @torch.no_grad()
-def loss_under_routes(model: RouterAugmentedLM, batches: Sequence[Batch], routes: Tensor) -> float:
-    """Mean response cross-entropy when decode runs exactly `routes`.
+def losses_under_routes(model: RouterAugmentedLM, batches: Sequence[Batch], routes: Tensor) -> tuple[Tensor, Tensor]:
+    """Response cross-entropy of every prompt when decode runs exactly `routes`.
 
     Args:
         model: The model.
-        batches: Teacher-forced batches.
+        batches: Teacher-forced batches, N rows in all.
         routes: [L] boolean.
+
+    Returns:
+        (summed over response tokens [N], number of response tokens [N]), on the CPU.
     """
-    total, count = 0.0, 0
+    sums, counts = [], []
     for batch in batches:
         labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-        out = model(
+        logits = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             prompt_mask=batch["prompt_mask"],
-            labels=labels,
             objective="decode_consistent",
             routes=routes.to(labels.device),
+        ).logits
+        targets = labels[:, 1:]
+        token_losses = F.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
         )
-        tokens = int(out.loss_terms["token_count"])
-        total += float(out.loss) * tokens
-        count += tokens
-    return total / count
+        sums.append(token_losses.sum(1).cpu())
+        counts.append((targets != -100).sum(1).cpu())
+    return torch.cat(sums), torch.cat(counts)
+
+
+def loss_under_routes(model: RouterAugmentedLM, batches: Sequence[Batch], routes: Tensor) -> float:
+    """Mean response cross-entropy per token over all batches; arguments as above."""
+    sums, counts = losses_under_routes(model, batches, routes)
+    return float(sums.sum() / counts.sum())
 
 
 class _Moments:
-    """Routing that runs every layer and sums h hᵀ and h over prompt tokens, as the router sees them."""
+    """Routing that runs every layer and sums h hᵀ and t · h over prompt tokens, as the router sees them."""
 
     def __init__(self, model: RouterAugmentedLM) -> None:
         layers, size = model.routers.weight.shape
         self.input_norm = model.routers.settings.input_norm
         self.second = torch.zeros(layers, size, size, dtype=torch.float64)
         self.first = torch.zeros(layers, size, dtype=torch.float64)
-        self.count = 0
+        self.wanted = torch.zeros(layers, size, dtype=torch.float64)
         self.prompt_mask = torch.empty(0)
+        self.logits = torch.empty(0)
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        states = hidden[self.prompt_mask.to(hidden.device)].float()
+        mask = self.prompt_mask.to(hidden.device)
+        states = hidden.float()
         if self.input_norm == "rms":
             states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
-        self.second[index] += (states.T @ states).cpu().double()
-        self.first[index] += states.sum(0).cpu().double()
+        # Every prompt weighs the same, however long it is.
+        weights = mask / mask.sum(1, keepdim=True)
+        weighted = states * weights.unsqueeze(-1)
+        self.second[index] += (weighted.flatten(0, 1).T @ states.flatten(0, 1)).cpu().double()
+        means = weighted.sum(1).cpu().double()
+        self.first[index] += means.sum(0)
+        self.wanted[index] += (means * self.logits[:, index : index + 1]).sum(0)
         return run()
 
 
 @torch.no_grad()
-def start_routers(
-    model: RouterAugmentedLM, batches: Sequence[Batch], routes: Tensor, margin: float, ridge: float = 1e-3
-) -> None:
-    """Set the routers so that rho is about 0.5 + margin where `routes` is true and 0.5 - margin where it is false.
+def fit_routers(model: RouterAugmentedLM, batches: Sequence[Batch], logits: Tensor, ridge: float = 1e-3) -> Tensor:
+    """Fit every router so that h · r is about `logits` on the tokens of each prompt.
 
     Args:
         model: Its routers are overwritten.
-        batches: Teacher-forced batches; only their prompts are read.
-        routes: [L] boolean.
-        margin: Distance of rho from the threshold, in (0, 0.5).
+        batches: Batches of N prompts in all.
+        logits: [N, L], wanted for each prompt and layer.
         ridge: Regularisation relative to the mean squared state.
+
+    Returns:
+        [L, D], the directions that give every prompt a logit of about 1: adding them shifts a router.
     """
     moments = _Moments(model)
+    seen = 0
     for batch in batches:
+        rows = len(batch["input_ids"])
         moments.prompt_mask = batch["prompt_mask"].bool()
-        moments.count += int(moments.prompt_mask.sum())
+        moments.logits = logits[seen : seen + rows].double()
+        seen += rows
         with routing(moments):
             model.lm.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logit = math.log((0.5 + margin) / (0.5 - margin))
     size = model.routers.weight.shape[1]
+    shifts = torch.empty_like(model.routers.weight)
     for index in range(model.num_layers):
-        target = logit if routes[index] else -logit
-        second = moments.second[index] / moments.count
-        second += ridge * second.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-        weight = torch.linalg.solve(second, target * moments.first[index] / moments.count)
+        second = moments.second[index]
+        second = second + ridge * second.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+        both = torch.stack([moments.wanted[index], moments.first[index]], dim=1)
+        weight, shift = torch.linalg.solve(second, both).unbind(1)
         model.routers.weight[index] = weight.to(model.routers.weight)
+        shifts[index] = shift.to(shifts)
+    return shifts
+
+
+@torch.no_grad()
+def start_routers(
+    model: RouterAugmentedLM, batches: Sequence[Batch], order: Sequence[int], skip_rate: float, margin: float
+) -> None:
+    """Start the routers from a static set, at exactly the wanted skip rate.
+
+    The first layers of `order` are skipped for every prompt (rho about 0.5 - margin), the others run (0.5 + margin).
+    Where skip_rate · L is not whole, one more layer is skipped for a share of the prompts: for those whose measured
+    loss it changes least, as far as the router can tell them apart.
+
+    Args:
+        model: Its routers are overwritten.
+        batches: Teacher-forced batches of training prompts.
+        order: Layers in the order in which they are best skipped, at least ceil(skip_rate · L).
+        skip_rate: In [0, 1).
+        margin: Distance of rho from the threshold, in (0, 0.5).
+    """
+    layers = model.num_layers
+    whole = math.floor(skip_rate * layers + 1e-9)
+    share = skip_rate * layers - whole
+    prompts = sum(len(batch["input_ids"]) for batch in batches)
+    size = math.log((0.5 + margin) / (0.5 - margin))
+    always = list(order[:whole])
+    logits = torch.where(routes_without(layers, always), size, -size).repeat(prompts, 1)
+    if share < 1 / prompts:
+        fit_routers(model, batches, logits)
+        return
+    partly = order[whole]
+    kept, tokens = losses_under_routes(model, batches, routes_without(layers, always))
+    dropped, _ = losses_under_routes(model, batches, routes_without(layers, [*always, partly]))
+    harm = (dropped - kept) / tokens
+    harm = (harm - harm.quantile(share)) / harm.std().clamp_min(1e-6)
+    logits[:, partly] = size * harm.clamp(-2, 2)
+    shift = fit_routers(model, batches, logits)[partly]
+    _place(model, batches, partly, shift, share)
+
+
+def _place(model: RouterAugmentedLM, batches: Sequence[Batch], layer: int, shift: Tensor, share: float) -> None:
+    """Move one router along `shift` until `share` of the prompts skip its layer."""
+    start = model.routers.weight[layer].clone()
+    low, high = -4.0, 4.0  # logits
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        model.routers.weight[layer] = start + middle * shift
+        rho = torch.cat([model.prompt_rho(b["input_ids"], b["prompt_mask"])[:, layer] for b in batches])
+        if float((~model.routers.decide(rho)).float().mean()) > share:
+            low = middle
+        else:
+            high = middle
+    model.routers.weight[layer] = start + high * shift

@@ -84,6 +84,7 @@ class _Phase(L.LightningModule):
         self.optimizer_settings = optimizer
         self.seed = seed
         self.multiplier = objective.multiplier
+        self.score = math.inf
         # [L] routes of a method without routers; None lets the routers decide.
         self.routes = None if routes is None else routes.to(model.device)
         # Checkpoints hold the trainable weights only.
@@ -201,6 +202,7 @@ class _Phase(L.LightningModule):
             score = selection_score(
                 cross_entropy, skip_rate, self.objective.target_skip, self.objective.tolerance, _TARGET_WEIGHT
             )
+        self.score = score
         values = {"val/score": score, "val/cross_entropy": cross_entropy, "val/skip_rate": skip_rate}
         for index in range(self.model.num_layers):
             values[f"rho/layer{index:02d}"] = float(rho[index])
@@ -226,9 +228,11 @@ class _Phase(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        named = ((name.replace("_fsdp_wrapped_module.", ""), p) for name, p in self.named_parameters())
+        trainable = {name for name, p in named if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["multiplier"] = self.multiplier
+        checkpoint["val_score"] = self.score
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.multiplier = checkpoint["multiplier"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from dataclasses import dataclass
@@ -84,6 +85,23 @@ class _CountBatches(Callback):
         trainer.datamodule.consumed_batches = batch_idx + 1  # type: ignore[attr-defined]
 
 
+class _ProgressBar(TQDMProgressBar):
+    """One bar per phase, named after it; validation shows in its figures only."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(refresh_rate=5)
+        self.title = title
+
+    def init_validation_tqdm(self) -> Any:
+        bar = super().init_validation_tqdm()
+        bar.disable = True
+        return bar
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(self.title)
+
+
 def make_strategy(name: str, layer_class: type[torch.nn.Module]) -> Strategy | str:
     """Lightning strategy; fsdp wraps decoder layers."""
     if name == "ddp":
@@ -141,7 +159,7 @@ def fit_phase(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if settings.progress_bar:
-        callbacks.append(TQDMProgressBar(refresh_rate=5))
+        callbacks.append(_ProgressBar(f"train {module.trainable}"))
     layer_class = type(find_decoder(module.model.lm)[1][0])
     trainer = L.Trainer(
         accelerator=settings.accelerator,
@@ -165,12 +183,33 @@ def fit_phase(
         enable_model_summary=False,
     )
     data.consumed_batches = 0
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.is_file() else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    [final] = trainer.validate(module, datamodule=data, verbose=False)
-    if best.best_model_score is not None and float(best.best_model_score) < final["val/score"]:
+    # The start competes with what training makes of it: a calibrated router may not be worth changing.
+    start = {k: v.detach().cpu().clone() for k, v in module.state_dict().items() if k in _trainable(module)}
+    [before] = trainer.validate(module, datamodule=data, verbose=False)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.is_file() else None)
+    except SystemExit:
+        # Lightning ends the process on Ctrl-C; our caller says how to go on.
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    if settings.strategy == "fsdp":
+        # The module holds shards; the best checkpoint holds everything.
         checkpoint = read_checkpoint(Path(best.best_model_path))
-        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        module.multiplier = checkpoint["multiplier"]
+        return {"val/score": float(checkpoint["val_score"])}
+    [final] = trainer.validate(module, datamodule=data, verbose=False)
+    kept_score = best.best_model_score
+    best_score = math.inf if kept_score is None else float(kept_score)
+    if min(best_score, before["val/score"]) < final["val/score"]:
+        if before["val/score"] <= best_score:
+            weights = start
+        else:
+            weights = read_checkpoint(Path(best.best_model_path))["state_dict"]
+        module.load_state_dict(weights, strict=False)
         [final] = trainer.validate(module, datamodule=data, verbose=False)
-    return dict(final)
+    return {**final, "start/score": before["val/score"]}
+
+
+def _trainable(module: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
