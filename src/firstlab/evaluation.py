@@ -20,11 +20,13 @@ from firstlab.config import EvaluationConfig
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows, TrainingRows, collate_prompts, collate_training
+from firstlab.data.task import Example, Task
 from firstlab.files import write_atomically
 from firstlab.metrics import (
     PRIMARY_METRIC,
     BertScoreConfig,
     CometConfig,
+    MetricResult,
     evaluate_predictions,
     perplexity,
 )
@@ -194,6 +196,38 @@ def skip_statistics(predictions: Sequence[Prediction], num_layers: int) -> dict[
     }
 
 
+def score_texts(
+    task: Task, examples: Sequence[Example], texts: Sequence[str], config: EvaluationConfig
+) -> dict[str, MetricResult]:
+    """Every metric of the task, with intervals; see `firstlab.metrics.evaluate_predictions`."""
+    bertscore, comet = config.bertscore, config.comet
+    return evaluate_predictions(
+        task.kind,
+        texts,
+        [example.references for example in examples],
+        [example.source for example in examples],
+        task.target_language,
+        confidence=config.confidence,
+        resamples=config.resamples,
+        bertscore=None
+        if bertscore.path is None
+        else BertScoreConfig(encoder=bertscore.path, num_layers=bertscore.num_layers),
+        comet=None
+        if comet.model is None
+        else CometConfig(command=comet.command, model=comet.model, batch_size=comet.batch_size, gpus=comet.gpus),
+    )
+
+
+def check_metrics(task: Task, config: EvaluationConfig) -> None:
+    """Score one text with the metrics that need a model of their own: what is missing shows now, not after training.
+
+    Raises:
+        ValueError: A metric's model or program is not there.
+    """
+    if config.bertscore.path is not None or config.comet.model is not None:
+        score_texts(task, [Example("probe", "a house", ("ein Haus",))], ["ein Haus"], config)
+
+
 def evaluate_variant(
     model: RouterAugmentedLM,
     data: PromptDataModule,
@@ -219,17 +253,7 @@ def evaluate_variant(
     if config.perplexity:
         result["perplexity"] = response_perplexity(model, data, routes, config.batch_size)
     if rank()[0] == 0:
-        scores = evaluate_predictions(
-            data.task.kind,
-            [p.text for p in predictions],
-            [example.references for example in data.test],
-            [example.source for example in data.test],
-            data.task.target_language,
-            confidence=config.confidence,
-            resamples=config.resamples,
-            bertscore=BertScoreConfig(**asdict(config.bertscore)) if config.bertscore.path else None,
-            comet=CometConfig(**asdict(config.comet)) if config.comet.model else None,
-        )
+        scores = score_texts(data.task, data.test, [p.text for p in predictions], config)
         result["metrics"] = {key: score.to_dict() for key, score in scores.items()}
         result["primary_metric"] = PRIMARY_METRIC[data.task.kind]
         if config.tpot_prompts:

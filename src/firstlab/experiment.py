@@ -25,7 +25,7 @@ from firstlab.data.batching import batch_count
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import TrainingRows, collate_training
 from firstlab.data.task import Task
-from firstlab.evaluation import evaluate_variant, rank
+from firstlab.evaluation import check_metrics, evaluate_variant, rank
 from firstlab.files import write_atomically
 from firstlab.methods.base import Method
 from firstlab.methods.first import First
@@ -120,6 +120,7 @@ class Experiment:
         self.data.setup("fit")
         if "evaluate" in self.config.phases:
             _ = self.data.test  # a wrong path or a malformed line stops here, not after the training
+            check_metrics(self.data.task, self.config.evaluation)
         self.model = self._load_model()
         loggers = self._loggers()
         variants: dict[str, Any] = {}

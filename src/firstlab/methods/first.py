@@ -43,7 +43,7 @@ class First(Method):
     start: str = "static"
     start_margin: float = 0.1
     dual_rate: float = 0.1
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     calibration_prompts: int = 64
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 
-class MetricUnavailableError(RuntimeError):
+class MetricUnavailableError(ValueError):
     """A metric needs a model, a program or a network that is not there; the message names the way out."""
 
 

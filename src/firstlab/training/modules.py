@@ -40,7 +40,7 @@ class RoutingObjective:
     multiplier: float = 0.0
     target_skip: float | None = None
     dual_rate: float = 0.0
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     lam: float = 0.01
 
 
@@ -61,8 +61,8 @@ class OptimizerSettings:
     total_steps: int
 
 
-# Weight of a missed skip target in the selection score: far above any cross-entropy difference.
-_TARGET_WEIGHT = 100.0
+# Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.
+_TARGET_WEIGHT = 10.0
 
 
 class _Phase(L.LightningModule):
