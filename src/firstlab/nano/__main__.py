@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,8 @@ def save_model(config: NanoConfig, work: Path, folder: Path) -> Progress:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # bfloat16 saves half the space; computing in it would only be slower on a CPU.
     path = folder / "config.json"
@@ -94,7 +94,8 @@ def finish(config: NanoConfig, tasks: dict[str, Task], work: Path) -> dict[str, 
     """Saves the trained model, scores the saved one, and puts it in place with its record, `nano.json`."""
     folder, output = work / "model", Path(config.output_dir)
     progress = save_model(config, work, folder)
-    model = LlamaForCausalLM.from_pretrained(folder).to(device_of(config)).eval()
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    torch.nn.Module.to(model, device_of(config))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     # Generation has one process: it may have the cores of all.
     torch.set_num_threads(config.threads * config.processes)
@@ -109,7 +110,7 @@ def finish(config: NanoConfig, tasks: dict[str, Task], work: Path) -> dict[str, 
         "steps": progress.step,
         "wall_time_s": round(progress.seconds),
         "held_out_scores": scores,
-        "recipe": {**recipe(config), "training": asdict(config.training)},
+        "recipe": recipe(config),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -34,10 +34,7 @@ def cut_by_tokens(rows: Ints, lengths: Ints, tokens: int) -> list[Ints]:
 
 
 def plan_steps(corpus: Corpus, weights: Sequence[float], training: TrainingConfig, seed: int) -> Iterator[list[Ints]]:
-    """The batches of each step, for ever; rows of a batch are of similar length.
-
-    What a step sees does not depend on `training.steps`, so a run can be made longer or shorter on its way.
-    """
+    """The batches of each step, for ever; rows of a batch are of similar length."""
     rng = np.random.default_rng([seed, 0])
     lengths = corpus.lengths()
     firsts = np.cumsum([0, *corpus.sizes[:-1]])

@@ -142,9 +142,8 @@ def device_of(config: NanoConfig) -> torch.device:
 
 
 def recipe(config: NanoConfig) -> dict[str, Any]:
-    """The settings that decide about the weights, but for the run's length, which may change on the way."""
+    """The settings that decide about the weights."""
     chosen = asdict(config)
-    training = chosen["training"]
-    for option in ("steps", "decay_fraction", "checkpoint_every", "log_every"):
-        del training[option]
+    for option in ("checkpoint_every", "log_every"):
+        del chosen["training"][option]
     return {name: chosen[name] for name in ("seed", "tokenizer_examples", "tasks", "model", "training")}

@@ -51,8 +51,9 @@ class Muon(torch.optim.Optimizer):
                 updates = []
                 for p in params:
                     assert p.grad is not None
-                    state = self.state[p]
-                    buffer = state.setdefault("momentum", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    buffer = self.state[p]["momentum"]
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))  # Nesterov
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5

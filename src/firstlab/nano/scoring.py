@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ def greedy_responses(
     for start in range(0, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
         batch = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True).to(model.device)
-        output = model.generate(
+        output = cast(Any, model).generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=config.max_new_tokens,

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -112,6 +112,22 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: Sequence[to
     return Progress(**state["progress"])
 
 
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], training: TrainingConfig, step: int) -> float:
+    """Sets both learning rates for `step`; returns the factor of their peaks."""
+    scale = lr_scale(step, training)
+    for optimizer, peak in zip(optimizers, (training.matrix_lr, training.vector_lr), strict=True):
+        optimizer.param_groups[0]["lr"] = peak * scale
+    return scale
+
+
+def add_up_gradients(model: LlamaForCausalLM) -> None:
+    """Replaces every gradient by its sum over all processes."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat, gradients)
+
+
 def train(rank: int, world: int, config: NanoConfig, work: Path) -> None:
     """One process's share of the training run; the process of rank 0 writes checkpoints and the log."""
     torch.set_num_threads(config.threads)
@@ -120,18 +136,15 @@ def train(rank: int, world: int, config: NanoConfig, work: Path) -> None:
     training, device = config.training, device_of(config)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     corpus = Corpus.load(work / "corpus.npz")
-    model = build_model(config.model, tokenizer, config.seed).to(device)
+    model = build_model(config.model, tokenizer, config.seed)
+    torch.nn.Module.to(model, device)
     optimizers = build_optimizers(model, training)
     progress = load_checkpoint(work / "checkpoint.pt", model, optimizers)
-    parameters = list(model.parameters())
-    steps = plan_steps(corpus, [t.weight for t in config.tasks.values()], training, config.seed)
-    began, first = time.perf_counter(), progress.step
-    done_before, tokens_before = progress.seconds, progress.tokens
+    began, start = time.perf_counter(), replace(progress)
     response_loss, response_tokens = 0.0, 0
-    for batches in itertools.islice(steps, first, training.steps):
-        scale = lr_scale(progress.step, training)
-        for optimizer, peak in zip(optimizers, (training.matrix_lr, training.vector_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = peak * scale
+    steps = plan_steps(corpus, [t.weight for t in config.tasks.values()], training, config.seed)
+    for batches in itertools.islice(steps, start.step, training.steps):
+        scale = set_rates(optimizers, training, progress.step)
         prompt_weight = training.prompt_weight if progress.step < training.prompt_steps else 0.0
         collated = [collate(corpus, rows, prompt_weight) for rows in batches]
         total = sum(float(weights.sum()) for _, weights, _ in collated)
@@ -141,32 +154,31 @@ def train(rank: int, world: int, config: NanoConfig, work: Path) -> None:
             (loss / total).backward()
             response_loss += float(part)
             response_tokens += int(tensors[2].sum())
-        gradients = [p.grad for p in parameters if p.grad is not None]
         if world > 1:
-            flat = parameters_to_vector(gradients)
-            dist.all_reduce(flat)
-            vector_to_parameters(flat, gradients)
-        clip_grad_norm_(parameters, training.clip_norm)
+            add_up_gradients(model)
+        clip_grad_norm_(model.parameters(), training.clip_norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        spent = time.perf_counter() - began
         progress.step += 1
         progress.tokens += int(sum(corpus.lengths()[rows].sum() for rows in batches))
-        progress.seconds = done_before + time.perf_counter() - began
-        if rank == 0 and (progress.step % training.checkpoint_every == 0 or progress.step == training.steps):
+        progress.seconds = start.seconds + spent
+        if rank > 0:
+            continue
+        if progress.step % training.checkpoint_every == 0 or progress.step == training.steps:
             save_checkpoint(work / "checkpoint.pt", model, optimizers, progress)
-        if progress.step % training.log_every == 0 and rank == 0:
-            spent = time.perf_counter() - began
+        if progress.step % training.log_every == 0:
             log.info(
                 "step %d/%d  response loss %.3f  lr x%.2f  %d tok/s  %.2f M tokens  %.0f s  ETA %.0f s",
                 progress.step,
                 training.steps,
                 response_loss / response_tokens,
                 scale,
-                (progress.tokens - tokens_before) / spent,
+                (progress.tokens - start.tokens) / spent,
                 progress.tokens / 1e6,
                 progress.seconds,
-                spent / (progress.step - first) * (training.steps - progress.step),
+                spent / (progress.step - start.step) * (training.steps - progress.step),
             )
             response_loss, response_tokens = 0.0, 0
     if world > 1:
