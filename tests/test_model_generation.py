@@ -630,3 +630,13 @@ def test_the_wrapped_model_alone_stays_dense():
 def test_hidden_size_of_the_models_is_the_routers():
     for architecture in ARCHITECTURES:
         assert pair(architecture)[1].routers.weight.shape == (LAYERS, HIDDEN)
+
+
+def test_padding_is_recognised_without_a_mask_as_transformers_does():
+    base, routed = pair("llama")
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    every = torch.ones(routed.num_layers, dtype=torch.bool)
+    assert torch.equal(routed.generate(ids, routes=every, **options), base.generate(ids, **options))
+    mask = (ids != 0).long()
+    torch.testing.assert_close(routed.prompt_rho(ids), routed.prompt_rho(ids, mask))

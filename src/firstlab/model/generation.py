@@ -32,6 +32,14 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def option_value(name: str, options: dict[str, Any], defaults: GenerationConfig) -> Any:
+    """The value in force: the keyword, else that of `generation_config`, else the model's own."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(defaults, name, None) if given is None else given
+
+
 def check_generation_options(options: dict[str, Any], defaults: GenerationConfig) -> None:
     """Refuse options that would give silently wrong text.
 
@@ -47,10 +55,7 @@ def check_generation_options(options: dict[str, Any], defaults: GenerationConfig
         raise ValueError(f"generation_config must be a transformers GenerationConfig; got {type(config).__name__}")
 
     def value(name: str) -> Any:
-        if name in options:
-            return options[name]
-        given = getattr(config, name, None)
-        return getattr(defaults, name, None) if given is None else given
+        return option_value(name, options, defaults)
 
     if value("use_cache") is False:
         raise ValueError("use_cache=False cannot be used: the route of a prompt lives in its KV cache; drop the option")

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from firstlab.model import storage
 from firstlab.model.cache import RoutedCache, check_routes
-from firstlab.model.generation import check_generation_options
+from firstlab.model.generation import check_generation_options, option_value
 from firstlab.model.layers import find_cache, find_decoder, make_dense, make_routable, routing
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.routers import Routers, RouterSettings
@@ -59,7 +59,7 @@ class RouterAugmentedLM(nn.Module):
             raise ValueError(
                 f"{type(lm).__name__} has no language-model head; load it with AutoModelForCausalLM.from_pretrained"
             )
-        self.lm = lm
+        self.lm: PreTrainedModel = lm
         hidden_size = lm.config.get_text_config(decoder=True).hidden_size
         self.routers = Routers(len(layers), hidden_size, settings).to(next(layers.parameters()).device)
         self.gradient_checkpointing = False
@@ -271,7 +271,7 @@ class RouterAugmentedLM(nn.Module):
     def prompt_rho(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """rho of every layer as prefill measures it: [B, T] prompts -> [B, L] fp32."""
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            attention_mask = self._mask_of(input_ids, self.lm.generation_config.pad_token_id)
         _check_prompt(input_ids, attention_mask)
         current = PromptPass(self.routers, attention_mask.bool())
         with routing(current):
@@ -294,6 +294,15 @@ class RouterAugmentedLM(nn.Module):
             [B, L] boolean, true where the layer runs.
         """
         return self.routers.decide(self.prompt_rho(input_ids, attention_mask))
+
+    def _mask_of(self, prompt: Tensor, pad_token_id: Any) -> Tensor:
+        """The mask that transformers' generate assumes where none is given: padding is what is not the EOS token."""
+        mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        eos = self.lm.generation_config.eos_token_id
+        if prompt.ndim != 2 or pad_token_id is None or pad_token_id in (eos if isinstance(eos, list) else [eos]):
+            return mask
+        padded = (prompt != pad_token_id).long()
+        return padded if padded.any(dim=1).all() else mask
 
     def new_cache(self, prompt_length: int | None = None, routes: Tensor | None = None) -> RoutedCache:
         """An empty cache that will carry this model's routes; see `RoutedCache`."""
@@ -333,7 +342,8 @@ class RouterAugmentedLM(nn.Module):
         cache = None if past_key_values is None else _own_cache(past_key_values)
         if cache is None or cache.get_seq_length() == 0:
             if attention_mask is None:
-                attention_mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+                given = option_value("pad_token_id", kwargs, self.lm.generation_config)
+                attention_mask = self._mask_of(prompt, given)
             _check_prompt(prompt, attention_mask)
             if routes is not None and routes.ndim == 2 and routes.shape[0] != prompt.shape[0]:
                 raise ValueError(
