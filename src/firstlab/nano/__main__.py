@@ -97,8 +97,6 @@ def finish(config: NanoConfig, tasks: dict[str, Task], work: Path) -> dict[str, 
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     torch.nn.Module.to(model, device_of(config))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    # Generation has one process: it may have the cores of all.
-    torch.set_num_threads(config.threads * config.processes)
     scores: dict[str, Any] = {}
     for name, task in tasks.items():
         scores[name] = score(model, tokenizer, task, config.evaluation)
