@@ -198,8 +198,8 @@ class EvaluationConfig:
     resamples: int = 1000
     perplexity: bool = True
     tpot_prompts: int = 8
-    tpot_tokens: int = 24
-    tpot_repetitions: int = 3
+    tpot_tokens: int = 16
+    tpot_repetitions: int = 2
     bertscore: BertScoreConfig = field(default_factory=BertScoreConfig)
     comet: CometConfig = field(default_factory=CometConfig)
 
