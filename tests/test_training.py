@@ -121,16 +121,29 @@ def test_an_interrupted_phase_ends_exactly_like_an_uninterrupted_one(
         torch.testing.assert_close(trained(resumed)[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_best_weights_by_validation_are_kept(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    scores = iter(range(1, 100))  # every validation is worse than the one before
-    monkeypatch.setattr(modules, "selection_score", lambda *_: float(next(scores)))
+def fit_with_scores(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[int]) -> Any:
+    """Trains with three validations whose scores are given; the first score is that of the start."""
+    left = iter([*scores, *[99] * 10])
+    monkeypatch.setattr(modules, "selection_score", lambda *_: float(next(left)))
     module = setup.module("lora", RoutingObjective("decode_consistent", "hard", "prompt", 0.0, target_skip=0.2))
     fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    return module
+
+
+def test_best_weights_by_validation_are_kept(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = fit_with_scores(setup, tmp_path, monkeypatch, [9, 1, 2, 3])
     best, last = (read_checkpoint(tmp_path / f"{name}.ckpt") for name in ("best", "last"))
     assert (best["global_step"], last["global_step"]) == (2, 6)
     name = next(k for k in best["state_dict"] if "lora_B" in k)
     assert not torch.equal(best["state_dict"][name], last["state_dict"][name])
     torch.testing.assert_close(module.state_dict()[name], best["state_dict"][name])
+
+
+def test_the_start_is_kept_when_training_never_improves_on_it(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = fit_with_scores(setup, tmp_path, monkeypatch, [1, 2, 3, 4])
+    assert all(not v.any() for k, v in module.state_dict().items() if "lora_B" in k)
 
 
 def test_early_stopping_counts_validations_without_improvement(
