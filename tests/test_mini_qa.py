@@ -6,6 +6,7 @@ import hashlib
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -113,7 +114,7 @@ def test_the_larger_number_decides_a_comparison() -> None:
     compared = 0
     more = {r.more: r for kind in mini_qa.KINDS for r in kind if r.more}
     while compared < 60:
-        source, question, references = mini_qa._comparison(rng)
+        source, question, references, _ = mini_qa._comparison(rng)
         asked = re.fullmatch(r"Who (is older|is younger), (\w+) or (\w+)\?", question)
         if asked is None:
             continue
@@ -129,6 +130,18 @@ def test_the_larger_number_decides_a_comparison() -> None:
         assert len(ages) == 2
         wanted = max if asked[1] in more else min
         assert references[0] == wanted(ages, key=lambda n: ages[n])
+
+
+def test_more_questions_have_one_answer_each_in_the_passage() -> None:
+    examples = MiniQA(more_questions=6).generate(200, seed=5)
+    plain = MiniQA().generate(1, seed=5)[0]
+    assert replace(examples[0], more=()) == plain
+    assert sum(len(e.more) for e in examples) > 5 * len(examples)
+    for example in examples:
+        answers: dict[str, str] = {}
+        for question, answer in ((example.question, example.references[0]), *example.more):
+            assert question.endswith("?") and answer in example.source
+            assert answers.setdefault(question, answer).lower() == answer.lower()
 
 
 def test_the_prompt_takes_a_shortened_passage() -> None:

@@ -25,7 +25,16 @@ from firstlab.data.squad import Squad
 from firstlab.data.task import Task
 from firstlab.nano.__main__ import finish, prepare
 from firstlab.nano.batches import collate, cut_by_tokens, plan_steps
-from firstlab.nano.config import EvaluationConfig, ModelConfig, NanoConfig, TaskConfig, TrainingConfig, check, recipe
+from firstlab.nano.config import (
+    EvaluationConfig,
+    ModelConfig,
+    NanoConfig,
+    StageConfig,
+    TaskConfig,
+    TrainingConfig,
+    check,
+    recipe,
+)
 from firstlab.nano.muon import Muon, orthogonalized
 from firstlab.nano.scoring import greedy_responses
 from firstlab.nano.text import Corpus, encode_corpus, frame_lines, train_tokenizer, training_examples
@@ -38,24 +47,29 @@ TASKS: dict[str, Task] = {
 
 
 def tiny(work: Path, **changes: Any) -> NanoConfig:
-    """Two tasks, two layers, six steps; `changes` are for the training settings."""
-    settings: dict[str, Any] = {
-        "steps": 6,
+    """Two tasks, two layers, one stage of six steps; `changes` are for the stage and the training settings."""
+    training: dict[str, Any] = {
         "tokens_per_batch": 512,
         "batches_per_step": 2,
         "window": 32,
         "max_length": 512,
         "prompt_weight": 0.1,
-        "prompt_steps": 3,
-        "matrix_lr": 0.02,
-        "vector_lr": 0.005,
         "weight_decay": 0.01,
-        "warmup_steps": 2,
-        "decay_fraction": 0.5,
         "clip_norm": 1.0,
         "checkpoint_every": 2,
         "log_every": 1,
     }
+    stage: dict[str, Any] = {
+        "steps": 6,
+        "weights": {"mini_ende": 1.0, "mini_qa": 2.0},
+        "prompt_steps": 3,
+        "matrix_lr": 0.02,
+        "vector_lr": 0.005,
+        "warmup_steps": 2,
+        "decay_fraction": 0.5,
+    }
+    for name, value in changes.items():
+        (stage if name in stage else training)[name] = value
     return NanoConfig(
         seed=0,
         output_dir=str(work / "out"),
@@ -65,8 +79,8 @@ def tiny(work: Path, **changes: Any) -> NanoConfig:
         threads=1,
         tokenizer_examples=40,
         tasks={
-            "mini_ende": TaskConfig(task={}, weight=1.0, count=60),
-            "mini_qa": TaskConfig(task={}, weight=2.0, count=0),
+            "mini_ende": TaskConfig(task={}, count=60),
+            "mini_qa": TaskConfig(task={}, count=0),
         },
         model=ModelConfig(
             vocab_size=400,
@@ -78,7 +92,7 @@ def tiny(work: Path, **changes: Any) -> NanoConfig:
             max_position_embeddings=512,
             initializer_range=0.05,
         ),
-        training=TrainingConfig(**{**settings, **changes}),
+        training=TrainingConfig(**training, stages={"all": StageConfig(**stage)}),
         evaluation=EvaluationConfig(examples=6, batch_size=4, max_new_tokens=4),
     )
 
@@ -107,6 +121,11 @@ def tokenizer(prepared: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def corpus(prepared: Path) -> Corpus:
     return Corpus.load(prepared / "corpus.npz")
+
+
+def prompt_length(corpus: Corpus, row: int) -> int:
+    """Tokens before the first answer."""
+    return int((corpus.answer_lengths[corpus.starts[row] : corpus.starts[row + 1]] > 0).argmax())
 
 
 def weights_of(work: Path) -> dict[str, Tensor]:
@@ -185,11 +204,29 @@ def test_vocabulary_limit_holds(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_corpus_holds_prompts_and_closed_responses(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
     task, example = TASKS["mini_ende"], training_examples(TASKS["mini_ende"], 60, 0)[0]
     row = corpus.ids[corpus.starts[0] : corpus.starts[1]].tolist()
-    cut = int(corpus.prompt_lengths[0])
+    cut = prompt_length(corpus, 0)
     assert tokenizer.decode(row[1:cut]) == task.prompt(example)
     assert tokenizer.decode(row[cut:-1]) == example.references[0]
     assert row[-1] == tokenizer.eos_token_id
     assert corpus.sizes.tolist() == [60, 40]
+
+
+def test_further_questions_follow_the_first_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = MiniQA(more_questions=3)
+    [example] = task.generate(1, seed=4)
+    corpus = encode_corpus(tokenizer, [(task, [example])], 1000)
+    wanted = [task.prompt(example) + example.references[0]]
+    wanted += [f"\n\n### Question:\n{question}\n\n### Response:\n{answer}" for question, answer in example.more]
+    assert len(wanted) > 2
+    text = "".join(f"{turn}{tokenizer.eos_token}" for turn in wanted)
+    assert tokenizer.decode(corpus.ids[1:], clean_up_tokenization_spaces=False) == text
+    single = encode_corpus(tokenizer, [(task, [replace(example, more=())])], 1000)
+    assert corpus.ids[: len(single.ids)].tolist() == single.ids.tolist()
+    answers = [example.references[0], *(answer for _, answer in example.more)]
+    lengths = [len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1 for answer in answers]
+    assert corpus.answer_lengths[corpus.answer_lengths > 0].tolist() == [n for n in lengths for _ in range(n)]
+    cut = encode_corpus(tokenizer, [(task, [example])], len(corpus.ids) - 1)
+    assert cut.ids.tolist() == corpus.ids[: len(cut.ids)].tolist() and cut.ids[-1] == tokenizer.eos_token_id
 
 
 def test_long_examples_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -223,7 +260,7 @@ def test_steps_mix_tasks_by_weight_and_come_back_the_same(corpus: Corpus) -> Non
     settings = tiny(Path(), window=30).training
 
     def draw(count: int) -> list[list[list[int]]]:
-        steps = itertools.islice(plan_steps(corpus, [1.0, 2.0], settings, 0), count)
+        steps = itertools.islice(plan_steps(corpus, [1.0, 2.0], settings, (0,)), count)
         return [[rows.tolist() for rows in batches] for batches in steps]
 
     steps = draw(40)
@@ -234,11 +271,21 @@ def test_steps_mix_tasks_by_weight_and_come_back_the_same(corpus: Corpus) -> Non
     assert (rows >= 60).mean() == pytest.approx(2 / 3, abs=0.05)
 
 
+def test_stages_follow_each_other_with_their_own_mixture(corpus: Corpus) -> None:
+    config = tiny(Path(), steps=9)
+    config.training.stages["reading"] = replace(config.training.stages["all"], steps=2, weights={"mini_qa": 1.0})
+    stages, steps, batches = zip(*training.schedule(config, corpus), strict=True)
+    assert stages == (config.training.stages["all"],) * 9 + (config.training.stages["reading"],) * 2
+    assert steps == (*range(9), 0, 1)
+    assert all((rows >= 60).all() for step in batches[9:] for rows in step)
+    assert not all((rows >= 60).all() for step in batches[:9] for rows in step)
+
+
 def test_collate_weights_prompt_and_response(corpus: Corpus) -> None:
     rows = np.array([0, 99])
     ids, weights, response = collate(corpus, rows, prompt_weight=0.1)
     for i, row in enumerate(rows):
-        length, prompt = int(corpus.lengths()[row]), int(corpus.prompt_lengths[row])
+        length, prompt = int(corpus.lengths()[row]), prompt_length(corpus, int(row))
         assert ids[i, :length].tolist() == corpus.ids[corpus.starts[row] : corpus.starts[row + 1]].tolist()
         assert response[i].nonzero().flatten().tolist() == list(range(prompt, length))
         assert weights[i, 0] == 0
@@ -274,7 +321,7 @@ def test_muon_finds_a_minimum() -> None:
 
 
 def test_learning_rate_warms_up_stays_and_falls() -> None:
-    settings = tiny(Path(), steps=100, warmup_steps=10, decay_fraction=0.4).training
+    settings = tiny(Path(), steps=100, warmup_steps=10, decay_fraction=0.4).training.stages["all"]
     scales = [lr_scale(step, settings) for step in range(100)]
     assert scales[0] == pytest.approx(0.1)
     assert scales[9:61] == [1.0] * 52
@@ -292,9 +339,9 @@ def test_loss_of_a_batch_is_the_sum_of_its_rows(corpus: Corpus, tokenizer: PreTr
         assert float(together[part]) == pytest.approx(sum(float(each[part]) for each in apart), rel=1e-4)
     row = torch.from_numpy(corpus.ids[: corpus.starts[1]])[None]
     labels = row.clone()
-    labels[:, : corpus.prompt_lengths[0]] = -100
+    labels[:, : prompt_length(corpus, 0)] = -100
     mean = float(model(input_ids=row, labels=labels).loss)
-    responses = int(corpus.lengths()[0] - corpus.prompt_lengths[0])
+    responses = int(corpus.lengths()[0] - prompt_length(corpus, 0))
     assert float(apart[0][1]) == pytest.approx(mean * responses, rel=1e-4)
 
 
@@ -307,7 +354,8 @@ def test_training_learns(work: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_killed_run_goes_on_to_the_same_weights(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny(work)
+    config = tiny(work, steps=3)
+    config.training.stages["reading"] = replace(config.training.stages["all"], weights={"mini_qa": 1.0})
     train(0, 1, config, work)
     straight = weights_of(work)
     (work / "checkpoint.pt").unlink()
@@ -351,7 +399,7 @@ def test_another_recipe_is_not_mixed_in(work: Path) -> None:
 
 def test_finished_model_is_complete(work: Path) -> None:
     config = tiny(work)
-    with pytest.raises(ValueError, match="0 of training.steps=6 steps"):
+    with pytest.raises(ValueError, match="0 of 6 steps"):
         finish(config, TASKS, work)
     train(0, 1, config, work)
     finish(config, TASKS, work)
@@ -407,17 +455,25 @@ def test_recipes_on_disk_are_sound() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.steps=0", "training.steps=0 must be at least 1"),
-        ("tasks.mini_qa.weight=0", "tasks.mini_qa.weight=0.0 must be above 0"),
+        ("training.stages.words.steps=0", "training.stages.words.steps=0 must be at least 1"),
+        ("training.stages.words.weights.mini_qa=0", "training.stages.words.weights.mini_qa=0.0 must be above 0"),
+        ("+training.stages.words.weights.mini=1", "training.stages.words.weights.mini is for none of tasks="),
         ("device=tpu", "device=tpu must be auto, cpu or cuda"),
         ("training.max_length=4000", "training.max_length=4000 must not exceed"),
-        ("training.decay_fraction=2", "training.decay_fraction=2.0 must be between 0 and 1"),
+        ("training.stages.words.decay_fraction=2", "training.stages.words.decay_fraction=2.0 must be between 0 and 1"),
         ("processes=3", "training.batches_per_step=4 must be a multiple of processes=3"),
     ],
 )
 def test_impossible_settings_are_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         check(load("nano", override))
+
+
+def test_a_run_without_stages_is_refused() -> None:
+    config = tiny(Path())
+    config.training.stages = {}
+    with pytest.raises(ValueError, match=r"training\.stages is empty"):
+        check(config)
 
 
 BUNDLED = Path(training.__file__).resolve().parents[1] / "assets" / "nano"

@@ -60,11 +60,13 @@ def stored_records(file: Path) -> Iterator[bytes]:
 
 
 def test_an_offline_wandb_run_holds_metrics_and_the_prediction_table(tmp_path: Path, predictions: Path):
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     logger = WandbLogger(project="firstlab", save_dir=str(tmp_path), offline=True)
     logger.log_metrics({"train/loss": 1.5, "rho/layer00": 0.6}, step=0)
     log_evaluation(logger, RECORD, predictions)
+    wandb.teardown()  # ends its service, which may still be writing the file
     [file] = tmp_path.rglob("*.wandb")
     seen: dict[str, str] = {}
     for data in stored_records(file):

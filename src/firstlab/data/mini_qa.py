@@ -16,6 +16,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from firstlab.data import mini_world as world
 from firstlab.data.prompts import qa_prompt
@@ -72,6 +74,8 @@ class Entity:
     pronoun: str
     possessive: str
     facts: dict[str, Value] = field(default_factory=dict)
+    told: list[Relation] = field(default_factory=list)
+    """What the passage says of it."""
 
 
 JOBS = tuple(
@@ -552,6 +556,7 @@ def _paragraph(
         pronouns: Chance of a pronoun where one is clear.
         fixed: Relation name -> (statement template, pronoun wanted), for the fact that is asked for.
     """
+    entity.told += relations
     sentences: list[str] = []
     clear = False  # whether a pronoun would point at the entity
     leading = False  # whether the entity was the subject of the last clause
@@ -587,7 +592,7 @@ def _passage(rng: random.Random, paragraphs: list[list[str]], fillers: int) -> s
     return "\n".join(" ".join(f"{world.sentence(text)}." for text in sentences) for sentences in paragraphs)
 
 
-def _who(kind: tuple[Relation, ...], entities: list[Entity], clause: str) -> str:
+def _who(entities: list[Entity], clause: str) -> str:
     """A question for a name: "Who lives in Tarn?"."""
     return f"{'Who' if entities[0].pronoun != 'it' else 'Which ' + entities[0].noun} {clause}?"
 
@@ -607,10 +612,16 @@ def _names(entity: Entity, source: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, *others)))
 
 
-Built = tuple[str, str, tuple[str, ...]]
+class Draft(NamedTuple):
+    """A passage with its question, its answers, and those whom it is about, kind by kind."""
+
+    source: str
+    question: str
+    references: tuple[str, ...]
+    about: tuple[list[Entity], ...]
 
 
-def _direct(rng: random.Random) -> Built:
+def _direct(rng: random.Random) -> Draft:
     kind = rng.choice(KINDS)
     entities = _entities(rng, kind, 2)
     chosen = rng.sample(kind, 4)
@@ -624,10 +635,11 @@ def _direct(rng: random.Random) -> Built:
         if entity is target:
             told.insert(rng.randrange(3), asked)
         paragraphs.append(_paragraph(rng, entity, told, 0.4, {asked.name: (statement, False)}))
-    return _passage(rng, paragraphs, 1), question.format(s=target.name), _accepted(target.facts[asked.name])
+    source = _passage(rng, paragraphs, 1)
+    return Draft(source, question.format(s=target.name), _accepted(target.facts[asked.name]), (entities,))
 
 
-def _paraphrase(rng: random.Random) -> Built:
+def _paraphrase(rng: random.Random) -> Draft:
     kind = rng.choice(KINDS)
     entities = _entities(rng, kind, 3)
     asked, *more = rng.sample(kind, 3)
@@ -642,11 +654,13 @@ def _paraphrase(rng: random.Random) -> Built:
         paragraphs.append(_paragraph(rng, entity, told, 0.4, fixed))
     source = _passage(rng, paragraphs, 1)
     if rng.random() < 0.3:
-        return source, _who(kind, entities, _say(asked.clause, target, asked, "")), _names(target, source)
-    return source, rng.choice(asked.questions).format(s=target.name), _accepted(target.facts[asked.name])
+        return Draft(source, _who(entities, _say(asked.clause, target, asked, "")), _names(target, source), (entities,))
+    return Draft(
+        source, rng.choice(asked.questions).format(s=target.name), _accepted(target.facts[asked.name]), (entities,)
+    )
 
 
-def _pronoun(rng: random.Random) -> Built:
+def _pronoun(rng: random.Random) -> Draft:
     kind = rng.choice(KINDS)
     entities = _entities(rng, kind, 2, mixed=True)
     relations = rng.sample([relation for relation in kind if not relation.names_person], 3)
@@ -656,6 +670,8 @@ def _pronoun(rng: random.Random) -> Built:
     plain = {r.name: [t for t in (*r.statements, *(p[0] for p in r.direct)) if _takes_pronoun(t)] for r in relations}
     if entities[0].pronoun != "it" and rng.random() < 0.6:
         # Both are named once; after that only "he" and "she" tell them apart.
+        for entity in entities:
+            entity.told += relations
         sentences = [rng.choice(PAIRS).format(a=entities[0].full_name, b=entities[1].name)]
         rng.shuffle(relations)
         for relation in relations:
@@ -675,10 +691,10 @@ def _pronoun(rng: random.Random) -> Built:
             paragraphs.append(_paragraph(rng, entity, told, 0.6, fixed))
         source = _passage(rng, paragraphs, 1)
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
-    return source, rng.choice(questions).format(s=target.name), _accepted(target.facts[asked.name])
+    return Draft(source, rng.choice(questions).format(s=target.name), _accepted(target.facts[asked.name]), (entities,))
 
 
-def _two_hops(rng: random.Random) -> Built:
+def _two_hops(rng: random.Random) -> Draft:
     if rng.random() < 0.25:
         return _through_firm(rng)
     kind = rng.choice(KINDS)
@@ -696,10 +712,10 @@ def _two_hops(rng: random.Random) -> Built:
     subject = _the_one(target, _say(known.clause, target, known, ""))
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
     question = rng.choice(questions).format(s=subject)
-    return _passage(rng, paragraphs, 1), question, _accepted(target.facts[asked.name])
+    return Draft(_passage(rng, paragraphs, 1), question, _accepted(target.facts[asked.name]), (entities,))
 
 
-def _through_firm(rng: random.Random) -> Built:
+def _through_firm(rng: random.Random) -> Draft:
     """Person -> employer -> a fact of the employer."""
     employer = next(relation for relation in LIFE if relation.name == "employer")
     people, firms = _entities(rng, LIFE, 2), _entities(rng, FIRM, 2)
@@ -718,10 +734,11 @@ def _through_firm(rng: random.Random) -> Built:
     subject = rng.choice(("the firm that {} works for", "the company that employs {}", "the firm that pays {}"))
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
     question = rng.choice(questions).format(s=subject.format(people[index].name))
-    return _passage(rng, [about_people, about_firms], 0), question, _accepted(firms[index].facts[asked.name])
+    source = _passage(rng, [about_people, about_firms], 0)
+    return Draft(source, question, _accepted(firms[index].facts[asked.name]), (people, firms))
 
 
-def _comparison(rng: random.Random) -> Built:
+def _comparison(rng: random.Random) -> Draft:
     kind = rng.choice(KINDS)
     if rng.random() < 0.4:
         denied = [relation for relation in kind if relation.negated]
@@ -745,15 +762,15 @@ def _comparison(rng: random.Random) -> Built:
     larger = first if first.facts[compared.name].size > second.facts[compared.name].size else second
     target = larger if more else (second if larger is first else first)
     if not hop:
-        question = _who(kind, entities, clause).removesuffix("?")
-        return source, f"{question}, {first.name} or {second.name}?", _names(target, source)
+        question = _who(entities, clause).removesuffix("?")
+        return Draft(source, f"{question}, {first.name} or {second.name}?", _names(target, source), (entities,))
     noun = "person" if target.pronoun != "it" else target.noun
     subject = _the_one(target, clause, noun)
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
-    return source, rng.choice(questions).format(s=subject), _accepted(target.facts[asked.name])
+    return Draft(source, rng.choice(questions).format(s=subject), _accepted(target.facts[asked.name]), (entities,))
 
 
-def _exclusion(rng: random.Random, kind: tuple[Relation, ...], shared: Relation) -> Built:
+def _exclusion(rng: random.Random, kind: tuple[Relation, ...], shared: Relation) -> Draft:
     """Three entities of which two share a value; the question is about the third."""
     entities = _entities(rng, kind, 3)
     asked, spare = rng.sample([relation for relation in kind if relation is not shared], 2)
@@ -769,21 +786,57 @@ def _exclusion(rng: random.Random, kind: tuple[Relation, ...], shared: Relation)
     source = _passage(rng, paragraphs, 1)
     clause = _say(shared.negated, one, shared, "")
     if rng.random() < 0.5:
-        return source, _who(kind, entities, clause), _names(target, source)
+        return Draft(source, _who(entities, clause), _names(target, source), (entities,))
     noun = "person" if target.pronoun != "it" else target.noun
     questions = asked.questions + tuple(pair[1] for pair in asked.direct)
     question = rng.choice(questions).format(s=_the_one(target, clause, noun))
-    return source, question, _accepted(target.facts[asked.name])
+    return Draft(source, question, _accepted(target.facts[asked.name]), (entities,))
 
 
 _LEVELS = (_direct, _paraphrase, _pronoun, _two_hops, _comparison)
 
 
-def _build(rng: random.Random, level: int) -> Built:
-    source, question, references = _LEVELS[level - 1](rng)
-    if references[0] not in source:  # the value opened its sentence
-        references = (world.sentence(references[0]), *references)
-    return source, question, references
+def _as_written(source: str, references: tuple[str, ...]) -> tuple[str, ...]:
+    """The accepted answers, the first as it stands in the passage: a value may open its sentence."""
+    return references if references[0] in source else (world.sentence(references[0]), *references)
+
+
+def _build(rng: random.Random, level: int) -> world.Built:
+    source, question, references, _ = _LEVELS[level - 1](rng)
+    return world.Built(source, question, _as_written(source, references))
+
+
+def _build_with_more(rng: random.Random, level: int, count: int) -> world.Built:
+    source, question, references, about = _LEVELS[level - 1](rng)
+    more = tuple(_another_question(rng, source, rng.choice(about)) for _ in range(count))
+    return world.Built(source, question, _as_written(source, references), tuple(dict.fromkeys(more)))
+
+
+def _another_question(rng: random.Random, source: str, entities: list[Entity]) -> tuple[str, str]:
+    """Any question that the passage answers about one of its entities, and its answer."""
+    target = rng.choice(entities)
+    asked, *others = rng.sample(target.told, len(target.told))
+    unique = [
+        relation
+        for relation in others
+        if all(e is target or e.facts.get(relation.name) != target.facts[relation.name] for e in entities)
+    ]
+    form = rng.random()
+    if unique and form < 0.2:
+        question, references = _who(entities, _say(unique[0].clause, target, unique[0], "")), _names(target, source)
+    elif form < 0.3 and (rivals := [e for e in entities if e is not target and asked.more and asked in e.told]):
+        rival = rng.choice(rivals)
+        larger = target.facts[asked.name].size > rival.facts[asked.name].size
+        first, second = rng.sample((target, rival), 2)
+        clause = _who(entities, asked.more if larger else asked.less).removesuffix("?")
+        question, references = f"{clause}, {first.name} or {second.name}?", _names(target, source)
+    else:
+        subject = target.name
+        if unique and form > 0.65:
+            subject = _the_one(target, _say(unique[0].clause, target, unique[0], ""))
+        question = rng.choice(asked.questions + tuple(pair[1] for pair in asked.direct)).format(s=subject)
+        references = _accepted(target.facts[asked.name])
+    return question, _as_written(source, references)[0]
 
 
 class MiniQA(Task):
@@ -793,6 +846,7 @@ class MiniQA(Task):
         pool_size: Examples in `train_pool`.
         test_size: Examples in `test`: the first of one fixed list, whatever the seed.
         seed: Chooses the training pool.
+        more_questions: Up to so many further questions on each passage that `generate` makes.
 
     Raises:
         ValueError: a size is smaller than 1.
@@ -800,8 +854,9 @@ class MiniQA(Task):
 
     kind = "qa"
 
-    def __init__(self, pool_size: int = 6000, test_size: int = 500, seed: int = 0) -> None:
+    def __init__(self, pool_size: int = 6000, test_size: int = 500, seed: int = 0, more_questions: int = 0) -> None:
         world.check_sizes(pool_size=pool_size, test_size=test_size)
+        self.more_questions = more_questions
         self.pool_size = pool_size
         self.test_size = test_size
         self.seed = seed
@@ -827,7 +882,8 @@ class MiniQA(Task):
             ValueError: count < 1.
         """
         side = "held-out" if held_out else "extra"
-        return world.draw(_build, count, f"mini-qa-{side}-{seed}", f"mini-qa-{side}-{seed}", held_out)
+        build = partial(_build_with_more, count=self.more_questions) if self.more_questions else _build
+        return world.draw(build, count, f"mini-qa-{side}-{seed}", f"mini-qa-{side}-{seed}", held_out)
 
     def prompt(self, example: Example, source: str | None = None) -> str:
         """The question answering prompt on the passage, or on a shortened one."""

@@ -299,7 +299,7 @@ RESULT = ("as a result, ", "because of this, ", "as a consequence, ")
 LATER = ("in the end, ", "late in the day it became clear that ", "it was also decided that ", "")
 
 
-def _build(rng: random.Random, level: int) -> tuple[str, str, tuple[str, ...]]:
+def _build(rng: random.Random, level: int) -> world.Built:
     """An article of one difficulty and its highlights."""
     event = rng.choice(EVENTS)
     title, office = rng.choice(event.roles)
@@ -348,7 +348,7 @@ def _build(rng: random.Random, level: int) -> tuple[str, str, tuple[str, ...]]:
     first = world.sentence(event.lead.format(who=short, thing=world.with_article(noun), **words))
     second = world.sentence(event.figure.format(n=number))
     rest = [f"{second} and {outcome}."] if joined else [f"{second}.", f"{world.sentence(outcome)}."]
-    return article, "", ("\n".join([first, *rest]),)
+    return world.Built(article, "", ("\n".join([first, *rest]),))
 
 
 class MiniSummarization(Task):

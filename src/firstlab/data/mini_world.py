@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 from firstlab.data.task import Example
 
@@ -71,8 +72,17 @@ def sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+class Built(NamedTuple):
+    """A generated example before it has a name; see `Example`."""
+
+    source: str
+    question: str
+    references: tuple[str, ...]
+    more: tuple[tuple[str, str], ...] = ()
+
+
 def draw(
-    build: Callable[[random.Random, int], tuple[str, str, tuple[str, ...]]],
+    build: Callable[[random.Random, int], Built],
     count: int,
     stream: str,
     prefix: str,
@@ -82,7 +92,7 @@ def draw(
     """Draws examples whose difficulty runs 1, 2, ..., levels, 1, 2, ...; no two share source and question.
 
     Args:
-        build: Makes (source, question, references) from a random stream and a difficulty.
+        build: Makes an example from a random stream and a difficulty.
         count: How many examples, at least 1.
         stream: Name of the random stream: same name, same examples.
         prefix: Start of the ids.
@@ -99,11 +109,13 @@ def draw(
     examples: list[Example] = []
     while len(examples) < count:
         level = len(examples) % levels + 1
-        source, question, references = build(rng, level)
-        if is_held_out(source) != held_out or (source, question) in seen:
+        built = build(rng, level)
+        key = (built.source, built.question)
+        if is_held_out(built.source) != held_out or key in seen:
             continue
-        seen.add((source, question))
-        examples.append(Example(f"{prefix}-{len(examples):06d}", source, references, question, level))
+        seen.add(key)
+        name = f"{prefix}-{len(examples):06d}"
+        examples.append(Example(name, built.source, built.references, built.question, level, built.more))
     return examples
 
 

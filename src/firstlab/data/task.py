@@ -20,6 +20,7 @@ class Example:
         references: Accepted answers; the first one is the training target.
         question: Extractive QA only.
         difficulty: 1 (easy) and up for generated tasks, 0 where nobody knows.
+        more: Further (question, answer) pairs on the same source, for training a model to read.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Example:
     references: tuple[str, ...]
     question: str = ""
     difficulty: int = 0
+    more: tuple[tuple[str, str], ...] = ()
 
 
 class Task(ABC):

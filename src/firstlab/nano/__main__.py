@@ -48,7 +48,8 @@ def prepare(config: NanoConfig, tasks: dict[str, Task], work: Path) -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     pools = {name: training_examples(task, config.tasks[name].count, config.seed) for name, task in tasks.items()}
-    seen = [example for pool in pools.values() for example in pool[: config.tokenizer_examples]]
+    first_stage = next(iter(config.training.stages.values()))
+    seen = [example for name in first_stage.weights for example in pools[name][: config.tokenizer_examples]]
     tokenizer = train_tokenizer(
         (text for e in seen for text in (e.source, e.question, e.references[0]) if text),
         (line for task in tasks.values() for line in frame_lines(task)),
@@ -72,9 +73,7 @@ def save_model(config: NanoConfig, work: Path, folder: Path) -> Progress:
     model = build_model(config.model, tokenizer, config.seed)
     progress = load_checkpoint(work / "checkpoint.pt", model, [])
     if progress.step < config.training.steps:
-        raise ValueError(
-            f"work_dir={work} has {progress.step} of training.steps={config.training.steps} steps: train on"
-        )
+        raise ValueError(f"work_dir={work} has {progress.step} of {config.training.steps} steps: train on")
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
@@ -99,6 +98,8 @@ def finish(config: NanoConfig, tasks: dict[str, Task], work: Path) -> dict[str, 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     scores: dict[str, Any] = {}
     for name, task in tasks.items():
+        if not config.tasks[name].scored:
+            continue
         scores[name] = score(model, tokenizer, task, config.evaluation)
         log.info("%s: %s", name, {metric: round(v["value"], 2) for metric, v in scores[name]["all"].items()})
     record = {

@@ -6,6 +6,7 @@ Notation used for tensor shapes: B rows of a batch, T tokens.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -33,16 +34,18 @@ def cut_by_tokens(rows: Ints, lengths: Ints, tokens: int) -> list[Ints]:
     return batches
 
 
-def plan_steps(corpus: Corpus, weights: Sequence[float], training: TrainingConfig, seed: int) -> Iterator[list[Ints]]:
+def plan_steps(
+    corpus: Corpus, weights: Sequence[float], training: TrainingConfig, seeds: Sequence[int]
+) -> Iterator[list[Ints]]:
     """The batches of each step, for ever; rows of a batch are of similar length."""
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([*seeds, 0])
     lengths = corpus.lengths()
     firsts = np.cumsum([0, *corpus.sizes[:-1]])
     streams = [
-        endless(int(first), int(size), np.random.default_rng([seed, 1, task]))
+        endless(int(first), int(size), np.random.default_rng([*seeds, 1, task]))
         for task, (first, size) in enumerate(zip(firsts, corpus.sizes, strict=True))
     ]
-    shares = [max(1, round(training.window * weight / sum(weights))) for weight in weights]
+    shares = [math.ceil(training.window * weight / sum(weights)) for weight in weights]
     pending: list[Ints] = []
     while True:
         drawn = [itertools.islice(stream, share) for stream, share in zip(streams, shares, strict=True)]
@@ -58,19 +61,20 @@ def plan_steps(corpus: Corpus, weights: Sequence[float], training: TrainingConfi
 def collate(corpus: Corpus, rows: Ints, prompt_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids [B, T], padded on the right with 0, the loss weight and the response mask of each token [B, T].
 
-    The tokens of a response of n tokens weigh n^-1/2 each: were all tokens alike, long answers would drown the
-    short ones, were all answers alike, there would be less to learn from a long one than there is in it. Prompts
-    the same, times `prompt_weight`.
+    The tokens of an answer of n tokens weigh n^-1/2 each: were all tokens alike, long answers would drown the
+    short ones, were all answers alike, there would be less to learn from a long one than there is in it. The n
+    tokens outside the answers the same, times `prompt_weight`.
     """
     shape = (len(rows), int(corpus.lengths()[rows].max()))
     ids, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
     response = torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         start, end = corpus.starts[row], corpus.starts[row + 1]
-        prompt, length = int(corpus.prompt_lengths[row]), int(end - start)
-        ids[i, :length] = torch.from_numpy(corpus.ids[start:end])
-        response[i, prompt:length] = True
-        weights[i, :prompt] = prompt_weight * prompt**-0.5
-        weights[i, prompt:length] = (length - prompt) ** -0.5
+        answers = torch.from_numpy(corpus.answer_lengths[start:end])
+        asked = answers == 0
+        ids[i, : end - start] = torch.from_numpy(corpus.ids[start:end])
+        response[i, : end - start] = ~asked
+        lengths = torch.where(asked, asked.sum(), answers)
+        weights[i, : end - start] = torch.where(asked, prompt_weight, 1.0) * lengths**-0.5
     weights[:, 0] = 0.0  # nothing predicts BOS
     return ids, weights, response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,10 +16,10 @@ class TaskConfig:
 
     task: Any = MISSING
     """A Hydra `_target_` that gives a `firstlab.data.task.Task`."""
-    weight: float = 1.0
-    """Share of this task in the training examples, relative to the other tasks."""
     count: int = 0
     """Generated tasks: how many different examples. 0: the task's own train pool."""
+    scored: bool = True
+    """Whether the finished model answers its test set."""
 
 
 @dataclass(kw_only=True)
@@ -36,10 +37,27 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
-    """One run of `steps` steps, each `batches_per_step` batches of at most `tokens_per_batch` padded tokens."""
+class StageConfig:
+    """A part of the run with its own mixture of tasks and its own schedule."""
 
     steps: int = MISSING
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each task in the examples, relative to the others; tasks without one do not take part."""
+    prompt_steps: int = MISSING
+    """First steps in which prompts count at all: they teach the words, later they only cost time."""
+    matrix_lr: float = MISSING
+    """Peak learning rate of Muon, for the matrices inside the layers."""
+    vector_lr: float = MISSING
+    """Peak learning rate of AdamW, for embeddings and norms."""
+    warmup_steps: int = MISSING
+    decay_fraction: float = MISSING
+    """Last part of the stage, in which the learning rates fall linearly to zero."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """One run of all stages; a step is `batches_per_step` batches of at most `tokens_per_batch` padded tokens."""
+
     tokens_per_batch: int = MISSING
     batches_per_step: int = MISSING
     window: int = MISSING
@@ -48,19 +66,17 @@ class TrainingConfig:
     """Longer examples are left out."""
     prompt_weight: float = MISSING
     """Loss weight of the prompt, relative to the response."""
-    prompt_steps: int = MISSING
-    """First steps in which prompts count at all: they teach the words, later they only cost time."""
-    matrix_lr: float = MISSING
-    """Peak learning rate of Muon, for the matrices inside the layers."""
-    vector_lr: float = MISSING
-    """Peak learning rate of AdamW, for embeddings and norms."""
     weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    decay_fraction: float = MISSING
-    """Last part of the run, in which the learning rates fall linearly to zero."""
     clip_norm: float = MISSING
     checkpoint_every: int = MISSING
     log_every: int = MISSING
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """In the order in which they run."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages.values())
 
 
 @dataclass(kw_only=True)
@@ -91,7 +107,7 @@ class NanoConfig:
     threads: int = MISSING
     """Torch threads of each process."""
     tokenizer_examples: int = MISSING
-    """Examples of each task that the tokenizer learns from."""
+    """Examples of each task of the first stage that the tokenizer learns from."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -105,7 +121,6 @@ def check(config: NanoConfig) -> None:
         "processes": config.processes,
         "threads": config.threads,
         "tokenizer_examples": config.tokenizer_examples,
-        "training.steps": training.steps,
         "training.batches_per_step": training.batches_per_step,
         "training.window": training.window,
         "training.checkpoint_every": training.checkpoint_every,
@@ -120,9 +135,10 @@ def check(config: NanoConfig) -> None:
         )
     if not config.tasks:
         raise ValueError("tasks is empty: give at least one task to train on")
-    for name, task in config.tasks.items():
-        if task.weight <= 0:
-            raise ValueError(f"tasks.{name}.weight={task.weight} must be above 0; delete the task to leave it out")
+    if not training.stages:
+        raise ValueError("training.stages is empty: give at least one stage")
+    for name, stage in training.stages.items():
+        _check_stage(f"training.stages.{name}", stage, config.tasks)
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={config.device} must be auto, cpu or cuda")
     if training.max_length > min(training.tokens_per_batch, model.max_position_embeddings):
@@ -130,8 +146,20 @@ def check(config: NanoConfig) -> None:
             f"training.max_length={training.max_length} must not exceed training.tokens_per_batch="
             f"{training.tokens_per_batch} and model.max_position_embeddings={model.max_position_embeddings}"
         )
-    if not 0 <= training.decay_fraction <= 1:
-        raise ValueError(f"training.decay_fraction={training.decay_fraction} must be between 0 and 1")
+
+
+def _check_stage(option: str, stage: StageConfig, tasks: Collection[str]) -> None:
+    if stage.steps < 1:
+        raise ValueError(f"{option}.steps={stage.steps} must be at least 1")
+    if not 0 <= stage.decay_fraction <= 1:
+        raise ValueError(f"{option}.decay_fraction={stage.decay_fraction} must be between 0 and 1")
+    if not stage.weights:
+        raise ValueError(f"{option}.weights is empty: give at least one of tasks={list(tasks)} a weight")
+    for task, weight in stage.weights.items():
+        if task not in tasks:
+            raise ValueError(f"{option}.weights.{task} is for none of tasks={list(tasks)}")
+        if weight <= 0:
+            raise ValueError(f"{option}.weights.{task}={weight} must be above 0; delete it to leave the task out")
 
 
 def device_of(config: NanoConfig) -> torch.device:

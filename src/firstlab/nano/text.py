@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -104,9 +105,10 @@ class Corpus:
     """All training examples as token ids, one behind the other, task by task."""
 
     ids: Ints
+    answer_lengths: Ints
+    """For each token of an answer, EOS included, how many tokens the answer has; 0 elsewhere."""
     starts: Ints
     """Where each example starts in `ids`, and the end of the last one."""
-    prompt_lengths: Ints
     sizes: Ints
     """Examples of each task."""
 
@@ -116,7 +118,7 @@ class Corpus:
 
     def save(self, path: Path) -> None:
         part = path.with_suffix(".part.npz")
-        np.savez(part, ids=self.ids, starts=self.starts, prompt_lengths=self.prompt_lengths, sizes=self.sizes)
+        np.savez(part, ids=self.ids, answer_lengths=self.answer_lengths, starts=self.starts, sizes=self.sizes)
         os.replace(part, path)
 
     @classmethod
@@ -125,32 +127,46 @@ class Corpus:
             return cls(**{name: arrays[name] for name in arrays.files})
 
 
+def turns(task: Task, example: Example) -> Iterator[tuple[str, str]]:
+    """What is asked and what is to be answered: the prompt, then each further question on the same text."""
+    yield task.prompt(example), example.references[0]
+    for question, answer in example.more:
+        prompt = task.prompt(replace(example, question=question))
+        yield prompt.partition(example.source)[2], answer
+
+
 def encode_corpus(
     tokenizer: PreTrainedTokenizerFast, tasks: Sequence[tuple[Task, Sequence[Example]]], max_length: int
 ) -> Corpus:
-    """Prompt and first reference of every example, closed with EOS; longer ones than `max_length` are left out.
+    """Prompt and first reference of every example, closed with EOS, and its further questions and answers.
+
+    Turns that would make an example longer than `max_length` are left out, with all that follows them.
 
     Raises:
         ValueError: Nothing of a task is left.
     """
-    rows: list[list[int]] = []
-    prompt_lengths: list[int] = []
-    sizes: list[int] = []
+    ids: list[int] = []
+    answer_lengths: list[int] = []
+    starts, sizes = [0], []
     for task, examples in tasks:
-        prompts = tokenizer([task.prompt(e) for e in examples])["input_ids"]
-        responses = tokenizer([e.references[0] for e in examples], add_special_tokens=False)["input_ids"]
-        before = len(rows)
-        for prompt, response in zip(prompts, responses, strict=True):
-            row = [*prompt, *response, tokenizer.eos_token_id]
-            if len(row) <= max_length:
-                rows.append(row)
-                prompt_lengths.append(len(prompt))
-        sizes.append(len(rows) - before)
+        before = len(starts)
+        of_all = [list(turns(task, example)) for example in examples]
+        asked = tokenizer([text for of_one in of_all for text, _ in of_one], add_special_tokens=False)["input_ids"]
+        answered = tokenizer([text for of_one in of_all for _, text in of_one], add_special_tokens=False)["input_ids"]
+        encoded = zip(asked, answered, strict=True)
+        for of_one in of_all:
+            row, answers = [tokenizer.bos_token_id], [0]
+            for prompt, answer in list(itertools.islice(encoded, len(of_one))):
+                length = len(answer) + 1
+                if len(row) + len(prompt) + length > max_length:
+                    break
+                row += [*prompt, *answer, tokenizer.eos_token_id]
+                answers += [0] * len(prompt) + [length] * length
+            if answers[-1] > 0:
+                ids += row
+                answer_lengths += answers
+                starts.append(len(ids))
+        sizes.append(len(starts) - before)
         if sizes[-1] == 0:
             raise ValueError(f"training.max_length={max_length} leaves no example of {type(task).__name__}: raise it")
-    return Corpus(
-        ids=np.concatenate([np.asarray(row, np.int64) for row in rows]),
-        starts=np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        prompt_lengths=np.asarray(prompt_lengths, np.int64),
-        sizes=np.asarray(sizes, np.int64),
-    )
+    return Corpus(*(np.asarray(values, np.int64) for values in (ids, answer_lengths, starts, sizes)))

@@ -9,7 +9,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from firstlab.nano.batches import collate, plan_steps
-from firstlab.nano.config import ModelConfig, NanoConfig, TrainingConfig, device_of
+from firstlab.nano.config import ModelConfig, NanoConfig, StageConfig, TrainingConfig, device_of
 from firstlab.nano.muon import Muon
-from firstlab.nano.text import Corpus
+from firstlab.nano.text import Corpus, Ints
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +48,20 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: i
 
 
 def build_optimizers(model: LlamaForCausalLM, training: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    """Muon for the matrices of the layers, AdamW for embeddings and norms; `set_rates` sets their rates."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     return [
-        Muon(matrices, lr=training.matrix_lr, weight_decay=training.weight_decay),
-        torch.optim.AdamW(others, lr=training.vector_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        Muon(matrices, lr=0.0, weight_decay=training.weight_decay),
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
 
-def lr_scale(step: int, training: TrainingConfig) -> float:
-    """Warm-up, constant, linear decay to zero: the factor of the peak learning rates at `step` (from 0)."""
-    warm = (step + 1) / max(1, training.warmup_steps)
-    decay = (training.steps - step) / max(1.0, training.decay_fraction * training.steps)
+def lr_scale(step: int, stage: StageConfig) -> float:
+    """Warm-up, constant, linear decay to zero: the factor of the peak learning rates at `step` of a stage (from 0)."""
+    warm = (step + 1) / max(1, stage.warmup_steps)
+    decay = (stage.steps - step) / max(1.0, stage.decay_fraction * stage.steps)
     return min(1.0, warm, decay)
 
 
@@ -112,12 +112,20 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: Sequence[to
     return Progress(**state["progress"])
 
 
-def set_rates(optimizers: Sequence[torch.optim.Optimizer], training: TrainingConfig, step: int) -> float:
-    """Sets both learning rates for `step`; returns the factor of their peaks."""
-    scale = lr_scale(step, training)
-    for optimizer, peak in zip(optimizers, (training.matrix_lr, training.vector_lr), strict=True):
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], stage: StageConfig, step: int) -> float:
+    """Sets both learning rates for `step` of a stage; returns the factor of their peaks."""
+    scale = lr_scale(step, stage)
+    for optimizer, peak in zip(optimizers, (stage.matrix_lr, stage.vector_lr), strict=True):
         optimizer.param_groups[0]["lr"] = peak * scale
     return scale
+
+
+def schedule(config: NanoConfig, corpus: Corpus) -> Iterator[tuple[StageConfig, int, list[Ints]]]:
+    """For every step of the run: its stage, its number in the stage (from 0), its batches."""
+    for number, stage in enumerate(config.training.stages.values()):
+        weights = [stage.weights.get(task, 0.0) for task in config.tasks]
+        plan = plan_steps(corpus, weights, config.training, (config.seed, number))
+        yield from ((stage, step, batches) for step, batches in zip(range(stage.steps), plan, strict=False))
 
 
 def add_up_gradients(model: LlamaForCausalLM) -> None:
@@ -142,10 +150,9 @@ def train(rank: int, world: int, config: NanoConfig, work: Path) -> None:
     progress = load_checkpoint(work / "checkpoint.pt", model, optimizers)
     began, start = time.perf_counter(), replace(progress)
     response_loss, response_tokens = 0.0, 0
-    steps = plan_steps(corpus, [t.weight for t in config.tasks.values()], training, config.seed)
-    for batches in itertools.islice(steps, start.step, training.steps):
-        scale = set_rates(optimizers, training, progress.step)
-        prompt_weight = training.prompt_weight if progress.step < training.prompt_steps else 0.0
+    for stage, step, batches in itertools.islice(schedule(config, corpus), start.step, None):
+        scale = set_rates(optimizers, stage, step)
+        prompt_weight = training.prompt_weight if step < stage.prompt_steps else 0.0
         collated = [collate(corpus, rows, prompt_weight) for rows in batches]
         total = sum(float(weights.sum()) for _, weights, _ in collated)
         for tensors in collated[rank::world]:
