@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,30 @@ def test_two_processes_give_the_numbers_of_one(finished: Path, tiny_model_dir: P
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     [directory] = [p.parent for p in tmp_path.rglob("result.json")]
+    assert_same_numbers(directory, finished)
+
+
+def test_a_stopped_command_goes_on_when_it_is_given_again(finished: Path, tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", "compare_with_base=false")
+    command = [sys.executable, "-m", "firstlab.train", *arguments]
+    directory = tmp_path / finished.relative_to(finished.parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for sign, stop in (
+        ("checkpoints/router/last.ckpt", signal.SIGKILL),
+        ("checkpoints/lora/last.ckpt", signal.SIGINT),
+        ("predictions/router_lora.0.part", signal.SIGKILL),
+    ):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        while not (directory / sign).exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(stop)
+        _, errors = process.communicate()
+        assert process.returncode == (130 if stop is signal.SIGINT else -stop), errors
+        if stop is signal.SIGINT:
+            assert errors.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
+            assert "Traceback" not in errors
+        assert not (directory / "result.json").exists()
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     assert_same_numbers(directory, finished)
 
 

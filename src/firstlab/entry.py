@@ -93,6 +93,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    # The frozen base is in eval mode on purpose, and the data module resumes by itself.
+    warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch.*")
 
 
 def in_processes(module: str, trainer: TrainerConfig) -> bool:
