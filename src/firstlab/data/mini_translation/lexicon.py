@@ -724,6 +724,7 @@ November;November
 December;Dezember
 """
 
+# Words with a grammar of their own.
 SUBORDINATORS = {
     "because": Conjunction("weil", "{}，因为{}", "因为{}，所以{}"),
     "although": Conjunction("obwohl", "{}，尽管{}", "虽然{}，但是{}"),
