@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from firstlab.data import mini_qa, mini_world
+from firstlab.data import mini_qa
+from firstlab.data.generated import is_held_out
 from firstlab.data.mini_qa import MiniQA
 from firstlab.data.task import Example
 
@@ -36,8 +37,8 @@ def test_the_pool_follows_its_seed() -> None:
 def test_no_passage_is_on_both_sides() -> None:
     extra = TASK.generate(300, seed=3)
     assert not {e.source for e in TEST} & {e.source for e in TRAIN + extra}
-    assert all(mini_world.is_held_out(e.source) for e in TEST + TASK.generate(20, seed=3, held_out=True))
-    assert not any(mini_world.is_held_out(e.source) for e in TRAIN + extra)
+    assert all(is_held_out(e.source) for e in TEST + TASK.generate(20, seed=3, held_out=True))
+    assert not any(is_held_out(e.source) for e in TRAIN + extra)
 
 
 def test_examples_are_unique_and_named_in_order() -> None:

@@ -4,20 +4,9 @@ import hashlib
 
 import pytest
 
-from firstlab.data import mini_lexicon as lexicon
-from firstlab.data.mini_translation import (
-    NP,
-    PP,
-    Clause,
-    Joined,
-    MiniTranslation,
-    chinese,
-    chinese_number,
-    english,
-    german,
-    german_np,
-    number_words,
-)
+from firstlab.data.mini_translation import MiniTranslation, chinese, english, german, lexicon
+from firstlab.data.mini_translation.meaning import NP, PP, Clause, Joined
+from firstlab.data.mini_translation.phrase_sampler import number_words
 
 NOUNS = {noun.en: noun for noun in lexicon.NOUNS}
 NOUNS |= {place.noun.en: place.noun for place in lexicon.PLACES}
@@ -60,7 +49,7 @@ def named(en):
     ],
 )
 def test_german_noun_phrases(phrase, case, expected):
-    assert german_np(phrase, case) == expected
+    assert german.noun_phrase(phrase, case) == expected
 
 
 BUY = Clause(np("teacher"), VERBS["buy"], "past", obj=np("book", "indef"))
@@ -172,11 +161,11 @@ STORY = [
 
 @pytest.mark.parametrize(("sentence", "en", "de", "zh"), STORY, ids=[row[1] for row in STORY])
 def test_sentences(sentence, en, de, zh):
-    assert (english(sentence), german(sentence), chinese(sentence)) == (en, de, zh)
+    assert (english.write(sentence), german.write(sentence), chinese.write(sentence)) == (en, de, zh)
 
 
 def test_numbers():
-    assert [chinese_number(n) for n in (10, 12, 20, 35)] == ["十", "十二", "二十", "三十五"]
+    assert [chinese.number(n) for n in (10, 12, 20, 35)] == ["十", "十二", "二十", "三十五"]
     assert (number_words(2).zh, number_words(21).de, number_words(87).en) == (
         "两",
         "einundzwanzig",

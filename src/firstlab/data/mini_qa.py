@@ -16,12 +16,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 from firstlab.data import mini_world as world
+from firstlab.data.generated import Built, GeneratedTask, Split
 from firstlab.data.prompts import qa_prompt
-from firstlab.data.task import Example, Task
+from firstlab.data.task import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -801,17 +801,6 @@ def _as_written(source: str, references: tuple[str, ...]) -> tuple[str, ...]:
     return references if references[0] in source else (world.sentence(references[0]), *references)
 
 
-def _build(rng: random.Random, level: int) -> world.Built:
-    source, question, references, _ = _LEVELS[level - 1](rng)
-    return world.Built(source, question, _as_written(source, references))
-
-
-def _build_with_more(rng: random.Random, level: int, count: int) -> world.Built:
-    source, question, references, about = _LEVELS[level - 1](rng)
-    more = tuple(_another_question(rng, source, rng.choice(about)) for _ in range(count))
-    return world.Built(source, question, _as_written(source, references), tuple(dict.fromkeys(more)))
-
-
 def _another_question(rng: random.Random, source: str, entities: list[Entity]) -> tuple[str, str]:
     """Any question that the passage answers about one of its entities, and its answer."""
     target = rng.choice(entities)
@@ -839,7 +828,7 @@ def _another_question(rng: random.Random, source: str, entities: list[Entity]) -
     return question, _as_written(source, references)[0]
 
 
-class MiniQA(Task):
+class MiniQA(GeneratedTask):
     """Generated extractive question answering; needs no download.
 
     Args:
@@ -853,37 +842,18 @@ class MiniQA(Task):
     """
 
     kind = "qa"
+    name = "mini-qa"
 
     def __init__(self, pool_size: int = 6000, test_size: int = 500, seed: int = 0, more_questions: int = 0) -> None:
-        world.check_sizes(pool_size=pool_size, test_size=test_size)
+        super().__init__(pool_size, test_size, seed)
         self.more_questions = more_questions
-        self.pool_size = pool_size
-        self.test_size = test_size
-        self.seed = seed
 
-    def train_pool(self) -> list[Example]:
-        """`pool_size` examples; none of their passages is held out for testing."""
-        stream = f"mini-qa-train-{self.seed}"
-        return world.draw(_build, self.pool_size, stream, "mini-qa-train", held_out=False)
-
-    def test(self) -> list[Example]:
-        """`test_size` examples with held-out passages."""
-        return world.draw(_build, self.test_size, "mini-qa-test", "mini-qa-test", held_out=True)
-
-    def generate(self, count: int, seed: int, held_out: bool = False) -> list[Example]:
-        """More examples from a stream of their own.
-
-        Args:
-            count: How many.
-            seed: Names the stream.
-            held_out: Passages of the test side instead of the training side.
-
-        Raises:
-            ValueError: count < 1.
-        """
-        side = "held-out" if held_out else "extra"
-        build = partial(_build_with_more, count=self.more_questions) if self.more_questions else _build
-        return world.draw(build, count, f"mini-qa-{side}-{seed}", f"mini-qa-{side}-{seed}", held_out)
+    def build(self, rng: random.Random, level: int, split: Split) -> Built:
+        """A passage with its question; with `more_questions` on it in what `generate` makes."""
+        source, question, references, about = _LEVELS[level - 1](rng)
+        count = self.more_questions if split in ("extra", "held-out") else 0
+        more = tuple(_another_question(rng, source, rng.choice(about)) for _ in range(count))
+        return Built(source, question, _as_written(source, references), tuple(dict.fromkeys(more)))
 
     def prompt(self, example: Example, source: str | None = None) -> str:
         """The question answering prompt on the passage, or on a shortened one."""

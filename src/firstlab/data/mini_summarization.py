@@ -17,8 +17,9 @@ import random
 from dataclasses import dataclass
 
 from firstlab.data import mini_world as world
+from firstlab.data.generated import Built, GeneratedTask, Split
 from firstlab.data.prompts import summarization_prompt
-from firstlab.data.task import Example, Task
+from firstlab.data.task import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +300,7 @@ RESULT = ("as a result, ", "because of this, ", "as a consequence, ")
 LATER = ("in the end, ", "late in the day it became clear that ", "it was also decided that ", "")
 
 
-def _build(rng: random.Random, level: int) -> world.Built:
+def _build(rng: random.Random, level: int) -> Built:
     """An article of one difficulty and its highlights."""
     event = rng.choice(EVENTS)
     title, office = rng.choice(event.roles)
@@ -348,10 +349,10 @@ def _build(rng: random.Random, level: int) -> world.Built:
     first = world.sentence(event.lead.format(who=short, thing=world.with_article(noun), **words))
     second = world.sentence(event.figure.format(n=number))
     rest = [f"{second} and {outcome}."] if joined else [f"{second}.", f"{world.sentence(outcome)}."]
-    return world.Built(article, "", ("\n".join([first, *rest]),))
+    return Built(article, "", ("\n".join([first, *rest]),))
 
 
-class MiniSummarization(Task):
+class MiniSummarization(GeneratedTask):
     """Generated news with highlights; needs no download.
 
     Args:
@@ -364,36 +365,11 @@ class MiniSummarization(Task):
     """
 
     kind = "summarization"
+    name = "mini-summarization"
 
-    def __init__(self, pool_size: int = 6000, test_size: int = 500, seed: int = 0) -> None:
-        world.check_sizes(pool_size=pool_size, test_size=test_size)
-        self.pool_size = pool_size
-        self.test_size = test_size
-        self.seed = seed
-
-    def train_pool(self) -> list[Example]:
-        """`pool_size` examples; none of their articles is held out for testing."""
-        stream = f"mini-summarization-train-{self.seed}"
-        return world.draw(_build, self.pool_size, stream, "mini-summarization-train", held_out=False)
-
-    def test(self) -> list[Example]:
-        """`test_size` examples with held-out articles."""
-        stream = "mini-summarization-test"
-        return world.draw(_build, self.test_size, stream, stream, held_out=True)
-
-    def generate(self, count: int, seed: int, held_out: bool = False) -> list[Example]:
-        """More examples from a stream of their own.
-
-        Args:
-            count: How many.
-            seed: Names the stream.
-            held_out: Articles of the test side instead of the training side.
-
-        Raises:
-            ValueError: count < 1.
-        """
-        stream = f"mini-summarization-{'held-out' if held_out else 'extra'}-{seed}"
-        return world.draw(_build, count, stream, stream, held_out)
+    def build(self, rng: random.Random, level: int, split: Split) -> Built:
+        """An article with its highlights."""
+        return _build(rng, level)
 
     def prompt(self, example: Example, source: str | None = None) -> str:
         """The summarization prompt on the article, or on a shortened one."""

@@ -1,17 +1,6 @@
-"""Names, things and numbers that the generated English tasks talk about, and how a split is drawn.
-
-All texts come from `random.Random` alone, so that they are the same on every machine. A text belongs to the
-test side or the training side by its checksum: no seed can bring a test text into a training set.
-"""
+"""Names, things and numbers that the generated English tasks talk about."""
 
 from __future__ import annotations
-
-import random
-import zlib
-from collections.abc import Callable
-from typing import NamedTuple
-
-from firstlab.data.task import Example
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -53,13 +42,6 @@ NUMBER_WORDS = _words(
     "seventeen eighteen nineteen twenty"
 )
 
-TEST_SHARE = 20  # one text in twenty belongs to the test side
-
-
-def is_held_out(source: str) -> bool:
-    """Whether a text may only be used for testing."""
-    return zlib.crc32(source.encode()) % TEST_SHARE == 0
-
 
 def with_article(phrase: str) -> str:
     """`amber lamp` becomes `an amber lamp`, by the sound of its start."""
@@ -70,57 +52,3 @@ def with_article(phrase: str) -> str:
 def sentence(text: str) -> str:
     """The text with a capital at its start; the rest is left alone."""
     return text[0].upper() + text[1:]
-
-
-class Built(NamedTuple):
-    """A generated example before it has a name; see `Example`."""
-
-    source: str
-    question: str
-    references: tuple[str, ...]
-    more: tuple[tuple[str, str], ...] = ()
-
-
-def draw(
-    build: Callable[[random.Random, int], Built],
-    count: int,
-    stream: str,
-    prefix: str,
-    held_out: bool,
-    levels: int = 5,
-) -> list[Example]:
-    """Draws examples whose difficulty runs 1, 2, ..., levels, 1, 2, ...; no two share source and question.
-
-    Args:
-        build: Makes an example from a random stream and a difficulty.
-        count: How many examples, at least 1.
-        stream: Name of the random stream: same name, same examples.
-        prefix: Start of the ids.
-        held_out: Draw from the test side instead of the training side.
-        levels: Number of difficulties.
-
-    Raises:
-        ValueError: count < 1.
-    """
-    if count < 1:
-        raise ValueError(f"count={count}: ask for at least 1 example")
-    rng = random.Random(stream)
-    seen: set[tuple[str, str]] = set()
-    examples: list[Example] = []
-    while len(examples) < count:
-        level = len(examples) % levels + 1
-        built = build(rng, level)
-        key = (built.source, built.question)
-        if is_held_out(built.source) != held_out or key in seen:
-            continue
-        seen.add(key)
-        name = f"{prefix}-{len(examples):06d}"
-        examples.append(Example(name, built.source, built.references, built.question, level, built.more))
-    return examples
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raises ValueError, naming the option, for a split smaller than 1."""
-    for option, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{option}={value}: a split needs at least 1 example")

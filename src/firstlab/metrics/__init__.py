@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from firstlab.metrics import comet as comet_program
 from firstlab.metrics import qa, summarization, translation
@@ -113,20 +114,16 @@ def compare(
     references: Sequence[tuple[str, ...]],
     sources: Sequence[str] = (),
     target_language: str | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-    bertscore: BertScoreConfig | None = None,
-    comet: CometConfig | None = None,
+    **options: Any,
 ) -> dict[str, PairedTest]:
     """Paired test of A against B on the same examples, for every metric of the kind.
 
-    Arguments and errors as `evaluate_predictions`; differences are A minus B.
+    Arguments, options and errors as `evaluate_predictions`; differences are A minus B.
     """
-    a = _score(kind, predictions_a, references, sources, target_language, bertscore, comet)
-    b = _score(kind, predictions_b, references, sources, target_language, bertscore, comet)
-    return {name: paired_test(a[name], b[name], confidence=confidence, resamples=resamples, seed=seed) for name in a}
+    resampling = {name: options.pop(name) for name in ("confidence", "resamples", "seed") if name in options}
+    a = _score(kind, predictions_a, references, sources, target_language, **options)
+    b = _score(kind, predictions_b, references, sources, target_language, **options)
+    return {name: paired_test(a[name], b[name], **resampling) for name in a}
 
 
 def _score(
@@ -135,8 +132,8 @@ def _score(
     references: Sequence[tuple[str, ...]],
     sources: Sequence[str],
     target_language: str | None,
-    bertscore_config: BertScoreConfig | None,
-    comet_config: CometConfig | None,
+    bertscore: BertScoreConfig | None = None,
+    comet: CometConfig | None = None,
 ) -> dict[str, Scores]:
     match kind:
         case "translation":
@@ -146,12 +143,12 @@ def _score(
                 "bleu": translation.bleu(predictions, references, target_language),
                 "chrf": translation.chrf(predictions, references),
             }
-            if comet_config is not None:
-                scores["comet"] = comet_program.comet(sources, predictions, references, comet_config)
+            if comet is not None:
+                scores["comet"] = comet_program.comet(sources, predictions, references, comet)
         case "summarization":
             scores = summarization.rouge(predictions, references)
-            if bertscore_config is not None:
-                scores["bertscore"] = summarization.bertscore(predictions, references, bertscore_config)
+            if bertscore is not None:
+                scores["bertscore"] = summarization.bertscore(predictions, references, bertscore)
         case "qa":
             scores = {"em": qa.exact_match(predictions, references), "f1": qa.f1(predictions, references)}
         case _:

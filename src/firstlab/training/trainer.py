@@ -7,7 +7,7 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -82,8 +82,11 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 class _CountBatches(Callback):
     """Tells the data module where an interrupted run goes on. Lightning runs it before any ModelCheckpoint."""
 
+    def __init__(self, data: PromptDataModule) -> None:
+        self.data = data
+
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        trainer.datamodule.consumed_batches = batch_idx + 1  # type: ignore[attr-defined]
+        self.data.consumed_batches = batch_idx + 1
 
 
 class _ProgressBar(TQDMProgressBar):
@@ -142,7 +145,7 @@ def fit_phase(
         save_on_train_epoch_end=False,
     )
     callbacks: list[Callback] = [
-        _CountBatches(),
+        _CountBatches(data),
         best,
         ModelCheckpoint(
             directory,
@@ -165,7 +168,7 @@ def fit_phase(
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=make_strategy(settings.strategy, layer_class),
-        precision=settings.precision,  # type: ignore[arg-type]
+        precision=cast(Any, settings.precision),  # Lightning checks it; its name for the type is private
         max_epochs=1,
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,

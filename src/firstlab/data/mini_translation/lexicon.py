@@ -1,10 +1,11 @@
-"""Words of the mini translation task: English with German and Chinese, and how each is inflected.
+"""The words: English with German and Chinese, how each is inflected, and what each can be used for.
 
 Tables are text, one word per line, columns separated by `;`, so that a speaker can check them at a glance.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 
@@ -31,6 +32,11 @@ class Noun:
     tags: str
     mass: bool
 
+    @property
+    def human(self) -> bool:
+        """Whether it is a person."""
+        return "p" in self.tags or "k" in self.tags
+
 
 @dataclass(frozen=True, slots=True)
 class Adjective:
@@ -43,6 +49,11 @@ class Adjective:
     de_comparative: str
     zh: str
     tags: str
+
+    @property
+    def is_colour(self) -> bool:
+        """Whether it is a colour, which Chinese treats as a noun."""
+        return self.zh.endswith("色")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,28 @@ class Phrase:
     de: str
     zh: str
     tense: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Modal:
+    """A modal verb in one tense: its English (`en_negated` is "" where negation would be unclear), its German for
+    one and for several, its Chinese.
+    """
+
+    en: str
+    en_negated: str
+    de: str
+    de_plural: str
+    zh: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conjunction:
+    """A conjunction: `zh` takes the main clause and the other one, `zh_first` the other one and the main clause."""
+
+    de: str
+    zh: str
+    zh_first: str = ""
 
 
 # p person, k kin, a animal, f food, d drink, r readable, c clothing, t thing to buy, e electrical, v vehicle,
@@ -691,6 +724,31 @@ November;November
 December;Dezember
 """
 
+# Words with a grammar of their own.
+SUBORDINATORS = {
+    "because": Conjunction("weil", "{}，因为{}", "因为{}，所以{}"),
+    "although": Conjunction("obwohl", "{}，尽管{}", "虽然{}，但是{}"),
+    "if": Conjunction("wenn", "", "如果{}，{}"),
+    "before": Conjunction("bevor", "", "在{}之前，{}"),
+    "while": Conjunction("während", "", "当{}的时候，{}"),
+}
+COORDINATORS = {
+    "and": Conjunction("und", "{}，{}"),
+    "but": Conjunction("aber", "{}，但是{}"),
+    "or": Conjunction("oder", "{}，或者{}"),
+}
+MODALS = {
+    "can": Modal("can", "cannot", "kann", "können", "能"),
+    "must": Modal("must", "", "muss", "müssen", "必须"),
+    "wants": Modal("wants to", "do not want to", "will", "wollen", "想"),
+    "should": Modal("should", "should not", "sollte", "sollten", "应该"),
+    "wanted": Modal("wanted to", "did not want to", "wollte", "wollten", "想"),
+    "had": Modal("had to", "", "musste", "mussten", "不得不"),
+}
+
+BE = Verb("be", "", "", "", "sein", "ist", "war", "gewesen", "s", "@", flags="s")
+COST = Verb("cost", "cost", "cost", "", "kosten", "kostet", "kostete", "gekostet", "h", "@", flags="s")
+
 
 def _rows(table: str) -> list[list[str]]:
     return [line.split(";") for line in table.strip().splitlines()]
@@ -770,3 +828,28 @@ MEANS = _phrases(_MEANS)
 POSITIONS = _phrases(_POSITIONS)
 WEATHER = _rows(_WEATHER)
 OCCUPATIONS = _rows(_OCCUPATIONS)
+
+# Narrow object classes, named in a verb's tags only.
+_OBJECT_CLASSES = {
+    "F": ("potato", "egg", "soup", "rice", "meat", "carrot"),
+    "Y": ("contract", "letter", "report", "text"),
+    "W": tuple(noun.en for noun in NOUNS if "c" in noun.tags),
+    "Z": ("picture",),
+    "B": ("cup", "plate", "glass", "vase", "mirror", "bottle"),
+}
+
+
+@functools.cache
+def nouns_tagged(tags: str) -> list[Noun]:
+    """Nouns with any of the tags."""
+    chosen = [noun for noun in NOUNS if set(noun.tags) & set(tags)]
+    chosen += [place.noun for place in PLACES if "w" in tags]
+    for tag in tags:
+        chosen += [noun for noun in NOUNS if noun.en in _OBJECT_CLASSES.get(tag, ())]
+    return chosen
+
+
+@functools.cache
+def adjectives_tagged(tags: str) -> list[Adjective]:
+    """Adjectives with any of the tags."""
+    return [adjective for adjective in ADJECTIVES if set(adjective.tags) & set(tags)]
