@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -102,3 +103,66 @@ def prompt_rho(model: PreTrainedModel, weight: Tensor, ids: Tensor, mask: Tensor
             hook.remove()
         rows.append(torch.stack([(h[0] @ r).sigmoid().mean() for h, r in zip(seen, weight, strict=True)]))
     return torch.stack(rows).detach()
+
+
+def slow_scheduled(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, schedule: Tensor, new_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy decoding in which the response's t-th token runs `schedule[min(t, S - 1)]`; left-padded prompts, no EOS.
+
+    Returns (sequences, logits [B, new, V]).
+    """
+    prompt, logits = ids.shape[1], []
+    for _ in range(new_tokens):
+        gates = torch.ones(len(ids), ids.shape[1], schedule.shape[1], dtype=torch.bool)
+        for t in range(ids.shape[1] - prompt):
+            gates[:, prompt + t] = schedule[min(t, len(schedule) - 1)]
+        logits.append(gated_logits(model, ids, mask, gates)[:, -1])
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return ids, torch.stack(logits, dim=1)
+
+
+def layer_cosines(model: PreTrainedModel, index: int, run: Any) -> Tensor:
+    """[B] cosine of input and output of one layer at the last position, in the pass that `run` makes."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = (args[0] if args else kwargs["hidden_states"])[:, -1]
+        after = (output[0] if isinstance(output, tuple) else output)[:, -1]
+        found.append((before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1))
+
+    handle = decoder_layers(model)[index].register_forward_hook(hook, with_kwargs=True)
+    run()
+    handle.remove()
+    return found[0]
+
+
+def slow_early_exit(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, confidence: str, thresholds: list[float], min_layers: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy decoding of len(thresholds) + 1 tokens with early exit, for every depth a full pass; no EOS.
+
+    What the head says after d layers is what the model says when the newest token passes by all layers from d on.
+    Returns (sequences, logits [B, new, V], ran [B, new - 1, L]).
+    """
+    rows, prompt, layers = len(ids), ids.shape[1], len(decoder_layers(model))
+    gates = torch.ones(rows, prompt, layers, dtype=torch.bool)
+    logits = [gated_logits(model, ids, mask, gates)[:, -1]]
+    for threshold in thresholds:
+        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+        depth = torch.full((rows,), layers)
+        for d in range(layers - 1, min_layers - 1, -1):
+            newest = (torch.arange(layers) < d).expand(rows, 1, -1)
+            tried = torch.cat([gates, newest], dim=1)
+            if confidence == "cosine":
+                sure = layer_cosines(model, d - 1, partial(gated_logits, model, ids, mask, tried))
+            else:
+                best = gated_logits(model, ids, mask, tried)[:, -1].softmax(-1).sort(-1, descending=True).values
+                sure = best[:, 0] - (best[:, 1] if confidence == "gap" else 0)
+            depth = torch.where(sure >= threshold, d, depth)
+        gates = torch.cat([gates, (torch.arange(layers) < depth[:, None])[:, None]], dim=1)
+        logits.append(gated_logits(model, ids, mask, gates)[:, -1])
+    sequences = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
+    return sequences, torch.stack(logits, dim=1), gates[:, prompt:]

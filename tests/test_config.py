@@ -105,3 +105,10 @@ def test_identity_ignores_where_and_how_a_run_is_started():
     same = composed("runs=elsewhere", "trainer=ddp", "logger=csv", "overwrite=true", "phases=[evaluate]")[0]
     assert same.hash() == composed()[0].hash()
     assert composed("seed=1")[0].hash() != composed()[0].hash()
+
+
+def test_a_method_setting_left_out_is_the_default_one():
+    config, _ = composed("method=sleb")
+    shorter = load_dict(config.to_dict() | {"method": {"_target_": config.method["_target_"]}})
+    assert shorter.hash() == config.hash()
+    assert composed("method=sleb", "method.protect_last=2")[0].hash() != config.hash()

@@ -15,8 +15,10 @@ import torch
 
 from firstlab import experiment as experiment_module
 from firstlab import results
-from firstlab.experiment import Experiment, dense_counterpart, load_run
+from firstlab.build import dense_counterpart, load_run
+from firstlab.experiment import Experiment
 from firstlab.report import report
+from firstlab.training.codebook import constant_accuracy
 from tiny_run import composed, flat, overrides
 
 
@@ -160,7 +162,7 @@ def test_evaluate_and_generate_from_the_run_directory(finished: Path):
 
 
 def test_a_run_names_its_variants(finished: Path):
-    assert load_run(finished, None)[2] == "router_lora"
+    assert load_run(finished, None).variant == "router_lora"
     with pytest.raises(ValueError, match="variant='best' is unknown; choose one of base, router, router_lora"):
         load_run(finished, "best")
 
@@ -209,4 +211,44 @@ def assert_same_numbers(directory: Path, reference: Path) -> None:
         mine, other = flat(ours[name]), flat(theirs[name])
         assert mine.keys() == other.keys()
         for key, value in other.items():
+            if key.startswith(".examples.") and key != ".examples.test_set":
+                assert results.unpack(mine[key]) == pytest.approx(results.unpack(value), rel=1e-3, abs=1e-3), key
+                continue
             assert mine[key] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), key
+
+
+def test_a_codebook_of_one_is_the_static_start(tiny_model_dir: Path, tmp_path: Path):
+    # 0.375 of four layers: the static start skips one layer for half of the prompts.
+    common = ("method.target_skip=0.375", "phases=[router]", "router_phase.max_steps=1")
+    saved = []
+    for start in ("static", "codebook"):
+        extra = (*common, f"method.start={start}", "method.codebook_size=1", f"note={start}")
+        run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *extra)))
+        run.run()
+        saved.append((run.model.routers.weight, (run.directory / "start.json").read_text()))
+    assert saved[0][1] == saved[1][1]
+    torch.testing.assert_close(saved[0][0], saved[1][0], rtol=0, atol=0)
+
+
+def test_a_codebook_needs_as_many_prompts_as_routes(tiny_model_dir: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"codebook_size=5 exceeds method\.calibration_prompts=4: lower the one"):
+        composed("method.start=codebook", "method.codebook_size=5", "method.calibration_prompts=4")
+    few = ("method.start=codebook", "method.codebook_size=5", "method.calibration_prompts=8", "data.train_size=3")
+    run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", *few)))
+    with pytest.raises(ValueError, match=r"codebook_size=5 is more than the 3 training prompts"):
+        run.run()
+
+
+def test_how_well_the_routers_know_the_codebook_is_recorded(tiny_model_dir: Path, tmp_path: Path):
+    extra = ("method.target_skip=0.25", "method.start=codebook", "method.codebook_size=2", "phases=[router]")
+    run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *extra, "method.fit_prompts=8")))
+    phase = run.run()["phases"]["router"]
+    per_layer = json.loads((run.directory / "codebook.json").read_text())["held_out_accuracy"]
+    assert phase["start_accuracy"] == pytest.approx(sum(per_layer) / 4)
+    assert 0 <= phase["start_constant_accuracy"] <= 1
+
+
+def test_constant_decisions_are_taken_from_the_fitted_prompts():
+    wanted = torch.tensor([[True, True], [True, False], [False, False], [True, True]])
+    assert constant_accuracy(wanted, 2).tolist() == [0.5, 0.5]
+    assert constant_accuracy(wanted, 3).tolist() == [1.0, 0.0]

@@ -9,8 +9,22 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "firstlab"
 
 # Top to bottom: a part imports from its own row or from a lower one.
 LAYERS = (
-    {"train", "evaluate", "generate", "benchmark", "tables", "nano"},
-    {"entry", "report", "experiment", "evaluation", "timing", "tracking", "config", "results", "figures", "training"},
+    {"train", "evaluate", "generate", "benchmark", "tables", "nano", "dashboard"},
+    {
+        "entry",
+        "sweep",
+        "report",
+        "experiment",
+        "build",
+        "routes",
+        "evaluation",
+        "timing",
+        "speed",
+        "tracking",
+        "config",
+        "results",
+    }
+    | {"figures", "training"},
     {"methods", "data", "metrics"},
     {"model", "files"},
 )

@@ -77,6 +77,8 @@ def tiny(work: Path, **changes: Any) -> NanoConfig:
         device="cpu",
         processes=1,
         threads=1,
+        precision="fp32",
+        compile=False,
         tokenizer_examples=40,
         tasks={
             "mini_ende": TaskConfig(task={}, count=60),
@@ -446,8 +448,8 @@ def load(name: str, *overrides: str) -> NanoConfig:
 
 
 def test_recipes_on_disk_are_sound() -> None:
-    check(load("nano"))
-    parallel = load("nano_parallel", "data_root=/some/where")
+    check(load("nano", "compile=false"))
+    parallel = load("nano_parallel", "compile=false", "data_root=/some/where")
     check(parallel)
     assert parallel.tasks["parallel"].task["root"] == "/some/where"
 
@@ -459,6 +461,7 @@ def test_recipes_on_disk_are_sound() -> None:
         ("training.stages.words.weights.mini_qa=0", "training.stages.words.weights.mini_qa=0.0 must be above 0"),
         ("+training.stages.words.weights.mini=1", "training.stages.words.weights.mini is for none of tasks="),
         ("device=tpu", "device=tpu must be auto, cpu or cuda"),
+        ("precision=fp8", "precision=fp8 must be auto, fp32 or bf16"),
         ("training.max_length=4000", "training.max_length=4000 must not exceed"),
         ("training.stages.words.decay_fraction=2", "training.stages.words.decay_fraction=2.0 must be between 0 and 1"),
         ("processes=3", "training.batches_per_step=4 must be a multiple of processes=3"),
@@ -466,7 +469,14 @@ def test_recipes_on_disk_are_sound() -> None:
 )
 def test_impossible_settings_are_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        check(load("nano", override))
+        check(load("nano", "compile=false", override))
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler"):
+        check(load("nano"))
+    check(load("nano", "compile=false"))
 
 
 def test_a_run_without_stages_is_refused() -> None:

@@ -54,7 +54,7 @@ def test_wheel_carries_package_assets_configuration_and_licence(wheel: Path) -> 
     assert "firstlab/conf/train.yaml" in expected
     assert expected <= names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"firstlab"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"firstlab", "hydra_plugins"}
 
 
 def test_wheel_finds_its_configuration_without_the_repository(wheel: Path, tmp_path: Path) -> None:
@@ -111,7 +111,8 @@ def test_pins_are_exact_and_hold_on_every_machine() -> None:
 
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
-    declared = {canonicalize_name(requirement.name) for requirement in RUNTIME}
+    optional = map(Requirement, PROJECT["project"]["optional-dependencies"]["dashboard"])
+    declared = {canonicalize_name(requirement.name) for requirement in (*RUNTIME, *optional)}
     distributions = packages_distributions()
     undeclared = set()
     for path in (ROOT / "src").rglob("*.py"):

@@ -1,39 +1,239 @@
-"""Tables say what the result files say."""
+"""Tables say what the result files say: the right run in each cell, intervals, tests, and what is missing."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
-from firstlab.tables import markdown, read_records
-
-
-def record(method: str, variant: str, bleu: float, skip: float) -> dict:
-    return {
-        "method": method, "label": method, "level": "target 15 %", "model": "m", "data": "d", "directory": "x",
-        "variants": {variant: {
-            "primary_metric": "bleu", "metrics": {"bleu": {"value": bleu, "low": bleu - 1, "high": bleu + 1}},
-            "skip": {"skip_rate": skip}, "timing": {"tpot_ratio": 0.9},
-        }},
-    }  # fmt: skip
-
-
-def test_rows_carry_values_intervals_and_rates_with_the_dense_model_first(tmp_path: Path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "a.json").write_text(json.dumps(record("first", "router", 30.04, 0.151)))
-    (tmp_path / "results" / "b.json").write_text(json.dumps(record("none", "base", 40, 0)))
-    lines = markdown(read_records([tmp_path])).splitlines()
-    assert lines[0] == "### d, m"
-    assert lines[4] == "| Base | 40.0 [39.0, 41.0] | 0.0 % | 0.90 |"
-    assert lines[5] == "| FiRST Router (target 15 %) | 30.0 [29.0, 31.0] | 15.1 % | 0.90 |"
+from firstlab import results
+from firstlab.config import conf_dir
+from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
+from firstlab.tables.__main__ import build, write
+from firstlab.tables.cells import WORSE, Cells
+from firstlab.tables.config import TablesConfig, load, register
+from firstlab.tables.grid import Run, ablation_runs, known_methods, planned_runs, run_of
+from firstlab.tables.quality import missing_cell
+from firstlab.tables.records import read
+from firstlab.tables.table import Cell, Column, Table, csv_text, latex, markdown
+from made_records import record, save
 
 
-def test_missing_and_foreign_files_are_named(tmp_path: Path):
-    with pytest.raises(ValueError, match="is not a folder"):
-        read_records([tmp_path / "absent"])
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="other.json is not a result file"):
-        read_records([tmp_path])
+def settings(*overrides: str) -> TablesConfig:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return load(compose("tables", ["resamples=200", *overrides]))
+
+
+def cell_run(config: TablesConfig, method: str, level: int, task: str = "squad", changes: tuple[str, ...] = ()) -> Run:
+    return run_of(config.scale, task, "llama3_8b", method, level, changes)
+
+
+@pytest.fixture(scope="module")
+def config() -> TablesConfig:
+    return settings()
+
+
+def test_cells_take_the_run_nearest_by_measured_rate_of_the_right_method(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    save(tmp_path, "near", record(first, quality=70, rate=0.16))
+    save(tmp_path, "far", {**record(first, quality=60, rate=0.125), "level": "target 12 %"})
+    save(tmp_path, "sleb", record(sleb, quality=50, rate=0.15))
+    changed = cell_run(config, "first", 15, changes=("lora.rank=2",))
+    save(tmp_path, "ablation", record(changed, quality=40, rate=0.15))
+    cells = Cells(config, read([str(tmp_path)]))
+    score, _ = cells.score(first, False, "f1")
+    assert score is not None and abs(score.value - 70) < 8 and score.skip_rate == 0.16
+    assert score.low is not None and score.high is not None and score.low < score.value < score.high
+    match, _ = cells.find(changed, False)
+    assert match is not None and [each.file.stem for each in match.records] == ["ablation"]
+    assert cells.find(cell_run(config, "first", 30), False) == (None, "no run near 35.0%; the nearest skipped 16.0%")
+    assert cells.find(cell_run(config, "first_soft", 10), False) == (None, "no run")
+
+
+def test_a_run_that_missed_its_level_is_not_asked_for_again(config: TablesConfig, tmp_path: Path):
+    unified = cell_run(config, "unified_skip", 15)
+    save(tmp_path, "unified", record(unified, rate=0.2))
+    match, reason = Cells(config, read([str(tmp_path)])).find(unified, True)
+    assert match is None and reason == "off level: asked for 15.0%, skipped 20.0%"
+    assert missing_cell(reason, unified) == Cell("off level", note=reason)
+
+
+def test_seeds_are_averaged_and_tested_together(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    for seed in (0, 1):
+        save(tmp_path, f"first{seed}", record(first, quality=70, seed=seed))
+        save(tmp_path, f"sleb{seed}", record(sleb, quality=60, seed=seed))
+    cells = Cells(config, read([str(tmp_path)]))
+    score, _ = cells.score(sleb, True, "f1", first)
+    assert score is not None and score.seeds == 2 and score.deviation is not None
+    values = [node["variants"]["router_lora"]["metrics"]["f1"]["value"] for node in map(_node, tmp_path.rglob("sleb*"))]
+    assert score.value == pytest.approx(np.mean(values)) and score.deviation == pytest.approx(np.std(values, ddof=1))
+    assert score.mark == WORSE and score.p_value is not None and score.p_value < 0.05
+    assert score.difference is not None and score.difference < -5
+    reference, _ = cells.score(first, True, "f1", first)
+    assert reference is not None and reference.mark == "" and reference.p_value is None
+
+
+def _node(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def test_no_test_across_different_test_sets_or_without_per_prompt_scores(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    other = record(sleb, quality=40)
+    other["variants"]["router"]["examples"]["test_set"] = "another"
+    del other["variants"]["router_lora"]["examples"]
+    save(tmp_path, "a", record(first))
+    save(tmp_path, "b", other)
+    cells = Cells(config, read([str(tmp_path)]))
+    for lora in (False, True):
+        score, _ = cells.score(sleb, lora, "f1", first)
+        assert score is not None and score.low is not None and score.p_value is None and score.mark == ""
+
+
+def test_torn_and_foreign_files_are_named_and_left_out(config: TablesConfig, tmp_path: Path):
+    good = record(cell_run(config, "first", 15))
+    text = save(tmp_path, "good", good).read_text()
+    (tmp_path / "results" / "torn.json").write_text(text[: len(text) // 2])
+    save(tmp_path, "foreign", {"a": 1})
+    save(tmp_path / "runs", "twin", {**good, "directory": "elsewhere"})
+    library = read([str(tmp_path)])
+    assert [each.file.stem for each in library.records] == ["good"]
+    left_out = {re.search(r"(\w+)\.json is left out", line)[1]: line for line in library.warnings}
+    assert set(left_out) == {"torn", "foreign", "twin"}
+    assert "not valid JSON" in left_out["torn"] and "it has no method" in left_out["foreign"]
+    assert "holds the same run" in left_out["twin"]
+    with pytest.raises(ValueError, match="no such folder"):
+        read([str(tmp_path / "absent")])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("tolerance=0", "tolerance=0.0 is not allowed"), ("resamples=5", "at least 100"), ("results=[]", "at least one"),
+     ("reference=nothing", "choose one of none"), ("ablation_level=17", "not one of scale.levels"),
+     ("scale.levels={15: 1.5}", "not a skip rate")],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(override: str, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings(override)
+
+
+@pytest.mark.parametrize("scale", ["nano", "llama"])
+def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
+    config = settings(f"scale={scale}")
+    plan = planned_runs(config)
+    register()
+    named = {table for tables in plan.values() for table in tables}
+    assert {f"table{n}" for n in ("1", "2", "3a", "4b", "5", "7b", "9", "14b")} | {"ablations"} <= named
+    assert {run.method for run in plan} == set(known_methods(config.scale))
+    dense = [run for run in plan if run.method == "none"]
+    assert len(dense) == len({(run.task, run.model) for run in dense}), "one dense run per task and model"
+    # One run of each method and each ablation: composing is slow.
+    chosen = {run.method: run for run in plan if not run.changes}
+    ablations = [run for _, _, run in ablation_runs(config)][-3:]
+    from firstlab.tables.records import composed_config
+
+    for run in [*chosen.values(), *ablations]:
+        node = composed_config(run.overrides)
+        assert node["data"]["name"] == run.task and node["model"]["name"] == run.model
+        if "target_skip" in str(run.overrides):
+            assert node["method"]["target_skip"] == pytest.approx(run.level)
+        assert f"data={run.task}" in run.command(3) and run.command(3).endswith("seed=3")
+
+
+class Page(HTMLParser):
+    """Collects what the page would load from elsewhere, its ids, and its cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.ids: list[str] = []
+        self.tags: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data") and not (value or "").startswith(("#", "data:")):
+                self.outside.append(f"{tag} {name}={value}")
+            if name == "id" and value:
+                self.ids.append(value)
+
+
+def test_everything_is_written_and_the_page_stands_alone(tmp_path: Path):
+    config = settings(f"results=[{tmp_path}/in]", f"out={tmp_path}/out")
+    for method, quality in (("none", 80.0), ("first", 72.0), ("sleb", 60.0)):
+        for level in [0] if method == "none" else [10, 20]:
+            save(tmp_path / "in", f"{method}{level}", record(cell_run(config, method, level), quality=quality))
+    library = read(config.results)
+    tables = build(config, library)
+    index = write(config, tables, library)
+    for ending in ("md", "csv", "tex"):
+        assert {file.stem for file in (index.parent / ending).iterdir()} == {table.key for table in tables}
+    pictures = sorted((index.parent / "svg").iterdir())
+    assert "pareto" in {file.stem for file in pictures}
+    assert all(ElementTree.parse(file).getroot().tag.endswith("svg") for file in pictures)
+    text = index.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert not page.outside and "@import" not in text and "url(http" not in text
+    assert len(page.ids) == len(set(page.ids)), "ids meet"
+    assert page.tags["table"] >= 20 and page.tags["svg"] >= 3 and page.tags["script"] == 1
+
+    by_key = {table.key: table for table in tables}
+    rows = {(row[0].text, row[1].text, row[2].text): row for row in by_key["table3a"].rows}
+    ours = rows["10 %", "SLEB", "+ LoRA"]
+    assert [cell.kind for cell in ours[4:]] == ["ours", "", "ours", ""] and ours[4].mark == WORSE
+    paper = rows["20 %", "FiRST, paper's form", "–"]
+    assert [cell.text for cell in paper[4:]] == ["no run", "13.21", "no run", "27.48"]
+    named = "model=nano data=mini_qa method=first_soft method.target_skip=0.25"
+    assert paper[4].command.startswith(f"python -m firstlab.train {named} ")
+    assert any("Exact match 40.12" in note for note in by_key["table3b"].notes)
+    assert not any("Exact match" in note for note in by_key["table3a"].notes)
+    again = {file: file.read_bytes() for file in index.parent.rglob("*.*")}
+    write(config, build(config, read(config.results)), library)
+    assert again == {file: file.read_bytes() for file in index.parent.rglob("*.*")}, "the same results, the same files"
+
+
+def test_forms_of_a_table():
+    cells = [
+        Cell("a|b_50 %"),
+        Cell("70.0", 70.04, "[68, 72]", "▼", kind="ours"),
+        Cell("no run", note="why", command="do it", kind="missing"),
+    ]
+    table = Table("key", "Title", [Column("Name"), Column("x", "group"), Column("y", "group")], [cells])
+    assert "| a\\|b_50 % | 70.0 ▼ [68, 72] | no run |" in markdown(table) and "do it" in markdown(table)
+    (line,) = csv.DictReader(csv_text(table).splitlines())
+    assert line["group x"] == "70.04" and line["group x: test"] == "▼" and line["group y: command"] == "do it"
+    assert r"a|b\_50 \% & 70.0 $\blacktriangledown$ [68, 72] & no run \\" in latex(table)
+
+
+@pytest.mark.parametrize("values", [[0, 1, 255], [[1.5, 2.25], [0.1, -3]], np.zeros((3, 0)), [True, False]])
+def test_packed_numbers_come_back(values):
+    assert np.allclose(results.unpack(results.pack(values)), np.asarray(values, dtype=float), rtol=1e-7)
+
+
+@pytest.mark.parametrize("text", ["", "äöü", "AAAA"])
+def test_unpacking_something_else_is_an_error(text: str):
+    with pytest.raises(ValueError, match="cannot be read"):
+        results.unpack(text)
+
+
+def test_scores_survive_packing_and_average_to_a_paired_test():
+    references = [(f"the house number {i} is red",) for i in range(20)]
+    predictions = [text.replace("red", "blue") if i % 3 else text for i, (text,) in enumerate(references)]
+    for name, metric in evaluate_predictions("translation", predictions, references, resamples=100).items():
+        again = from_rows(name, results.unpack(results.pack(metric.rows)))
+        assert again.value == pytest.approx(metric.value, abs=1e-4), name
+        both = Scores.average([again, again])
+        assert both.value == pytest.approx(again.value)
+        assert paired_test(both, both, resamples=100).p_value == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from firstlab.experiment import build_data, load_model
+from firstlab.build import build_data, load_model
 from firstlab.model import LoraSettings
 from firstlab.training import modules
 from firstlab.training.calibration import loss_under_routes, start_routers
@@ -76,6 +77,24 @@ def test_phase_2_changes_lora_and_nothing_else(setup: Setup, tmp_path: Path):
     assert changed and all("lora_" in k for k in changed)
     lora = {k for k in before if "lora_B" in k}
     assert lora <= changed, "every adapter of every layer learns"
+
+
+def test_distillation_compares_with_the_dense_base_model(setup: Setup, tmp_path: Path):
+    module = setup.module("lora", replace(OURS, distill=1.0)).eval()
+    rows = setup.data.train_dataloader()
+    batch = next(iter(rows))
+    out = module._routed(batch, None)
+    every = torch.ones(setup.model.num_layers, dtype=torch.bool)
+    same = module._divergence(module._routed(batch, every), batch)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for name, parameter in setup.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert module._divergence(module._routed(batch, every), batch).item() > 1e-3
+    assert module._divergence(out, batch).item() >= 0
+    kept = fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    assert kept["val/cross_entropy"] > 0
 
 
 def test_checkpoints_hold_trainable_weights_only(setup: Setup, tmp_path: Path):

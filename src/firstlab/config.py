@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,7 @@ class PhaseConfig:
         validate_every, checkpoint_every: In optimizer steps.
         patience: Validations without improvement before training stops, or null.
         loss_on: "all" tokens or "response" tokens.
+        distill: Weight of KL(dense model || routed model) on the label tokens, beside the cross-entropy.
     """
 
     batch_size: int = 16
@@ -141,6 +143,7 @@ class PhaseConfig:
     checkpoint_every: int = 20
     patience: int | None = 4
     loss_on: str = "response"
+    distill: float = 0.0
 
     def check(self, name: str) -> None:
         """Raises ValueError with the option's full name."""
@@ -151,6 +154,7 @@ class PhaseConfig:
             _require(value is None or value >= 1, f"{name}.{key}", value, "at least 1, or null")
         _require(self.learning_rate > 0, f"{name}.learning_rate", self.learning_rate, "greater than 0")
         _require(0 <= self.warmup_fraction < 1, f"{name}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
+        _require(self.distill >= 0, f"{name}.distill", self.distill, "at least 0")
         _require(self.loss_on in ("all", "response"), f"{name}.loss_on", self.loss_on, "choose one of all, response")
 
 
@@ -255,19 +259,40 @@ class TrainerConfig:
 
 
 @dataclass
+class SweepConfig:
+    """The sweep that a run belongs to; see `firstlab.sweep`.
+
+    Attributes:
+        name: Name of the sweep file; groups its runs in W&B.
+        tables: Tables and figures of the paper that the runs fill; tags in W&B.
+        recorded: Folder of recorded results (NAME/results/*.json) that count as finished, or null.
+        collect: Folder that gets a copy of every finished run's record, as results/RUN.json, to be committed; or null.
+        plan_only: Print the plan and stop.
+    """
+
+    name: str | None = None
+    tables: list[str] = field(default_factory=list)
+    recorded: str | None = "experiments"
+    collect: str | None = None
+    plan_only: bool = False
+
+
+@dataclass
 class ExperimentConfig:
     """One run: one method at one skip level on one model, task and seed.
 
     Attributes:
         method: `_target_` of a `firstlab.methods.base.Method` and its arguments.
         logger: `_target_` of a Lightning logger and its arguments, or null.
-        run_dir: Where everything goes; null derives it from data, model, method and seed.
+        run_dir: Where everything goes; null derives it from data, model, method, note and seed.
+        note: Added to the name of the run directory, for runs that differ in anything else.
         runs: Folder of all run directories.
         phases: Which of router, lora, evaluate to run.
         init_from: Saved model to start phase 2 or evaluation from, instead of this run's own phase 1.
         compare_with_base: Also run `method=none` on the same settings (once), for the table.
         ckpt: "last" goes on where the run was; "none" starts its phases again.
         overwrite: Delete what the run directory holds.
+        sweep: Set by the files of conf/sweep.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -282,12 +307,14 @@ class ExperimentConfig:
     logger: Any = None
     seed: int = 0
     run_dir: str | None = None
+    note: str | None = None
     runs: str = "runs"
     phases: list[str] = field(default_factory=lambda: list(PHASES))
     init_from: str | None = None
     compare_with_base: bool = True
     ckpt: str = "last"
     overwrite: bool = False
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         self.router_phase.check("router_phase")
@@ -296,12 +323,15 @@ class ExperimentConfig:
         _require(not unknown and bool(self.phases), "phases", self.phases, f"choose from {', '.join(PHASES)}")
         _require(self.ckpt in ("last", "none"), "ckpt", self.ckpt, "choose one of last, none")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        plain = self.note is None or re.fullmatch(r"[\w.=+-]+", self.note) is not None
+        _require(plain, "note", self.note, "letters, digits and . = + - _")
 
     def directory(self, method: Method) -> Path:
         """The run directory."""
         if self.run_dir is not None:
             return Path(self.run_dir)
-        return Path(self.runs) / f"{self.data.name}-{self.model.name}" / f"{method.label}-seed{self.seed}"
+        name = method.label if self.note is None else f"{method.label}-{self.note}"
+        return Path(self.runs) / f"{self.data.name}-{self.model.name}" / f"{name}-seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, as written to config.yaml."""
@@ -310,8 +340,11 @@ class ExperimentConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the run's numbers: everything but where it runs, where it writes and how it starts."""
         config = self.to_dict()
-        for key in ("logger", "run_dir", "runs", "phases", "init_from", "compare_with_base", "ckpt", "overwrite"):
+        # With every setting of the method, so that a run stays itself when the method gets a new one.
+        config["method"] |= asdict(build(self.method, "method"))
+        for key in ("logger", "run_dir", "note", "runs", "phases", "init_from", "compare_with_base", "ckpt"):
             del config[key]
+        del config["overwrite"], config["sweep"]
         for key in ("accelerator", "devices", "num_nodes", "strategy", "progress_bar", "gradient_checkpointing"):
             del config["trainer"][key]
         del config["data"]["num_workers"]
@@ -339,6 +372,9 @@ def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
     method = build(experiment.method, "method")
     if not isinstance(method, Method):
         raise ValueError(f"method._target_={experiment.method.get('_target_')!r} is not a firstlab method")
+    if method.name == "none":
+        # What only routers use is left at its default, so that every method shares one dense run.
+        experiment = replace(experiment, router=RouterConfig(), router_phase=PhaseConfig())
     return experiment, method
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 if TYPE_CHECKING:
@@ -40,13 +40,48 @@ def guarded(main: Callable[[Input], None]) -> Callable[[Input], None]:
     return run
 
 
+def is_sweep_job() -> bool:
+    """Whether Hydra runs this as one job of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Let a sweep outlive a failing run: its error and traceback go to failure.json in the run directory."""
+
+    @functools.wraps(main)
+    def run(composed: DictConfig) -> None:
+        _quiet()
+        from firstlab import results
+        from firstlab.config import load
+        from firstlab.tracking import close_failed
+
+        config, method = load(composed)
+        directory = config.directory(method)
+        print(f"run: {directory}", flush=True)
+        (directory / results.FAILURE).unlink(missing_ok=True)
+        results.reset_peak_memory()
+        try:
+            main(composed)
+        # Processes of a run that ended badly come back as SystemExit.
+        except (Exception, SystemExit) as error:
+            results.write_failure(directory, error)
+            close_failed(config.logger)
+            print(f"failed: {directory}: {error}", file=sys.stderr, flush=True)
+
+    return run
+
+
 def check_command_line(config_name: str, arguments: list[str]) -> None:
     """Compose once before Hydra does, to turn its complaints into one message with the allowed values.
 
-    Sweeps and Hydra's own flags (--help, --cfg, ...) are left to Hydra.
+    Hydra's own flags (--help, --multirun, ...) and the lists of values that narrow a sweep are left to Hydra.
     """
     if any(argument.startswith("-") for argument in arguments):
         return
+    if any(argument.startswith("+sweep=") for argument in arguments):
+        arguments = [argument for argument in arguments if "," not in argument]
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
@@ -119,7 +154,8 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
         )
     from hydra.core.hydra_config import HydraConfig
 
-    overrides = list(HydraConfig.get().overrides.task)
+    # A job of a sweep names its sweep file, which would start the whole sweep again.
+    overrides = [*HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
     code = subprocess.run([*launcher, "-m", module, *overrides], check=False).returncode
     if code:

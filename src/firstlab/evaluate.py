@@ -36,11 +36,15 @@ def main(arguments: list[str]) -> None:
         )
 
     from firstlab import results
+    from firstlab.build import build_data, load_run
     from firstlab.evaluation import evaluate_variant
-    from firstlab.experiment import build_data, fixed_routes, load_run
+    from firstlab.routes import decided_routes, static_routes
+    from firstlab.training.prompt_set import PromptSet
 
-    config, model, variant, _ = load_run(Path(run), variant, options)
+    config, method, model, variant = load_run(Path(run), variant, options)
     data = build_data(config)
+    prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
+    routes = decided_routes(Path(run), method, variant, prompts)
     record = results.read(Path(run)) or {}
     directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}"
     model.merge_and_unload()
@@ -50,9 +54,10 @@ def main(arguments: list[str]) -> None:
         config.evaluation,
         directory,
         variant,
-        fixed_routes(Path(run), variant, model.num_layers),
+        routes,
         config.seed,
         config.trainer.progress_bar,
+        static_routes(Path(run), method, model.num_layers),
     )
     full = {
         **{key: record.get(key) for key in ("method", "label", "level", "model")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -14,14 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from firstlab import results
 from firstlab.config import EvaluationConfig
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows, TrainingRows, collate_prompts, collate_training
 from firstlab.data.task import Example, Task
 from firstlab.files import write_atomically
+from firstlab.methods.base import Routes, routes_without, rows_of
 from firstlab.metrics import (
     PRIMARY_METRIC,
     BertScoreConfig,
@@ -30,7 +34,7 @@ from firstlab.metrics import (
     evaluate_predictions,
     perplexity,
 )
-from firstlab.model import RouterAugmentedLM
+from firstlab.model import EarlyExit, RoutedCache, RouterAugmentedLM, StepRoutes
 from firstlab.timing import measure_tpot
 
 
@@ -43,8 +47,11 @@ class Prediction:
         id: The example's name.
         text: The generated response, special tokens removed.
         new_tokens: Generated tokens, the end-of-text token included.
-        skipped: Layers that decode skipped, 0-based.
+        skipped: Layers that every decode step skipped, 0-based.
         difficulty: The example's level, 0 if unknown.
+        shares: Of each layer, the share of decode steps that skipped it, where the method decides anew at each step;
+            None where the route holds for all of them.
+        part: The part of a mixture that the example comes from, else empty.
     """
 
     index: int
@@ -53,6 +60,12 @@ class Prediction:
     new_tokens: int
     skipped: list[int]
     difficulty: int
+    shares: list[float] | None = None
+    part: str = ""
+
+    def skip_shares(self, num_layers: int) -> list[float]:
+        """Share of decode steps that skipped each of the L layers."""
+        return self.shares or [float(layer in self.skipped) for layer in range(num_layers)]
 
 
 def rank() -> tuple[int, int]:
@@ -60,12 +73,18 @@ def rank() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def barrier() -> None:
+    """Wait for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def generate_predictions(
     model: RouterAugmentedLM,
     data: PromptDataModule,
     config: EvaluationConfig,
     file: Path,
-    routes: Tensor | None,
+    routes: Routes | None,
     seed: int,
     title: str,
     progress_bar: bool,
@@ -79,7 +98,7 @@ def generate_predictions(
         data: Gives test examples, tokenizer and lengths.
         config: Decoding options.
         file: Where this variant's predictions are collected; every process writes its own part beside it.
-        routes: [L] fixed routes, or None to let the routers decide.
+        routes: The method's routes of the test prompts, or None to let the routers decide.
         seed: For sampling; every batch is seeded by its first example.
         title: For the progress bar.
         progress_bar: Show one.
@@ -111,12 +130,18 @@ def generate_predictions(
             batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
             ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
             torch.manual_seed(seed * 1_000_003 + indices[0])
-            result = model.generate(ids, mask, routes=None if routes is None else routes.to(model.device), **options)
-            decided = result.past_key_values.routes[:: config.num_beams].cpu()
-            for i, tokens, route in zip(indices, result.sequences[:, ids.shape[1] :].cpu(), decided, strict=True):
-                text, count = _decode(tokenizer, tokens, data.pad)
-                skipped = [layer for layer, runs in enumerate(route.tolist()) if not runs]
-                prediction = Prediction(i, examples[i].id, text, count, skipped, examples[i].difficulty)
+            result = model.generate(ids, mask, routes=rows_of(routes, indices, model.device), **options)
+            responses = result.sequences[:, ids.shape[1] :].cpu()
+            answers = [
+                _decode(tokenizer, tokens[: examples[i].max_new_tokens], data.pad)
+                for i, tokens in zip(indices, responses, strict=True)
+            ]
+            skips = _skips(result.past_key_values, routes, [count for _, count in answers], config.num_beams)
+            for i, (text, count), shares in zip(indices, answers, skips, strict=True):
+                skipped = [layer for layer, share in enumerate(shares) if share == 1]
+                by_step = shares if isinstance(routes, StepRoutes | EarlyExit) else None
+                example = examples[i]
+                prediction = Prediction(i, example.id, text, count, skipped, example.difficulty, by_step, example.part)
                 done[i] = prediction
                 out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
             out.flush()
@@ -124,6 +149,15 @@ def generate_predictions(
         dist.barrier()
         done = {p.index: p for part in _parts(file) for p in _read(part)}
     return [done[i] for i in range(len(examples))]
+
+
+def _skips(cache: RoutedCache, routes: Routes | None, new_tokens: Sequence[int], beams: int) -> list[list[float]]:
+    """Of every row, the share of its own decode steps that skipped each layer."""
+    if isinstance(routes, StepRoutes | EarlyExit):
+        steps = torch.tensor(new_tokens).sub(1).clamp_min(0)
+        return cache.layer_skips(steps.repeat_interleave(beams))[::beams].tolist()
+    assert cache.routes is not None
+    return (~cache.routes[::beams]).float().tolist()
 
 
 def _decode(tokenizer: Any, tokens: Tensor, pad: int) -> tuple[str, int]:
@@ -147,59 +181,123 @@ def _read(part: Path) -> Iterator[Prediction]:
 
 
 @torch.no_grad()
-def response_perplexity(
-    model: RouterAugmentedLM, data: PromptDataModule, routes: Tensor | None, batch_size: int
-) -> float:
-    """Perplexity of the first reference when its tokens decode under the routes, exp(mean nll per token)."""
+def response_nll(
+    model: RouterAugmentedLM, data: PromptDataModule, routes: Routes | None, batch_size: int
+) -> np.ndarray:
+    """[N, 2]: nll of each test prompt's first reference when its tokens decode under the routes, and its tokens."""
     my_rank, world = rank()
     rows = TrainingRows(data.task, data.test, data.tokenizer, data.max_length)
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(len(data.test), 2, dtype=torch.float64)
     for indices in shard_batches(len(data.test), batch_size, my_rank, world):
         batch = collate_training([rows[i] for i in indices], pad=data.pad, loss_on="response")
         batch = {k: v.to(model.device) for k, v in batch.items() if k != "index"}
-        out = model(
-            **batch,
-            objective="decode_consistent",
-            gate="hard",
-            routes=None if routes is None else routes.to(model.device),
-        )
-        tokens = out.loss_terms["token_count"].double().cpu()
-        totals += torch.stack([out.loss.double().cpu() * tokens, tokens])
+        forced = rows_of(routes, indices, model.device)
+        out = model(**batch, objective="decode_consistent", gate="hard", routes=forced)
+        for index, logits, labels in zip(indices, out.logits, batch["labels"].to(out.logits.device), strict=True):
+            nll = cross_entropy(logits[:-1].float(), labels[1:], reduction="sum")  # -100 is ignored
+            totals[index] = torch.tensor([float(nll), float((labels[1:] != -100).sum())])
     if world > 1:
         dist.all_reduce(totals)
-    return perplexity(float(totals[0]), int(totals[1]))
+    return totals.numpy()
 
 
-def skip_statistics(predictions: Sequence[Prediction], num_layers: int) -> dict[str, Any]:
-    """Skip rate (skipped ÷ L, mean over prompts), per layer, by difficulty, and how adaptive the routes are."""
-    skipped = np.zeros((len(predictions), num_layers))
-    for row, prediction in zip(skipped, predictions, strict=True):
-        row[prediction.skipped] = 1
-    rates = skipped.mean(1)
-    counts = np.array(list(Counter(tuple(p.skipped) for p in predictions).values()))
-    shares = counts / counts.sum()
-    by_difficulty = {
-        str(level): {
-            "n": sum(p.difficulty == level for p in predictions),
-            "skip_rate": float(np.mean([r for r, p in zip(rates, predictions, strict=True) if p.difficulty == level])),
-        }
-        for level in sorted({p.difficulty for p in predictions})
+def example_columns(data: PromptDataModule, predictions: Sequence[Prediction], num_layers: int) -> dict[str, str]:
+    """What tables need to know about each test prompt, packed (`firstlab.results.pack`): [N] each."""
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    return {
+        "difficulty": results.pack([p.difficulty for p in predictions]),
+        "prompt_tokens": results.pack([len(rows[i].prompt) for i in range(len(predictions))]),
+        "skip_rate": results.pack([float(np.mean(p.skip_shares(num_layers))) for p in predictions]),
     }
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Short hash of a test set: equal where a paired test makes sense."""
+    text = json.dumps([(example.id, example.source, example.references) for example in examples], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:12]
+
+
+def skip_statistics(predictions: Sequence[Prediction], num_layers: int, static: Tensor | None = None) -> dict[str, Any]:
+    """Skip rate (skipped ÷ L, mean over prompts), per layer, by difficulty, and how adaptive the routes are.
+
+    Args:
+        predictions: One per prompt.
+        num_layers: L.
+        static: [L], a static set to compare the routes with.
+
+    Returns:
+        Besides rates, also by difficulty and by part of a mixture, for routes that prompts get: the number of different
+        ones, the entropy of their distribution, and the agreement (share of layers decided alike, mean over prompts)
+        with the most frequent route and with the static set. None of it where each decode step decides.
+    """
+    # Without a decode step, a method that decides at each of them decides nothing.
+    predictions = [p for p in predictions if p.shares is None or p.new_tokens > 1] or predictions
+    skipped = np.array([p.skip_shares(num_layers) for p in predictions])
+    rates = skipped.mean(1)
     margin = 1.96 * float(rates.std(ddof=1)) / math.sqrt(len(rates)) if len(rates) > 1 else 0.0
     return {
         "skip_rate": float(rates.mean()),
         "skip_rate_interval": [max(0.0, float(rates.mean()) - margin), min(1.0, float(rates.mean()) + margin)],
         "per_layer": skipped.mean(0).tolist(),
-        "by_difficulty": by_difficulty,
-        "unique_routes": len(counts),
-        "route_entropy_bits": float(-(shares * np.log2(shares)).sum()) + 0.0,
+        "by_difficulty": _by_group(skipped, [p.difficulty for p in predictions]),
+        "by_part": _by_group(skipped, [p.part for p in predictions]) if predictions[0].part else {},
+        **_adaptivity(predictions, skipped, static),
     }
+
+
+def _by_group(skipped: np.ndarray, groups: Sequence[int | str]) -> dict[str, dict[str, Any]]:
+    """Skip rate, overall and per layer, and number of different routes in each group of prompts; skipped is [N, L]."""
+    found = {}
+    for group in sorted(set(groups)):
+        rows = skipped[[each == group for each in groups]]
+        found[str(group)] = {
+            "n": len(rows),
+            "skip_rate": float(rows.mean()),
+            "per_layer": rows.mean(0).tolist(),
+            "unique_routes": len(np.unique(rows, axis=0)),
+        }
+    return found
+
+
+def _adaptivity(predictions: Sequence[Prediction], skipped: np.ndarray, static: Tensor | None) -> dict[str, Any]:
+    """How the routes [N, L] differ between prompts; see `skip_statistics`."""
+    names = ("unique_routes", "route_entropy_bits", "mode_agreement", "static_agreement")
+    if predictions[0].shares is not None:
+        return dict.fromkeys(names)
+    routes = Counter(tuple(p.skipped) for p in predictions)
+    [(mode, _)] = routes.most_common(1)
+    shares = np.array(list(routes.values())) / len(predictions)
+    same_as_mode = skipped == np.isin(np.arange(skipped.shape[1]), mode)
+    same_as_static = None if static is None else float((skipped == ~static.numpy()).mean())
+    entropy = float(-(shares * np.log2(shares)).sum()) + 0.0
+    return dict(zip(names, (len(routes), entropy, float(same_as_mode.mean()), same_as_static), strict=True))
+
+
+def _routes_of(predictions: Sequence[Prediction], routes: Routes | None, num_layers: int) -> list[Routes]:
+    """What each prompt's decode steps ran: the method's rule, or the route that the prompt got."""
+    if isinstance(routes, StepRoutes | EarlyExit):
+        return [routes] * len(predictions)
+    return [routes_without(num_layers, p.skipped) for p in predictions]
 
 
 def score_texts(
     task: Task, examples: Sequence[Example], texts: Sequence[str], config: EvaluationConfig
 ) -> dict[str, MetricResult]:
-    """Every metric of the task, with intervals; see `firstlab.metrics.evaluate_predictions`."""
+    """Every metric of the task, with intervals; see `firstlab.metrics.evaluate_predictions`.
+
+    Of a mixture each part's metrics as PART/NAME, and "mean", the mean of the parts' headline metrics.
+    """
+    if task.parts:
+        found: dict[str, MetricResult] = {}
+        for name, part in task.parts.items():
+            own = [i for i, example in enumerate(examples) if example.part == name]
+            if own:
+                scores = score_texts(part, [examples[i] for i in own], [texts[i] for i in own], config)
+                found |= {f"{name}/{metric}": score for metric, score in scores.items()}
+        headline = [
+            found[key] for name, part in task.parts.items() if (key := f"{name}/{primary_metric(part)}") in found
+        ]
+        return {"mean": mean_score(headline)} | found
     bertscore, comet = config.bertscore, config.comet
     return evaluate_predictions(
         task.kind,
@@ -218,6 +316,20 @@ def score_texts(
     )
 
 
+def primary_metric(task: Task) -> str:
+    """The headline metric of a task."""
+    return "mean" if task.parts else PRIMARY_METRIC[task.kind]
+
+
+def mean_score(parts: Sequence[MetricResult]) -> MetricResult:
+    """The mean of scores on different examples; as these are independent, half-widths of intervals add in squares."""
+    count = len(parts)
+    value = sum(part.value for part in parts) / count
+    below = math.hypot(*(part.value - part.low for part in parts)) / count
+    above = math.hypot(*(part.high - part.value for part in parts)) / count
+    return MetricResult(value, value - below, value + above, sum(part.n for part in parts))
+
+
 def check_metrics(task: Task, config: EvaluationConfig) -> None:
     """Score one text with the metrics that need a model of their own: what is missing shows now, not after training.
 
@@ -225,7 +337,8 @@ def check_metrics(task: Task, config: EvaluationConfig) -> None:
         ValueError: A metric's model or program is not there.
     """
     if config.bertscore.path is not None or config.comet.model is not None:
-        score_texts(task, [Example("probe", "a house", ("ein Haus",))], ["ein Haus"], config)
+        for each in task.parts.values() or [task]:
+            score_texts(each, [Example("probe", "a house", ("ein Haus",))], ["ein Haus"], config)
 
 
 def evaluate_variant(
@@ -234,36 +347,48 @@ def evaluate_variant(
     config: EvaluationConfig,
     directory: Path,
     name: str,
-    routes: Tensor | None,
+    routes: Routes | None,
     seed: int,
     progress_bar: bool,
+    static: Tensor | None = None,
 ) -> dict[str, Any]:
     """Everything `result.json` says about one variant.
 
     Args:
         directory: Predictions are collected here as NAME.jsonl.
         name: The variant: base, base_lora, router, router_lora.
+        static: See `skip_statistics`.
         Others: As in `generate_predictions`.
     """
     model.eval()
     file = directory / f"{name}.jsonl"
     predictions = generate_predictions(model, data, config, file, routes, seed, f"generate ({name})", progress_bar)
-    result: dict[str, Any] = {"n": len(predictions), "skip": skip_statistics(predictions, model.num_layers)}
+    skip = skip_statistics(predictions, model.num_layers, static)
+    result: dict[str, Any] = {"n": len(predictions), "skip": skip}
     result["new_tokens"] = float(np.mean([p.new_tokens for p in predictions]))
+    examples: dict[str, Any] = {"test_set": fingerprint(data.test)}
+    examples |= example_columns(data, predictions, model.num_layers)
     if config.perplexity:
-        result["perplexity"] = response_perplexity(model, data, routes, config.batch_size)
+        nll = response_nll(model, data, routes, config.batch_size)
+        result["perplexity"] = perplexity(float(nll[:, 0].sum()), int(nll[:, 1].sum()))
+        examples |= {"nll": results.pack(nll[:, 0]), "response_tokens": results.pack(nll[:, 1])}
+        for part, group in skip["by_part"].items():
+            total, tokens = nll[[example.part == part for example in data.test]].sum(0)
+            group["perplexity"] = perplexity(float(total), int(tokens))
     if rank()[0] == 0:
         scores = score_texts(data.task, data.test, [p.text for p in predictions], config)
         result["metrics"] = {key: score.to_dict() for key, score in scores.items()}
-        result["primary_metric"] = PRIMARY_METRIC[data.task.kind]
+        result["primary_metric"] = primary_metric(data.task)
         if config.tpot_prompts:
             result["timing"] = measure_tpot(
                 model,
                 data,
-                [p.skipped for p in predictions],
+                _routes_of(predictions, routes, model.num_layers),
                 config.tpot_prompts,
                 config.tpot_tokens,
                 config.tpot_repetitions,
             )
+        examples["scores"] = {key: results.pack(score.rows) for key, score in scores.items() if len(score.rows)}
+        result["examples"] = examples
         write_atomically(file, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
     return result

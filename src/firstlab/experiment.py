@@ -4,45 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import yaml
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from firstlab import results
-from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, build, load_dict, read
+from firstlab.build import build_data, load_model, model_path
+from firstlab.config import ExperimentConfig, PhaseConfig, TrainerConfig, build, load_dict
 from firstlab.data.batching import batch_count
-from firstlab.data.datamodule import PromptDataModule
-from firstlab.data.encoding import TrainingRows, collate_training
-from firstlab.data.task import Task
-from firstlab.evaluation import check_metrics, evaluate_variant, rank
-from firstlab.files import write_atomically
-from firstlab.methods.base import Method
+from firstlab.data.task import Example
+from firstlab.evaluation import barrier, check_metrics, evaluate_variant, rank
+from firstlab.files import claimed, write_atomically
+from firstlab.methods.base import Method, Routes
 from firstlab.methods.first import First
-from firstlab.methods.none import Dense
 from firstlab.methods.sleb import greedy_order
-from firstlab.model import LoraSettings, RouterAugmentedLM, RouterSettings, load_tokenizer
-from firstlab.tracking import JsonLinesLogger, log_evaluation
-from firstlab.training.calibration import loss_under_routes, start_routers
+from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
+from firstlab.routes import CODEBOOK, STATIC_ORDER, prompt_routes, shared_routes, static_routes
+from firstlab.tracking import JsonLinesLogger, log_evaluation, logger_options
+from firstlab.training.calibration import start_routers
+from firstlab.training.codebook import best_of, constant_accuracy, find_codebook, fit_to_routes, threshold_at
 from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
+from firstlab.training.prompt_set import PromptSet
 from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
-
-BUNDLED = {"bundled:nano": Path(__file__).resolve().parent / "assets" / "nano"}
-
-
-def model_path(path: str) -> str:
-    """Hub id or folder behind `model.path`."""
-    return str(BUNDLED.get(path, path))
 
 
 class Experiment:
@@ -59,34 +51,25 @@ class Experiment:
     def __init__(self, config: ExperimentConfig, method: Method) -> None:
         self.config, self.method = config, method
         self.directory = config.directory(method)
-        self._check_device()
+        check_device(config.trainer)
         self._prepare_directory()
 
     # -- before anything expensive --
-
-    def _check_device(self) -> None:
-        trainer = self.config.trainer
-        if trainer.accelerator == "gpu":
-            if not torch.cuda.is_available():
-                raise ValueError("trainer.accelerator='gpu' but this machine has no CUDA device; use trainer=cpu")
-            if trainer.devices > torch.cuda.device_count():
-                raise ValueError(
-                    f"trainer.devices={trainer.devices} but this machine has {torch.cuda.device_count()} GPU(s)"
-                )
 
     def _prepare_directory(self) -> None:
         file = self.directory / "config.yaml"
         if rank()[0] == 0:
             if self.config.overwrite and self.directory.exists():
-                self._delete()
+                with claimed(self.directory):
+                    self._delete()
             if file.is_file():
-                self._check_same(yaml.safe_load(file.read_text(encoding="utf-8")))
-            elif self.directory.exists() and any(self.directory.iterdir()):
+                check_same(self.directory, self.config)
+            elif self.directory.exists() and any(x.name != results.FAILURE for x in self.directory.iterdir()):
                 raise ValueError(
                     f"run_dir={self.directory} is not empty and holds no config.yaml; choose another run_dir"
                 )
             write_atomically(file, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
-        _barrier()
+        barrier()
 
     def _delete(self) -> None:
         if not (self.directory / "config.yaml").is_file():
@@ -95,23 +78,19 @@ class Experiment:
             )
         shutil.rmtree(self.directory)
 
-    def _check_same(self, saved: dict[str, Any]) -> None:
-        old, new = _flat(load_dict(saved).identity()), _flat(self.config.identity())
-        changed = [
-            f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)
-        ]
-        if changed:
-            raise ValueError(
-                f"run directory {self.directory} belongs to another configuration ({'; '.join(changed[:6])}); "
-                "choose another run_dir, or pass overwrite=true to delete it"
-            )
-
     # -- the run --
 
     def run(self) -> dict[str, Any]:
         """All phases that are not done yet; returns the record that is in result.json."""
+        if rank()[0] > 0:
+            return self._run()
+        # Several processes of one run would time out waiting for each other, so those do not wait for another run.
+        with claimed(self.directory, wait=rank()[1] == 1):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         finished = results.read(self.directory)
-        if finished is not None and set(self._wanted_variants()) <= set(finished["variants"]):
+        if finished is not None and set(wanted_variants(self.config, self.method)) <= set(finished["variants"]):
             _say(f"{self.directory} is finished already")
             return finished
         start = time.perf_counter()
@@ -124,21 +103,24 @@ class Experiment:
         self.model = self._load_model()
         loggers = self._loggers()
         variants: dict[str, Any] = {}
-        before, after = self._variant_names()
+        before, after = variant_names(self.method)
 
-        routes = self._fixed_routes()
         if self.method.trains_routers:
-            self._phase("router", loggers, routes)
-        if before in self._wanted_variants():
+            self._phase("router", loggers)
+        # Without LoRA, for which the routes are then fixed; of prompts decided one by one, this is the test set.
+        routes = self._routes(self.data.test) if "evaluate" in self.config.phases else None
+        if before in wanted_variants(self.config, self.method):
             variants[before] = self._evaluate(before, routes)
-        self._phase("lora", loggers, routes)
-        if after in self._wanted_variants():
+        self._phase("lora", loggers)
+        if after in wanted_variants(self.config, self.method):
             self.model.merge_and_unload()
             variants[after] = self._evaluate(after, routes)
         record = {
             "method": self.method.name,
             "label": self.method.label,
             "level": self._level(),
+            "rounding": self.method.rounding(self.model.num_layers),
+            "note": self.config.note,
             "model": self.config.model.name,
             "data": self.config.data.name,
             "directory": str(self.directory),
@@ -148,7 +130,7 @@ class Experiment:
             "num_layers": self.model.num_layers,
             "variants": variants,
             "phases": {name: self._phase_record(name) for name in ("router", "lora")},
-            "fixed_routes": None if routes is None else routes.tolist(),
+            "fixed_routes": None if routes is None or self.method.per_prompt else routes_to_json(routes),
             "wall_s": time.perf_counter() - start,
             "peak_memory_bytes": results.peak_memory_bytes(),
             **results.provenance(),
@@ -158,19 +140,8 @@ class Experiment:
             for logger in loggers:
                 log_evaluation(logger, record, self.directory / "predictions.jsonl")
             results.write(self.directory, record)
-        _barrier()
+        barrier()
         return record
-
-    def _variant_names(self) -> tuple[str, str]:
-        return ("base", "base_lora") if self.method.name == "none" else ("router", "router_lora")
-
-    def _wanted_variants(self) -> list[str]:
-        """What the requested phases, together with what is on disk, let us evaluate."""
-        if "evaluate" not in self.config.phases:
-            return []
-        before, after = self._variant_names()
-        trained = "lora" in self.config.phases or (self.directory / "lora").is_dir()
-        return [before, after] if trained else [before]
 
     def _join_predictions(self, names: list[str]) -> None:
         lines = []
@@ -198,71 +169,110 @@ class Experiment:
     def _loggers(self) -> list[Logger]:
         loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
-            loggers.append(build(dict(self.config.logger), "logger", save_dir=str(self.directory)))
+            node = dict(self.config.logger)
+            loggers.append(build(node, "logger", **logger_options(node, self.directory, self.method.name)))
         return loggers
 
     # -- phases --
 
-    def _fixed_routes(self) -> Tensor | None:
-        """Routes of a method without routers, found once and kept."""
-        if self.method.trains_routers:
-            return None
+    def _routes(self, examples: Sequence[Example]) -> Routes | None:
+        """The method's decision: [L] for all prompts, [N, L] for these, or None where routers decide."""
+        if self.method.per_prompt:
+            prompts = self._prompts(examples)
+            return prompt_routes(self.directory, self.method, prompts, self.config.trainer.progress_bar)
+        return shared_routes(self.directory, self.method, self._prompts(self.data.train))
 
-        def find(loss_of: Callable[[Tensor], float]) -> list[bool]:
-            routes = self.method.fixed_routes(self.model.num_layers, loss_of)
-            assert routes is not None
-            return routes.tolist()
+    def _training_routes(self) -> Routes | None:
+        """As `_routes`, for training prompts; only those that the phase comes to are decided."""
+        if not self.method.per_prompt:
+            return self._routes(self.data.train)
+        used = self.data.trained_on()
+        routes = torch.ones(len(self.data.train), self.model.num_layers, dtype=torch.bool)
+        decided = self._routes([self.data.train[i] for i in used])
+        assert isinstance(decided, Tensor)
+        routes[used] = decided
+        return routes
 
-        return torch.tensor(self._calibrated("routes", find), dtype=torch.bool)
+    def _prompts(self, examples: Sequence[Example]) -> PromptSet:
+        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size)
 
-    def _calibrated(self, name: str, find: Callable[[Callable[[Tensor], float]], list[Any]]) -> list[Any]:
-        """What a search over routes on training prompts found; done once, kept in NAME.json."""
-        file = self.directory / f"{name}.json"
-        if not file.is_file() and rank()[0] == 0:
-            batches = self._calibration_batches(getattr(self.method, "calibration_prompts", 1))
-            found = find(lambda routes: loss_under_routes(self.model, batches, routes))
-            write_atomically(file, json.dumps(found) + "\n")
-        _barrier()
-        return json.loads(file.read_text(encoding="utf-8"))
-
-    def _calibration_batches(self, prompts: int) -> list[dict[str, Tensor]]:
-        rows = TrainingRows(self.data.task, self.data.train[:prompts], self.data.tokenizer, self.data.max_length)
-        size = self.config.evaluation.batch_size
-        batches = []
-        for start in range(0, len(rows), size):
-            chosen = [rows[i] for i in range(start, min(start + size, len(rows)))]
-            batch = collate_training(chosen, pad=self.data.pad, loss_on="response")
-            batches.append({k: v.to(self.model.device) for k, v in batch.items()})
-        return batches
-
-    def _start_routers(self) -> None:
+    def _start_routers(self) -> dict[str, float]:
+        """Put the routers where phase 1 begins; returns what is to be recorded about that."""
         method = self.method
         if not isinstance(method, First) or method.start == "random":
-            return
+            return {}
         _say(f"calibrating the routers' start ({method.start}) on {method.calibration_prompts} training prompts")
-        layers, rate, order = self.model.num_layers, 0.0, []
-        if method.start == "static":
+        prompts = self._prompts(self.data.train[: method.calibration_prompts])
+        if method.start == "codebook" and method.codebook_size > 1:
+            return self._start_from_codebook(method, prompts)
+        rate, order = 0.0, []
+        if method.start != "dense":
             rate = method.target_skip or 0.0
-            order = self._calibrated("start", lambda loss: greedy_order(layers, math.ceil(rate * layers), loss))
-        start_routers(
-            self.model, self._calibration_batches(method.calibration_prompts), order, rate, method.start_margin
-        )
+            order = self._static_order(prompts, math.ceil(rate * prompts.num_layers))
+        start_routers(self.model, prompts.batches, order, rate, method.start_margin)
+        return {}
 
-    def _phase(self, name: str, loggers: list[Logger], routes: Tensor | None) -> None:
+    def _start_from_codebook(self, method: First, prompts: PromptSet) -> dict[str, float]:
+        """Find the codebook once, kept in the run directory with the fit to it; then fit the routers."""
+        assert method.target_skip is not None
+        file = self.directory / CODEBOOK
+        if not file.is_file() and rank()[0] == 0:
+            count = round(method.target_skip * prompts.num_layers)
+            found = find_codebook(prompts, method.codebook_size, count, method.codebook_rounds)
+            write_atomically(file, json.dumps({"routes": found.tolist()}) + "\n")
+        barrier()
+        routes = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["routes"])
+        fitted = self._prompts(self.data.train[: method.fit_prompts])
+        wanted = routes[best_of(fitted, routes)]
+        trained = math.ceil(len(fitted) * 3 / 4)
+        accuracy = fit_to_routes(self.model, fitted.batches, wanted, method.start_margin, trained)
+        constant = constant_accuracy(wanted, trained)
+        started = {"start_accuracy": float(accuracy.mean()), "start_constant_accuracy": float(constant.mean())}
+        _say(
+            f"codebook of {len(routes)}: {100 * started['start_accuracy']:.1f} % of decisions right on held-out "
+            f"prompts, {100 * started['start_constant_accuracy']:.1f} % by constant ones"
+        )
+        if rank()[0] == 0:
+            record = {"routes": routes.tolist(), "held_out_accuracy": accuracy.tolist()}
+            write_atomically(file, json.dumps(record) + "\n")
+        return started
+
+    def _calibrate_rate(self) -> None:
+        """Move the routers' threshold so that validation prompts skip the target rate."""
+        method = self.method
+        if not isinstance(method, First) or not method.calibrate_rate or method.target_skip is None:
+            return
+        batches = self._prompts(self.data.val).batches
+        rho = torch.cat([self.model.prompt_rho(b["input_ids"], b["prompt_mask"]) for b in batches])
+        settings = self.model.routers.settings
+        self.model.routers.settings = replace(settings, threshold=threshold_at(rho.cpu(), method.target_skip))
+        _say(f"threshold {self.model.routers.settings.threshold:.4f} for a skip rate of {method.target_skip:g}")
+
+    def _static_order(self, prompts: PromptSet, count: int) -> list[int]:
+        """The SLEB order that the routers start from, found once and kept in the run directory."""
+        file = self.directory / STATIC_ORDER
+        if not file.is_file() and rank()[0] == 0:
+            write_atomically(file, json.dumps(greedy_order(prompts.num_layers, count, prompts.loss)) + "\n")
+        barrier()
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _phase(self, name: str, loggers: list[Logger]) -> None:
         """Train a phase unless its product is there, and load the product; without either the model stays as it is."""
         product = self.directory / name
         if not product.is_dir():
             if name not in self.config.phases:
                 return
-            self._train(name, loggers, routes)
+            self._train(name, loggers)
             if self.config.trainer.strategy == "fsdp":
                 self._load_best(name)
+            if name == "router":
+                self._calibrate_rate()
             if rank()[0] == 0:
                 temporary = self.directory / f".{name}.tmp"
                 shutil.rmtree(temporary, ignore_errors=True)
                 self.model.save_pretrained(temporary)
                 temporary.rename(product)
-            _barrier()
+            barrier()
         self.model = load_model(self.config, product)
 
     def _load_best(self, name: str) -> None:
@@ -281,7 +291,7 @@ class Experiment:
         torch.manual_seed(self.config.seed)
         self.model.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
 
-    def _train(self, name: str, loggers: list[Logger], routes: Tensor | None) -> None:
+    def _train(self, name: str, loggers: list[Logger]) -> None:
         config, method = self.config, self.method
         phase: PhaseConfig = config.router_phase if name == "router" else config.lora_phase
         data = self.data
@@ -292,16 +302,18 @@ class Experiment:
         steps = min(phase.epochs * per_epoch, phase.max_steps or math.inf)
         data.total_batches = int(steps) * phase.accumulate
         optimizer = OptimizerSettings(phase.learning_rate, phase.weight_decay, phase.warmup_fraction, int(steps))
-        objective = self._objective(name)
+        objective = replace(self._objective(name), distill=phase.distill)
         module: RouterModule | LoRACompensationModule
+        started: dict[str, float] = {}
         if name == "router":
-            self._start_routers()
+            started = self._start_routers()
             module = RouterModule(self.model, objective, optimizer, config.seed)
         else:
+            routes, val_routes = self._training_routes(), self._routes(data.val)
             self._add_lora()
             if routes is not None:
                 objective = replace(objective, target_skip=None, objective="decode_consistent")
-            module = LoRACompensationModule(self.model, objective, optimizer, config.seed, routes)
+            module = LoRACompensationModule(self.model, objective, optimizer, config.seed, routes, val_routes)
         _say(f"phase {name}: {int(steps)} steps of {phase.batch_size * phase.accumulate} prompts, {method.label}")
         trainer = config.trainer
         settings = FitSettings(
@@ -321,7 +333,9 @@ class Experiment:
         checkpoints = self.directory / "checkpoints" / name
         start = time.perf_counter()
         kept = fit_phase(module, data, settings, checkpoints, loggers, resume=config.ckpt == "last")
-        record = {"steps": int(steps), "multiplier": module.multiplier, "seconds": time.perf_counter() - start, **kept}
+        seconds = time.perf_counter() - start
+        record = {"steps": int(steps), "multiplier": module.multiplier, "seconds": seconds, **started, **kept}
+        data.max_length = config.data.max_length_lora  # for what follows, whether or not phase 1 ran just now
         if rank()[0] == 0:
             write_atomically(self.directory / f"{name}.yaml", yaml.safe_dump(record, sort_keys=False))
 
@@ -350,7 +364,7 @@ class Experiment:
         file = self.directory / f"{name}.yaml"
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def _evaluate(self, name: str, routes: Tensor | None) -> dict[str, Any]:
+    def _evaluate(self, name: str, routes: Routes | None) -> dict[str, Any]:
         """Evaluate a variant once; its part of the record is kept on disk."""
         file = self.directory / "evaluation" / f"{name}.yaml"
         if not file.is_file():
@@ -364,95 +378,63 @@ class Experiment:
                 routes,
                 config.seed,
                 config.trainer.progress_bar,
+                static_routes(self.directory, self.method, self.model.num_layers),
             )
             if rank()[0] == 0:
                 write_atomically(file, yaml.safe_dump(variant, sort_keys=False))
-            _barrier()
+            barrier()
         return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def build_task(config: ExperimentConfig) -> Task:
-    """The task of a configuration; `data.root` is handed to tasks that read files."""
-    node = dict(config.data.task)
-    if "root" in node:
-        node["root"] = config.data.root
-    elif config.data.root is not None:
-        raise ValueError(f"data.root={config.data.root!r}: data={config.data.name} is generated and reads no files")
-    task = build(node, "data.task")
-    if not isinstance(task, Task):
-        raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
-    return task
+def check_device(trainer: TrainerConfig) -> None:
+    """Raises ValueError if the run asks for GPUs that this machine does not have."""
+    if trainer.accelerator != "gpu":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator='gpu' but this machine has no CUDA device; use trainer=cpu")
+    if trainer.devices > torch.cuda.device_count():
+        raise ValueError(f"trainer.devices={trainer.devices} but this machine has {torch.cuda.device_count()} GPU(s)")
 
 
-def build_data(config: ExperimentConfig) -> PromptDataModule:
-    """The data module of a configuration, with the lengths of phase 2."""
-    data = config.data
-    return PromptDataModule(
-        build_task(config),
-        load_tokenizer(model_path(config.model.path)),
-        train_size=data.train_size,
-        val_size=data.val_size,
-        test_size=min(filter(None, (data.test_size, config.evaluation.limit)), default=None),
-        seed=data.split_seed,
-        max_length=data.max_length_lora,
-        max_prompt_length=data.max_prompt_length,
-        max_new_tokens=data.max_new_tokens,
-        eval_batch_size=config.evaluation.batch_size,
-        num_workers=data.num_workers,
-    )
+def variant_names(method: Method) -> tuple[str, str]:
+    """The variants of a method: before and after LoRA."""
+    return ("base", "base_lora") if method.name == "none" else ("router", "router_lora")
 
 
-def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
-    """A model on the configured device, in eval mode; fresh routers start from the run's seed."""
-    options: dict[str, Any] = {"dtype": config.model.dtype}
-    if config.model.revision is not None:
-        options["revision"] = config.model.revision
-    if config.model.attn_implementation is not None:
-        options["attn_implementation"] = config.model.attn_implementation
-    torch.manual_seed(config.seed)
-    settings = RouterSettings(config.router.input_norm, config.router.threshold)
-    model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
-    model.gradient_checkpointing = config.trainer.gradient_checkpointing
-    on_gpu = config.trainer.accelerator == "gpu"
-    return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
+def wanted_variants(config: ExperimentConfig, method: Method) -> list[str]:
+    """What the requested phases, together with what is on disk, let us evaluate."""
+    if "evaluate" not in config.phases:
+        return []
+    before, after = variant_names(method)
+    trained = "lora" in config.phases or (config.directory(method) / "lora").is_dir()
+    return [before, after] if trained else [before]
 
 
-def load_run(
-    directory: Path, variant: str | None, overrides: dict[str, str] | None = None
-) -> tuple[ExperimentConfig, RouterAugmentedLM, str, Task]:
-    """Configuration, model, variant and task of a trained run.
-
-    Args:
-        directory: Run directory.
-        variant: base, base_lora, router or router_lora; None takes the most trained one there is.
-        overrides: Keys that replace the saved ones; `data` names a file of conf/data.
+def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] | None:
+    """The record of a run that has nothing left to do, or None.
 
     Raises:
-        ValueError: Not a run directory, or the variant was not trained.
+        ValueError: The run directory belongs to another configuration, or its record cannot be read.
     """
-    config, method = read(directory / "config.yaml", overrides)
-    products = (
-        {"base": None, "base_lora": "lora"}
-        if method.name == "none"
-        else {"base": None, "router": "router" if method.trains_routers else None, "router_lora": "lora"}
-    )
-    if variant is None:
-        variant = [name for name, part in products.items() if part is None or (directory / part).is_dir()][-1]
-    if variant not in products:
-        raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(products)}")
-    part = products[variant]
-    if part is not None and not (directory / part).is_dir():
-        raise ValueError(f"variant={variant}: {directory} has no trained {part}; train it, or choose another variant")
-    path = model_path(config.model.path) if part is None else directory / part
-    return config, load_model(config, path), variant, build_task(config)
+    directory = config.directory(method)
+    if config.overwrite or not (directory / "config.yaml").is_file():
+        return None
+    check_same(directory, config)
+    record = results.read(directory)
+    wanted = set(wanted_variants(config, method))
+    return record if record is not None and wanted <= set(record["variants"]) else None
 
 
-def fixed_routes(directory: Path, variant: str, num_layers: int) -> Tensor | None:
-    """Routes that a run without routers decodes with; all true for the base; None where routers decide."""
-    if variant == "base":
-        return torch.ones(num_layers, dtype=torch.bool)
-    file = directory / "routes.json"
-    return torch.tensor(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+def check_same(directory: Path, config: ExperimentConfig) -> None:
+    """Raises ValueError if the run directory belongs to a configuration that gives other numbers."""
+    saved = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    old, new = _flat(load_dict(saved).identity()), _flat(config.identity())
+    changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    if changed:
+        raise ValueError(
+            f"run directory {directory} belongs to another configuration ({'; '.join(changed[:6])}); give this run a "
+            "note or choose another run_dir, or pass overwrite=true to delete it"
+        )
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -464,30 +446,3 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def _say(message: str) -> None:
     if rank()[0] == 0:
         print(message, flush=True)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
-    """The same settings with method=none: what skipping is compared with."""
-    dense = Dense()
-    node = {"_target_": f"{Dense.__module__}.{Dense.__qualname__}"}
-    directory = (
-        None if config.run_dir is None else str(Path(config.run_dir).with_name(Path(config.run_dir).name + "-none"))
-    )
-    phases = list(PHASES) if "lora" in config.phases else ["evaluate"]
-    # What only routers use is left at its default, so that every method shares one dense run.
-    counterpart = replace(
-        config,
-        method=node,
-        router=RouterConfig(),
-        router_phase=PhaseConfig(),
-        run_dir=directory,
-        init_from=None,
-        phases=phases,
-        overwrite=False,
-    )
-    return counterpart, dense

@@ -1,8 +1,8 @@
-"""Pictures drawn from result.json records."""
+"""Pictures drawn from records: result.json and benchmark.json."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,45 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
     axes[-1, 0].set_xlabel("decoder layer (0 = first)")
     fig.supylabel("prompts that skip the layer (%)", fontsize=10)
     fig.suptitle(title, fontsize=11)
+    fig.tight_layout()
+    fig.savefig(file, dpi=130)
+    plt.close(fig)
+
+
+def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: Path) -> None:
+    """TPOT ratio of each decoder against the skip rate, a panel per batch size and prompt length.
+
+    Args:
+        record: What `firstlab.benchmark.measure` gives.
+        paper: Skip rate in percent to the paper's ratio.
+        file: PNG to write.
+    """
+    cells = record["cells"]
+    across = min(2, len(cells))
+    down = -(-len(cells) // across)
+    fig, axes = plt.subplots(down, across, figsize=(1 + 4.6 * across, 3.8 * down), squeeze=False, sharey=True)
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        rows = sorted(cell["variants"], key=lambda row: row["skip_rate"])
+        rates = [100 * row["skip_rate"] for row in rows]
+        axis.plot(rates, [row["limit_ratio"] for row in rows], color="black", linestyle="--", label="limit: bytes read")
+        for decoder, colour, marker in (("generate", "#0072b2", "s"), ("engine", "#d55e00", "o")):
+            own = [row for row in rows if row["decoder"] == decoder]
+            points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]
+            if own:
+                axis.plot(*points, color=colour, marker=marker, label=decoder)
+        axis.scatter(
+            list(paper), list(paper.values()), color="#555555", marker="x", label="paper, Llama-3-8B", zorder=3
+        )
+        axis.set_title(f"batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens", fontsize=10, loc="left")
+        axis.set_xlabel("layers skipped (%)")
+        axis.set_ylabel("TPOT ÷ TPOT without skipping")
+        axis.grid(alpha=0.3)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    for axis in list(axes.flat)[len(cells) :]:
+        axis.set_visible(False)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    fig.suptitle(f"Decoding with skipped layers: {record['model']}, {record['device']}", fontsize=11)
     fig.tight_layout()
     fig.savefig(file, dpi=130)
     plt.close(fig)

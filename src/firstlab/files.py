@@ -1,8 +1,14 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and run directories so that one process at a time does."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 
@@ -12,3 +18,33 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+@contextmanager
+def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a directory for this process; the system lets go of it when the process ends, however it ends.
+
+    The lock file `.NAME.lock` beside the directory names its owner.
+
+    Args:
+        directory: What to hold; need not exist.
+        wait: Wait for another owner to finish.
+
+    Raises:
+        ValueError: Another process holds it, and `wait` is false.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f".{directory.name}.lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            message = f"{directory} is in use by {lock.read().strip() or 'another process'}"
+            if not wait:
+                raise ValueError(f"{message}; start again when it has finished") from None
+            print(f"{message}; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        lock.flush()
+        yield

@@ -26,6 +26,7 @@ class GenerateConfig:
         variant: "router_lora", "router", or "base" (every layer runs); the most trained one by default.
         prompt: "task" puts the text into the run's prompt, "raw" takes it as it is.
         question: The question, for QA runs.
+        part: Which task of a mixture the text is for.
         max_new_tokens: Length limit; the run's own by default.
         do_sample, temperature, top_k: Sampling instead of greedy decoding.
         seed: For sampling.
@@ -35,6 +36,7 @@ class GenerateConfig:
     variant: str | None = None
     prompt: str = "task"
     question: str = ""
+    part: str = ""
     max_new_tokens: int | None = None
     do_sample: bool = False
     temperature: float = 0.8
@@ -42,11 +44,14 @@ class GenerateConfig:
     seed: int = 0
 
 
-def layer_map(runs: list[bool]) -> str:
-    """One line: a block per layer that ran, a dot per layer that was skipped, and the skip rate."""
-    drawn = "".join("█" if each else "·" for each in runs)
-    skipped = runs.count(False)
-    return f"layers 0 {drawn} {len(runs) - 1}   skipped {skipped} of {len(runs)} ({100 * skipped / len(runs):.1f} %)"
+def layer_map(skips: list[float]) -> str:
+    """One line: a block per layer, the lower the more decode steps skipped it, a dot where all did; the skip rate."""
+    blocks = "·▁▂▃▄▅▆▇█"
+    drawn = "".join(
+        blocks[8 if skip == 0 else 0 if skip == 1 else min(7, max(1, round(8 * (1 - skip))))] for skip in skips
+    )
+    rate = sum(skips) / len(skips)
+    return f"layers 0 {drawn} {len(skips) - 1}   skipped {sum(skips):.3g} of {len(skips)} ({100 * rate:.1f} %)"
 
 
 @guarded
@@ -67,39 +72,46 @@ def main(arguments: list[str]) -> None:
     import torch
     from transformers import TextStreamer
 
+    from firstlab.build import build_data, load_run
     from firstlab.data.encoding import fit_prompt, prompt_ids
     from firstlab.data.task import Example
-    from firstlab.experiment import load_run
     from firstlab.model import RouterAugmentedLM, load_tokenizer
+    from firstlab.routes import decided_routes
+    from firstlab.training.prompt_set import PromptSet
 
+    example, routes = Example("input", text, (), options.question, part=options.part), None
     if (Path(options.run) / "config.yaml").is_file():
-        config, model, variant, task = load_run(Path(options.run), options.variant)
-        tokenizer = load_tokenizer(model.lm.config._name_or_path)
+        config, method, model, variant = load_run(Path(options.run), options.variant)
+        data = build_data(config)
+        task, tokenizer = data.task, data.tokenizer
+        prompts = PromptSet(model, data, [example], 1)
+        if options.prompt == "raw":
+            prompts.texts = [text]
+        routes = decided_routes(Path(options.run), method, variant, prompts)
         limit, new_tokens = config.data.max_prompt_length, options.max_new_tokens or config.data.max_new_tokens
     else:
         if options.prompt == "task":
             raise ValueError(
                 f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder"
             )
-        model, variant, task = RouterAugmentedLM.from_pretrained(options.run), options.variant or "router_lora", None
+        model, task = RouterAugmentedLM.from_pretrained(options.run), None
+        if options.variant == "base":
+            routes = torch.ones(model.num_layers, dtype=torch.bool)
         tokenizer = load_tokenizer(options.run)
         limit, new_tokens = 0, options.max_new_tokens or 80
     if options.prompt == "task":
         assert task is not None
-        if task.kind == "qa" and not options.question:
+        if task.parts.get(options.part, task).kind == "qa" and not options.question:
             raise ValueError('this run answers questions: pass question="..." and the passage as text')
-        text = fit_prompt(
-            task, Example("input", text, ("",), options.question), tokenizer, limit, "data.max_prompt_length"
-        )
+        text = fit_prompt(task, example, tokenizer, limit, "data.max_prompt_length")
     ids = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
     if ids.numel() == 0:
         raise ValueError("the text is empty, and this tokenizer adds no BOS token; give at least one word")
     torch.manual_seed(options.seed)
-    dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(
         ids,
-        routes=dense if variant == "base" else None,
+        routes=routes.to(model.device) if isinstance(routes, torch.Tensor) else routes,
         max_new_tokens=new_tokens,
         do_sample=options.do_sample,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -108,7 +120,7 @@ def main(arguments: list[str]) -> None:
         return_dict_in_generate=True,
         **sampling,
     )
-    print(layer_map(result.past_key_values.routes[0].tolist()))
+    print(layer_map(result.past_key_values.layer_skips()[0].tolist()))
 
 
 if __name__ == "__main__":

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
+import io
 import json
 import platform
 import resource
 import subprocess
 import sys
+import traceback
+import zlib
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from firstlab.files import write_atomically
 
 RESULT = "result.json"
+FAILURE = "failure.json"
 _PACKAGES = ("firstlab", "torch", "transformers", "lightning", "peft", "hydra-core", "datasets", "sacrebleu", "numpy")
 ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "router_lora": "Router + LoRA"}
 
@@ -39,7 +46,7 @@ def provenance() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
         "revision": revision or None,
         "uncommitted_changes": bool(changed),
@@ -48,6 +55,22 @@ def provenance() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def processor_name() -> str:
+    """As the system calls the CPU."""
+    info = Path("/proc/cpuinfo")
+    names = [] if not info.exists() else [x for x in info.read_text().splitlines() if x.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_bytes` count from here, for several runs in one process (on Linux and on GPUs)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    counters = Path("/proc/self/clear_refs")
+    if counters.exists():
+        counters.write_text("5")
 
 
 def peak_memory_bytes() -> int:
@@ -76,6 +99,46 @@ def read(directory: Path) -> dict[str, Any] | None:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); pass overwrite=true to run again") from error
+
+
+def write_failure(directory: Path, error: BaseException) -> None:
+    """Record why a run of a sweep ended without a result; `read_failure` reads it, the next try deletes it."""
+    text = str(error).strip() or "no message"
+    name = type(error).__name__
+    record = {
+        "error": text.splitlines()[0] if isinstance(error, ValueError) else f"{name}: {text.splitlines()[0]}",
+        "traceback": "".join(traceback.format_exception(error)),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_atomically(directory / FAILURE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_failure(directory: Path) -> dict[str, Any] | None:
+    """What `write_failure` recorded, or None."""
+    file = directory / FAILURE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def pack(values: Any) -> str:
+    """An array as short text: NumPy's own format, compressed, in base64; int32 where whole, else float32."""
+    array = np.asarray(values)
+    whole = np.issubdtype(array.dtype, np.integer) or bool(np.all(array == np.floor(array)))
+    buffer = io.BytesIO()
+    np.save(buffer, array.astype(np.int32 if whole else np.float32), allow_pickle=False)
+    return base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode("ascii")
+
+
+def unpack(text: str) -> np.ndarray:
+    """What `pack` was given, as float64.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        raw = zlib.decompress(base64.b64decode(text, validate=True))
+        return np.load(io.BytesIO(raw), allow_pickle=False).astype(np.float64)
+    except (zlib.error, ValueError, EOFError) as error:
+        raise ValueError(f"per-example numbers cannot be read: {error}") from error
 
 
 def rows(record: dict[str, Any]) -> list[dict[str, Any]]:

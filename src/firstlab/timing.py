@@ -13,36 +13,44 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows, collate_prompts
-from firstlab.model import RouterAugmentedLM
+from firstlab.model import RouterAugmentedLM, Routes
 
 
-class _Stopwatch(LogitsProcessor):
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch(LogitsProcessor):
     """Notes when the logits of each token are there; the device is synchronised first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.is_cuda:
-            torch.cuda.synchronize(scores.device)
-        self.times.append(time.perf_counter())
+        synchronize(scores.device)
+        self.note()
         return scores
+
+    def note(self) -> None:
+        """Now."""
+        self.times.append(time.perf_counter())
 
 
 def time_generation(
-    model: RouterAugmentedLM, batch: dict[str, Tensor], routes: Tensor, tokens: int
+    model: RouterAugmentedLM, batch: dict[str, Tensor], routes: Routes, tokens: int
 ) -> tuple[float, float]:
     """(TTFT, TPOT) in seconds of one greedy generation of exactly `tokens` tokens; TPOT is the median decode step.
 
     Args:
         model: The model.
         batch: input_ids and attention_mask [1, T].
-        routes: [L] boolean.
+        routes: [L] boolean, or a rule for each step.
         tokens: New tokens, at least 2.
     """
-    watch = _Stopwatch()
-    if batch["input_ids"].is_cuda:
-        torch.cuda.synchronize()
+    watch = Stopwatch()
+    synchronize(batch["input_ids"].device)
     start = time.perf_counter()
     model.generate(
         batch["input_ids"],
@@ -59,7 +67,7 @@ def time_generation(
 def measure_tpot(
     model: RouterAugmentedLM,
     data: PromptDataModule,
-    skipped: Sequence[Sequence[int]],
+    routes: Sequence[Routes],
     prompts: int,
     tokens: int,
     repetitions: int,
@@ -71,7 +79,7 @@ def measure_tpot(
     Args:
         model: The model.
         data: Gives the test prompts.
-        skipped: The layers that each prompt skips.
+        routes: What each prompt's decode steps run.
         prompts: How many, evenly spread.
         tokens: New tokens each.
         repetitions: Times each is repeated.
@@ -79,7 +87,7 @@ def measure_tpot(
     Returns:
         Medians in seconds, the median ratio and its quartiles.
     """
-    indices = np.unique(np.linspace(0, len(skipped) - 1, min(prompts, len(skipped))).astype(int))
+    indices = np.unique(np.linspace(0, len(routes) - 1, min(prompts, len(routes))).astype(int))
     rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
     dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
     ttft, dense_tpot, routed_tpot = [], [], []
@@ -87,8 +95,8 @@ def measure_tpot(
     for index in indices:
         batch = collate_prompts([rows[int(index)]], pad=data.pad)
         batch = {k: v.to(model.device) for k, v in batch.items()}
-        routed = dense.clone()
-        routed[list(skipped[int(index)])] = False
+        routed = routes[int(index)]
+        routed = routed.to(model.device) if isinstance(routed, Tensor) else routed
         if not warm:
             time_generation(model, batch, dense, tokens)
             time_generation(model, batch, routed, tokens)

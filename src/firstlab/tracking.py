@@ -43,6 +43,27 @@ class JsonLinesLogger(Logger):
             out.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
 
 
+def _is_wandb(logger: dict[str, Any]) -> bool:
+    return logger["_target_"].endswith(WandbLogger.__name__)
+
+
+def logger_options(logger: dict[str, Any], directory: Path, method: str) -> dict[str, Any]:
+    """What a logger of conf/logger is given by its run: where to write and, in W&B, how the run is called."""
+    options: dict[str, Any] = {"save_dir": str(directory)}
+    if _is_wandb(logger):
+        options |= {"name": f"{directory.parent.name}/{directory.name}", "job_type": method}
+    return options
+
+
+def close_failed(logger: dict[str, Any] | None) -> None:
+    """End the W&B run of a failed run, which the next run of the same process would otherwise write into."""
+    if logger and _is_wandb(logger):
+        import wandb
+
+        if wandb.run is not None:
+            wandb.finish(exit_code=1)
+
+
 def log_evaluation(logger: Logger, record: dict[str, Any], predictions: Path) -> None:
     """Report the evaluation of every variant: metrics, skip rates, TPOT, and sample predictions as a W&B table.
 

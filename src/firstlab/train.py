@@ -1,4 +1,4 @@
-"""Train and evaluate one run: `python -m firstlab.train [+experiment=NAME] [KEY=VALUE ...]`.
+"""Train and evaluate one run: `python -m firstlab.train [+experiment=NAME] [KEY=VALUE ...]`, or many: `+sweep=NAME`.
 
 Phase 1 trains the routers, phase 2 LoRA, then every variant is evaluated and result.json is written. The same command
 again goes on where an interrupted run was, and does nothing for a finished one.
@@ -12,14 +12,18 @@ import hydra
 from omegaconf import DictConfig
 
 from firstlab.config import conf_dir, register
-from firstlab.entry import check_command_line, guarded, in_processes
+from firstlab.entry import check_command_line, guarded, in_processes, is_sweep_job, isolated
 
 register()
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
-@guarded
 def main(composed: DictConfig) -> None:
+    """One run, or one of a sweep: there a failure is recorded and the sweep goes on."""
+    (isolated if is_sweep_job() else guarded)(run)(composed)
+
+
+def run(composed: DictConfig) -> None:
     """Run one experiment and, for the table, the dense model on the same settings."""
     from firstlab.config import load
 
@@ -27,14 +31,16 @@ def main(composed: DictConfig) -> None:
     if in_processes("firstlab.train", config.trainer):
         return
 
-    from firstlab.experiment import Experiment, dense_counterpart
+    from firstlab.build import dense_counterpart
+    from firstlab.experiment import Experiment
     from firstlab.report import report
 
     experiment = Experiment(config, method)
     if config.compare_with_base and method.name != "none":
         Experiment(*dense_counterpart(config)).run()
     experiment.run()
-    report(experiment)
+    if not is_sweep_job():
+        report(experiment)
 
 
 if __name__ == "__main__":

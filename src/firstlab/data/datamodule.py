@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any
 
 import lightning as L
@@ -182,9 +183,10 @@ class PromptDataModule(L.LightningDataModule):
         return rest[: self.train_size], val
 
     def _shuffled(self, examples: Sequence[Example]) -> list[Example]:
-        order = list(range(len(examples)))
-        random.Random(self.seed).shuffle(order)
-        return [examples[i] for i in order]
+        parts = [list(part) for part in by_part(examples)]
+        for part in parts:
+            random.Random(self.seed).shuffle(part)
+        return interleaved(parts)
 
     @property
     def train(self) -> list[Example]:
@@ -198,8 +200,12 @@ class PromptDataModule(L.LightningDataModule):
 
     @cached_property
     def test(self) -> list[Example]:
-        """Test examples in published order."""
-        return spread(self.task.test(), self.test_size)
+        """Test examples in published order, those of a mixture one part in turn with the others."""
+        parts = by_part(self.task.test())
+        if self.test_size is None:
+            return interleaved(parts)
+        shares = [len(range(first, self.test_size, len(parts))) for first in range(len(parts))]
+        return interleaved([spread(part, share) for part, share in zip(parts, shares, strict=True)])
 
     # Loaders
 
@@ -224,6 +230,11 @@ class PromptDataModule(L.LightningDataModule):
         """Micro batches of the whole training run."""
         per_epoch = batch_count(len(self.train), self.batch_size)
         return self.epochs * per_epoch if self.total_batches is None else self.total_batches
+
+    def trained_on(self) -> list[int]:
+        """The training examples that the run comes to, in ascending order."""
+        batches = DistributedBatches(len(self.train), self.batch_size, self.seed, total_batches=self.run_batches())
+        return sorted({index for batch in batches for index in batch})
 
     def train_dataloader(self) -> DataLoader[Row]:
         """The training run from `consumed_batches` on, as one stream over epochs.
@@ -313,3 +324,17 @@ class PromptDataModule(L.LightningDataModule):
                 f"cannot resume in the middle of other training data ({'; '.join(changed)}): restore these "
                 "options or start a new run"
             )
+
+
+def by_part(examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples of each part of a mixture, in their order; of any other task all of them are one part."""
+    parts: dict[str, list[Example]] = {}
+    for example in examples:
+        parts.setdefault(example.part, []).append(example)
+    return list(parts.values())
+
+
+def interleaved(parts: Sequence[Sequence[Example]]) -> list[Example]:
+    """One example of each part in turn, so that every stretch of the result has them all in even shares."""
+    turns = zip_longest(*parts)
+    return [example for turn in turns for example in turn if example is not None]

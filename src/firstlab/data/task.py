@@ -6,7 +6,9 @@ A new data set is one file with one subclass of `Task` and one YAML in `conf/dat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -21,6 +23,8 @@ class Example:
         question: Extractive QA only.
         difficulty: 1 (easy) and up for generated tasks, 0 where nobody knows.
         more: Further (question, answer) pairs on the same source, for training a model to read.
+        part: The task of a mixture that it comes from, else empty.
+        max_new_tokens: Tokens of its response at most, where that is less than in other parts of a mixture.
     """
 
     id: str
@@ -29,15 +33,19 @@ class Example:
     question: str = ""
     difficulty: int = 0
     more: tuple[tuple[str, str], ...] = ()
+    part: str = ""
+    max_new_tokens: int | None = None
 
 
 class Task(ABC):
     """Loads examples and writes prompts. Splits, tokenisation and batches are the data module's."""
 
-    #: Which metrics apply: "translation", "summarization" or "qa".
+    #: Which metrics apply: "translation", "summarization" or "qa"; those of its parts for a "mixture".
     kind: ClassVar[str]
     #: Target language of a translation task (BLEU is per character for "zh"); None elsewhere.
     target_language: str | None = None
+    #: The tasks that a mixture consists of, by name; examples say which they come from.
+    parts: Mapping[str, Task] = MappingProxyType({})
 
     @abstractmethod
     def train_pool(self) -> list[Example]:

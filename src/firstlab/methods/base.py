@@ -1,20 +1,63 @@
-"""A skipping method answers one question: given the prompt, or nothing, which layers does decode run?"""
+"""A skipping method answers one question: given the prompt, or nothing, which layers does each decode step run?"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
+
+from firstlab.model import EarlyExit, StepRoutes
+
+# [L] boolean for every prompt alike, or [N, L] with one row per prompt, true = the layer runs; or a rule that changes
+# from decode step to decode step.
+Routes = Tensor | StepRoutes | EarlyExit
+
+
+class Prompts(Protocol):
+    """N prompts with their references and the model that reads them: all that a method may look at."""
+
+    texts: Sequence[str]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest response there will be, T."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def take(self, count: int) -> Prompts:
+        """The first `count` of them."""
+
+    def losses(self, routes: Tensor) -> Tensor:
+        """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
+
+    def loss(self, routes: Tensor) -> float:
+        """Response cross-entropy per token over all prompts under `routes` ([L])."""
+
+    def new_tokens(self) -> list[int]:
+        """[N] lengths of the references in tokens."""
+
+    def skip_rate(self, rule: EarlyExit) -> float:
+        """Skip rate when the references' tokens are decoded under the rule, mean over prompts."""
+
+    def layer_states(self) -> Iterator[list[Tensor]]:
+        """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the output of the last one."""
+
+    def routed(self) -> Tensor:
+        """[N, L], the decisions of the model's own routers."""
 
 
 @dataclass
 class Method(ABC):
     """One file with one subclass and one YAML in `conf/method/` per method.
-
-    A method either lets trained routers decide (`trains_routers`) or gives fixed routes.
 
     Attributes:
         name: Name in tables.
@@ -35,11 +78,92 @@ class Method(ABC):
         """Name and level, for run directories."""
         return self.name if self.target_skip is None else f"{self.name}-skip{self.target_skip:g}"
 
+    @property
+    def per_prompt(self) -> bool:
+        """Whether `routes` answers for the very prompts it is given, not for all prompts."""
+        return False
+
+    def rounding(self, num_layers: int) -> str | None:
+        """How the wanted rate becomes whole layers, where it does; the measured rate is what counts."""
+        return None
+
     @abstractmethod
-    def fixed_routes(self, num_layers: int, loss_of: Callable[[Tensor], float]) -> Tensor | None:
-        """[L] boolean routes, true where the layer runs, or None if routers decide.
+    def routes(self, prompts: Prompts) -> Routes | None:
+        """The method's decision; None lets the trained routers decide.
 
         Args:
-            num_layers: L.
-            loss_of: Calibration loss of the model on training prompts under given [L] routes.
+            prompts: Training prompts to calibrate on, as many as the method takes of them; where `per_prompt`, the
+                prompts to route.
+
+        Returns:
+            [L], or where `per_prompt` [N, L].
         """
+
+
+@dataclass
+class FixedCount(Method):
+    """A method that skips the same number of layers for every prompt.
+
+    Attributes:
+        protect_first, protect_last: Layers at either end that always run.
+    """
+
+    target_skip: float | None = 0.15
+    protect_first: int = 1
+    protect_last: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_skip is None:
+            raise ValueError(f"method.target_skip=null: {self.name} needs a skip rate, e.g. 0.15")
+        for option in ("protect_first", "protect_last"):
+            if getattr(self, option) < 0:
+                raise ValueError(f"method.{option}={getattr(self, option)} must not be negative")
+
+    def skipped_layers(self, num_layers: int) -> int:
+        """k = round(s · L), the nearest number of whole layers to the wanted skip rate.
+
+        Raises:
+            ValueError: Fewer layers than that may be skipped.
+        """
+        assert self.target_skip is not None
+        count = round(self.target_skip * num_layers)
+        return check_count(count, num_layers, self.protect_first, self.protect_last)
+
+    def rounding(self, num_layers: int) -> str:
+        """k of L, and the rate that it makes."""
+        assert self.target_skip is not None
+        count = self.skipped_layers(num_layers)
+        return f"{count} of {num_layers} layers = {100 * count / num_layers:.1f} % for {100 * self.target_skip:g} %"
+
+    def free_layers(self, num_layers: int) -> range:
+        """Layers that may be skipped."""
+        return range(self.protect_first, num_layers - self.protect_last)
+
+
+def check_count(count: int, num_layers: int, protect_first: int, protect_last: int) -> int:
+    """`count`, if so many of the unprotected layers can be skipped.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if count > num_layers - protect_first - protect_last:
+        raise ValueError(
+            f"cannot skip {count} of {num_layers} layers while the first {protect_first} and the last "
+            f"{protect_last} are kept: lower method.target_skip"
+        )
+    return count
+
+
+def routes_without(num_layers: int, skipped: Sequence[int]) -> Tensor:
+    """[L] boolean routes that run every layer but `skipped`."""
+    routes = torch.ones(num_layers, dtype=torch.bool)
+    routes[list(skipped)] = False
+    return routes
+
+
+def rows_of(routes: Routes | None, index: Sequence[int], device: torch.device) -> Routes | None:
+    """What these prompts, by position, get: their rows of [N, L] routes; anything else holds for all prompts."""
+    if isinstance(routes, Tensor):
+        return (routes[list(index)] if routes.ndim == 2 else routes).to(device)
+    return routes

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from firstlab.methods.base import Method
+from firstlab.methods.base import Method, Prompts
 
-STARTS = ("random", "dense", "static")
+STARTS = ("random", "dense", "static", "codebook")
 
 
 @dataclass
@@ -23,12 +22,17 @@ class First(Method):
         lam: λ of the router regulariser.
         objective, gate, pooled_tokens: The training pass, see `TeacherForcedPass`.
         lora_gate: Gate of phase 2.
-        start: "random" (paper: rho near 0.5), "dense" (every rho at 0.5 + start_margin) or "static" (rho at
-            0.5 ± start_margin according to the SLEB set at the target).
+        start: "random" (paper: rho near 0.5), "dense" (every rho at 0.5 + start_margin), "static" (rho at
+            0.5 ± start_margin according to the SLEB set at the target) or "codebook" (several such sets, each for
+            the prompts it suits, and routers fitted to choose among them).
         start_margin: Distance of the calibrated start from the threshold.
         dual_rate: Step size of the dual ascent on α and β towards target_skip.
         tolerance: Distance to the target that model selection forgives.
         calibration_prompts: Training prompts for a calibrated start.
+        codebook_size: K, the number of sets of a codebook; 1 is the static start.
+        codebook_rounds: How often sets and their prompts are found in turn.
+        fit_prompts: Training prompts that the routers are fitted to; a quarter of them measures the fit instead.
+        calibrate_rate: After phase 1, move the threshold so that validation prompts skip exactly target_skip.
     """
 
     name: ClassVar[str] = "first"
@@ -45,6 +49,10 @@ class First(Method):
     dual_rate: float = 0.1
     tolerance: float = 0.02
     calibration_prompts: int = 64
+    codebook_size: int = 4
+    codebook_rounds: int = 2
+    fit_prompts: int = 256
+    calibrate_rate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,8 +71,20 @@ class First(Method):
                 raise ValueError(f"method.{option}={getattr(self, option)!r}: choose one of {', '.join(allowed)}")
         if not 0 < self.start_margin < 0.5:
             raise ValueError(f"method.start_margin={self.start_margin} must lie between 0 and 0.5")
-        if self.start == "static" and self.target_skip is None:
-            raise ValueError("method.start=static needs method.target_skip; or choose method.start=random or dense")
+        if self.start in ("static", "codebook") and self.target_skip is None:
+            raise ValueError(
+                f"method.start={self.start} needs method.target_skip; or choose method.start=random or dense"
+            )
+        if self.calibrate_rate and self.target_skip is None:
+            raise ValueError("method.calibrate_rate=true needs method.target_skip")
+        for option, least in (("codebook_size", 1), ("codebook_rounds", 1), ("fit_prompts", 4)):
+            if getattr(self, option) < least:
+                raise ValueError(f"method.{option}={getattr(self, option)} must be at least {least}")
+        if self.start == "codebook" and self.codebook_size > self.calibration_prompts:
+            raise ValueError(
+                f"method.codebook_size={self.codebook_size} exceeds method.calibration_prompts="
+                f"{self.calibration_prompts}: lower the one or raise the other"
+            )
 
     @property
     def label(self) -> str:
@@ -73,6 +93,6 @@ class First(Method):
         form = "first" if self.objective == "decode_consistent" else "first_soft"
         return f"{form}-{level}"
 
-    def fixed_routes(self, num_layers: int, loss_of: Callable[[Tensor], float]) -> None:
+    def routes(self, prompts: Prompts) -> Tensor | None:
         """The routers decide."""
         return None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from firstlab.methods.base import Method
+from firstlab.methods.base import Method, Prompts, routes_without
 
 
 @dataclass
@@ -22,6 +20,6 @@ class Dense(Method):
         if self.target_skip is not None:
             raise ValueError(f"method.target_skip={self.target_skip} has no meaning with method=none; leave it out")
 
-    def fixed_routes(self, num_layers: int, loss_of: Callable[[Tensor], float]) -> Tensor:
+    def routes(self, prompts: Prompts) -> Tensor:
         """All true."""
-        return torch.ones(num_layers, dtype=torch.bool)
+        return routes_without(prompts.num_layers, [])

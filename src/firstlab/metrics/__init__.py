@@ -10,14 +10,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from firstlab.metrics import comet as comet_program
 from firstlab.metrics import qa, summarization, translation
 from firstlab.metrics.comet import CometConfig
 from firstlab.metrics.language_modeling import perplexity
-from firstlab.metrics.scores import MetricUnavailableError, Scores
+from firstlab.metrics.scores import FloatArray, MetricUnavailableError, Scores
 from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test
 from firstlab.metrics.summarization import BertScoreConfig
 
@@ -29,7 +31,11 @@ __all__ = [
     "MetricUnavailableError",
     "PairedTest",
     "compare",
+    "Scores",
+    "bootstrap_interval",
     "evaluate_predictions",
+    "from_rows",
+    "paired_test",
     "perplexity",
 ]
 
@@ -49,6 +55,7 @@ class MetricResult:
         signature: What one must know to reproduce the figure.
         higher_is_better: True for every metric here.
         per_example: Scores per example, 0..100, where the metric is their mean.
+        rows: `[n, K]` sufficient statistics per example; `from_rows` makes `Scores` of them again.
     """
 
     value: float
@@ -58,11 +65,12 @@ class MetricResult:
     signature: str | None = None
     higher_is_better: bool = True
     per_example: list[float] | None = None
+    rows: FloatArray = field(default_factory=lambda: np.zeros((0, 2)), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, float | int | str | bool | None]:
-        """All fields but `per_example`, ready for JSON."""
+        """All fields but `per_example` and `rows`, ready for JSON."""
         fields = asdict(self)
-        del fields["per_example"]
+        del fields["per_example"], fields["rows"]
         return fields
 
 
@@ -102,9 +110,20 @@ def evaluate_predictions(
     for name, metric in scores.items():
         low, high = bootstrap_interval(metric, confidence=confidence, resamples=resamples, seed=seed)
         results[name] = MetricResult(
-            metric.value, low, high, len(metric), metric.signature, per_example=metric.per_example
+            metric.value, low, high, len(metric), metric.signature, per_example=metric.per_example, rows=metric.rows
         )
     return results
+
+
+def from_rows(name: str, rows: FloatArray, signature: str | None = None) -> Scores:
+    """A metric from the rows per example that a result record keeps.
+
+    Args:
+        name: The metric's name in `evaluate_predictions`; of a part of a mixture PART/NAME.
+        rows: `[n, K]`.
+    """
+    score = translation.SCORE_OF_SUMS.get(name.rpartition("/")[2])
+    return Scores.mean(rows[:, 0].tolist(), signature) if score is None else Scores.corpus(rows, score, signature)
 
 
 def compare(

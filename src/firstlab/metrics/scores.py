@@ -73,6 +73,24 @@ class Scores:
 
         return cls(np.asarray(rows, dtype=np.float64), aggregate, signature)
 
+    @classmethod
+    def average(cls, parts: Sequence[Scores]) -> Scores:
+        """The mean score of several systems (or seeds) on the same examples, itself resampled by example.
+
+        Raises:
+            ValueError: No parts, or parts of different sizes.
+        """
+        if len({len(part) for part in parts}) != 1:
+            raise ValueError(f"an average needs scores of the same examples; sizes: {[len(part) for part in parts]}")
+        ends = np.cumsum([part.rows.shape[1] for part in parts])[:-1]
+
+        def aggregate(sums: FloatArray) -> FloatArray:
+            pieces = np.split(sums, ends, axis=1)
+            scores = [part.aggregate(piece) for part, piece in zip(parts, pieces, strict=True)]
+            return np.asarray(np.mean(scores, axis=0))
+
+        return cls(np.concatenate([part.rows for part in parts], axis=1), aggregate, parts[0].signature)
+
 
 def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     """Raise ValueError unless there is at least one prediction and each has at least one reference."""

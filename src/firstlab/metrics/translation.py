@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nltk import __version__ as nltk_version
@@ -93,11 +93,14 @@ def _sacrebleu(metric: Metric, predictions: Sequence[str], references: Sequence[
     ]
     # The same two steps as sacreBLEU's own significance tests, so every score here is the library's.
     rows = metric._extract_corpus_statistics(list(predictions), streams)
+    return Scores.corpus(rows, _score_of_sums(metric), str(metric.get_signature()))
 
+
+def _score_of_sums(metric: Metric) -> Callable[[list[float]], float]:
     def score(sums: list[float]) -> float:
         return float(metric._compute_score_from_stats([int(count) for count in sums]).score)
 
-    return Scores.corpus(rows, score, str(metric.get_signature()))
+    return score
 
 
 def _bleu_from_sums(sums: list[float]) -> float:
@@ -110,3 +113,12 @@ def _bleu_from_sums(sums: list[float]) -> float:
     logs = [math.log(m / t if m else sys.float_info.min) for m, t in zip(matches, totals, strict=True)]
     brevity: float = brevity_penalty(reference_length, hypothesis_length)
     return 100.0 * brevity * math.exp(sum(logs) / order)
+
+
+#: How summed rows become the score, by metric; sacreBLEU's tokenizer has done its work by then.
+SCORE_OF_SUMS: dict[str, Callable[[list[float]], float]] = {
+    "bleu1": _bleu_from_sums,
+    "bleu2": _bleu_from_sums,
+    "bleu": _score_of_sums(BLEU()),
+    "chrf": _score_of_sums(CHRF()),
+}

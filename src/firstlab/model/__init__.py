@@ -1,12 +1,15 @@
 """The router-augmented language model. Imports nothing else of firstlab."""
 
 from firstlab.model.cache import RoutedCache
+from firstlab.model.early_exit import EarlyExit
 from firstlab.model.lm import RouterAugmentedLM, RouterAugmentedOutput
 from firstlab.model.lora import LoraSettings
 from firstlab.model.routers import Routers, RouterSettings
+from firstlab.model.routes import Routes, StepRoutes, layer_skips, routes_from_json, routes_to_json
 from firstlab.model.storage import ModelUnavailableError, load_tokenizer
 
 __all__ = [
+    "EarlyExit",
     "LoraSettings",
     "ModelUnavailableError",
     "RoutedCache",
@@ -14,5 +17,10 @@ __all__ = [
     "RouterAugmentedOutput",
     "RouterSettings",
     "Routers",
+    "Routes",
+    "StepRoutes",
+    "layer_skips",
     "load_tokenizer",
+    "routes_from_json",
+    "routes_to_json",
 ]

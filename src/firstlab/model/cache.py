@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from firstlab.model.early_exit import EarlyExit, ExitPass
 from firstlab.model.routers import Routers
+from firstlab.model.routes import Routes, StepRoutes, check_routes, decode_steps, layer_skips
 
 
 class RoutedCache(DynamicCache):
@@ -28,10 +30,11 @@ class RoutedCache(DynamicCache):
         prompt_length: Padded length of the prompt, when it arrives in several chunks. None: the first pass is the
             whole prompt.
         routes: [L] or [rows, L] boolean; uses these instead of the routers' decision. Rows are repeated when the
-            batch is a multiple of them (beams, several sequences per prompt).
+            batch is a multiple of them (beams, several sequences per prompt). Or `StepRoutes`, or `EarlyExit`.
+        exit_head: Logits of intermediate states; for `EarlyExit`.
 
     Attributes:
-        routes: [B, L] boolean, true where a layer runs; None until the prompt has been read.
+        routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read.
         rho: [B, L] fp32, None until then and for forced routes.
     """
 
@@ -42,7 +45,8 @@ class RoutedCache(DynamicCache):
         config: PretrainedConfig,
         routers: Routers,
         prompt_length: int | None = None,
-        routes: Tensor | None = None,
+        routes: Routes | None = None,
+        exit_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(config=config)
         if len(self.layers) != routers.num_layers or not all(hasattr(x, "get_mask_sizes") for x in self.layers):
@@ -54,22 +58,36 @@ class RoutedCache(DynamicCache):
         self.rho: Tensor | None = None
         self._routers = routers
         self._prompt_length = prompt_length
-        self._forced = None if routes is None else check_routes(routes, routers.num_layers)
+        self._force(routes, exit_head)
         self._seen = 0
+        self._prompt_seen = 0
         self._pass_tokens = 0
         self._pass_mask: Tensor | None = None
         self._sums: list[Tensor] = []
         self._counts: Tensor | None = None
+        # Per layer: does any, does every token of the pass run it; and which do, broadcastable to [B, T, L].
         self._any_row: list[bool] = []
         self._all_rows: list[bool] = []
+        self._gates: Tensor | None = None
+        self._exits: ExitPass | None = None
+        self._exit_record: list[Tensor] = []
+
+    def _force(self, routes: Routes | None, exit_head: Callable[[Tensor], Tensor] | None) -> None:
+        if routes is not None:
+            check_routes(routes, self._routers.num_layers)
+        if isinstance(routes, EarlyExit) and exit_head is None:
+            raise ValueError("EarlyExit asks the LM head after every layer: make the cache with model.new_cache()")
+        self._forced, self._exit_head = routes, exit_head
 
     # -- one forward pass of the model, driven by the hooks and layers of `RouterAugmentedLM` --
 
-    def expect_prompt(self, length: int, routes: Tensor | None = None) -> None:
+    def expect_prompt(
+        self, length: int, routes: Routes | None = None, exit_head: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Announce the padded length of the prompt, and routes to force, before an empty cache is used."""
         self._prompt_length = length
         if routes is not None:
-            self._forced = check_routes(routes, self._routers.num_layers)
+            self._force(routes, exit_head)
 
     def begin_pass(self, batch_size: int, tokens: int, attention_mask: Tensor | None) -> None:
         """Called before the decoder runs: `tokens` new tokens per row, mask [B, seen + tokens] or None."""
@@ -79,10 +97,26 @@ class RoutedCache(DynamicCache):
                 raise ValueError(
                     f"this cache holds the routes of {self.routes.shape[0]} rows but the batch has {batch_size}"
                 )
+            self._begin_decode(attention_mask)
             return
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("routing a prompt needs a 2-D attention_mask [batch, tokens] to leave out the padding")
         self._pass_mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+
+    def _begin_decode(self, attention_mask: Tensor | None) -> None:
+        assert self.routes is not None
+        if isinstance(self._forced, StepRoutes):
+            gates = self._forced.window(self._steps, self._pass_tokens)
+            self._any_row, self._all_rows = gates.any(0).tolist(), gates.all(0).tolist()
+            self._gates = gates.unsqueeze(0)
+        elif isinstance(self._forced, EarlyExit):
+            assert self._exit_head is not None
+            if attention_mask is not None and attention_mask.ndim == 2:
+                response = attention_mask[:, self._prompt_seen :].bool()
+            else:
+                response = self.routes.new_ones(len(self.routes), self._steps + self._pass_tokens)
+            steps = decode_steps(response)[:, -self._pass_tokens :]
+            self._exits = ExitPass(self._forced, self._exit_head, steps, self._routers.num_layers)
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run, skip, or run for some rows only.
@@ -97,12 +131,15 @@ class RoutedCache(DynamicCache):
             if self._forced is None:
                 self._measure(index, hidden)
             return run()
+        if self._exits is not None:
+            return self._exits.run_layer(index, hidden, run)
         if not self._any_row[index]:
             return skip()
         output = run()
         if self._all_rows[index]:
             return output
-        keep = self.routes[:, index].to(hidden.device).view(-1, 1, 1)
+        assert self._gates is not None
+        keep = self._gates[..., index].to(hidden.device).unsqueeze(-1)
         if isinstance(output, tuple):
             return (torch.where(keep, output[0], hidden), *output[1:])
         return torch.where(keep, output, hidden)
@@ -110,8 +147,14 @@ class RoutedCache(DynamicCache):
     def end_pass(self) -> None:
         """Called after the decoder ran: count the tokens and, after the last prompt chunk, fix the routes."""
         self._seen += self._pass_tokens
-        if self.routes is None and self._seen >= (self._prompt_length or 0):
-            self._fix_routes()
+        if self.routes is None:
+            if self._seen >= (self._prompt_length or 0):
+                self._fix_routes()
+        elif self._exits is not None:
+            self._exit_record.append(self._exits.ran)
+            self._exits = None
+        elif isinstance(self._forced, StepRoutes):
+            self._follow_schedule(self._forced)
         self._sync_skipped_lengths()
 
     def _sync_skipped_lengths(self) -> None:
@@ -139,23 +182,41 @@ class RoutedCache(DynamicCache):
             self._counts = count if self._counts is None else self._counts + count
 
     def _fix_routes(self) -> None:
-        if self._forced is not None:
-            rows = self._batch_rows()
-            routes = self._forced
-            if routes.ndim == 1:
-                routes = routes.expand(rows, -1)
-            elif rows % routes.shape[0]:
-                raise ValueError(f"routes has {routes.shape[0]} rows, which do not divide the batch of {rows}")
-            else:
-                routes = routes.repeat_interleave(rows // routes.shape[0], dim=0)
-            self._set_routes(routes.to(self.layers[0].keys.device))
-        else:
+        self._prompt_seen = self._seen
+        if self._forced is None:
             assert self._counts is not None
             device = self._sums[0].device
             sums = torch.stack([x.to(device) for x in self._sums], dim=1)
             self.rho = sums / self._counts.to(device).clamp_min(1).unsqueeze(1)
             self._set_routes(self._routers.decide(self.rho))
+        else:
+            self._set_routes(self._forced_rows().to(self.layers[0].keys.device))
         self._sums, self._counts, self._pass_mask = [], None, None
+        self._free_skipped()
+
+    def _forced_rows(self) -> Tensor:
+        rows, routes = self._batch_rows(), self._forced
+        if isinstance(routes, EarlyExit):
+            return torch.ones(rows, self._routers.num_layers, dtype=torch.bool)
+        if isinstance(routes, StepRoutes):
+            return routes.window(0, 1).expand(rows, -1)
+        assert isinstance(routes, Tensor)
+        if routes.ndim == 1:
+            return routes.expand(rows, -1)
+        if rows % routes.shape[0]:
+            raise ValueError(f"routes has {routes.shape[0]} rows, which do not divide the batch of {rows}")
+        return routes.repeat_interleave(rows // routes.shape[0], dim=0)
+
+    def _follow_schedule(self, schedule: StepRoutes) -> None:
+        assert self.routes is not None
+        upcoming = schedule.window(self._steps, 1)
+        self._any_row = self._all_rows = upcoming[0].tolist()
+        if not torch.equal(upcoming, schedule.window(self._steps - self._pass_tokens, 1)):
+            self.routes = upcoming.expand(len(self.routes), -1).to(self.routes.device)
+            self._free_skipped()
+
+    def _free_skipped(self) -> None:
+        # A layer that no row runs now runs never again.
         for layer, any_row in zip(self.layers, self._any_row, strict=True):
             if not any_row:
                 # Zero length, not deleted: reordering and selecting rows still work on it.
@@ -169,15 +230,53 @@ class RoutedCache(DynamicCache):
         self.routes = routes
         # The one place where routes come to the host: layers that decode skips must not wait for the device.
         self._any_row, self._all_rows = torch.stack([routes.any(0), routes.all(0)]).tolist()
+        self._gates = routes.unsqueeze(1)
 
     # -- what users and transformers ask a cache --
 
     @property
+    def _steps(self) -> int:
+        return max(0, self._seen - self._prompt_seen)
+
+    @property
+    def ran(self) -> Tensor:
+        """[B, steps, L] boolean, the layers that each row ran at each decode step until now."""
+        routes = self._known_routes()
+        if isinstance(self._forced, StepRoutes):
+            schedule = self._forced.window(0, self._steps).to(routes.device)
+            return schedule.expand(len(routes), -1, -1)
+        if isinstance(self._forced, EarlyExit):
+            return torch.cat([routes.unsqueeze(1)[:, :0], *self._exit_record], dim=1)
+        return routes.unsqueeze(1).expand(-1, self._steps, -1)
+
+    def layer_skips(self, steps: Tensor | None = None) -> Tensor:
+        """How often each layer was skipped.
+
+        Args:
+            steps: [B], count only each row's first decode steps. A response of n tokens takes n - 1; rows of a batch
+                that have ended go on being decoded until the last one ends. Default: all.
+
+        Returns:
+            [B, L] in [0, 1]. For routes fixed by the prompt simply whether the layer is skipped, in any number of
+            steps; else 0 in a row without steps.
+        """
+        routes = self._known_routes()
+        if not isinstance(self._forced, StepRoutes | EarlyExit):
+            return 1 - routes.float()
+        ran = self.ran
+        place = torch.arange(ran.shape[1], device=ran.device).expand(len(ran), -1)
+        counted = place >= 0 if steps is None else place < steps.to(ran.device).unsqueeze(1)
+        return layer_skips(ran, counted)
+
+    @property
     def skip_rate(self) -> Tensor:
-        """[B], skipped layers ÷ L of every row."""
+        """[B], skipped layers ÷ L of every row, mean over its decode steps."""
+        return self.layer_skips().mean(1)
+
+    def _known_routes(self) -> Tensor:
         if self.routes is None:
             raise ValueError("the routes are not known before the prompt has been read")
-        return 1 - self.routes.float().mean(1)
+        return self.routes
 
     def kv_bytes(self) -> int:
         """Bytes that keys and values hold now."""
@@ -196,9 +295,23 @@ class RoutedCache(DynamicCache):
         return self._seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (a negative count, as in transformers)."""
+        """Take back the last tokens (a negative count, as in transformers).
+
+        Raises:
+            ValueError: An earlier step of `StepRoutes` ran layers whose keys and values are freed by now.
+        """
+        seen = max(0, self._seen - abs(tokens_to_remove))
+        if isinstance(self._forced, StepRoutes):
+            step = max(0, seen - self._prompt_seen)
+            if not torch.equal(self._forced.window(step, 1), self._forced.window(self._steps, 1)):
+                raise ValueError(
+                    f"cannot go back from decode step {self._steps} to {step}: StepRoutes ran more layers then, and "
+                    "their keys and values are freed; start again from the prompt"
+                )
         super().crop(tokens_to_remove)
-        self._seen = max(0, self._seen - abs(tokens_to_remove))
+        self._seen = seen
+        if self._exit_record:
+            self._exit_record = [torch.cat(self._exit_record, dim=1)[:, : self._steps]]
         self._sync_skipped_lengths()
 
     def reset(self) -> None:
@@ -206,7 +319,8 @@ class RoutedCache(DynamicCache):
         super().reset()
         self.routes = self.rho = self._counts = self._pass_mask = None
         self._sums, self._any_row, self._all_rows = [], [], []
-        self._seen = 0
+        self._seen = self._prompt_seen = 0
+        self._gates, self._exits, self._exit_record = None, None, []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: routes go with their rows."""
@@ -228,17 +342,5 @@ class RoutedCache(DynamicCache):
             self.rho = take(self.rho)
         if self.routes is not None:
             self._set_routes(take(self.routes))
-
-
-def check_routes(routes: Tensor, num_layers: int) -> Tensor:
-    """Validate forced routes.
-
-    Raises:
-        ValueError: Not boolean [L] or [B, L].
-    """
-    if routes.dtype != torch.bool or routes.ndim not in (1, 2) or routes.shape[-1] != num_layers:
-        raise ValueError(
-            f"routes must be a boolean tensor [{num_layers}] or [batch, {num_layers}] (true = the layer runs); "
-            f"got {routes.dtype} {list(routes.shape)}"
-        )
-    return routes
+        if self._exit_record:
+            self._exit_record = [take(torch.cat(self._exit_record, dim=1))]

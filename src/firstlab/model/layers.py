@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -106,6 +107,37 @@ def make_dense(layers: nn.ModuleList) -> None:
         layer.__class__ = layer.dense_class
         for name in ("layer_index", "output_length"):
             layer.__dict__.pop(name, None)
+
+
+class IntermediateHead:
+    """The wrapped model's final norm and LM head on the output of any layer, [N, D] -> [N, V].
+
+    A model whose first layer returns the given state and whose other layers pass it on is its own head, with whatever
+    projections, scales and caps the architecture has there.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model: Any = model
+        self._first_layer: Any = find_decoder(model)[1][0]
+
+    @torch.no_grad()
+    def __call__(self, states: Tensor) -> Tensor:
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=self._model.device)
+        with routing(_PassOn(states.unsqueeze(1), self._first_layer.output_length)):
+            return self._model(input_ids=ids, use_cache=False).logits[:, 0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IntermediateHead:
+        return self  # a copied cache serves the same model
+
+
+class _PassOn:
+    """Every layer returns the same state."""
+
+    def __init__(self, states: Tensor, output_length: int | None) -> None:
+        self._output = states if output_length is None else (states, *[None] * (output_length - 1))
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        return self._output
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

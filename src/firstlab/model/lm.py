@@ -16,11 +16,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from firstlab.model import storage
-from firstlab.model.cache import RoutedCache, check_routes
+from firstlab.model.cache import RoutedCache
+from firstlab.model.early_exit import EarlyExit
 from firstlab.model.generation import check_generation_options, option_value
-from firstlab.model.layers import find_cache, find_decoder, make_dense, make_routable, routing
+from firstlab.model.layers import IntermediateHead, find_cache, find_decoder, make_dense, make_routable, routing
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.routers import Routers, RouterSettings
+from firstlab.model.routes import Routes, check_routes
 from firstlab.model.teacher_forcing import PromptPass, TeacherForcedPass
 
 
@@ -32,11 +34,13 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
         rho: [B, L] fp32, with gradient in a teacher-forced pass.
         loss_terms: Scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²), `non_skip`
             (Σ_i batch mean of rho_i), and the label `token_count`; None without labels.
+        ran: [B, T, L] boolean, the layers each token ran; only for teacher-forced `StepRoutes` and `EarlyExit`.
     """
 
     rho: Tensor | None = None
     # ModelOutput leaves out fields that are None; with labels it is always there.
     loss_terms: dict[str, Tensor] = None  # type: ignore[assignment]
+    ran: Tensor | None = None
 
 
 class RouterAugmentedLM(nn.Module):
@@ -188,7 +192,7 @@ class RouterAugmentedLM(nn.Module):
         objective: str = "soft",
         gate: str = "soft",
         pooled_tokens: str = "sequence",
-        routes: Tensor | None = None,
+        routes: Routes | None = None,
         past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> RouterAugmentedOutput:
@@ -229,6 +233,8 @@ class RouterAugmentedLM(nn.Module):
         attended = attention_mask.bool()
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
+        if routes is not None:
+            check_routes(routes, self.num_layers)
         current = TeacherForcedPass(
             self.routers,
             attended,
@@ -236,7 +242,8 @@ class RouterAugmentedLM(nn.Module):
             objective,
             gate,
             pooled_tokens,
-            None if routes is None else check_routes(routes, self.num_layers),
+            routes,
+            self._exit_head(routes),
             self.gradient_checkpointing,
         )
         with routing(current):
@@ -249,7 +256,7 @@ class RouterAugmentedLM(nn.Module):
             )
         rho = current.rho
         if labels is None:
-            return RouterAugmentedOutput(**out, rho=rho)
+            return RouterAugmentedOutput(**out, rho=rho, ran=current.ran)
         total, count = cross_entropy(out.logits, labels)
         loss = total / count.clamp_min(1)
         terms = {
@@ -258,7 +265,10 @@ class RouterAugmentedLM(nn.Module):
             "non_skip": rho.mean(0).sum(),
             "token_count": count,
         }
-        return RouterAugmentedOutput(loss=loss, **out, rho=rho, loss_terms=terms)
+        return RouterAugmentedOutput(loss=loss, **out, rho=rho, loss_terms=terms, ran=current.ran)
+
+    def _exit_head(self, routes: Routes | None) -> IntermediateHead | None:
+        return IntermediateHead(self.lm) if isinstance(routes, EarlyExit) else None
 
     def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         if not self._takes_positions:
@@ -304,9 +314,9 @@ class RouterAugmentedLM(nn.Module):
         padded = (prompt != pad_token_id).long()
         return padded if padded.any(dim=1).all() else mask
 
-    def new_cache(self, prompt_length: int | None = None, routes: Tensor | None = None) -> RoutedCache:
+    def new_cache(self, prompt_length: int | None = None, routes: Routes | None = None) -> RoutedCache:
         """An empty cache that will carry this model's routes; see `RoutedCache`."""
-        return RoutedCache(self.config, self.routers, prompt_length, routes)
+        return RoutedCache(self.config, self.routers, prompt_length, routes, self._exit_head(routes))
 
     @torch.no_grad()
     def generate(
@@ -314,7 +324,7 @@ class RouterAugmentedLM(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        routes: Tensor | None = None,
+        routes: Routes | None = None,
         past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -326,7 +336,8 @@ class RouterAugmentedLM(nn.Module):
         Args:
             input_ids: [B, T] prompts (or `inputs_embeds=` [B, T, D]).
             attention_mask: [B, T], 0 on padding.
-            routes: [L] or [B, L] boolean, forces which layers decode runs.
+            routes: [L] or [B, L] boolean, forces which layers decode runs; or `StepRoutes` or `EarlyExit`, where that
+                changes from step to step.
             past_key_values: A cache of an earlier turn; its routes stay in force.
             **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
 
@@ -345,7 +356,7 @@ class RouterAugmentedLM(nn.Module):
                 given = option_value("pad_token_id", kwargs, self.lm.generation_config)
                 attention_mask = self._mask_of(prompt, given)
             _check_prompt(prompt, attention_mask)
-            if routes is not None and routes.ndim == 2 and routes.shape[0] != prompt.shape[0]:
+            if isinstance(routes, Tensor) and routes.ndim == 2 and routes.shape[0] != prompt.shape[0]:
                 raise ValueError(
                     f"routes has {routes.shape[0]} rows for {prompt.shape[0]} prompts; give one row per prompt"
                 )
@@ -357,7 +368,7 @@ class RouterAugmentedLM(nn.Module):
                 else:
                     kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
             cache = self.new_cache() if cache is None else cache
-            cache.expect_prompt(prompt.shape[1], routes)
+            cache.expect_prompt(prompt.shape[1], routes, self._exit_head(routes))
         elif routes is not None:
             raise ValueError("routes= cannot be forced on a past_key_values that already carries routes; drop one")
         elif attention_mask is not None and not attention_mask[:, -1].all():

@@ -8,13 +8,16 @@ attend to the prompt's keys and values of that layer, exactly as with a KV cache
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from firstlab.model.early_exit import ExitPass
 from firstlab.model.routers import Routers, mix, pool, straight_through
+from firstlab.model.routes import Routes, StepRoutes, decode_steps
 
 OBJECTIVES = ("soft", "decode_consistent")
 GATES = ("soft", "hard", "bernoulli")
@@ -32,7 +35,9 @@ class TeacherForcedPass:
         gate: "soft" (g = rho), "hard" (g = rho >= threshold, gradient of rho) or "bernoulli" (g drawn with
             probability rho, gradient of rho).
         pooled_tokens: "sequence" (paper) or "prompt" (what inference sees); decode_consistent always pools the prompt.
-        routes: [B, L] or [L] boolean gates to use instead of the routers'.
+        routes: [B, L] or [L] boolean gates to use instead of the routers'; or, decode_consistent only, rules that
+            change from response token to response token.
+        exit_head: Logits of intermediate states; for `EarlyExit`.
         checkpoint_layers: Recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -44,7 +49,8 @@ class TeacherForcedPass:
         objective: str = "soft",
         gate: str = "soft",
         pooled_tokens: str = "sequence",
-        routes: Tensor | None = None,
+        routes: Routes | None = None,
+        exit_head: Callable[[Tensor], Tensor] | None = None,
         checkpoint_layers: bool = False,
     ) -> None:
         for name, value, allowed in (
@@ -60,9 +66,25 @@ class TeacherForcedPass:
         self.prompt_mask = prompt_mask
         self.pooled = prompt_mask if self.decode_consistent or pooled_tokens == "prompt" else attention_mask
         rows = attention_mask.shape[0]
-        if routes is not None and routes.ndim == 2 and routes.shape[0] != rows:
-            raise ValueError(f"routes has {routes.shape[0]} rows but the batch has {rows}; give one row per prompt")
-        self.routes = None if routes is None else routes.expand(rows, -1)
+        self.routes: Tensor | None = None
+        self._gates: Tensor | None = None
+        self._exits: ExitPass | None = None
+        if isinstance(routes, Tensor):
+            if routes.ndim == 2 and routes.shape[0] != rows:
+                raise ValueError(f"routes has {routes.shape[0]} rows but the batch has {rows}; give one row per prompt")
+            self.routes = routes.expand(rows, -1)
+        elif routes is not None:
+            if not self.decode_consistent:
+                raise ValueError(
+                    f"objective={objective!r} mixes prompt and response tokens alike and cannot follow "
+                    f"{type(routes).__name__}; use objective='decode_consistent'"
+                )
+            steps = decode_steps(attention_mask & ~prompt_mask)
+            if isinstance(routes, StepRoutes):
+                self._gates = routes.gates(steps)
+            else:
+                assert exit_head is not None
+                self._exits = ExitPass(routes, exit_head, steps, routers.num_layers)
         self.checkpoint_layers = checkpoint_layers
         self._rho: list[Tensor] = []
 
@@ -71,15 +93,26 @@ class TeacherForcedPass:
         """[B, L], with gradient."""
         return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
 
+    @property
+    def ran(self) -> Tensor | None:
+        """[B, T, L] boolean, the layers that each token ran, where that changes from token to token."""
+        return self._gates if self._exits is None else self._exits.ran
+
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run the layer and mix its output with its input by the gate."""
         rho = pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
         self._rho.append(rho)
-        gate = self._gate(index, rho)[:, None].expand(hidden.shape[:2])
-        if self.decode_consistent:
-            gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
-        recompute = self.checkpoint_layers and torch.is_grad_enabled()
-        output = checkpoint(run, use_reentrant=False) if recompute else run()
+        if self.checkpoint_layers and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
+        if self._exits is not None:
+            return self._exits.run_layer(index, hidden, run)
+        if self._gates is not None:
+            gate = self._gates[..., index].to(rho)
+        else:
+            gate = self._gate(index, rho)[:, None].expand(hidden.shape[:2])
+            if self.decode_consistent:
+                gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
+        output = run()
         if isinstance(output, tuple):
             return (mix(hidden, output[0], gate), *output[1:])
         return mix(hidden, output, gate)

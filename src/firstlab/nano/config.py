@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -106,6 +107,10 @@ class NanoConfig:
     """How many processes share a step on the CPU; cuda uses one."""
     threads: int = MISSING
     """Torch threads of each process."""
+    precision: str = MISSING
+    """Of the matrix products: fp32, bf16, or auto: bf16 on CUDA and on a CPU that has matrix instructions for it."""
+    compile: bool = MISSING
+    """Fuse the layers with torch.compile, which needs a C++ compiler."""
     tokenizer_examples: int = MISSING
     """Examples of each task of the first stage that the tokenizer learns from."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
@@ -141,11 +146,15 @@ def check(config: NanoConfig) -> None:
         _check_stage(f"training.stages.{name}", stage, config.tasks)
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={config.device} must be auto, cpu or cuda")
+    if config.precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision={config.precision} must be auto, fp32 or bf16")
     if training.max_length > min(training.tokens_per_batch, model.max_position_embeddings):
         raise ValueError(
             f"training.max_length={training.max_length} must not exceed training.tokens_per_batch="
             f"{training.tokens_per_batch} and model.max_position_embeddings={model.max_position_embeddings}"
         )
+    if config.compile and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ValueError("compile=true needs a C++ compiler: install g++, or pass compile=false (half the speed)")
 
 
 def _check_stage(option: str, stage: StageConfig, tasks: Collection[str]) -> None:
@@ -167,6 +176,13 @@ def device_of(config: NanoConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
+
+
+def uses_bf16(config: NanoConfig) -> bool:
+    """Whether matrix products are in bfloat16."""
+    if config.precision == "auto":
+        return device_of(config).type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return config.precision == "bf16"
 
 
 def recipe(config: NanoConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from firstlab.nano.batches import collate, plan_steps
-from firstlab.nano.config import ModelConfig, NanoConfig, StageConfig, TrainingConfig, device_of
+from firstlab.nano.config import ModelConfig, NanoConfig, StageConfig, TrainingConfig, device_of, uses_bf16
 from firstlab.nano.muon import Muon
 from firstlab.nano.text import Corpus, Ints
 
@@ -145,7 +145,11 @@ def train(rank: int, world: int, config: NanoConfig, work: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     corpus = Corpus.load(work / "corpus.npz")
     model = build_model(config.model, tokenizer, config.seed)
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # torch's fused attention has a slow backward pass there
     torch.nn.Module.to(model, device)
+    if config.compile:
+        model.model.compile(dynamic=True)
     optimizers = build_optimizers(model, training)
     progress = load_checkpoint(work / "checkpoint.pt", model, optimizers)
     began, start = time.perf_counter(), replace(progress)
@@ -156,7 +160,7 @@ def train(rank: int, world: int, config: NanoConfig, work: Path) -> None:
         collated = [collate(corpus, rows, prompt_weight) for rows in batches]
         total = sum(float(weights.sum()) for _, weights, _ in collated)
         for tensors in collated[rank::world]:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config)):
                 loss, part = weighted_loss(model, *(tensor.to(device) for tensor in tensors))
             (loss / total).backward()
             response_loss += float(part)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firstlab.methods.sleb import routes_without
+from firstlab.methods.base import routes_without, rows_of
 from firstlab.model import RouterAugmentedLM
 from firstlab.model.layers import routing
 
@@ -30,20 +30,22 @@ def losses_under_routes(model: RouterAugmentedLM, batches: Sequence[Batch], rout
     Args:
         model: The model.
         batches: Teacher-forced batches, N rows in all.
-        routes: [L] boolean.
+        routes: [L] boolean, or [N, L] with one row per prompt.
 
     Returns:
         (summed over response tokens [N], number of response tokens [N]), on the CPU.
     """
-    sums, counts = [], []
+    sums, counts, seen = [], [], 0
     for batch in batches:
+        rows = range(seen, seen + len(batch["input_ids"]))
+        seen = rows.stop
         labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             prompt_mask=batch["prompt_mask"],
             objective="decode_consistent",
-            routes=routes.to(labels.device),
+            routes=rows_of(routes, rows, labels.device),
         ).logits
         targets = labels[:, 1:]
         token_losses = F.cross_entropy(

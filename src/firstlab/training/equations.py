@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def router_loss(cross_entropy: Tensor, regularization: Tensor, non_skip: Tensor, lam: float, alpha: float) -> Tensor:
@@ -21,6 +22,16 @@ def router_loss(cross_entropy: Tensor, regularization: Tensor, non_skip: Tensor,
 def lora_loss(cross_entropy: Tensor, non_skip: Tensor, beta: float) -> Tensor:
     """Phase 2 (§4.2): L = L_CE(response) + β · Σ_i rho_i, β = α / 3 in the paper (A.4)."""
     return cross_entropy + beta * non_skip
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of KL(teacher || student), in nats and fp32.
+
+    Args:
+        student, teacher: Logits [N, V] of the same tokens.
+    """
+    log_student, log_teacher = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 def dual_step(multiplier: float, skip_rate: float, target: float, rate: float) -> float:

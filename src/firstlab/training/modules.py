@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput
-from firstlab.training.equations import dual_step, lora_loss, router_loss, selection_score
+from firstlab.methods.base import Routes, rows_of
+from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, layer_skips
+from firstlab.training.equations import distillation_loss, dual_step, lora_loss, router_loss, selection_score
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class RoutingObjective:
         dual_rate: Step size of the dual ascent on the multiplier.
         tolerance: Distance to the target that "best by validation" forgives.
         lam: λ of the router regulariser.
+        distill: Weight of the divergence from the dense model's predictions, added to the cross-entropy.
     """
 
     objective: str = "soft"
@@ -42,6 +44,7 @@ class RoutingObjective:
     dual_rate: float = 0.0
     tolerance: float = 0.02
     lam: float = 0.01
+    distill: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class _Phase(L.LightningModule):
         objective: RoutingObjective,
         optimizer: OptimizerSettings,
         seed: int,
-        routes: Tensor | None = None,
+        routes: Routes | None = None,
+        val_routes: Routes | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -85,8 +89,8 @@ class _Phase(L.LightningModule):
         self.seed = seed
         self.multiplier = objective.multiplier
         self.score = math.inf
-        # [L] routes of a method without routers; None lets the routers decide.
-        self.routes = None if routes is None else routes.to(model.device)
+        # A method's routes of training and validation prompts; None lets the routers decide.
+        self.routes, self.val_routes = routes, val_routes
         # Checkpoints hold the trainable weights only.
         self.strict_loading = False
         self._skip_rates: list[Tensor] = []
@@ -104,14 +108,20 @@ class _Phase(L.LightningModule):
         torch.manual_seed((self.seed * 1_000_003 + batch_idx) * self.trainer.world_size + self.global_rank)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        out = self._routed(batch)
+        routes = rows_of(self.routes, batch["index"].tolist(), self.device)
+        out = self._routed(batch, routes)
         # Every rank holds its share of the global batch; sums over it must not depend on how it was cut.
         terms = out.loss_terms
         cross_entropy = self._global_mean(terms["cross_entropy"], terms["token_count"])
+        fit = cross_entropy
+        if self.objective.distill > 0:
+            divergence = self._global_mean(self._divergence(out, batch), terms["token_count"])
+            self.log("train/divergence", divergence.detach(), sync_dist=True)
+            fit = cross_entropy + self.objective.distill * divergence
         rows = torch.tensor(len(batch["input_ids"]), device=self.device)
         non_skip = self._global_mean(terms["non_skip"], rows)
-        loss = self.loss(cross_entropy, non_skip)
-        skip_rate = self._hard_skip_rate(out, batch)
+        loss = self.loss(fit, non_skip)
+        skip_rate = self._hard_skip_rate(out, batch, routes)
         if self.objective.target_skip is not None:
             self._skip_rates.append(self._global_mean(skip_rate, rows))
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
@@ -120,7 +130,7 @@ class _Phase(L.LightningModule):
         self.log("train/multiplier", self.multiplier, rank_zero_only=True)
         return loss
 
-    def _routed(self, batch: dict[str, Tensor]) -> RouterAugmentedOutput:
+    def _routed(self, batch: dict[str, Tensor], routes: Routes | None) -> RouterAugmentedOutput:
         return self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -129,8 +139,21 @@ class _Phase(L.LightningModule):
             objective=self.objective.objective,
             gate=self.objective.gate,
             pooled_tokens=self.objective.pooled_tokens,
-            routes=self.routes,
+            routes=routes,
         )
+
+    def _divergence(self, out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
+        """How far the routed model's predictions of the label tokens are from those of the dense base model."""
+        predicts = batch["labels"][:, 1:] != -100
+        with torch.no_grad(), self.model.lora_disabled():
+            dense = self.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                objective="decode_consistent",
+                routes=torch.ones(self.model.num_layers, dtype=torch.bool, device=self.device),
+            ).logits
+        assert out.logits is not None
+        return distillation_loss(out.logits[:, :-1][predicts], dense[:, :-1][predicts])
 
     def _global_mean(self, local_mean: Tensor, local_weight: Tensor) -> Tensor:
         """The rank's share of a weighted mean over all ranks, scaled so that averaging over ranks gives that mean."""
@@ -140,9 +163,11 @@ class _Phase(L.LightningModule):
         total = self.trainer.strategy.reduce(local_weight.float(), reduce_op="sum")
         return local_mean * (local_weight * world / total)
 
-    def _hard_skip_rate(self, out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
-        if self.routes is not None:
-            return 1 - self.routes.float().mean()
+    def _hard_skip_rate(self, out: RouterAugmentedOutput, batch: dict[str, Tensor], routes: Routes | None) -> Tensor:
+        if isinstance(routes, Tensor):
+            return 1 - routes.float().mean()
+        if routes is not None:
+            return _step_skips(out, batch).mean()
         rho = out.rho
         if self.objective.objective != "decode_consistent" and self.objective.target_skip is not None:
             # The soft pass mixes the prompt too; inference measures rho on the unskipped prompt.
@@ -177,18 +202,22 @@ class _Phase(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         common = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask")}
         response = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-        out = self.model(**common, labels=response, objective="decode_consistent", gate="hard", routes=self.routes)
+        routes = rows_of(self.val_routes, batch["index"].tolist(), self.device)
+        out = self.model(**common, labels=response, objective="decode_consistent", gate="hard", routes=routes)
         sums = self._validation
         rows = len(batch["input_ids"])
         tokens = out.loss_terms["token_count"]
-        decision = self.model.routers.decide(out.rho) if self.routes is None else self.routes.expand(rows, -1)
+        if routes is None:
+            skips = (~self.model.routers.decide(out.rho)).float()
+        else:
+            skips = (~routes.expand(rows, -1)).float() if isinstance(routes, Tensor) else _step_skips(out, batch)
         sums["nll"] += out.loss * tokens
         sums["tokens"] += tokens
         sums["rows"] += rows
         sums["rho"] += out.rho.sum(0)
-        sums["skip"] += (~decision).sum(0)
-        if self.objective.target_skip is None and self.routes is None:
-            training = self._routed(batch).loss_terms
+        sums["skip"] += skips.sum(0)
+        if self.objective.target_skip is None and routes is None:
+            training = self._routed(batch, None).loss_terms
             sums["soft"] += rows * self.loss(training["cross_entropy"], training["non_skip"])
 
     def on_validation_epoch_end(self) -> None:
@@ -260,3 +289,9 @@ class LoRACompensationModule(_Phase):
         if self.routes is not None:
             return cross_entropy
         return lora_loss(cross_entropy, non_skip, self.multiplier)
+
+
+def _step_skips(out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
+    """[B, L], how often the response's tokens skipped each layer, where that changes from token to token."""
+    assert out.ran is not None
+    return layer_skips(out.ran, batch["attention_mask"].bool() & ~batch["prompt_mask"].bool())

@@ -1,0 +1,228 @@
+"""How fast decoding is at several skip rates, beside transformers and the memory's limit.
+
+python -m firstlab.benchmark [model=hf model.path=ID_OR_FOLDER model.name=NAME] [skip_rates=[0.25]] [out=FOLDER]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from firstlab.config import ModelConfig, RouterConfig, conf_dir
+from firstlab.entry import check_command_line, guarded
+
+DECODERS = ("transformers", "generate", "engine")
+
+
+@dataclass
+class BenchmarkConfig:
+    """What `python -m firstlab.benchmark` takes.
+
+    Attributes:
+        model: The base model.
+        router: How the routers read hidden states; only for their own time, as routes are forced.
+        random_init: Take the model's config only and draw its weights; speed does not depend on them.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        decoders: Of transformers (`generate` of the plain model), generate (`RouterAugmentedLM.generate`) and engine
+            (`DecodeEngine`).
+        skip_rates: Shares of layers to skip; 0 is always measured too.
+        batch_sizes, prompt_lengths: All pairs are measured.
+        tokens: New tokens per row.
+        warmup: Rounds of all variants before the first that counts.
+        repetitions: Rounds that count.
+        least_cpu_share: A warning is printed if a variant got less of the CPU than this share of its time.
+        copy_mib: Size of the copy that measures the memory's bandwidth.
+        seed: Of prompts and random weights.
+        out: Folder of benchmark.json and benchmark.png.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    random_init: bool = False
+    device: str = "auto"
+    decoders: list[str] = field(default_factory=lambda: list(DECODERS))
+    skip_rates: list[float] = field(default_factory=lambda: [0.15, 0.25, 0.35])
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    prompt_lengths: list[int] = field(default_factory=lambda: [128])
+    tokens: int = 32
+    warmup: int = 1
+    repetitions: int = 5
+    least_cpu_share: float = 0.9
+    copy_mib: int = 256
+    seed: int = 0
+    out: str = "runs/benchmark"
+
+    def check(self) -> None:
+        """Raises ValueError with the option, its value and what is allowed."""
+
+        def require(condition: bool, option: str, allowed: str) -> None:
+            if not condition:
+                raise ValueError(f"{option}={getattr(self, option)!r} is not allowed: {allowed}")
+
+        require(self.device in ("auto", "cpu", "cuda"), "device", "choose one of auto, cpu, cuda")
+        known = bool(self.decoders) and set(self.decoders) <= set(DECODERS)
+        require(known, "decoders", f"choose from {', '.join(DECODERS)}")
+        require(all(0 <= rate < 1 for rate in self.skip_rates), "skip_rates", "each at least 0 and below 1")
+        for option in ("batch_sizes", "prompt_lengths"):
+            values = getattr(self, option)
+            require(bool(values) and min(values) >= 1, option, "one value or more, each at least 1")
+        require(self.tokens >= 2, "tokens", "at least 2, one from prefill and one from decode")
+        require(0 <= self.least_cpu_share <= 1, "least_cpu_share", "between 0 and 1")
+        require(self.warmup >= 0, "warmup", "at least 0")
+        for option in ("repetitions", "copy_mib"):
+            require(getattr(self, option) >= 1, option, "at least 1")
+
+
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+
+
+def load(composed: DictConfig) -> BenchmarkConfig:
+    """The checked settings.
+
+    Raises:
+        ValueError: One message with the option, its value and what is allowed.
+    """
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
+    assert isinstance(config, BenchmarkConfig)
+    config.check()
+    return config
+
+
+def measure(config: BenchmarkConfig) -> dict[str, Any]:
+    """Measure every variant at every batch size and prompt length; the record of benchmark.json.
+
+    Raises:
+        ValueError: A setting that this model or device does not fit.
+    """
+    import torch
+
+    from firstlab import results
+    from firstlab.build import model_path
+    from firstlab.model import RouterSettings
+    from firstlab.speed import Cell, Models, Variant, copy_bandwidth, spread_route
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
+    name = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
+    device = torch.device(name)
+    torch.manual_seed(config.seed)
+    settings = RouterSettings(config.router.input_norm, config.router.threshold)
+    options = {"dtype": config.model.dtype, "revision": config.model.revision}
+    options |= {"attn_implementation": config.model.attn_implementation}
+    given = {key: value for key, value in options.items() if value is not None}
+    models = Models.load(model_path(config.model.path), settings, config.random_init, device, **given)
+    longest = max(config.prompt_lengths) + config.tokens
+    allowed = getattr(models.plain.config, "max_position_embeddings", longest)
+    if longest > allowed:
+        raise ValueError(
+            f"prompt_lengths={config.prompt_lengths} with tokens={config.tokens} needs {longest} positions, and "
+            f"model={config.model.name} has {allowed}; shorten one of them"
+        )
+    routes = {rate: spread_route(models.routed.num_layers, rate) for rate in sorted({0.0, *config.skip_rates})}
+    bandwidth = copy_bandwidth(device, config.copy_mib << 20)
+    cells = []
+    for batch_size, prompt_length in product(config.batch_sizes, config.prompt_lengths):
+        variants = [
+            Variant(decoder, rate, route)
+            for decoder in config.decoders
+            for rate, route in routes.items()
+            if decoder != "transformers" or rate == 0
+        ]
+        cell = Cell(models, variants, batch_size, prompt_length, config.tokens, config.seed)
+        cell.measure(config.warmup, config.repetitions)
+        cells.append(cell.summary(bandwidth))
+    return {
+        "model": config.model.name,
+        "layers": models.routed.num_layers,
+        "parameters": sum(each.numel() for each in models.plain.parameters()),
+        "settings": asdict(config),
+        "copy_bandwidth_bytes_per_s": bandwidth,
+        "cells": cells,
+        **results.provenance(),
+        "device": torch.cuda.get_device_name() if name == "cuda" else results.processor_name(),
+    }
+
+
+def print_tables(record: dict[str, Any]) -> None:
+    """One table per batch size and prompt length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for cell in record["cells"]:
+        title = f"{record['model']}, batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens"
+        view = Table(title=title, title_justify="left")
+        view.add_column("", no_wrap=True)
+        columns = ("skipped", "TTFT ms", "TPOT ms", "median", "p95", "tokens/s", "speed-up", "TPOT ratio", "limit")
+        for name in (*columns, "KV MiB", "saved", "peak MiB", "CPU"):
+            view.add_column(name, justify="right")
+        for row in cell["variants"]:
+            faster, saved = row["speedup_over_transformers"], row["kv_bytes_saved"]
+            view.add_row(
+                row["decoder"],
+                f"{100 * row['skip_rate']:.1f} %",
+                f"{1000 * row['ttft_s']:.1f}",
+                f"{1000 * row['tpot_mean_s']:.2f}",
+                f"{1000 * row['tpot_s']:.2f}",
+                f"{1000 * row['tpot_p95_s']:.2f}",
+                f"{row['tokens_per_s']:.0f}",
+                "-" if faster is None else f"{faster:.2f}",
+                f"{row['tpot_ratio']:.2f}x",
+                f"{row['limit_ratio']:.2f}x",
+                f"{row['kv_bytes'] / 2**20:.2f}",
+                f"{100 * saved / (row['kv_bytes'] + saved):.0f} %",
+                f"{row['peak_memory_bytes'] / 2**20:.0f}",
+                f"{100 * row['cpu_share']:.0f} %",
+            )
+        console.print(view)
+        least = min(row["limit_tpot_s"] for row in cell["variants"] if row["skip_rate"] == 0)
+        print(
+            f"routers: {1000 * cell['router_s']:.2f} ms, {100 * cell['router_share_of_prefill']:.2f} % of prefill; "
+            f"TPOT of the bytes read without skipping: {1000 * least:.2f} ms "
+            f"(copies run at {record['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)"
+        )
+    share = min(row["cpu_share"] for cell in record["cells"] for row in cell["variants"])
+    if share < record["settings"]["least_cpu_share"]:
+        print(
+            f"warning: other processes had the CPU for up to {100 * (1 - share):.0f} % of a run: times are too long, "
+            "and medians mislead; measure on a quiet machine",
+            file=sys.stderr,
+        )
+
+
+def run(config: BenchmarkConfig) -> None:
+    """Measure, print, write, draw."""
+    from firstlab import figures
+    from firstlab.files import write_atomically
+    from firstlab.tables import paper
+
+    record = measure(config)
+    print_tables(record)
+    out = Path(config.out)
+    write_atomically(out / "benchmark.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    figures.tpot_against_skip(record, paper.read()["tpot"]["5"]["tasks"]["wmt_ende"], out / "benchmark.png")
+    print(f"record:  {out / 'benchmark.json'}\npicture: {out / 'benchmark.png'}")
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="benchmark")
+@guarded
+def main(composed: DictConfig) -> None:
+    """The settings, then the benchmark."""
+    run(load(composed))
+
+
+if __name__ == "__main__":
+    check_command_line("benchmark", sys.argv[1:])
+    main()

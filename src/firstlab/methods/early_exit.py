@@ -1,0 +1,115 @@
+"""Early exit by confidence (CALM, Schuster et al. 2022), with a threshold calibrated to a skip rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from firstlab.methods.base import Method, Prompts
+from firstlab.model import EarlyExit, RouterAugmentedLM, layer_skips
+
+
+@dataclass
+class ConfidenceExit(Method):
+    """Every token leaves at the first layer that is sure enough.
+
+    Attributes:
+        confidence: "softmax", "gap" or "cosine", see `EarlyExit`.
+        threshold: Used as it is when target_skip is null; else found on training prompts.
+        min_layers: Layers that every token runs.
+        decay: τ of CALM's decaying threshold, null for a constant one.
+        calibration_prompts: Training prompts on which the skip rate is measured, teacher-forced.
+        bisections: Halvings of the threshold's range.
+    """
+
+    name: ClassVar[str] = "early_exit"
+    target_skip: float | None = 0.15
+    confidence: str = "softmax"
+    threshold: float | None = None
+    min_layers: int = 1
+    decay: float | None = None
+    calibration_prompts: int = 128
+    bisections: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.target_skip is None) == (self.threshold is None):
+            raise ValueError(
+                f"method.target_skip={self.target_skip} and method.threshold={self.threshold}: give one of them"
+            )
+        if self.bisections < 1 or self.calibration_prompts < 1:
+            raise ValueError(
+                f"method.bisections={self.bisections} and method.calibration_prompts={self.calibration_prompts} "
+                "must be at least 1"
+            )
+        self.rule(0.5, 1)
+
+    def routes(self, prompts: Prompts) -> EarlyExit:
+        """The rule, with a threshold calibrated unless it is given."""
+        limit, threshold = prompts.max_new_tokens, self.threshold
+        if threshold is None:
+            assert self.target_skip is not None
+            chosen = prompts.take(self.calibration_prompts)
+            threshold = calibrate_threshold(
+                lambda tried: chosen.skip_rate(self.rule(tried, limit)), self.target_skip, self.bisections
+            )
+        return self.rule(threshold, limit)
+
+    def rule(self, threshold: float, max_new_tokens: int) -> EarlyExit:
+        """The exit rule at a threshold, checked."""
+        return EarlyExit(threshold, self.confidence, self.min_layers, self.decay, max_new_tokens)
+
+
+def calibrate_threshold(skip_rate: Callable[[float], float], target_skip: float, bisections: int = 16) -> float:
+    """The threshold in [0, 1] whose measured skip rate comes nearest to the target.
+
+    A higher threshold skips less, but not strictly so, because exits change the states of later tokens; therefore the
+    best of all thresholds tried is kept, not the last.
+
+    Args:
+        skip_rate: Measures a threshold.
+        target_skip: s.
+        bisections: Halvings of [0, 1].
+
+    Raises:
+        ValueError: Even threshold 0 skips less than the target.
+    """
+    most = skip_rate(0.0)
+    if most < target_skip:
+        raise ValueError(
+            f"method.target_skip={target_skip} cannot be reached: threshold 0 skips {most:.3f}; lower it or "
+            "method.min_layers"
+        )
+    low, high, tried = 0.0, 1.0, [(abs(most - target_skip), 0.0)]
+    for _ in range(bisections):
+        middle = (low + high) / 2
+        rate = skip_rate(middle)
+        tried.append((abs(rate - target_skip), middle))
+        low, high = (middle, high) if rate > target_skip else (low, middle)
+    return min(tried)[1]
+
+
+@torch.no_grad()
+def teacher_forced_skip_rates(model: RouterAugmentedLM, batch: dict[str, Tensor], rule: EarlyExit) -> Tensor:
+    """Skip rate of every row over the decode steps that predict a label.
+
+    Args:
+        model: The model.
+        batch: input_ids, attention_mask and labels [B, T]; prompt_mask too, if there is one.
+        rule: When to exit.
+
+    Returns:
+        [B] in [0, 1]; NaN for a response of one token, which takes no decode step.
+    """
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask") if k in batch}
+    labels = batch["labels"]
+    prompt = batch.get("prompt_mask", (labels != -100).cumsum(1) == 0).bool()
+    out = model(**inputs, labels=labels, objective="decode_consistent", gate="hard", routes=rule)
+    counted = torch.zeros_like(prompt)
+    counted[:, :-1] = (labels[:, 1:] != -100) & ~prompt[:, :-1]
+    rates = layer_skips(out.ran, counted).mean(1)
+    return rates.masked_fill(~counted.any(1), float("nan"))

@@ -1,0 +1,75 @@
+"""The oracle: every prompt's best route, searched with its reference in hand.
+
+No method that has to decide from the prompt can know this: it is the ceiling that routers are measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from firstlab.methods.base import FixedCount, Prompts
+
+
+@dataclass
+class Oracle(FixedCount):
+    """k skipped layers per prompt: greedy elimination on the loss of the prompt's own reference, then swaps.
+
+    The search sees the model without LoRA; LoRA is trained, and evaluated, under the routes found.
+
+    Attributes:
+        swap_rounds: How often each prompt may exchange a skipped layer for a running one, the best exchange each time;
+            0 keeps the greedy route.
+    """
+
+    name: ClassVar[str] = "oracle"
+    swap_rounds: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.swap_rounds < 0:
+            raise ValueError(f"method.swap_rounds={self.swap_rounds} must not be negative")
+
+    @property
+    def per_prompt(self) -> bool:
+        """Always."""
+        return True
+
+    def routes(self, prompts: Prompts) -> Tensor:
+        """[N, L]; the routes of all prompts are searched side by side."""
+        layers, count = prompts.num_layers, self.skipped_layers(prompts.num_layers)
+        free = torch.zeros(layers, dtype=torch.bool)
+        free[list(self.free_layers(layers))] = True
+        routes = torch.ones(len(prompts), layers, dtype=torch.bool)
+        losses = torch.full([len(prompts)], torch.inf)
+        for _ in range(count):
+            closable = _layers(routes & free)
+            closed = (routes.scatter(1, layer, False) for layer in closable)
+            losses, routes = _best(prompts, closed, torch.full_like(losses, torch.inf), routes)
+        for _ in range(self.swap_rounds if count else 0):
+            pairs = product(_layers(~routes), _layers(routes & free))
+            swapped = (routes.scatter(1, opened, True).scatter(1, closed, False) for opened, closed in pairs)
+            new_losses, new_routes = _best(prompts, swapped, losses, routes)
+            if torch.equal(new_routes, routes):
+                break
+            losses, routes = new_losses, new_routes
+        return routes
+
+
+def _layers(chosen: Tensor) -> list[Tensor]:
+    """The m-th chosen layer of every prompt, [N, 1], for each m; every row of [N, L] chooses equally many."""
+    return list(chosen.nonzero()[:, 1].view(len(chosen), -1).split(1, dim=1))
+
+
+def _best(prompts: Prompts, candidates: Iterable[Tensor], losses: Tensor, routes: Tensor) -> tuple[Tensor, Tensor]:
+    """Each prompt's least loss [N] and its route [N, L], among what it has and the candidates [N, L]."""
+    for candidate in candidates:
+        tried = prompts.losses(candidate)
+        better = tried < losses
+        losses, routes = torch.where(better, tried, losses), torch.where(better[:, None], candidate, routes)
+    return losses, routes

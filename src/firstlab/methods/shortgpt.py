@@ -1,0 +1,47 @@
+"""ShortGPT (Men et al. 2024): the layers that change the hidden state least are skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from firstlab.methods.base import FixedCount, Prompts, routes_without
+
+
+@dataclass
+class ShortGPT(FixedCount):
+    """The k layers of least block influence; the original protects none.
+
+    Attributes:
+        calibration_prompts: Training prompts, with their responses, whose tokens are measured.
+    """
+
+    name: ClassVar[str] = "shortgpt"
+    protect_first: int = 0
+    protect_last: int = 0
+    calibration_prompts: int = 128
+
+    def routes(self, prompts: Prompts) -> Tensor:
+        """[L], without the k least influential of the unprotected layers."""
+        layers = prompts.num_layers
+        influence = block_influence(prompts.take(self.calibration_prompts)).tolist()
+        ranked = sorted(self.free_layers(layers), key=influence.__getitem__)
+        return routes_without(layers, ranked[: self.skipped_layers(layers)])
+
+
+def block_influence(prompts: Prompts) -> Tensor:
+    """BI of every layer, [L]: the mean over tokens of 1 - cos(input, output).
+
+    The last layer's output is taken before the final norm; padding does not count.
+    """
+    total, tokens = torch.zeros(prompts.num_layers, dtype=torch.float64), 0
+    for states in prompts.layer_states():
+        pairs = zip(states, states[1:], strict=False)
+        changes = [1 - F.cosine_similarity(before.float(), after.float(), dim=-1) for before, after in pairs]
+        total += torch.stack([change.double().sum().cpu() for change in changes])
+        tokens += len(states[0])
+    return total / tokens

@@ -1,0 +1,48 @@
+"""FiRST without its adaptivity: the routers' most frequent route, applied to every prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from firstlab.methods.base import Prompts
+from firstlab.methods.first import First
+
+
+@dataclass
+class StaticFirst(First):
+    """Phase 1 as in `First`; what its routers choose most often on training prompts is then the route of all.
+
+    Beside `First` it tells what choosing by prompt is worth. Its skip rate is that of one route, so it may miss the
+    rate that the routers reach on average.
+
+    Attributes:
+        vote_prompts: Training prompts that are routed to find it.
+    """
+
+    name: ClassVar[str] = "static_first"
+    vote_prompts: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vote_prompts < 1:
+            raise ValueError(f"method.vote_prompts={self.vote_prompts} must be at least 1")
+
+    @property
+    def label(self) -> str:
+        """As the adaptive run's, marked static."""
+        return f"static_{super().label}"
+
+    def routes(self, prompts: Prompts) -> Tensor:
+        """[L]."""
+        return most_frequent(prompts.take(self.vote_prompts).routed())
+
+
+def most_frequent(routes: Tensor) -> Tensor:
+    """The most frequent row of [N, L]; among equally frequent ones that which agrees best with all rows."""
+    unique, counts = routes.unique(dim=0, return_counts=True)
+    tied = unique[counts == counts.max()]
+    agreement = (tied[:, None] == routes[None]).sum((1, 2))
+    return tied[agreement.argmax()]

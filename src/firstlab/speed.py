@@ -1,0 +1,292 @@
+"""Speed of decoding, way by way, and what the device's memory allows at best.
+
+Every token reads the weights of the layers that run once, and the keys and values of every row: at small batches no
+decoder is faster than these bytes over the memory's bandwidth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
+
+from firstlab import results
+from firstlab.model import RouterAugmentedLM, RouterSettings
+from firstlab.model.engine import DecodeEngine
+from firstlab.model.layers import find_decoder
+from firstlab.model.storage import load_base
+from firstlab.timing import Stopwatch, synchronize
+
+
+def spread_route(num_layers: int, skip_rate: float) -> Tensor:
+    """[L] boolean: round(skip rate · L) layers skipped, evenly spread, the first and the last kept.
+
+    Raises:
+        ValueError: More layers to skip than stand between the first and the last.
+    """
+    skipped, between = round(skip_rate * num_layers), num_layers - 2
+    if skipped > between:
+        raise ValueError(
+            f"skip_rates: {skip_rate} skips {skipped} of {num_layers} layers, but the first and the last are kept; "
+            f"give at most {between / num_layers:.3g}"
+        )
+    route = torch.ones(num_layers, dtype=torch.bool)
+    route[[1 + int((place + 0.5) * between / skipped) for place in range(skipped)]] = False
+    return route
+
+
+def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: float) -> float:
+    """Bytes that one decode step must read.
+
+    Args:
+        lm: The base model.
+        route: [L] boolean.
+        batch_size: Rows.
+        length: Tokens per row that attention reads, the new one included.
+
+    Returns:
+        Weights of the layers that run, of the final norm and of the output head, and keys and values of these layers.
+        Rows of the input embedding are left out: one per row.
+    """
+    config: Any = lm.config.get_text_config(decoder=True)
+    layers = find_decoder(lm)[1]
+    embedding: Any = lm.get_input_embeddings()
+    head: Any = lm.get_output_embeddings()
+    elsewhere = {id(parameter) for parameter in layers.parameters()}
+    if head.weight is not embedding.weight:
+        elsewhere.add(id(embedding.weight))
+    weights = sum(each.nbytes for each in lm.parameters() if id(each) not in elsewhere)
+    weights += sum(
+        each.nbytes for layer, runs in zip(layers, route.tolist(), strict=True) if runs for each in layer.parameters()
+    )
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = 2 * kv_heads * head_dim * embedding.weight.element_size() * int(route.sum())
+    return weights + batch_size * length * kv
+
+
+def copy_bandwidth(device: torch.device, size: int, repetitions: int = 5) -> float:
+    """Bytes per second of the best of several copies of `size` bytes; a copy reads and writes each."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(repetitions + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size / min(times[1:])
+
+
+@dataclass(frozen=True)
+class Models:
+    """The same weights twice: plain, as transformers has them, and wrapped."""
+
+    plain: PreTrainedModel
+    routed: RouterAugmentedLM
+
+    @classmethod
+    def load(
+        cls, path: str, settings: RouterSettings, random_init: bool, device: torch.device, **options: Any
+    ) -> Models:
+        """Load, or with `random_init` make from the config alone.
+
+        Raises:
+            ValueError: Nothing can be loaded from `path`.
+        """
+        if random_init:
+            try:
+                config = AutoConfig.from_pretrained(path)
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(f"model.path={path!r} has no config that transformers can read: {error}") from error
+            with device:
+                lm = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            lm = load_base(path, **options)
+        lm = lm.to(device).eval()
+        # Random prompts: a row must not end before the others.
+        lm.generation_config.eos_token_id = None
+        plain = deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
+        return cls(plain, RouterAugmentedLM(lm, settings))
+
+
+@dataclass(eq=False)
+class Variant:
+    """A way of decoding at a skip rate, and what was measured, a value per repetition.
+
+    Attributes:
+        decoder: transformers (`generate` of the plain model), generate (`RouterAugmentedLM.generate`) or engine
+            (`DecodeEngine`).
+        skip_rate: As asked for.
+        route: [L] boolean.
+        ttft_s: Until the first token's logits are there.
+        steps_s: Each decode step.
+        cpu_share: CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
+        kv_bytes: Keys and values kept at the end.
+        peak_memory_bytes: Of the device, or of the process on a CPU.
+    """
+
+    decoder: str
+    skip_rate: float
+    route: Tensor
+    ttft_s: list[float] = field(default_factory=list)
+    steps_s: list[np.ndarray] = field(default_factory=list)
+    cpu_share: list[float] = field(default_factory=list)
+    kv_bytes: int = 0
+    peak_memory_bytes: int = 0
+
+    @property
+    def tpot_s(self) -> np.ndarray:
+        """Mean decode step of each repetition.
+
+        Not the median: where other processes take turns on the CPU, a step either meets such a turn or does not, and
+        the median jumps when half of them do. The mean grows in proportion, so that ratios keep.
+        """
+        return np.array([steps.mean() for steps in self.steps_s])
+
+
+class Cell:
+    """All variants at one batch size and prompt length.
+
+    Args:
+        models: What decodes.
+        variants: To be measured, in turn.
+        batch_size, prompt_length, tokens: Rows, tokens of each prompt, new tokens of each.
+        seed: Of the random prompts.
+
+    Raises:
+        ValueError: The engine does not know the model.
+    """
+
+    def __init__(
+        self, models: Models, variants: Sequence[Variant], batch_size: int, prompt_length: int, tokens: int, seed: int
+    ) -> None:
+        self.models, self.variants, self.tokens = models, variants, tokens
+        self.batch_size, self.prompt_length = batch_size, prompt_length
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = models.plain.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(0, vocabulary, (batch_size, prompt_length), generator=generator)
+        self.ids, self.prompts = ids.to(models.routed.device), ids.tolist()
+        self.router_s: list[float] = []
+        self.engine: DecodeEngine | None = None
+        if any(variant.decoder == "engine" for variant in variants):
+            try:
+                self.engine = DecodeEngine(models.routed, prompt_length + tokens, batch_size)
+            except ValueError as error:
+                raise ValueError(f"decoders: {error}, so leave engine out: decoders=[transformers,generate]") from error
+
+    def measure(self, warmup: int, repetitions: int) -> None:
+        """Run every variant once per repetition, forwards and backwards in turn, so that drift hits all alike."""
+        for repetition in range(-warmup, repetitions):
+            for variant in self.variants[:: 1 if repetition % 2 == 0 else -1]:
+                self._run(variant, repetition >= 0)
+            seconds = self._time_routers()
+            if repetition >= 0:
+                self.router_s.append(seconds)
+
+    def _run(self, variant: Variant, keep: bool) -> None:
+        watch = Stopwatch()
+        results.reset_peak_memory()
+        synchronize(self.ids.device)
+        start, cpu = time.perf_counter(), time.thread_time()
+        if variant.decoder == "engine":
+            assert self.engine is not None
+            out = self.engine.generate(self.prompts, self.tokens, variant.route, eos=(), on_token=watch.note)
+            kv_bytes = out.kv_bytes
+        else:
+            kv_bytes = self._generate(variant, watch)
+        if keep:
+            variant.ttft_s.append(watch.times[0] - start)
+            variant.steps_s.append(np.diff(watch.times))
+            variant.cpu_share.append((time.thread_time() - cpu) / (time.perf_counter() - start))
+            variant.kv_bytes = kv_bytes
+            variant.peak_memory_bytes = max(variant.peak_memory_bytes, results.peak_memory_bytes())
+
+    def _generate(self, variant: Variant, watch: Stopwatch) -> int:
+        """Bytes of keys and values in the cache at the end."""
+        plain = variant.decoder == "transformers"
+        model: Any = self.models.plain if plain else self.models.routed
+        forced = {} if plain else {"routes": variant.route.to(self.ids.device)}
+        out = model.generate(
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            max_new_tokens=self.tokens,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([watch]),
+            return_dict_in_generate=True,
+            **forced,
+        )
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
+
+    @torch.no_grad()
+    def _time_routers(self) -> float:
+        """Seconds that the routers of all layers take for the prompts: dot products, means, decision."""
+        routers, weight = self.models.routed.routers, self.models.plain.get_input_embeddings().weight
+        hidden = torch.randn(self.batch_size, self.prompt_length, routers.weight.shape[1], device=self.ids.device)
+        hidden = hidden.to(weight.dtype)  # type: ignore[arg-type]
+        synchronize(self.ids.device)
+        start = time.perf_counter()
+        means = [routers.probabilities(hidden, layer).mean(-1) for layer in range(routers.num_layers)]
+        routers.decide(torch.stack(means, 1)).tolist()
+        return time.perf_counter() - start
+
+    def summary(self, bandwidth: float) -> dict[str, Any]:
+        """Everything measured, with the limits at `bandwidth` bytes per second.
+
+        Ratios are medians over the repetitions; each compares the mean decode steps of one repetition.
+        """
+        dense = {variant.decoder: variant for variant in self.variants if variant.route.all()}
+        # The first decode step attends to the prompt and one token more, the last to all but the last token.
+        length = self.prompt_length + self.tokens / 2
+        least = read_bytes(self.models.plain, torch.ones_like(self.variants[0].route), self.batch_size, length)
+        rows = []
+        for each in self.variants:
+            steps, whole = np.concatenate(each.steps_s), dense[each.decoder]
+            needed = read_bytes(self.models.plain, each.route, self.batch_size, length)
+            rows.append(
+                {
+                    "decoder": each.decoder,
+                    "skip_rate_asked": each.skip_rate,
+                    "skip_rate": 1 - each.route.float().mean().item(),
+                    "skipped_layers": (~each.route).nonzero().flatten().tolist(),
+                    "ttft_s": float(np.median(each.ttft_s)),
+                    "tpot_s": float(np.median(steps)),
+                    "tpot_mean_s": float(steps.mean()),
+                    "tpot_p95_s": float(np.quantile(steps, 0.95)),
+                    "tpot_mean_s_of_repetitions": each.tpot_s.tolist(),
+                    "tokens_per_s": float(self.batch_size / steps.mean()),
+                    "tpot_ratio": float(np.median(each.tpot_s / whole.tpot_s)),
+                    "tpot_ratio_of_medians": float(np.median(steps) / np.median(np.concatenate(whole.steps_s))),
+                    "limit_ratio": needed / least,
+                    "bytes_per_step": needed,
+                    "limit_tpot_s": needed / bandwidth,
+                    "speedup_over_transformers": (
+                        float(np.median(dense["transformers"].tpot_s / each.tpot_s))
+                        if "transformers" in dense
+                        else None
+                    ),
+                    "kv_bytes": each.kv_bytes,
+                    "kv_bytes_saved": whole.kv_bytes - each.kv_bytes,
+                    "peak_memory_bytes": each.peak_memory_bytes,
+                    "cpu_share": float(np.median(each.cpu_share)),
+                }
+            )
+        prefill = float(np.median([seconds for each in self.variants for seconds in each.ttft_s]))
+        router = float(np.median(self.router_s))
+        return {
+            "batch_size": self.batch_size,
+            "prompt_length": self.prompt_length,
+            "prefill_s": prefill,
+            "router_s": router,
+            "router_share_of_prefill": router / prefill,
+            "variants": rows,
+        }

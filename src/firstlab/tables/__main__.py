@@ -1,0 +1,86 @@
+"""Write every table and figure: `python -m firstlab.tables [scale=llama] [results=[FOLDER,...]] [out=FOLDER]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from firstlab.config import conf_dir
+from firstlab.entry import check_command_line, guarded
+from firstlab.files import write_atomically
+from firstlab.tables import analysis, page, pictures, quality, speed
+from firstlab.tables.cells import Cells
+from firstlab.tables.config import TablesConfig, load, register
+from firstlab.tables.grid import known_methods
+from firstlab.tables.records import Library, read
+from firstlab.tables.table import Table, csv_text, latex, markdown
+
+register()
+
+FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "csv": csv_text, "tex": latex}
+
+
+def build(config: TablesConfig, library: Library) -> list[Table]:
+    """Every table, in reading order."""
+    cells = Cells(config, library)
+    tables = [quality.overview(cells), analysis.pareto(cells), *quality.quality_tables(cells)]
+    tables += [
+        *speed.tpot_tables(cells),
+        speed.overhead_table(cells),
+        speed.per_layer_table(cells),
+        *speed.figures(cells),
+    ]
+    tables += [
+        analysis.ablations(cells),
+        analysis.adaptivity(cells),
+        analysis.difficulty(cells),
+        analysis.length(cells),
+    ]
+    tables += [speed.splits_table(cells), analysis.every_run(cells)]
+    order = ("Overview", "Quality", "Speed", "Routing", "Analysis", "Setting", "Quality in detail")
+    return sorted(tables, key=lambda table: order.index(table.section))
+
+
+def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
+    """All forms of all tables; returns the page."""
+    out = Path(config.out)
+    for ending, form in FORMATS.items():
+        for table in tables:
+            write_atomically(out / ending / f"{table.key}.{ending}", form(table))
+    for table in tables:
+        if table.picture.startswith("<svg"):
+            write_atomically(out / "svg" / f"{table.key}.svg", pictures.standalone(table.picture))
+    index = out / "index.html"
+    write_atomically(index, page.render(config, tables, library.warnings, len(library.records)))
+    return index
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="tables")
+@guarded
+def main(composed: DictConfig) -> None:
+    """Read, compute, write, say what is filled and what is not."""
+    config = load(composed)
+    library = read(config.results)
+    tables = build(config, library)
+    index = write(config, tables, library)
+    for warning in library.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    absent = [name for name in config.scale.methods if name not in known_methods(config.scale)]
+    if absent:
+        print(f"warning: no runs of {', '.join(absent)}: conf/method has no such file", file=sys.stderr)
+    for table in tables:
+        if table.filled or table.missing:
+            print(f"{table.key:<12}{table.filled:>5} filled {len(table.missing):>5} without a run")
+    commands = {command for table in tables for command in table.commands}
+    print(f"{len(library.records)} runs read; {len(commands)} runs would fill the empty cells")
+    print(f"page:   {index}")
+    print(f"tables: {index.parent}/{{{','.join(FORMATS)},svg}}/")
+
+
+if __name__ == "__main__":
+    check_command_line("tables", sys.argv[1:])
+    main()

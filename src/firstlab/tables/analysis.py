@@ -1,0 +1,250 @@
+"""Tables beyond the paper's: ablations, adaptivity, difficulty and length, every recorded run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from firstlab.results import ROW_NAMES
+from firstlab.tables import pictures
+from firstlab.tables.cells import Cells, Match, Score, column
+from firstlab.tables.grid import ablation_runs, known_methods, run_of
+from firstlab.tables.quality import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
+from firstlab.tables.table import Cell, Column, Table
+
+#: Groups of equally many prompts in the table of lengths.
+_LENGTH_GROUPS = 4
+
+
+def pareto(cells: Cells) -> Table:
+    """Quality against measured skip rate: one picture per task, with LoRA and without, and its numbers."""
+    scale = cells.config.scale
+    model, levels = next(iter(scale.models)), _levels(cells)
+    panels, rows = [], []
+    for task, ours in scale.tasks.items():
+        for lora in (False, True):
+            curves: list[pictures.Curve] = []
+            base, _ = cells.score(run_of(scale, task, model, "none", 0), lora, HEADLINE[task])
+            for method in known_methods(scale):
+                points = [] if base is None or method == "none" else [_point(base)]
+                for level in [0] if method == "none" else levels:
+                    score, _ = cells.score(run_of(scale, task, model, method, level), lora, HEADLINE[task])
+                    if score is not None:
+                        points.append(_point(score))
+                        rows.append(_pareto_row(ours, method, lora, score))
+                if len(points) > 1 or (method == "none" and points):
+                    curves.append((method, method_title(method), sorted(points)))
+            if curves:
+                title = f"{ours}, {'with' if lora else 'without'} LoRA"
+                panels.append((title, METRICS[HEADLINE[task]], curves))
+    columns = [Column(name) for name in ("Task", "Method", "LoRA", "skip", "headline metric")]
+    caption = "Bars are bootstrap intervals. Lines start at the dense model. Skip rates are measured."
+    picture = pictures.quality_against_skip(panels) if panels else ""
+    return Table("pareto", "Quality against skip rate", columns, rows, caption, section="Overview", picture=picture)
+
+
+def _point(score: Score) -> tuple[float, float, float | None, float | None]:
+    return 100 * score.skip_rate, score.value, score.low, score.high
+
+
+def _pareto_row(task: str, method: str, lora: bool, score: Score) -> list[Cell]:
+    detail = "" if score.low is None else f"[{score.low:.1f}, {score.high:.1f}]"
+    rate = Cell(f"{100 * score.skip_rate:.1f} %", 100 * score.skip_rate)
+    value = Cell(f"{score.value:.1f}", score.value, detail, kind="ours")
+    return [Cell(task), Cell(method_title(method)), Cell("+ LoRA" if lora else "–"), rate, value]
+
+
+def ablations(cells: Cells) -> Table:
+    """One setting changed at a time, against the unchanged method."""
+    scale = cells.config.scale
+    task = next(iter(scale.tasks))
+    metric = HEADLINE[task]
+    columns = [Column("Setting"), Column("Value")]
+    for group in ("Router", "Router + LoRA"):
+        columns += [Column("skip", group), Column(METRICS[metric], group), Column("perplexity", group)]
+    rows = []
+    reference = ablation_runs(cells.config)[0][2]
+    for group, name, run in ablation_runs(cells.config):
+        row = [Cell(group), Cell(method_title(name) if group == "default" else name)]
+        for lora in (False, True):
+            match, _ = cells.find(run, lora)
+            perplexity = match.mean("perplexity") if match else None
+            row += [
+                rate_cell(cells, run, lora),
+                score_cell(*cells.score(run, lora, metric, reference), run),
+                Cell() if perplexity is None else Cell(f"{perplexity:.3f}", perplexity, kind="rate"),
+            ]
+        rows.append(row)
+    caption = (
+        f"{scale.tasks[task]}, {scale.levels[cells.config.ablation_level]:.0%} of the layers: the default method with "
+        "one setting changed. Marks: paired test against the default."
+    )
+    return Table("ablations", "Ablations", columns, rows, caption, section="Analysis")
+
+
+def adaptivity(cells: Cells) -> Table:
+    """How much the routes differ between prompts, and what that is worth."""
+    scale = cells.config.scale
+    model = next(iter(scale.models))
+    columns = [Column(name) for name in ("Task", "Level", "Method", "LoRA", "skip")]
+    columns += [Column("different routes", "routes"), Column("entropy, bits", "routes")]
+    columns += [Column("like most frequent", "routes"), Column("like static set", "routes")]
+    columns += [Column("value", "headline metric"), Column("gap to oracle", "headline metric")]
+    methods = [
+        name for name in ("first_soft", "first", "static_first", "sleb", "oracle") if name in known_methods(scale)
+    ]
+    rows = []
+    for task, ours in scale.tasks.items():
+        for level in _levels(cells):
+            for method in methods:
+                run = run_of(scale, task, model, method, level)
+                ceiling = run_of(scale, task, model, "oracle", level) if "oracle" in methods else None
+                for lora in (False, True):
+                    match, reason = cells.find(run, lora)
+                    rate = Cell(f"{scale.levels[level]:.0%}", 100 * scale.levels[level])
+                    row = [Cell(ours), rate, Cell(method_title(method)), Cell("+ LoRA" if lora else "–")]
+                    row.append(rate_cell(cells, run, lora))
+                    if match is None:
+                        rows.append([*row, missing_cell(reason, run), *[Cell()] * 5])
+                        continue
+                    row += [_number(match, "unique_routes", 0), _number(match, "route_entropy_bits", 2)]
+                    row += [_number(match, "mode_agreement", 3), _number(match, "static_agreement", 3)]
+                    score, reason = cells.score(run, lora, HEADLINE[task])
+                    best, _ = cells.score(ceiling, lora, HEADLINE[task]) if ceiling else (None, "")
+                    row.append(score_cell(score, reason, run))
+                    gap = best.value - score.value if best and score and method != "oracle" else None
+                    rows.append([*row, Cell() if gap is None else Cell(f"{gap:.1f}", gap)])
+    caption = (
+        "Agreement: share of layers decided alike, mean over prompts; the static set is the greedily calibrated one. "
+        "The oracle chooses each prompt's layers with the reference in hand: no router can know them."
+    )
+    return Table("adaptivity", "Adaptivity", columns, rows, caption, section="Analysis")
+
+
+def _number(match: Match, key: str, digits: int) -> Cell:
+    value = match.mean("skip", key)
+    return Cell(note="not measured") if value is None else Cell(f"{value:.{digits}f}", value, kind="ours")
+
+
+def difficulty(cells: Cells) -> Table:
+    """Skip rate and perplexity against the prompts' difficulty."""
+    return _by_group(cells, "difficulty", "Skip rate and perplexity against difficulty", "difficulty")
+
+
+def length(cells: Cells) -> Table:
+    """Skip rate and perplexity against the prompts' length."""
+    return _by_group(cells, "length", "Skip rate and perplexity against length", "prompt_tokens")
+
+
+def _by_group(cells: Cells, key: str, title: str, name: str) -> Table:
+    scale = cells.config.scale
+    model, level = next(iter(scale.models)), cells.config.ablation_level
+    columns = [Column(x) for x in ("Task", "Method", "LoRA", key, "prompts", "skip", "perplexity", "dense perplexity")]
+    rows: list[list[Cell]] = []
+    panels = []
+    for task, ours in scale.tasks.items():
+        curves: list[pictures.Curve] = []
+        for method in (each for each in ("first_soft", "first", "sleb") if each in known_methods(scale)):
+            for lora in (False, True):
+                match, _ = cells.find(run_of(scale, task, model, method, level), lora)
+                dense, _ = cells.find(run_of(scale, task, model, "none", 0), lora)
+                found = [] if match is None else list(_groups(match, dense, name))
+                points: list[tuple[float, float, float | None, float | None]] = []
+                for label, where, count, rate, perplexity, base in found:
+                    row = [Cell(ours), Cell(method_title(method)), Cell("+ LoRA" if lora else "–"), Cell(label, where)]
+                    row += [Cell(str(count), count), Cell(f"{100 * rate:.1f} %", 100 * rate, kind="ours")]
+                    row += [_perplexity(perplexity), _perplexity(base)]
+                    rows.append(row)
+                    points.append((where, 100 * rate, None, None))
+                if points and lora:
+                    curves.append((method, method_title(method) + " + LoRA", points))
+        if curves:
+            panels.append(
+                (ours, "difficulty level" if key == "difficulty" else "prompt tokens", "skip rate (%)", curves)
+            )
+    picture = pictures.lines(panels) if panels else ""
+    caption = (
+        f"First seed, {scale.levels[level]:.0%} level. Perplexity of the reference when its tokens decode under each "
+        "prompt's route, and by the dense model with the same LoRA setting. Without per-prompt numbers, less is shown."
+    )
+    return Table(key, title, columns, rows, caption, section="Analysis", picture=picture)
+
+
+def _groups(
+    match: Match, dense: Match | None, name: str
+) -> Iterator[tuple[str, float, int, float, float | None, float | None]]:
+    """(label, place on the axis, prompts, skip rate, perplexity, dense perplexity) of each group of prompts."""
+    record = match.records[0]
+    keys, rates = column(record, match.variant, name), column(record, match.variant, "skip_rate")
+    if keys is None or rates is None:
+        if name == "difficulty":
+            for label, group in match.parts[0]["skip"].get("by_difficulty", {}).items():
+                yield label, float(label), group["n"], group["skip_rate"], None, None
+        return
+    if name == "difficulty":
+        groups = [(f"{value:g}", keys == value) for value in np.unique(keys)]
+    else:
+        order = np.array_split(np.argsort(keys, kind="stable"), _LENGTH_GROUPS)
+        chosen = [np.isin(np.arange(len(keys)), each) for each in order if len(each)]
+        groups = [(f"{keys[each].min():g}–{keys[each].max():g}", each) for each in chosen]
+    for label, members in groups:
+        base = None if dense is None else _perplexity_of(dense, members)
+        place = float(keys[members].mean())
+        yield label, place, int(members.sum()), float(rates[members].mean()), _perplexity_of(match, members), base
+
+
+def _perplexity_of(match: Match, members: np.ndarray) -> float | None:
+    record = match.records[0]
+    nll, tokens = column(record, match.variant, "nll"), column(record, match.variant, "response_tokens")
+    if nll is None or tokens is None or len(nll) != len(members) or not tokens[members].sum():
+        return None
+    return float(np.exp(nll[members].sum() / tokens[members].sum()))
+
+
+def _perplexity(value: float | None) -> Cell:
+    return Cell(note="not measured") if value is None else Cell(f"{value:.3f}", value, kind="ours")
+
+
+def every_run(cells: Cells) -> Table:
+    """All recorded runs, also those that stand for no cell: other models, other tasks, other settings."""
+    columns = [Column(name) for name in ("Model", "Task", "Method", "Variant", "Level asked for", "Seed", "skip")]
+    columns += [
+        Column("Metric"),
+        Column("Value"),
+        Column("Perplexity"),
+        Column("TPOT ratio"),
+        Column("In the tables above"),
+    ]
+    rows = []
+    for record in sorted(
+        cells.library.records, key=lambda each: (each.node["model"], each.node["data"], str(each.file))
+    ):
+        node = record.node
+        for name, part in node["variants"].items():
+            metric = part.get("primary_metric") or next(iter(part["metrics"]))
+            found, ratio = part["metrics"][metric], (part.get("timing") or {}).get("tpot_ratio")
+            perplexity, rate = part.get("perplexity"), 100 * part["skip"]["skip_rate"]
+            rows.append(
+                [
+                    Cell(node["model"]), Cell(node["data"]), Cell(method_title(node["method"])),
+                    Cell(ROW_NAMES.get(name, name)),
+                    Cell(record.level), Cell(str(record.seed), record.seed), Cell(f"{rate:.1f} %", rate),
+                    Cell(METRICS.get(metric, metric)),
+                    Cell(f"{found['value']:.1f}", found["value"], _interval(found), kind="ours"),
+                    Cell() if perplexity is None else Cell(f"{perplexity:.3f}", perplexity),
+                    Cell() if ratio is None else Cell(f"{ratio:.2f}x", ratio),
+                    Cell("yes" if record in cells.used else "no", note=str(record.file)),
+                ]
+            )  # fmt: skip
+    return Table("runs", "Every recorded run", columns, rows, "One row per variant of a run.", section="Analysis")
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"[{found['low']:.1f}, {found['high']:.1f}]" if "low" in found else ""
+
+
+def _levels(cells: Cells) -> list[int]:
+    """One of the paper's levels per skip rate of ours, ascending."""
+    first = {rate: level for level, rate in sorted(cells.config.scale.levels.items(), reverse=True)}
+    return [first[rate] for rate in sorted(first) if rate in (0.15, 0.25, 0.35)] or sorted(first.values())

@@ -1,0 +1,223 @@
+"""One cell: the runs nearest to its skip level, the mean over their seeds, its interval and its paired test."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from firstlab import results
+from firstlab.metrics import Scores, bootstrap_interval, from_rows, paired_test
+from firstlab.tables.config import TablesConfig
+from firstlab.tables.grid import Run, known_methods, level_keys
+from firstlab.tables.records import Library, Record
+
+BETTER, WORSE = "▲", "▼"
+#: Why a cell is empty whose run exists: running it again would not fill it.
+OFF_LEVEL = "off level"
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Runs that stand for a cell: one method, level and variant, every seed there is.
+
+    Attributes:
+        records: One per seed, by seed.
+        variant: Name of the variant in each.
+        skip_rate: Measured, mean over seeds.
+    """
+
+    records: tuple[Record, ...]
+    variant: str
+    skip_rate: float
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """The variant's part of each record."""
+        return [part for part in (record.variant(self.variant) for record in self.records) if part is not None]
+
+    def mean(self, *path: str) -> float | None:
+        """Mean over seeds of a number inside the variant, None where a record lacks it."""
+        found = []
+        for part in self.parts:
+            value: Any = part
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is None:
+                return None
+            found.append(float(value))
+        return fmean(found)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of a match.
+
+    Attributes:
+        value: Mean over seeds, 0..100.
+        low, high: Bootstrap interval of that mean over test prompts; None for several seeds without per-prompt scores.
+        seeds: How many.
+        deviation: Standard deviation over seeds, None for one seed.
+        skip_rate: Measured.
+        difference, p_value: Against the reference, None where there is no test.
+        mark: BETTER or WORSE than the reference where the test says so.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    seeds: int
+    deviation: float | None
+    skip_rate: float
+    difference: float | None = None
+    p_value: float | None = None
+    mark: str = ""
+
+
+def variant_name(method: str, lora: bool) -> str:
+    """The variant of a run that a row shows."""
+    return ("base" if method == "none" else "router") + ("_lora" if lora else "")
+
+
+class Cells:
+    """Answers what stands in a cell.
+
+    Args:
+        config: Settings of the tables.
+        library: All records.
+    """
+
+    def __init__(self, config: TablesConfig, library: Library) -> None:
+        self.config, self.library = config, library
+        self._records = functools.cache(self._records_of)
+        self._tested = functools.cache(self._test)
+        self._known = known_methods(config.scale)
+        self.used: set[Record] = set()
+
+    def find(self, run: Run, lora: bool) -> tuple[Match | None, str]:
+        """The runs for a cell and "", or None and why there are none."""
+        variant = variant_name(run.method, lora)
+        if run.method not in self._known:
+            return None, f"this version has no conf/method/{run.method}.yaml"
+        groups: dict[str, list[Record]] = defaultdict(list)
+        for record in self._records(run):
+            if record.variant(variant) is not None:
+                groups[record.level].append(record)
+        if not groups:
+            return None, "no run"
+        matches = []
+        for group in groups.values():
+            group.sort(key=lambda record: record.seed)
+            rates = [record.node["variants"][variant]["skip"]["skip_rate"] for record in group]
+            matches.append(Match(tuple(group), variant, fmean(rates)))
+        nearest = min(matches, key=lambda match: abs(match.skip_rate - run.level))
+        if abs(nearest.skip_rate - run.level) > self.config.tolerance + 1e-9:
+            asked = next((match for match in matches if self._asked_for(match.records[0], run)), None)
+            if asked is not None:
+                return None, f"{OFF_LEVEL}: asked for {run.level:.1%}, skipped {asked.skip_rate:.1%}"
+            return None, f"no run near {run.level:.1%}; the nearest skipped {nearest.skip_rate:.1%}"
+        self.used.update(nearest.records)
+        return nearest, ""
+
+    def score(self, run: Run, lora: bool, metric: str, reference: Run | None = None) -> tuple[Score | None, str]:
+        """The metric in a cell, tested against the reference's cell if one is given; or None and why."""
+        match, reason = self.find(run, lora)
+        if match is None:
+            return None, reason
+        found = [part["metrics"].get(metric) for part in match.parts]
+        if any(each is None for each in found):
+            return None, "not measured"
+        values = [each["value"] for each in found]
+        interval = self._interval(match, metric)
+        if interval is None and len(found) == 1:
+            interval = (found[0]["low"], found[0]["high"])
+        low, high = interval or (None, None)
+        deviation = stdev(values) if len(values) > 1 else None
+        score = Score(fmean(values), low, high, len(values), deviation, match.skip_rate)
+        if reference is None or reference == run:
+            return score, ""
+        against, _ = self.find(reference, lora)
+        tested = self._tested(match.records, against.records, match.variant, metric) if against else None
+        if tested is None:
+            return score, ""
+        difference, p_value = tested
+        mark = "" if p_value >= self.config.significance else BETTER if difference > 0 else WORSE
+        return (
+            Score(score.value, low, high, score.seeds, deviation, match.skip_rate, difference, p_value, mark),
+            "",
+        )
+
+    def _asked_for(self, record: Record, run: Run) -> bool:
+        """Whether the record is this very run, however much it skipped."""
+        keys = level_keys(self.config.scale)
+        asked = dict(each.split("=", 1) for each in run.overrides if each.partition("=")[0] in keys)
+        return all(record.settings.get(key) == float(value) for key, value in asked.items())
+
+    def _records_of(self, run: Run) -> list[Record]:
+        return self.library.of(run, self.config.scale)
+
+    def _interval(self, match: Match, metric: str) -> tuple[float, float] | None:
+        if len(match.records) == 1:
+            return None  # the record has its own
+        parts = [_scores(record, match.variant, metric) for record in match.records]
+        kept = [part for part in parts if part is not None]
+        if len(kept) < len(parts) or len(_test_sets(match.records, match.variant)) > 1:
+            return None
+        return bootstrap_interval(
+            Scores.average(kept), confidence=self.config.confidence, resamples=self.config.resamples
+        )
+
+    def _test(
+        self, ours: tuple[Record, ...], theirs: tuple[Record, ...], variant: str, metric: str
+    ) -> tuple[float, float] | None:
+        """(difference, p) over the seeds that both have; None without per-prompt scores of one test set."""
+        a, b = ({record.seed: record for record in each} for each in (ours, theirs))
+        seeds = sorted(a.keys() & b.keys())
+        records = [*(a[seed] for seed in seeds), *(b[seed] for seed in seeds)]
+        if not seeds or len(_test_sets(records, variant)) > 1:
+            return None
+        scores = [_scores(record, variant, metric) for record in records]
+        kept = [each for each in scores if each is not None]
+        if len(kept) < len(scores):
+            return None
+        half = len(seeds)
+        test = paired_test(
+            Scores.average(kept[:half]),
+            Scores.average(kept[half:]),
+            confidence=self.config.confidence,
+            resamples=self.config.resamples,
+        )
+        return test.difference, test.p_value
+
+
+def column(record: Record, variant: str, name: str) -> Any:
+    """[N] numbers per test prompt (`firstlab.evaluation.example_columns`), or None in older records.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    part = record.variant(variant) or {}
+    packed = part.get("examples", {}).get(name)
+    return None if packed is None else _unpack(record, packed)
+
+
+@functools.cache
+def _scores(record: Record, variant: str, metric: str) -> Scores | None:
+    part = record.variant(variant) or {}
+    packed = part.get("examples", {}).get("scores", {}).get(metric)
+    if packed is None:
+        return None
+    return from_rows(metric, _unpack(record, packed), part["metrics"][metric].get("signature"))
+
+
+def _unpack(record: Record, packed: str) -> Any:
+    try:
+        return results.unpack(packed)
+    except ValueError as error:
+        raise ValueError(f"{record.file}: {error}") from error
+
+
+def _test_sets(records: Any, variant: str) -> set[str]:
+    return {str((record.variant(variant) or {}).get("examples", {}).get("test_set")) for record in records}

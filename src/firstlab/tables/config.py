@@ -1,0 +1,122 @@
+"""Settings of the tables; `conf/tables.yaml` and `conf/scale/` fill them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class ScaleConfig:
+    """What stands for the paper's models, tasks and levels.
+
+    Attributes:
+        name: nano or llama.
+        base: Overrides that every run of the scale starts with.
+        models: Paper's model to ours (conf/model).
+        tasks: Paper's task to ours (conf/data).
+        levels: Paper's skip level in percent to the skip rate that we ask for.
+        alphas: Paper's skip level in percent to α, for methods that take α.
+        seeds: Seeds of every cell.
+        methods: Overrides per method; {level} and {alpha} are filled in.
+    """
+
+    name: str = MISSING
+    base: list[str] = field(default_factory=list)
+    models: dict[str, str] = MISSING
+    tasks: dict[str, str] = MISSING
+    levels: dict[int, float] = MISSING
+    alphas: dict[int, float] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    methods: dict[str, list[str]] = MISSING
+
+    def check(self) -> None:
+        """Raises ValueError with the option's full name."""
+        for level, rate in self.levels.items():
+            if not 0 < rate < 1:
+                raise ValueError(f"scale.levels.{level}={rate} is not a skip rate: strictly between 0 and 1")
+        for method, overrides in self.methods.items():
+            if any("{alpha}" in each for each in overrides) and set(self.levels) - set(self.alphas):
+                missing = sorted(set(self.levels) - set(self.alphas))
+                raise ValueError(
+                    f"scale.methods.{method} takes an α, and scale.alphas has none for the levels {missing}"
+                )
+
+
+@dataclass
+class AblationConfig:
+    """One row of the ablation table: the default method with some settings changed."""
+
+    group: str = MISSING
+    name: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TablesConfig:
+    """What `python -m firstlab.tables` takes.
+
+    Attributes:
+        scale: See `ScaleConfig`.
+        results: Folders that are searched for result files.
+        out: Folder that the tables are written to.
+        tolerance: How far a run's measured skip rate may lie from a level and still stand for it.
+        significance: Level of the paired tests.
+        confidence: Coverage of intervals computed here.
+        resamples: Draws per interval and per test.
+        reference: Method that the others are tested against, at the same level and with the same LoRA.
+        ablation_level: Paper's level (percent) of the ablations.
+        ablations: Their rows.
+    """
+
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    results: list[str] = field(default_factory=list)
+    out: str = MISSING
+    tolerance: float = 0.035
+    significance: float = 0.05
+    confidence: float = 0.95
+    resamples: int = 1000
+    reference: str = "first"
+    ablation_level: int = 15
+    ablations: list[AblationConfig] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ValueError with the option's name."""
+        self.scale.check()
+        for key in ("tolerance", "significance", "confidence"):
+            if not 0 < getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} is not allowed: strictly between 0 and 1")
+        if self.resamples < 100:
+            raise ValueError(f"resamples={self.resamples} is not allowed: at least 100")
+        if not self.results:
+            raise ValueError("results=[] is not allowed: name at least one folder, e.g. results=[experiments]")
+        if self.reference not in self.scale.methods:
+            known = ", ".join(self.scale.methods)
+            raise ValueError(f"reference={self.reference!r} is not a method of the scale: choose one of {known}")
+        if self.ablation_level not in self.scale.levels:
+            raise ValueError(
+                f"ablation_level={self.ablation_level} is not one of scale.levels {list(self.scale.levels)}"
+            )
+
+
+def register() -> None:
+    """Tell Hydra the schema that conf/tables.yaml starts from."""
+    ConfigStore.instance().store(name="tables_schema", node=TablesConfig)
+
+
+def load(config: DictConfig) -> TablesConfig:
+    """The checked settings.
+
+    Raises:
+        ValueError: One message with the option, its value and what is allowed.
+    """
+    try:
+        checked = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
+    assert isinstance(checked, TablesConfig)
+    checked.check()
+    return checked

@@ -1,0 +1,126 @@
+"""The grid: which runs the tables need, and the command that makes each.
+
+This is the one declaration that cells and sweeps share: `planned_runs` lists every run with the tables it serves.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from firstlab.config import conf_dir
+from firstlab.tables import paper
+from firstlab.tables.config import ScaleConfig, TablesConfig
+
+#: Further methods for the detailed tables, behind the paper's own.
+PAPER_METHODS = ("none", "skip_decode", "random_skip", "unified_skip", "first_soft", "first")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `firstlab.train`.
+
+    Attributes:
+        task, model, method: Names of files in conf/data, conf/model and conf/method.
+        level: Skip rate that is asked for, 0 for the dense model.
+        overrides: What the command line says, without the seed.
+        changes: The part of `overrides` by which an ablation differs from the method's defaults.
+    """
+
+    task: str
+    model: str
+    method: str
+    level: float
+    overrides: tuple[str, ...] = field(compare=False)
+    changes: tuple[str, ...] = ()
+
+    def command(self, seed: int = 0) -> str:
+        """Ready for a shell."""
+        return shlex.join(["python", "-m", "firstlab.train", *self.overrides, f"seed={seed}"])
+
+
+def known_methods(scale: ScaleConfig) -> list[str]:
+    """Methods of the scale that this version has, in order."""
+    return [name for name in scale.methods if (Path(conf_dir()) / "method" / f"{name}.yaml").is_file()]
+
+
+def run_of(scale: ScaleConfig, task: str, model: str, method: str, level: int, changes: tuple[str, ...] = ()) -> Run:
+    """The run behind a cell.
+
+    Args:
+        scale: Says what stands for the paper's names.
+        task, model: The paper's.
+        method: A method of the scale.
+        level: The paper's skip level in percent; 0 for the dense model.
+        changes: Further overrides.
+
+    Raises:
+        ValueError: The scale has nothing for one of them.
+    """
+    for option, wanted, known in (("tasks", task, scale.tasks), ("models", model, scale.models)):
+        if wanted not in known:
+            raise ValueError(f"scale.{option} has no entry for {wanted!r}; it has {', '.join(known)}")
+    if level and level not in scale.levels:
+        raise ValueError(f"scale.levels has no entry for {level}; it has {', '.join(map(str, scale.levels))}")
+    if method not in scale.methods:
+        raise ValueError(f"scale.methods has no entry for {method!r}; it has {', '.join(scale.methods)}")
+    rate = scale.levels[level] if level else 0.0
+    fill = {"level": f"{rate:g}", "alpha": f"{scale.alphas.get(level, 0):g}"}
+    named = [f"model={scale.models[model]}", f"data={scale.tasks[task]}"]
+    own = [each.format_map(fill) for each in scale.methods[method]]
+    overrides = (*scale.base, *named, *own, *changes)
+    return Run(scale.tasks[task], scale.models[model], method, rate, overrides, changes)
+
+
+def level_keys(scale: ScaleConfig) -> set[str]:
+    """Keys that set a skip level; runs that differ in them alone belong to one method."""
+    templates = [each for overrides in scale.methods.values() for each in overrides if "{" in each]
+    return {each.partition("=")[0] for each in templates}
+
+
+def methods_of(number: str, scale: ScaleConfig) -> list[str]:
+    """Rows of a quality table: the paper's methods and ours in the main tables, all of them in the detailed ones."""
+    detailed = number in ("9", "10", "11", "12", "13a", "13b", "14a", "14b")
+    return [name for name in scale.methods if detailed or name in (*PAPER_METHODS, "sleb")]
+
+
+def ablation_runs(config: TablesConfig) -> list[tuple[str, str, Run]]:
+    """(group, name, run) of every ablation; the unchanged method first."""
+    task, model = next(iter(config.scale.tasks)), next(iter(config.scale.models))
+
+    def run(overrides: tuple[str, ...]) -> Run:
+        return run_of(config.scale, task, model, config.reference, config.ablation_level, overrides)
+
+    rows = [("default", config.reference, run(()))]
+    return rows + [(each.group, each.name, run(tuple(each.overrides))) for each in config.ablations]
+
+
+def planned_runs(config: TablesConfig) -> dict[Run, list[str]]:
+    """Every run that some table needs, with the names of those tables, main tables first."""
+    plan: dict[Run, list[str]] = {}
+    known = known_methods(config.scale)
+    for name, run in _needs(config):
+        if run.method not in known:
+            continue
+        tables = plan.setdefault(run, [])
+        if name not in tables:
+            tables.append(name)
+    return plan
+
+
+def _needs(config: TablesConfig) -> Iterator[tuple[str, Run]]:
+    scale = config.scale
+    for number, table in paper.quality_tables().items():
+        for task in table.tasks:
+            for method in methods_of(number, scale):
+                for level in [0] if method == "none" else table.levels:
+                    yield f"table{number}", run_of(scale, task, table.model, method, level)
+    for number, node in paper.read()["tpot"].items():
+        for task, ratios in node["tasks"].items():
+            for method in ("first_soft", "first"):
+                for level in ratios:
+                    yield f"table{number}", run_of(scale, task, node["model"], method, level)
+    for _, _, run in ablation_runs(config):
+        yield "ablations", run

@@ -1,0 +1,43 @@
+"""One page with every table and picture: no script, style, font or image from elsewhere."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from firstlab.tables import paper
+from firstlab.tables.cells import BETTER, WORSE
+from firstlab.tables.config import TablesConfig
+from firstlab.tables.quality import method_title
+from firstlab.tables.table import Table
+
+
+def render(config: TablesConfig, tables: Sequence[Table], warnings: Sequence[str], records: int) -> str:
+    """HTML text.
+
+    Args:
+        config: Settings, for the legend.
+        tables: In reading order.
+        warnings: Result files that were left out.
+        records: Number of runs read.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    sections: dict[str, list[Table]] = defaultdict(list)
+    for table in tables:
+        sections[table.section].append(table)
+    template = files("firstlab.tables").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        config=config,
+        sections=sections,
+        errata=paper.read()["errata"],
+        warnings=warnings,
+        records=records,
+        filled=sum(table.filled for table in tables),
+        missing=sum(len(table.missing) for table in tables),
+        reference=method_title(config.reference),
+        better=BETTER,
+        worse=WORSE,
+    )

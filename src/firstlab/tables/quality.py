@@ -1,0 +1,199 @@
+"""Tables 1 to 4 and 9 to 14: quality at matched skip rates; and their overview."""
+
+from __future__ import annotations
+
+from firstlab.tables import paper
+from firstlab.tables.cells import OFF_LEVEL, Cells, Score
+from firstlab.tables.grid import Run, known_methods, methods_of, run_of
+from firstlab.tables.paper import Printed, QualityTable
+from firstlab.tables.table import Cell, Column, Table
+
+METRICS = {
+    "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu": "BLEU", "comet": "COMET",
+    "bertscore": "BERTScore F1", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "em": "EM", "f1": "F1",
+}  # fmt: skip
+#: Headline metric of each of the paper's tasks.
+HEADLINE = {"wmt_ende": "bleu", "wmt_enzh": "bleu", "cnn_dm": "rougeL", "squad": "f1"}
+METHODS = {
+    "none": "Base", "skip_decode": "Skip Decode", "random_skip": "Random Skip", "unified_skip": "Unified Skip",
+    "first_soft": "FiRST, paper's form", "first": "FiRST (ours)", "sleb": "SLEB", "shortgpt": "ShortGPT",
+    "early_exit": "Early exit", "static_first": "FiRST made static", "oracle": "Oracle",
+}  # fmt: skip
+TASKS = {
+    "wmt_ende": "English to German", "wmt_enzh": "English to Chinese", "cnn_dm": "Summarization",
+    "squad": "Question answering",
+}  # fmt: skip
+
+
+def method_title(name: str) -> str:
+    """How a method is called in tables."""
+    return METHODS.get(name, name)
+
+
+def score_cell(score: Score | None, reason: str, run: Run, digits: int = 1) -> Cell:
+    """A metric of ours with its interval, seeds and mark; or why there is none, and the command that fills it."""
+    if score is None:
+        return missing_cell(reason, run)
+    detail = "" if score.low is None else f"[{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    text = f"{score.value:.{digits}f}"
+    if score.deviation is not None:
+        text += f" ± {score.deviation:.{digits}f}"
+        detail = f"{detail} {score.seeds} seeds".strip()
+    note = f"measured skip rate {score.skip_rate:.1%}"
+    if score.p_value is not None and score.difference is not None:
+        note += f"; difference to the reference {score.difference:+.2f}, p = {score.p_value:.3f}"
+    return Cell(text, score.value, detail, score.mark, note, kind="ours")
+
+
+def missing_cell(reason: str, run: Run) -> Cell:
+    """No run: the reason and the command. What runs exist but did not measure is no missing run."""
+    if reason == "not measured":
+        return Cell(note=reason)
+    if reason.startswith(OFF_LEVEL):
+        return Cell(OFF_LEVEL, note=reason)
+    return Cell("no run", None, "", "", reason, run.command(), "missing")
+
+
+def paper_cell(printed: Printed | float | None, suffix: str = "") -> Cell:
+    """A number of the paper."""
+    if printed is None:
+        return Cell()
+    if not isinstance(printed, Printed):
+        return Cell(f"{printed:.2f}{suffix}", printed, kind="paper")
+    if printed.value is None:
+        return Cell(note="illegible in our copy of the paper")
+    note = (
+        "illegible here in our copy of the paper; taken from the table that prints the same cell"
+        if printed.borrowed
+        else ""
+    )
+    return Cell(f"{printed.value:.2f}", printed.value, note=note, kind="paper")
+
+
+def rate_cell(cells: Cells, run: Run, lora: bool) -> Cell:
+    """Measured skip rate in percent."""
+    match, reason = cells.find(run, lora)
+    if match is None:
+        return Cell(note=reason)
+    return Cell(f"{100 * match.skip_rate:.1f} %", 100 * match.skip_rate, note="measured", kind="rate")
+
+
+def quality_tables(cells: Cells) -> list[Table]:
+    """Tables 1 to 4, then 9 to 14."""
+    return [quality_table(cells, each) for each in paper.quality_tables().values()]
+
+
+def quality_table(cells: Cells, printed: QualityTable) -> Table:
+    """Ours beside the paper's, one row per level, method and configuration."""
+    scale = cells.config.scale
+    columns = [Column("Skip (paper)"), Column("Method"), Column("LoRA")]
+    shown: list[tuple[str, str, bool]] = []
+    for task in printed.tasks:
+        ours = f"{TASKS[task]}, {scale.tasks[task]}"
+        columns.append(Column("skip", ours))
+        for metric in dict.fromkeys((*printed.metrics, HEADLINE[task])):
+            measured = _is_measured(cells, scale.tasks[task], metric)
+            shown.append((task, metric, measured))
+            if measured:
+                columns.append(Column(METRICS[metric], ours))
+            if metric in printed.metrics:
+                columns.append(Column(f"{METRICS[metric]}, paper", ours))
+    rows = []
+    for level in (0, *printed.levels):
+        for method in methods_of(printed.number, scale):
+            if (method == "none") == (level == 0):
+                rows += [_row(cells, printed, shown, level, method, lora) for lora in (True, False)]
+    return Table(
+        f"table{printed.number}",
+        f"Table {printed.number}. {printed.title}",
+        columns,
+        rows,
+        _caption(cells, printed),
+        [
+            f"{each['where']}: {each['note']}"
+            for each in paper.read()["errata"]
+            if _about(each["where"], printed.number)
+        ],
+        "Quality" if len(printed.number.rstrip("ab")) == 1 and printed.number != "9" else "Quality in detail",
+    )
+
+
+def _row(
+    cells: Cells,
+    printed: QualityTable,
+    shown: list[tuple[str, str, bool]],
+    level: int,
+    method: str,
+    lora: bool,
+) -> list[Cell]:
+    scale, theirs = cells.config.scale, printed.rows.get((level, method, lora), {})
+    row = [Cell(f"{level} %", level), Cell(method_title(method)), Cell("+ LoRA" if lora else "–")]
+    last = ""
+    for task, metric, measured in shown:
+        run = run_of(scale, task, printed.model, method, level)
+        reference = None if method == "none" else run_of(scale, task, printed.model, cells.config.reference, level)
+        if task != last:
+            row.append(rate_cell(cells, run, lora))
+            last = task
+        if measured:
+            row.append(score_cell(*cells.score(run, lora, metric, reference), run))
+        if metric in printed.metrics:
+            row.append(paper_cell(theirs.get((task, metric))))
+    return row
+
+
+def overview(cells: Cells) -> Table:
+    """Headline metric of every task and level with LoRA, and what it keeps of Base + LoRA."""
+    scale = cells.config.scale
+    model = next(iter(scale.models))
+    levels = {scale.levels[level]: level for level in sorted(scale.levels, reverse=True)}
+    wanted = [(rate, level) for rate, level in sorted(levels.items())]
+    columns, rows = [Column("Method")], []
+    for task in scale.tasks:
+        columns += [Column(f"{rate:.0%} skip", f"{scale.tasks[task]}: {METRICS[HEADLINE[task]]}") for rate, _ in wanted]
+    for method in known_methods(scale):
+        row = [Cell(method_title(method) + " + LoRA")]
+        for task in scale.tasks:
+            dense, _ = cells.score(run_of(scale, task, model, "none", 0), True, HEADLINE[task])
+            for _, level in wanted:
+                run = run_of(scale, task, model, method, 0 if method == "none" else level)
+                reference = None if method == "none" else run_of(scale, task, model, cells.config.reference, level)
+                score, reason = cells.score(run, True, HEADLINE[task], reference)
+                cell = score_cell(score, reason, run)
+                if score and dense and dense.value and method != "none":
+                    kept = f"{100 * score.value / dense.value:.1f} % kept at {100 * score.skip_rate:.1f} %"
+                    cell = Cell(cell.text, cell.value, kept, cell.mark, f"{cell.detail}; {cell.note}", "", "ours")
+                row.append(cell)
+        rows.append(row)
+    caption = (
+        "Headline metric with LoRA at matched skip rates; behind it the share of Base + LoRA's score that is kept, and "
+        "the measured skip rate."
+    )
+    return Table("overview", "Overview", columns, rows, caption, section="Overview")
+
+
+def _caption(cells: Cells, printed: QualityTable) -> str:
+    scale = cells.config.scale
+    ours = f"{scale.models[printed.model]} on {', '.join(scale.tasks[task] for task in printed.tasks)}"
+    stands = "" if scale.models[printed.model] == printed.model else ", which stands in here,"
+    levels = ", ".join(f"{level} % → {scale.levels[level]:.0%}" for level in printed.levels)
+    return (
+        f"Ours: {ours}{stands} beside the paper's numbers. Our runs for the paper's levels: {levels}, matched by "
+        f"measured skip rate within ±{100 * cells.config.tolerance:g} points."
+    )
+
+
+def _is_measured(cells: Cells, task: str, metric: str) -> bool:
+    """False only where runs of the task exist and none has the metric."""
+    parts = [
+        part
+        for record in cells.library.records
+        if record.node["data"] == task
+        for part in record.node["variants"].values()
+    ]
+    return not parts or any(metric in part["metrics"] for part in parts)
+
+
+def _about(where: str, number: str) -> bool:
+    words = where.replace(",", " ").split()
+    return words[0] in ("Table", "Tables") and bool({number, number.rstrip("ab")} & set(words))

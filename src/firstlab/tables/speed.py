@@ -1,0 +1,199 @@
+"""Tables 5 to 7 (TPOT), 8 (splits), 15 (layers against α), figures 3 to 6 and the routers' overhead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from firstlab.config import conf_dir
+from firstlab.tables import paper, pictures
+from firstlab.tables.cells import Cells
+from firstlab.tables.grid import known_methods, run_of
+from firstlab.tables.quality import TASKS, method_title, missing_cell, paper_cell, rate_cell
+from firstlab.tables.table import Cell, Column, Table
+
+
+def tpot_tables(cells: Cells) -> list[Table]:
+    """Tables 5 to 7: time per output token of Router + LoRA, routed ÷ dense."""
+    return [_tpot_table(cells, number, node) for number, node in paper.read()["tpot"].items()]
+
+
+def _tpot_table(cells: Cells, number: str, node: dict[str, Any]) -> Table:
+    scale = cells.config.scale
+    methods = [name for name in ("first_soft", "first") if name in known_methods(scale)]
+    columns, rows = [Column("Method"), Column("Level")], []
+    for task in node["tasks"]:
+        group = f"{TASKS[task]}, {scale.tasks[task]}"
+        columns += [Column("Skip (paper)", group), Column("skip", group), Column("TPOT ratio", group)]
+        columns.append(Column("TPOT ratio, paper", group))
+    depth = max(len(ratios) for ratios in node["tasks"].values())
+    for method in methods:
+        for step in range(depth):
+            row = [Cell(method_title(method) + " + LoRA"), Cell(str(step + 1), step + 1)]
+            for task, ratios in node["tasks"].items():
+                level = sorted(ratios)[step]
+                run = run_of(scale, task, node["model"], method, level)
+                match, reason = cells.find(run, True)
+                ours = missing_cell(reason, run)
+                if match is not None:
+                    ratio = match.mean("timing", "tpot_ratio")
+                    ours = _ratio_cell(ratio, match.parts) if ratio is not None else Cell(note="not measured")
+                theirs = paper_cell(ratios[level], "x") if method == "first_soft" else Cell()
+                row += [Cell(f"{level} %", level), rate_cell(cells, run, True), ours, theirs]
+            rows.append(row)
+    caption = (
+        "Routed ÷ dense time per output token of one model, batch size 1, both timed in turn in one process; brackets: "
+        "quartiles over prompts. The paper's ratios are relative to its LoRA fine-tuned base model."
+    )
+    errata = [each for each in paper.read()["errata"] if number.startswith("7") and each["where"].startswith("Table 7")]
+    notes = [f"{each['where']}: {each['note']}" for each in errata]
+    return Table(f"table{number}", f"Table {number}. {node['title']}", columns, rows, caption, notes, "Speed")
+
+
+def _ratio_cell(ratio: float, parts: list[dict[str, Any]]) -> Cell:
+    quartiles = parts[0]["timing"].get("tpot_ratio_quartiles") if len(parts) == 1 else None
+    detail = f"[{quartiles[0]:.2f}, {quartiles[1]:.2f}]" if quartiles else f"{len(parts)} seeds"
+    return Cell(f"{ratio:.2f}x", ratio, detail, kind="ours")
+
+
+def splits_table(cells: Cells) -> Table:
+    """Table 8."""
+    columns = [Column("Task"), Column("ours stands for")]
+    columns += [Column(name, group) for group in ("ours", "paper") for name in ("train", "validation", "test")]
+    rows = []
+    for task, theirs in paper.read()["splits"].items():
+        name = cells.config.scale.tasks[task]
+        with open(f"{conf_dir()}/data/{name}.yaml", encoding="utf-8") as file:
+            node = yaml.safe_load(file)
+        sizes = sorted(
+            {part["n"] for r in cells.library.records if r.node["data"] == name for part in r.node["variants"].values()}
+        )
+        test = (
+            Cell(", ".join(map(str, sizes)), sizes[-1], note="examples in recorded runs")
+            if sizes
+            else Cell(note="no run")
+        )
+        row = [Cell(name), Cell(TASKS[task])]
+        for size in (node.get("train_size"), node.get("val_size")):
+            row.append(Cell("all others" if size is None else str(size), size))
+        rows.append([*row, test, *(Cell(str(theirs[part]), theirs[part], kind="paper") for part in theirs)])
+    notes = [f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if each["where"] == "Table 8"]
+    caption = "Examples. The test column is what recorded runs were evaluated on."
+    return Table("table8", "Table 8. Training, validation and test examples", columns, rows, caption, notes, "Setting")
+
+
+def per_layer_table(cells: Cells) -> Table:
+    """Table 15: share of prompts that skip each layer, against the level."""
+    node, scale = paper.read()["per_layer"], cells.config.scale
+    columns, data = [Column("Layer")], []
+    for column in node["columns"]:
+        which = "R + L" if column["variant"] == "router_lora" else "R"
+        columns.append(Column(which, f"paper, α = {column['alpha']:g}"))
+        data.append([*paper.per_layer_shares(column, node["layers"]), column["average"]])
+    theirs = len(data)
+    for method in ("first_soft", "first"):
+        for level in (15, 25, 35):
+            run = run_of(scale, node["task"], node["model"], method, level)
+            for lora in (False, True):
+                match, _ = cells.find(run, lora)
+                if match is not None:
+                    shares = [100 * share for share in match.parts[0]["skip"]["per_layer"]]
+                    asked = match.records[0].level
+                    columns.append(Column("R + L" if lora else "R", f"{method_title(method)}, {asked}"))
+                    data.append([*shares, 100 * match.parts[0]["skip"]["skip_rate"]])
+    rows = []
+    layers = max(len(values) for values in data) - 1
+    for layer in range(layers + 1):
+        name = Cell(str(layer), layer) if layer < layers else Cell("Avg")
+        row = [name]
+        for i, values in enumerate(data):
+            own = len(values) - 1
+            value = values[-1] if layer == layers else values[layer] if layer < own else None
+            kind = "paper" if i < theirs else "ours"
+            row.append(Cell() if value is None else Cell(f"{value:.2f}", value, kind=kind))
+        rows.append(row)
+    notes = [f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if each["where"] == "Table 15"]
+    caption = (
+        "Percent of prompts that skip a layer; R: routers, R + L: after LoRA. Paper: LLaMA-3-8B, 32 layers, en-de. "
+        f"Ours: {scale.models[node['model']]} on {scale.tasks[node['task']]}; columns appear as runs do."
+    )
+    title = "Table 15. Skipped layers against α"
+    return Table("table15", title, columns, rows, caption, notes, "Routing", pictures.heatmap(columns, data))
+
+
+def figures(cells: Cells) -> list[Table]:
+    """Figures 3 to 6: bars of skipped layers at 15 %; the table beside says the same in words."""
+    found = []
+    for number, node in paper.read()["figures"].items():
+        scale, level = cells.config.scale, 15
+        panels, rows = [], []
+        if node["task"] == paper.read()["per_layer"]["task"]:
+            column = paper.read()["per_layer"]["columns"][1]
+            panels.append(("Paper, LLaMA-3-8B, Table 15", paper.per_layer_shares(column, 32)))
+        rows.append([Cell("paper, LLaMA-3-8B (text)"), _layers(node["fully"]), _layers(node["partly"])])
+        for method in ("first_soft", "first"):
+            run = run_of(scale, node["task"], next(iter(scale.models)), method, level)
+            for lora in (False, True):
+                name = f"{method_title(method)}{' + LoRA' if lora else ''}, {scale.tasks[node['task']]}"
+                match, reason = cells.find(run, lora)
+                if match is None:
+                    rows.append([Cell(name), missing_cell(reason, run), Cell()])
+                    continue
+                shares = [100 * share for share in match.parts[0]["skip"]["per_layer"]]
+                panels.append((f"{name}: {match.skip_rate:.1%} skipped", shares))
+                fully = [layer for layer, share in enumerate(shares) if share > 95]
+                partly = [layer for layer, share in enumerate(shares) if 0 < share <= 95]
+                rows.append([Cell(name), _layers(fully, "ours"), _layers(partly)])
+        columns = [Column("Run"), Column("skipped by all prompts (over 95 %)"), Column("by some")]
+        picture = pictures.layer_bars(panels) if panels else ""
+        title = f"Figure {number}. {node['title']} at 15 %"
+        caption = "Bars: percent of prompts that skip the layer. The paper's bars carry no numbers; its text does."
+        found.append(Table(f"figure{number}", title, columns, rows, caption, section="Routing", picture=picture))
+    return found
+
+
+def _layers(layers: list[int], kind: str = "") -> Cell:
+    return Cell(", ".join(map(str, layers)) or "none", kind=kind)
+
+
+def overhead_table(cells: Cells) -> Table:
+    """The routers' parameters, exactly, and their share of time where it was measured."""
+    columns = [Column("Model"), Column("hidden size D"), Column("layers m"), Column("router parameters D·m")]
+    columns += [Column("of the model"), Column("of the model, paper"), Column("share of forward time, paper")]
+    columns.append(Column("share of prefill time"))
+    rows = []
+    for name, node in paper.read()["routers"].items():
+        count = node["hidden_size"] * node["layers"]
+        share = 100 * count / node["total_parameters"]
+        rows.append(
+            [
+                Cell(name),
+                Cell(str(node["hidden_size"]), node["hidden_size"]),
+                Cell(str(node["layers"]), node["layers"]),
+                Cell(f"{count:,}", count, kind="ours"),
+                Cell(f"{share:.4f} %", share, kind="ours"),
+                Cell(f"{node['stated_share']:.4f} %", node["stated_share"], kind="paper"),
+                Cell(f"{node['share_of_time']:g} %", node["share_of_time"], kind="paper"),
+                _router_time(cells, name),
+            ]
+        )
+    notes = [
+        f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if "router parameters" in each["where"]
+    ]
+    caption = "Parameters follow from the architecture. Time needs a record with timing.router_share."
+    return Table("overhead", "Router overhead", columns, rows, caption, notes, "Speed")
+
+
+def _router_time(cells: Cells, model: str) -> Cell:
+    shares = [
+        part["timing"]["router_share"]
+        for record in cells.library.records
+        if record.node["model"] == model
+        for part in record.node["variants"].values()
+        if "router_share" in (part.get("timing") or {})
+    ]
+    if not shares:
+        return Cell(note="not measured")
+    share = 100 * sum(shares) / len(shares)
+    return Cell(f"{share:.2f} %", share, kind="ours")

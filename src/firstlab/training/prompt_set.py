@@ -1,0 +1,131 @@
+"""What methods may look at: prompts with their references, and the model that reads them (`methods.base.Prompts`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.encoding import TrainingRows, collate_training
+from firstlab.data.task import Example
+from firstlab.methods.early_exit import teacher_forced_skip_rates
+from firstlab.model import EarlyExit, RouterAugmentedLM
+from firstlab.model.layers import routing
+from firstlab.training.calibration import Batch, losses_under_routes
+
+
+class PromptSet:
+    """N prompts, tokenised when first used.
+
+    Args:
+        model: Measures losses, states and routes; its LoRA, if any, stays switched off.
+        data: Gives the task, tokenizer and lengths.
+        examples: The prompts and their references.
+        batch_size: Prompts in one pass.
+    """
+
+    def __init__(
+        self, model: RouterAugmentedLM, data: PromptDataModule, examples: Sequence[Example], batch_size: int
+    ) -> None:
+        self.model, self.data, self.examples, self.batch_size = model, data, examples, batch_size
+        self.texts: Sequence[str] = [data.task.prompt(example) for example in examples]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.model.num_layers
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest response there will be."""
+        return self.data.max_new_tokens
+
+    def take(self, count: int) -> PromptSet:
+        """The first `count` of them."""
+        return PromptSet(self.model, self.data, self.examples[:count], self.batch_size)
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Teacher-forced batches in the order of the examples, on the model's device.
+
+        Raises:
+            ValueError: A prompt has no reference.
+        """
+        if not all(example.references for example in self.examples):
+            raise ValueError("a prompt without a reference cannot be routed by a method that measures its loss")
+        rows = TrainingRows(self.data.task, self.examples, self.data.tokenizer, self.data.max_length)
+        batches = []
+        for start in range(0, len(rows), self.batch_size):
+            chosen = [rows[i] for i in range(start, min(start + self.batch_size, len(rows)))]
+            batch = collate_training(chosen, pad=self.data.pad, loss_on="response")
+            batches.append({k: v.to(self.model.device) for k, v in batch.items()})
+        return batches
+
+    def losses(self, routes: Tensor) -> Tensor:
+        """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
+        sums, counts = self._sums(routes)
+        return sums / counts
+
+    def loss(self, routes: Tensor) -> float:
+        """Response cross-entropy per token over all prompts under `routes` ([L] or [N, L])."""
+        sums, counts = self._sums(routes)
+        return float(sums.sum() / counts.sum())
+
+    def _sums(self, routes: Tensor) -> tuple[Tensor, Tensor]:
+        with self.model.lora_disabled():
+            return losses_under_routes(self.model, self.batches, routes)
+
+    def new_tokens(self) -> list[int]:
+        """[N] lengths of the references in tokens."""
+        return torch.cat([(batch["labels"] != -100).sum(1) for batch in self.batches]).tolist()
+
+    def skip_rate(self, rule: EarlyExit) -> float:
+        """Skip rate when the references' tokens are decoded under the rule, mean over prompts."""
+        with self.model.lora_disabled():
+            return float(
+                torch.cat([teacher_forced_skip_rates(self.model, batch, rule) for batch in self.batches]).nanmean()
+            )
+
+    @torch.no_grad()
+    def layer_states(self) -> Iterator[list[Tensor]]:
+        """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the output of the last one.
+
+        Tokens are those of prompts and responses without padding; no norm follows the last layer here.
+        """
+        for batch in self.batches:
+            watch = _States(batch["attention_mask"].bool())
+            with self.model.lora_disabled(), routing(watch):
+                self.model.lm.base_model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                )
+            yield watch.states
+
+    @torch.no_grad()
+    def routed(self) -> Tensor:
+        """[N, L], the decisions of the model's own routers."""
+        with self.model.lora_disabled():
+            routes = [self.model.route(batch["input_ids"], batch["prompt_mask"]) for batch in self.batches]
+        return torch.cat(routes).cpu()
+
+
+class _States:
+    """Routing that runs every layer and keeps the hidden states between them, padding left out."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.states: list[Tensor] = []
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        output = run()
+        if index == 0:
+            self.states.append(hidden[self.mask.to(hidden.device)])
+        after = output[0] if isinstance(output, tuple) else output
+        self.states.append(after[self.mask.to(after.device)])
+        return output

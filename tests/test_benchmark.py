@@ -1,0 +1,184 @@
+"""The benchmark: bytes and limits by hand, a run from end to end, errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from firstlab.benchmark import BenchmarkConfig, load, measure, run
+from firstlab.config import ModelConfig, conf_dir
+from firstlab.speed import Variant, copy_bandwidth, read_bytes, spread_route
+from models import tiny_model
+
+
+@given(st.integers(3, 80), st.floats(0, 0.6))
+def test_spread_route(layers: int, rate: float) -> None:
+    skipped = round(rate * layers)
+    if skipped > layers - 2:
+        with pytest.raises(ValueError, match="the first and the last are kept"):
+            spread_route(layers, rate)
+        return
+    route = spread_route(layers, rate)
+    assert route[0] and route[-1] and int((~route).sum()) == skipped
+    gaps = (~route).nonzero().flatten().diff()
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_spread_route_of_sixteen_layers() -> None:
+    assert (~spread_route(16, 0.25)).nonzero().flatten().tolist() == [2, 6, 9, 13]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_by_hand(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    lm = LlamaForCausalLM(config)
+    # Query and output, key and value, gate up down, two norms; head dimension 2.
+    layer = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 12 + 2 * 8
+    head_and_norm = 11 * 8 + 8
+    kv_per_token = 2 * 2 * 2
+    route = torch.tensor([True, False, True, True])
+    assert read_bytes(lm, route, 5, 20) == 4 * (head_and_norm + 3 * (layer + 5 * 20 * kv_per_token))
+    assert read_bytes(lm.half(), route, 5, 20) == 2 * (head_and_norm + 3 * (layer + 5 * 20 * kv_per_token))
+
+
+def test_copy_bandwidth() -> None:
+    assert 1e8 < copy_bandwidth(torch.device("cpu"), 1 << 22) < 1e13
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def settings(folder: Path, **given: object) -> BenchmarkConfig:
+    small = {
+        "device": "cpu",
+        "batch_sizes": [1, 3],
+        "prompt_lengths": [6],
+        "tokens": 5,
+        "repetitions": 2,
+        "copy_mib": 1,
+    }
+    return BenchmarkConfig(model=ModelConfig("tiny", str(folder)), **{**small, **given})  # type: ignore[arg-type]
+
+
+def test_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["model=hf", "model.name=tiny", f"model.path={folder}", "model.dtype=float32", "device=cpu", "tokens=5"]
+    overrides += ["batch_sizes=[1,3]", "prompt_lengths=[6]", "repetitions=2", "copy_mib=1", "skip_rates=[0.33]"]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        run(load(compose("benchmark", [*overrides, f"out={tmp_path}"])))
+    assert "tiny, batch 3, prompt of 6 tokens" in capsys.readouterr().out
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    assert record["layers"] == 6 and record["packages"]["torch"] and record["settings"]["tokens"] == 5
+    lm = tiny_model("llama")
+    for cell, batch_size in zip(record["cells"], (1, 3), strict=True):
+        rows = {(row["decoder"], row["skip_rate_asked"]): row for row in cell["variants"]}
+        assert set(rows) == {
+            ("transformers", 0),
+            *((way, rate) for way in ("generate", "engine") for rate in (0, 0.33)),
+        }
+        assert cell["router_share_of_prefill"] == cell["router_s"] / cell["prefill_s"] > 0
+        per_layer = batch_size * (6 + 5 - 1) * 2 * 2 * 8 * 4  # rows, tokens, K and V, heads, head dimension, fp32
+        length = (7 + 8 + 9 + 10) / 4
+        for (_, rate), row in rows.items():
+            skipped = [2, 4] if rate else []
+            assert row["skipped_layers"] == skipped
+            assert row["kv_bytes"] == (6 - len(skipped)) * per_layer
+            assert row["kv_bytes_saved"] == len(skipped) * per_layer
+            route = torch.tensor([layer not in skipped for layer in range(6)])
+            needed = read_bytes(lm, route, batch_size, length)
+            assert row["bytes_per_step"] == needed
+            assert row["limit_ratio"] == needed / read_bytes(lm, torch.ones(6, dtype=torch.bool), batch_size, length)
+            assert row["limit_tpot_s"] == needed / record["copy_bandwidth_bytes_per_s"]
+            assert 0 < row["tpot_s"] <= row["tpot_p95_s"] and row["ttft_s"] > 0 and row["peak_memory_bytes"] > 0
+            assert row["tokens_per_s"] == pytest.approx(batch_size / row["tpot_mean_s"])
+            assert 0 < row["cpu_share"] < 1.05
+            assert len(row["tpot_mean_s_of_repetitions"]) == 2
+            assert rate or row["tpot_ratio"] == 1
+
+
+def test_architecture_alone(tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    record = measure(settings(tmp_path, random_init=True, decoders=["engine"], skip_rates=[], batch_sizes=[1]))
+    [row] = record["cells"][0]["variants"]
+    assert row["decoder"] == "engine" and row["speedup_over_transformers"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"skip_rates": [1.0]}, r"skip_rates=\[1.0\]"),
+        ({"batch_sizes": []}, r"batch_sizes=\[\]"),
+        ({"prompt_lengths": [0]}, r"prompt_lengths=\[0\]"),
+        ({"least_cpu_share": 2.0}, "least_cpu_share=2.0"),
+        ({"tokens": 1}, "tokens=1"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"repetitions": 0}, "repetitions=0"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"decoders": ["vllm"]}, r"decoders=\['vllm'\].*transformers, generate, engine"),
+    ],
+)
+def test_settings_out_of_range(folder: Path, given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(folder, **given).check()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"skip_rates": [0.9]}, "skip_rates: 0.9 skips 5 of 6 layers"),
+        ({"prompt_lengths": [125]}, "needs 130 positions, and model=tiny has 128"),
+        ({"model": ModelConfig("none", "no/such/folder"), "random_init": True}, "no config"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(folder: Path, given: dict[str, object], message: str) -> None:
+    config = settings(folder)
+    for option, value in given.items():
+        setattr(config, option, value)
+    with pytest.raises(ValueError, match=message):
+        measure(config)
+
+
+def test_model_that_the_engine_does_not_know(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"decoders: GPT2LMHeadModel.*decoders=\[transformers,generate\]"):
+        measure(settings(tmp_path))
+    record = measure(settings(tmp_path, decoders=["transformers", "generate"]))
+    assert {row["decoder"] for row in record["cells"][0]["variants"]} == {"transformers", "generate"}
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, firstlab.benchmark; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ratio_when_other_processes_take_turns() -> None:
+    # Steps of 3 and 2 ms; a turn of 4 ms comes every 4 ms of work. It meets most of the long and half of the short.
+    def steps(work: float) -> np.ndarray:
+        ends = np.arange(0, 240 + work, work)
+        return np.diff(ends + 4 * np.floor(ends / 4))
+
+    dense, routed = (
+        Variant("engine", 0.0, torch.ones(6, dtype=torch.bool), steps_s=[steps(work)]) for work in (3.0, 2.0)
+    )
+    assert routed.tpot_s[0] / dense.tpot_s[0] == pytest.approx(2 / 3, rel=0.02)
+    assert abs(np.median(routed.steps_s[0]) / np.median(dense.steps_s[0]) - 2 / 3) > 0.05

@@ -1,0 +1,173 @@
+"""The engine's tokens are those of `generate`, whatever the routes, lengths and batch."""
+
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from firstlab.model import EarlyExit, LoraSettings, RouterAugmentedLM, StepRoutes
+from firstlab.model.engine import DecodeEngine
+from firstlab.model.llama_step import LlamaStep
+from models import random_routers, routed_model, tiny_model
+
+NEW = 8
+
+
+@cache
+def llama(tied: bool, biased: bool = False) -> RouterAugmentedLM:
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        attention_bias=biased,
+        mlp_bias=biased,
+        initializer_range=0.3,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    lm = LlamaForCausalLM(config).eval()
+    for name, parameter in lm.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = RouterAugmentedLM(lm).eval()
+    random_routers(model)
+    return model
+
+
+def expected(model: RouterAugmentedLM, prompt: list[int], routes: object, new: int = NEW) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), routes=routes, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+PROMPTS = st.lists(st.lists(st.integers(3, 96), min_size=1, max_size=12), min_size=1, max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(PROMPTS, st.booleans(), st.booleans(), st.integers(1, 4), st.data())
+def test_tokens_of_generate(prompts, tied, biased, batch_size, data) -> None:
+    model = llama(tied, biased)
+    layer_choice = st.lists(st.booleans(), min_size=6, max_size=6)
+    kind = data.draw(st.sampled_from(["routers", "shared", "rows"]))
+    routes = None
+    if kind == "shared":
+        routes = torch.tensor(data.draw(layer_choice))
+    elif kind == "rows":
+        # Two routes at most, so that rows wait for a place in a group.
+        choices = [data.draw(layer_choice) for _ in range(2)]
+        routes = torch.tensor([choices[data.draw(st.integers(0, 1))] for _ in prompts])
+    out = DecodeEngine(model, 32, batch_size).generate(prompts, NEW, routes)
+    for index, prompt in enumerate(prompts):
+        own = routes[index] if kind == "rows" else routes
+        assert out.tokens[index] == expected(model, prompt, own)
+    assert out.kv_bytes <= out.kv_bytes_dense
+
+
+def test_more_rows_than_tokens() -> None:
+    prompts = [[5 + row] for row in range(8)]
+    routes = torch.ones(6, dtype=torch.bool)
+    out = DecodeEngine(llama(True), 4, 8).generate(prompts, 3, routes)
+    assert out.tokens == [expected(llama(True), prompt, routes, 3) for prompt in prompts]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_other_tiny_models(architecture: str) -> None:
+    model = routed_model(architecture)
+    before = expected(model, [5, 6, 7], None)
+    assert DecodeEngine(model, 32).generate([[5, 6, 7]], NEW).tokens == [before]
+    assert expected(model, [5, 6, 7], None) == before  # sharing the storage of weights changes nothing
+
+
+@settings(max_examples=10, deadline=None)
+@given(PROMPTS, st.integers(1, 4), st.lists(st.integers(1, 6), min_size=6, max_size=6))
+def test_schedules(prompts, batch_size, leave) -> None:
+    # Layer i leaves after step leave[i]: nested by construction.
+    schedule = StepRoutes(torch.tensor([[step < last for last in leave] for step in range(7)]))
+    model = llama(True)
+    out = DecodeEngine(model, 32, batch_size).generate(prompts, NEW, schedule)
+    assert out.tokens == [expected(model, prompt, schedule) for prompt in prompts]
+
+
+def test_skipped_layers_have_no_keys_and_values() -> None:
+    engine = DecodeEngine(llama(True), 16)
+    routes = torch.tensor([True, False, True, True, False, True])
+    out = engine.generate([[5, 6, 7]], 4, routes, eos=())
+    assert [kv is None for kv in engine.step.kv] == [False, True, False, False, True, False]
+    per_token = 2 * 2 * 8 * 4  # keys and values, KV heads, head dim, bytes of fp32
+    assert (out.kv_bytes, out.kv_bytes_dense) == (4 * 6 * per_token, 6 * 6 * per_token)
+    assert engine.step.allocated_bytes() == 4 * 16 * per_token
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "routes", "message"),
+    [
+        ([], 4, None, "at least one token"),
+        ([[5], []], 4, None, "at least one token"),
+        ([[5]], 0, None, "max_new_tokens=0"),
+        ([[5]] * 2, 40, None, "raise max_length"),
+        ([[5]], 4, torch.ones(5, dtype=torch.bool), "boolean tensor"),
+        ([[5]], 4, torch.ones(2, 6, dtype=torch.bool), "2 rows for 1 prompts"),
+        ([[5]], 4, EarlyExit(0.5), "EarlyExit"),
+    ],
+)
+def test_bad_input(prompts, new, routes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecodeEngine(llama(True), 16).generate(prompts, new, routes)
+
+
+def test_unsupported_models() -> None:
+    with pytest.raises(ValueError, match="GPT2LMHeadModel.*RouterAugmentedLM.generate"):
+        DecodeEngine(RouterAugmentedLM(tiny_model("gpt2")), 16)
+    with pytest.raises(ValueError, match="sliding window"):
+        DecodeEngine(RouterAugmentedLM(tiny_model("mistral")), 16)
+    lora = RouterAugmentedLM(tiny_model("llama"))
+    lora.add_lora(LoraSettings())
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        DecodeEngine(lora, 16)
+    with pytest.raises(ValueError, match="max_batch_size=0"):
+        DecodeEngine(llama(True), 16, 0)
+    changing = SimpleNamespace(rope_parameters={"rope_type": "dynamic"})
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        LlamaStep(type("LlamaForCausalLM", (), {"config": changing})(), 1, 8)
+
+
+def test_saved_model_is_whole(tmp_path: Path) -> None:
+    model = routed_model()
+    before = {name: weight.clone() for name, weight in model.lm.state_dict().items()}
+    DecodeEngine(model, 16)
+    model.save_pretrained(tmp_path, save_base=True)
+    again = RouterAugmentedLM.from_pretrained(tmp_path).lm.state_dict()
+    assert set(again) == set(before)
+    assert all(torch.equal(again[name], weight) for name, weight in before.items())
+
+
+def test_engines_of_one_model_share_its_weights() -> None:
+    model = routed_model()
+    first, second = DecodeEngine(model, 32), DecodeEngine(model, 32)
+    for one, other in zip(first.step.layers, second.step.layers, strict=True):
+        assert one.qkv.data_ptr() == other.qkv.data_ptr() and torch.equal(one.qkv, other.qkv)
+        assert one.gate_up.data_ptr() == other.gate_up.data_ptr() and torch.equal(one.gate_up, other.gate_up)
+    with torch.no_grad():
+        for parameter in model.lm.parameters():
+            parameter.mul_(1.1)
+    tokens = [expected(model, [5, 6, 7], None)]
+    assert first.generate([[5, 6, 7]], NEW).tokens == second.generate([[5, 6, 7]], NEW).tokens == tokens
+
+
+def test_converted_model_needs_a_new_engine() -> None:
+    model = routed_model()
+    engine = DecodeEngine(model, 32)
+    model.double()
+    with pytest.raises(ValueError, match="make a new DecodeEngine"):
+        engine.generate([[5, 6, 7]], NEW)
+    assert DecodeEngine(model, 32).generate([[5, 6, 7]], NEW).tokens == [expected(model, [5, 6, 7], None)]
