@@ -11,11 +11,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from firstlab.benchmark import BenchmarkConfig, load, measure, run
-from firstlab.config import ModelConfig, conf_dir
-from firstlab.speed import Variant, copy_bandwidth, read_bytes, spread_route
+from firstlab.benchmark import BenchmarkConfig, BenchmarkModelConfig, chosen_routes, load, measure, run
+from firstlab.build import ARCHITECTURES
+from firstlab.config import conf_dir
+from firstlab.speed import Variant, check_memory, copy_bandwidth, read_bytes, spread_route
 from models import tiny_model
 
 
@@ -77,7 +78,8 @@ def settings(folder: Path, **given: object) -> BenchmarkConfig:
         "repetitions": 2,
         "copy_mib": 1,
     }
-    return BenchmarkConfig(model=ModelConfig("tiny", str(folder)), **{**small, **given})  # type: ignore[arg-type]
+    model = BenchmarkModelConfig("tiny", str(folder), random_init=bool(given.pop("random_init", False)))
+    return BenchmarkConfig(model=model, **{**small, **given})  # type: ignore[arg-type]
 
 
 def test_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +126,39 @@ def test_architecture_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters"), [("meta-llama/Meta-Llama-3-8B", 8_030_261_248), ("meta-llama/Llama-3.2-3B", 3_212_749_824)]
+)
+def test_bundled_architectures_have_the_published_size(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ARCHITECTURES[name]))
+    assert sum(each.numel() for each in lm.parameters()) == parameters
+
+
+def test_every_model_of_the_paper_is_bundled() -> None:
+    for name in ("llama3_8b", "llama32_3b"):
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            config = load(compose("benchmark", [f"model={name}", "model.random_init=true"]))
+        assert config.model.random_init and ARCHITECTURES[config.model.path].name == name
+
+
+def test_routes_of_the_paper(folder: Path) -> None:
+    routes = chosen_routes(settings(folder, routes="paper"), 32)
+    # Table 15, Router + LoRA: layers that more than half of the sequences skip.
+    assert {rate: (~route).nonzero().flatten().tolist() for rate, route in routes.items()} == {
+        0.0: [],
+        0.125: [7, 8, 9, 21],
+        0.25: [7, 8, 12, 15, 18, 19, 20, 21],
+        0.375: [7, 8, 10, 12, 15, 16, 18, 19, 20, 21, 23, 26],
+    }
+
+
+def test_weights_larger_than_the_memory_are_refused() -> None:
+    config = LlamaConfig(vocab_size=128256, hidden_size=65536, intermediate_size=262144, num_hidden_layers=128)
+    with pytest.raises(ValueError, match=r"weights take [\d.]+ GiB in torch.float32, cpu has .* model.dtype=bfloat16"):
+        check_memory(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"skip_rates": [1.0]}, r"skip_rates=\[1.0\]"),
@@ -133,8 +168,9 @@ def test_architecture_alone(tmp_path: Path) -> None:
         ({"tokens": 1}, "tokens=1"),
         ({"warmup": -1}, "warmup=-1"),
         ({"repetitions": 0}, "repetitions=0"),
+        ({"routes": "random"}, "routes='random'.*spread, paper"),
         ({"device": "tpu"}, "device='tpu'"),
-        ({"decoders": ["vllm"]}, r"decoders=\['vllm'\].*transformers, generate, engine"),
+        ({"decoders": ["vllm"]}, r"decoders=\['vllm'\].*transformers, transformers_static, generate, engine"),
     ],
 )
 def test_settings_out_of_range(folder: Path, given: dict[str, object], message: str) -> None:
@@ -146,8 +182,9 @@ def test_settings_out_of_range(folder: Path, given: dict[str, object], message: 
     ("given", "message"),
     [
         ({"skip_rates": [0.9]}, "skip_rates: 0.9 skips 5 of 6 layers"),
+        ({"routes": "paper"}, "Table 15 is about a model of 32 layers, and model=tiny has 6"),
         ({"prompt_lengths": [125]}, "needs 130 positions, and model=tiny has 128"),
-        ({"model": ModelConfig("none", "no/such/folder"), "random_init": True}, "no config"),
+        ({"model": BenchmarkModelConfig("none", "no/such/folder", random_init=True)}, "no config"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(folder: Path, given: dict[str, object], message: str) -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     }
     | {"figures", "training"},
     {"methods", "data", "metrics"},
-    {"model", "files"},
+    {"model", "files", "energy"},
 )
 HEIGHT = {part: -row for row, parts in enumerate(LAYERS) for part in parts}
 

@@ -1,6 +1,7 @@
 """How fast decoding is at several skip rates, beside transformers and the memory's limit.
 
 python -m firstlab.benchmark [model=hf model.path=ID_OR_FOLDER model.name=NAME] [skip_rates=[0.25]] [out=FOLDER]
+python -m firstlab.benchmark model=llama3_8b model.random_init=true model.dtype=bfloat16 routes=paper
 """
 
 from __future__ import annotations
@@ -20,7 +21,20 @@ from omegaconf.errors import OmegaConfBaseException
 from firstlab.config import ModelConfig, RouterConfig, conf_dir
 from firstlab.entry import check_command_line, guarded
 
-DECODERS = ("transformers", "generate", "engine")
+DECODERS = ("transformers", "transformers_static", "generate", "engine")
+ROUTES = ("spread", "paper")
+
+
+@dataclass
+class BenchmarkModelConfig(ModelConfig):
+    """A base model of which the architecture may do.
+
+    Attributes:
+        random_init: Take the model's config only and draw its weights; speed does not depend on them. Configs of the
+            paper's models are bundled.
+    """
+
+    random_init: bool = False
 
 
 @dataclass
@@ -30,10 +44,11 @@ class BenchmarkConfig:
     Attributes:
         model: The base model.
         router: How the routers read hidden states; only for their own time, as routes are forced.
-        random_init: Take the model's config only and draw its weights; speed does not depend on them.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
-        decoders: Of transformers (`generate` of the plain model), generate (`RouterAugmentedLM.generate`) and engine
-            (`DecodeEngine`).
+        decoders: Of transformers (`generate` of the plain model), transformers_static (the same with its static cache,
+            compiled), generate (`RouterAugmentedLM.generate`) and engine (`DecodeEngine`).
+        routes: Which layers are skipped: spread evenly at each of `skip_rates`, or those that most prompts skip in the
+            paper's Table 15 (of a model with 32 layers).
         skip_rates: Shares of layers to skip; 0 is always measured too.
         batch_sizes, prompt_lengths: All pairs are measured.
         tokens: New tokens per row.
@@ -45,11 +60,11 @@ class BenchmarkConfig:
         out: Folder of benchmark.json and benchmark.png.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: BenchmarkModelConfig = field(default_factory=BenchmarkModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
-    random_init: bool = False
     device: str = "auto"
-    decoders: list[str] = field(default_factory=lambda: list(DECODERS))
+    decoders: list[str] = field(default_factory=lambda: ["transformers", "generate", "engine"])
+    routes: str = "spread"
     skip_rates: list[float] = field(default_factory=lambda: [0.15, 0.25, 0.35])
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     prompt_lengths: list[int] = field(default_factory=lambda: [128])
@@ -71,6 +86,7 @@ class BenchmarkConfig:
         require(self.device in ("auto", "cpu", "cuda"), "device", "choose one of auto, cpu, cuda")
         known = bool(self.decoders) and set(self.decoders) <= set(DECODERS)
         require(known, "decoders", f"choose from {', '.join(DECODERS)}")
+        require(self.routes in ROUTES, "routes", f"choose one of {', '.join(ROUTES)}")
         require(all(0 <= rate < 1 for rate in self.skip_rates), "skip_rates", "each at least 0 and below 1")
         for option in ("batch_sizes", "prompt_lengths"):
             values = getattr(self, option)
@@ -100,6 +116,33 @@ def load(composed: DictConfig) -> BenchmarkConfig:
     return config
 
 
+def chosen_routes(config: BenchmarkConfig, num_layers: int) -> dict[float, Any]:
+    """Skip rate to route [L], dense first.
+
+    Raises:
+        ValueError: A rate or the paper's layers do not fit the model.
+    """
+    import torch
+
+    from firstlab.speed import spread_route
+    from firstlab.tables import paper
+
+    if config.routes == "spread":
+        return {rate: spread_route(num_layers, rate) for rate in sorted({0.0, *config.skip_rates})}
+    table = paper.read()["per_layer"]
+    if num_layers != table["layers"]:
+        raise ValueError(
+            f"routes=paper: Table 15 is about a model of {table['layers']} layers, and model={config.model.name} has "
+            f"{num_layers}; use routes=spread"
+        )
+    routes = {0.0: torch.ones(num_layers, dtype=torch.bool)}
+    for column in table["columns"]:
+        if column["variant"] == "router_lora":
+            route = torch.tensor(paper.per_layer_shares(column, num_layers)) < 50
+            routes[1 - route.float().mean().item()] = route
+    return routes
+
+
 def measure(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure every variant at every batch size and prompt length; the record of benchmark.json.
 
@@ -111,7 +154,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from firstlab import results
     from firstlab.build import model_path
     from firstlab.model import RouterSettings
-    from firstlab.speed import Cell, Models, Variant, copy_bandwidth, spread_route
+    from firstlab.speed import PLAIN, Cell, Models, Variant, copy_bandwidth
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
@@ -122,7 +165,9 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     options = {"dtype": config.model.dtype, "revision": config.model.revision}
     options |= {"attn_implementation": config.model.attn_implementation}
     given = {key: value for key, value in options.items() if value is not None}
-    models = Models.load(model_path(config.model.path), settings, config.random_init, device, **given)
+    models = Models.load(
+        model_path(config.model.path, config.model.random_init), settings, config.model.random_init, device, **given
+    )
     longest = max(config.prompt_lengths) + config.tokens
     allowed = getattr(models.plain.config, "max_position_embeddings", longest)
     if longest > allowed:
@@ -130,7 +175,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
             f"prompt_lengths={config.prompt_lengths} with tokens={config.tokens} needs {longest} positions, and "
             f"model={config.model.name} has {allowed}; shorten one of them"
         )
-    routes = {rate: spread_route(models.routed.num_layers, rate) for rate in sorted({0.0, *config.skip_rates})}
+    routes = chosen_routes(config, models.routed.num_layers)
     bandwidth = copy_bandwidth(device, config.copy_mib << 20)
     cells = []
     for batch_size, prompt_length in product(config.batch_sizes, config.prompt_lengths):
@@ -138,7 +183,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
             Variant(decoder, rate, route)
             for decoder in config.decoders
             for rate, route in routes.items()
-            if decoder != "transformers" or rate == 0
+            if decoder not in PLAIN or rate == 0
         ]
         cell = Cell(models, variants, batch_size, prompt_length, config.tokens, config.seed)
         cell.measure(config.warmup, config.repetitions)
@@ -160,13 +205,14 @@ def print_tables(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     for cell in record["cells"]:
         title = f"{record['model']}, batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens"
         view = Table(title=title, title_justify="left")
         view.add_column("", no_wrap=True)
         columns = ("skipped", "TTFT ms", "TPOT ms", "median", "p95", "tokens/s", "speed-up", "TPOT ratio", "limit")
-        for name in (*columns, "KV MiB", "saved", "peak MiB", "CPU"):
+        energy = any(row["joules_per_token"] is not None for row in cell["variants"])
+        for name in (*columns, "KV MiB", "saved", "peak MiB", "CPU", *(["J/token"] if energy else [])):
             view.add_column(name, justify="right")
         for row in cell["variants"]:
             faster, saved = row["speedup_over_transformers"], row["kv_bytes_saved"]
@@ -185,6 +231,7 @@ def print_tables(record: dict[str, Any]) -> None:
                 f"{100 * saved / (row['kv_bytes'] + saved):.0f} %",
                 f"{row['peak_memory_bytes'] / 2**20:.0f}",
                 f"{100 * row['cpu_share']:.0f} %",
+                *([f"{row['joules_per_token']:.3g}"] if energy else []),
             )
         console.print(view)
         least = min(row["limit_tpot_s"] for row in cell["variants"] if row["skip_rate"] == 0)

@@ -16,12 +16,18 @@ from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
 from firstlab.model import RouterAugmentedLM, RouterSettings, load_tokenizer
 
-BUNDLED = {"bundled:nano": Path(__file__).resolve().parent / "assets" / "nano"}
+_ASSETS = Path(__file__).resolve().parent / "assets"
+BUNDLED = {"bundled:nano": _ASSETS / "nano"}
+#: Models of which only the config is bundled, with sizes as published.
+ARCHITECTURES = {
+    "meta-llama/Meta-Llama-3-8B": _ASSETS / "llama3_8b",
+    "meta-llama/Llama-3.2-3B": _ASSETS / "llama32_3b",
+}
 
 
-def model_path(path: str) -> str:
-    """Hub id or folder behind `model.path`."""
-    return str(BUNDLED.get(path, path))
+def model_path(path: str, config_only: bool = False) -> str:
+    """Hub id or folder behind `model.path`; with `config_only` the folder may hold no weights."""
+    return str((BUNDLED | ARCHITECTURES if config_only else BUNDLED).get(path, path))
 
 
 def build_task(config: ExperimentConfig) -> Task:

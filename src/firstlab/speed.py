@@ -6,6 +6,7 @@ decoder is faster than these bytes over the memory's bandwidth.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, LogitsProcessorList, PreTrainedModel
 
 from firstlab import results
+from firstlab.energy import joules_counter
 from firstlab.model import RouterAugmentedLM, RouterSettings
 from firstlab.model.engine import DecodeEngine
 from firstlab.model.layers import find_decoder
@@ -86,6 +88,10 @@ def copy_bandwidth(device: torch.device, size: int, repetitions: int = 5) -> flo
     return 2 * size / min(times[1:])
 
 
+#: Decoders of the plain model: no layer can be skipped.
+PLAIN = ("transformers", "transformers_static")
+
+
 @dataclass(frozen=True)
 class Models:
     """The same weights twice: plain, as transformers has them, and wrapped."""
@@ -100,13 +106,14 @@ class Models:
         """Load, or with `random_init` make from the config alone.
 
         Raises:
-            ValueError: Nothing can be loaded from `path`.
+            ValueError: Nothing can be loaded from `path`, or random weights do not fit into the device's memory.
         """
         if random_init:
             try:
                 config = AutoConfig.from_pretrained(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ValueError(f"model.path={path!r} has no config that transformers can read: {error}") from error
+            check_memory(config, device, **options)
             with device:
                 lm = AutoModelForCausalLM.from_config(config, **options)
         else:
@@ -118,13 +125,29 @@ class Models:
         return cls(plain, RouterAugmentedLM(lm, settings))
 
 
+def check_memory(config: Any, device: torch.device, **options: Any) -> None:
+    """Raises ValueError if the weights of a config are larger than the device's whole memory."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, **options)
+    needed = sum(each.nbytes for each in lm.parameters())
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[1]
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise ValueError(
+            f"model.random_init=true: the weights take {needed / 2**30:.1f} GiB in {lm.dtype}, {device.type} has "
+            f"{available / 2**30:.1f} GiB; use model.dtype=bfloat16, a smaller model or a larger device"
+        )
+
+
 @dataclass(eq=False)
 class Variant:
     """A way of decoding at a skip rate, and what was measured, a value per repetition.
 
     Attributes:
-        decoder: transformers (`generate` of the plain model), generate (`RouterAugmentedLM.generate`) or engine
-            (`DecodeEngine`).
+        decoder: transformers (`generate` of the plain model), transformers_static (the same with a static cache,
+            compiled), generate (`RouterAugmentedLM.generate`) or engine (`DecodeEngine`).
         skip_rate: As asked for.
         route: [L] boolean.
         ttft_s: Until the first token's logits are there.
@@ -132,6 +155,7 @@ class Variant:
         cpu_share: CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
         kv_bytes: Keys and values kept at the end.
         peak_memory_bytes: Of the device, or of the process on a CPU.
+        joules: Energy of prefill and decode, per repetition; empty where the device does not report it.
     """
 
     decoder: str
@@ -142,6 +166,7 @@ class Variant:
     cpu_share: list[float] = field(default_factory=list)
     kv_bytes: int = 0
     peak_memory_bytes: int = 0
+    joules: list[float] = field(default_factory=list)
 
     @property
     def tpot_s(self) -> np.ndarray:
@@ -151,6 +176,13 @@ class Variant:
         the median jumps when half of them do. The mean grows in proportion, so that ratios keep.
         """
         return np.array([steps.mean() for steps in self.steps_s])
+
+
+def compile_everywhere() -> Any:
+    """transformers' compiled decoding, which it otherwise keeps to accelerators."""
+    chosen: Any = CompileConfig()
+    chosen._compile_all_devices = True
+    return chosen
 
 
 class Cell:
@@ -176,6 +208,7 @@ class Cell:
         ids = torch.randint(0, vocabulary, (batch_size, prompt_length), generator=generator)
         self.ids, self.prompts = ids.to(models.routed.device), ids.tolist()
         self.router_s: list[float] = []
+        self.joules = joules_counter(models.routed.device)
         self.engine: DecodeEngine | None = None
         if any(variant.decoder == "engine" for variant in variants):
             try:
@@ -196,6 +229,7 @@ class Cell:
         watch = Stopwatch()
         results.reset_peak_memory()
         synchronize(self.ids.device)
+        joules = None if self.joules is None else self.joules()
         start, cpu = time.perf_counter(), time.thread_time()
         if variant.decoder == "engine":
             assert self.engine is not None
@@ -207,14 +241,18 @@ class Cell:
             variant.ttft_s.append(watch.times[0] - start)
             variant.steps_s.append(np.diff(watch.times))
             variant.cpu_share.append((time.thread_time() - cpu) / (time.perf_counter() - start))
+            if self.joules is not None and joules is not None:
+                variant.joules.append(self.joules() - joules)
             variant.kv_bytes = kv_bytes
             variant.peak_memory_bytes = max(variant.peak_memory_bytes, results.peak_memory_bytes())
 
     def _generate(self, variant: Variant, watch: Stopwatch) -> int:
         """Bytes of keys and values in the cache at the end."""
-        plain = variant.decoder == "transformers"
+        plain = variant.decoder in PLAIN
         model: Any = self.models.plain if plain else self.models.routed
-        forced = {} if plain else {"routes": variant.route.to(self.ids.device)}
+        given: dict[str, Any] = {} if plain else {"routes": variant.route.to(self.ids.device)}
+        if variant.decoder == "transformers_static":
+            given = {"cache_implementation": "static", "compile_config": compile_everywhere()}
         out = model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -223,7 +261,7 @@ class Cell:
             pad_token_id=0,
             logits_processor=LogitsProcessorList([watch]),
             return_dict_in_generate=True,
-            **forced,
+            **given,
         )
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
 
@@ -277,6 +315,9 @@ class Cell:
                     "kv_bytes": each.kv_bytes,
                     "kv_bytes_saved": whole.kv_bytes - each.kv_bytes,
                     "peak_memory_bytes": each.peak_memory_bytes,
+                    "joules_per_token": (
+                        float(np.median(each.joules)) / (self.batch_size * self.tokens) if each.joules else None
+                    ),
                     "cpu_share": float(np.median(each.cpu_share)),
                 }
             )
