@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def joules_counter(device: torch.device, powercap: Path = POWERCAP) -> Callable[
     """Reads energy in joules since some fixed moment; None where the device does not report it.
 
     Args:
-        device: A CPU counts all its packages, and whatever else runs on them. A GPU needs the package nvidia-ml-py.
+        device: A CPU counts all its packages, and whatever else runs on them.
         powercap: Folder of the kernel's RAPL counters; often only root may read them.
     """
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
@@ -51,14 +52,18 @@ def _rapl(powercap: Path) -> _Rapl | None:
 
 def _nvml(device: torch.device) -> Callable[[], float] | None:
     try:
-        import pynvml
-    except ImportError:
+        library = ctypes.CDLL("libnvidia-ml.so.1")  # part of the driver
+    except OSError:
         return None
-    uuid: Any = torch.cuda.get_device_properties(device).uuid
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:
-        return None
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+
+    def call(name: str, *arguments: Any) -> bool:
+        return getattr(library, name)(*arguments) == 0
+
+    def joules() -> float:
+        call("nvmlDeviceGetTotalEnergyConsumption", handle, ctypes.byref(millijoules))
+        return millijoules.value / 1e3
+
+    found = call("nvmlInit_v2") and call("nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(handle))
+    return joules if found and joules() > 0 else None
