@@ -17,6 +17,7 @@ from firstlab import experiment as experiment_module
 from firstlab import results
 from firstlab.build import dense_counterpart, load_run
 from firstlab.experiment import Experiment
+from firstlab.model import RouterAugmentedLM
 from firstlab.report import report
 from firstlab.training.codebook import constant_accuracy
 from tiny_run import composed, flat, overrides
@@ -215,6 +216,22 @@ def assert_same_numbers(directory: Path, reference: Path) -> None:
                 assert results.unpack(mine[key]) == pytest.approx(results.unpack(value), rel=1e-3, abs=1e-3), key
                 continue
             assert mine[key] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), key
+
+
+def test_one_phase_trains_routers_and_lora_together(tiny_model_dir: Path, tmp_path: Path):
+    extra = ("method.one_phase=true", "method.target_skip=0.375", "lora_phase.learning_rate=0.01")
+    run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *extra)))
+    record = run.run()
+    assert record["phases"]["router"]["steps"] == 0 and record["phases"]["lora"]["steps"] == 4
+    assert set(record["variants"]) == {"router", "router_lora"}
+    start, trained = (
+        RouterAugmentedLM.from_pretrained(run.directory / name).routers.weight for name in ("router", "lora")
+    )
+    assert not torch.equal(start, trained)
+    checkpoint = torch.load(run.directory / "checkpoints" / "lora" / "last.ckpt", weights_only=True)
+    assert {"routers" in name or "lora_" in name for name in checkpoint["state_dict"]} == {True}
+    [rates] = {tuple(group["initial_lr"] for group in each["param_groups"]) for each in checkpoint["optimizer_states"]}
+    assert rates == (run.config.router_phase.learning_rate, 0.01)
 
 
 def test_a_codebook_of_one_is_the_static_start(tiny_model_dir: Path, tmp_path: Path):

@@ -112,21 +112,21 @@ def test_a_model_in_training_mode_is_wrapped_in_training_mode():
 
 
 @every_architecture
-@pytest.mark.parametrize("trainable", ["routers", "lora"])
+@pytest.mark.parametrize("trainable", [("routers",), ("lora",), ("routers", "lora")])
 def test_gradients_flow_only_where_they_should(architecture, trainable):
     model = routed_model(architecture)
     model.add_lora()
     for name, parameter in model.lm.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.freeze_all_but(trainable)
+    model.freeze_all_but(*trainable)
     ids, mask, labels = labelled()
     out = model(ids, mask, labels)
     loss = out.loss + 0.01 * out.loss_terms["regularization"] + 0.1 * out.loss_terms["non_skip"]
     loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     expected = {name for name, _ in model.named_parameters() if name.startswith("routers") or "lora_" in name}
-    expected = {name for name in expected if name.startswith("routers") == (trainable == "routers")}
+    expected = {name for name in expected if ("routers" if name.startswith("routers") else "lora") in trainable}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
     if architecture == "mixtral":
         # An expert may see no token.
@@ -136,7 +136,7 @@ def test_gradients_flow_only_where_they_should(architecture, trainable):
 
 
 def test_freezing_names_what_it_knows():
-    with pytest.raises(ValueError, match="trainable='all' is unknown; choose one of routers, lora"):
+    with pytest.raises(ValueError, match="trainable='all' is unknown; choose from routers, lora"):
         routed_model().freeze_all_but("all")
 
 

@@ -17,7 +17,7 @@ from firstlab import sweep, tables
 from firstlab.config import SweepConfig, conf_dir, load, register
 from firstlab.files import claimed
 from firstlab.sweep import PlannedRun, describe, duration, expand, plan, run_sweep
-from firstlab.tables.grid import planned_runs
+from firstlab.tables.grid import ablation_runs, planned_runs
 
 FOLDER = Path(conf_dir()) / "sweep"
 FILES = sorted(
@@ -74,6 +74,19 @@ def test_sweeps_run_what_the_tables_show(scale: str, name: str):
     runs = {run - frozenset(implied) for run in swept}
     missing = [overrides for overrides in wanted if frozenset(overrides) - frozenset(implied) not in runs]
     assert not missing
+
+
+def test_the_ablation_sweep_runs_what_the_table_shows():
+    def identities(runs: list[list[str]]) -> set[tuple[str | None, str]]:
+        configs = [load(compose("train", run))[0] for run in runs]
+        return {(config.note, config.hash()) for config in configs}
+
+    tables.config.register()
+    wanted = [list(run.overrides) for _, _, run in ablation_runs(tables.config.load(compose("tables", [])))]
+    level = "method.target_skip=0.15"
+    swept = [run for run in expand(grids_of("ablations"), {"+sweep": ["ablations"]}) if level in run]
+    assert len(wanted) > 15
+    assert identities(wanted) <= identities(swept)
 
 
 def test_the_paper_form_on_llama_is_the_papers_experiment():

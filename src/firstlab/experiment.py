@@ -32,7 +32,13 @@ from firstlab.routes import CODEBOOK, STATIC_ORDER, prompt_routes, shared_routes
 from firstlab.tracking import JsonLinesLogger, log_evaluation, logger_options
 from firstlab.training.calibration import start_routers
 from firstlab.training.codebook import best_of, constant_accuracy, find_codebook, fit_to_routes, threshold_at
-from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
+from firstlab.training.modules import (
+    LoRACompensationModule,
+    OnePhaseModule,
+    OptimizerSettings,
+    RouterModule,
+    RoutingObjective,
+)
 from firstlab.training.prompt_set import PromptSet
 from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
 
@@ -282,7 +288,10 @@ class Experiment:
         self.model = load_model(self.config, start)
         if name == "lora":
             self._add_lora()
-        best = read_checkpoint(self.directory / "checkpoints" / name / "best.ckpt")["state_dict"]
+        file = self.directory / "checkpoints" / name / "best.ckpt"
+        if name == "router" and not file.is_file():
+            return  # one phase trains them later
+        best = read_checkpoint(file)["state_dict"]
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)
 
     def _add_lora(self) -> None:
@@ -305,9 +314,19 @@ class Experiment:
         objective = replace(self._objective(name), distill=phase.distill)
         module: RouterModule | LoRACompensationModule
         started: dict[str, float] = {}
+        one_phase = isinstance(method, First) and method.one_phase
         if name == "router":
             started = self._start_routers()
+            if one_phase:
+                self._record_phase(name, {"steps": 0, "multiplier": objective.multiplier, "seconds": 0.0, **started})
+                return
             module = RouterModule(self.model, objective, optimizer, config.seed)
+        elif one_phase:
+            self._add_lora()
+            optimizer = replace(optimizer, router_learning_rate=config.router_phase.learning_rate)
+            module = OnePhaseModule(
+                self.model, replace(self._objective("router"), distill=phase.distill), optimizer, config.seed
+            )
         else:
             routes, val_routes = self._training_routes(), self._routes(data.val)
             self._add_lora()
@@ -336,6 +355,9 @@ class Experiment:
         seconds = time.perf_counter() - start
         record = {"steps": int(steps), "multiplier": module.multiplier, "seconds": seconds, **started, **kept}
         data.max_length = config.data.max_length_lora  # for what follows, whether or not phase 1 ran just now
+        self._record_phase(name, record)
+
+    def _record_phase(self, name: str, record: dict[str, Any]) -> None:
         if rank()[0] == 0:
             write_atomically(self.directory / f"{name}.yaml", yaml.safe_dump(record, sort_keys=False))
 

@@ -33,6 +33,8 @@ class First(Method):
         codebook_rounds: How often sets and their prompts are found in turn.
         fit_prompts: Training prompts that the routers are fitted to; a quarter of them measures the fit instead.
         calibrate_rate: After phase 1, move the threshold so that validation prompts skip exactly target_skip.
+        one_phase: Phase 1 only puts the routers at their start; they are trained together with LoRA, for the steps of
+            phase 2 and with both learning rates.
     """
 
     name: ClassVar[str] = "first"
@@ -53,6 +55,7 @@ class First(Method):
     codebook_rounds: int = 2
     fit_prompts: int = 256
     calibrate_rate: bool = False
+    one_phase: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +80,11 @@ class First(Method):
             )
         if self.calibrate_rate and self.target_skip is None:
             raise ValueError("method.calibrate_rate=true needs method.target_skip")
+        if self.calibrate_rate and self.one_phase:
+            raise ValueError(
+                "method.calibrate_rate=true moves the threshold after phase 1, and method.one_phase=true trains the "
+                "routers after it: drop one of them"
+            )
         for option, least in (("codebook_size", 1), ("codebook_rounds", 1), ("fit_prompts", 4)):
             if getattr(self, option) < least:
                 raise ValueError(f"method.{option}={getattr(self, option)} must be at least {least}")

@@ -169,14 +169,14 @@ class RouterAugmentedLM(nn.Module):
         merge_lora(self.lm)
         return self
 
-    def freeze_all_but(self, trainable: str) -> None:
-        """Freeze every parameter except those of "routers" (phase 1) or "lora" (phase 2)."""
-        if trainable not in ("routers", "lora"):
-            raise ValueError(f"trainable={trainable!r} is unknown; choose one of routers, lora")
+    def freeze_all_but(self, *trainable: str) -> None:
+        """Freeze every parameter except those of "routers" (phase 1), "lora" (phase 2), or both."""
+        if unknown := sorted(set(trainable) - {"routers", "lora"}):
+            raise ValueError(f"trainable={unknown[0]!r} is unknown; choose from routers, lora")
         self.requires_grad_(False)
-        if trainable == "routers":
+        if "routers" in trainable:
             self.routers.requires_grad_(True)
-        else:
+        if "lora" in trainable:
             for name, parameter in self.lm.named_parameters():
                 parameter.requires_grad_("lora_" in name)
 

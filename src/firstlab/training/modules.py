@@ -56,12 +56,14 @@ class OptimizerSettings:
         weight_decay: Decoupled.
         warmup_fraction: Share of the optimizer steps.
         total_steps: Optimizer steps of the whole phase.
+        router_learning_rate: Peak for the routers where they are trained beside LoRA; None takes `learning_rate`.
     """
 
     learning_rate: float
     weight_decay: float
     warmup_fraction: float
     total_steps: int
+    router_learning_rate: float | None = None
 
 
 # Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.
@@ -71,7 +73,7 @@ _TARGET_WEIGHT = 10.0
 class _Phase(L.LightningModule):
     """What both phases share: loss normalisation over ranks, dual ascent, validation, optimizer, lean checkpoints."""
 
-    trainable: str
+    trainable: tuple[str, ...]
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class _Phase(L.LightningModule):
         self.strict_loading = False
         self._skip_rates: list[Tensor] = []
         self._validation: dict[str, Tensor] = {}
-        model.freeze_all_but(self.trainable)
+        model.freeze_all_but(*self.trainable)
 
     @abstractmethod
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
@@ -244,8 +246,16 @@ class _Phase(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer_settings
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        routers = {id(p) for p in self.model.routers.parameters()}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in routers]
+        rate = settings.learning_rate if settings.router_learning_rate is None else settings.router_learning_rate
+        groups = [
+            {"params": [p for p in self.model.routers.parameters() if p.requires_grad], "lr": rate},
+            {"params": others, "lr": settings.learning_rate},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=rate, weight_decay=settings.weight_decay
+        )
         warmup = max(1, round(settings.warmup_fraction * settings.total_steps))
 
         def factor(step: int) -> float:
@@ -270,7 +280,7 @@ class _Phase(L.LightningModule):
 class RouterModule(_Phase):
     """Phase 1: routers only (§4.1)."""
 
-    trainable = "routers"
+    trainable = ("routers",)
 
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
         """CE + λ Σ||r||² + α Σ rho."""
@@ -282,13 +292,19 @@ class RouterModule(_Phase):
 class LoRACompensationModule(_Phase):
     """Phase 2: LoRA under frozen routers (§4.2)."""
 
-    trainable = "lora"
+    trainable = ("lora",)
 
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
         """CE(response) + β Σ rho."""
         if self.routes is not None:
             return cross_entropy
         return lora_loss(cross_entropy, non_skip, self.multiplier)
+
+
+class OnePhaseModule(RouterModule):
+    """Routers and LoRA trained together under the loss of phase 1: what two phases are compared with."""
+
+    trainable = ("routers", "lora")
 
 
 def _step_skips(out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:

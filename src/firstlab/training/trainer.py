@@ -161,7 +161,7 @@ def fit_phase(
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
     if settings.progress_bar:
-        callbacks.append(_ProgressBar(f"train {module.trainable}"))
+        callbacks.append(_ProgressBar(f"train {' and '.join(module.trainable)}"))
     layer_class = type(find_decoder(module.model.lm)[1][0])
     trainer = L.Trainer(
         accelerator=settings.accelerator,
