@@ -280,7 +280,7 @@ class _Phase(L.LightningModule):
 class RouterModule(_Phase):
     """Phase 1: routers only (§4.1)."""
 
-    trainable = ("routers",)
+    trainable: tuple[str, ...] = ("routers",)
 
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
         """CE + λ Σ||r||² + α Σ rho."""
