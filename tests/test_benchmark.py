@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from firstlab.benchmark import BenchmarkConfig, BenchmarkModelConfig, chosen_routes, load, measure, run
+from firstlab.benchmark import BenchmarkConfig, BenchmarkModelConfig, chosen_routes, load, measure, print_tables, run
 from firstlab.build import ARCHITECTURES
 from firstlab.config import conf_dir
-from firstlab.speed import Variant, check_memory, copy_bandwidth, read_bytes, spread_route
+from firstlab.speed import Variant, check_memory, copy_bandwidth, distinct_routes, read_bytes, spread_route
 from models import tiny_model
 
 
@@ -35,6 +36,34 @@ def test_spread_route(layers: int, rate: float) -> None:
 
 def test_spread_route_of_sixteen_layers() -> None:
     assert (~spread_route(16, 0.25)).nonzero().flatten().tolist() == [2, 6, 9, 13]
+
+
+@given(st.integers(4, 40), st.floats(0.1, 0.6), st.integers(1, 12), st.integers(0, 3))
+def test_distinct_routes(layers: int, rate: float, count: int, seed: int) -> None:
+    skipped = round(rate * layers)
+    if skipped > layers - 2 or count > comb(layers - 2, skipped):
+        with pytest.raises(ValueError, match=r"skip_rates: |mixed_routes: "):
+            distinct_routes(layers, rate, count, seed)
+        return
+    routes = distinct_routes(layers, rate, count, seed)
+    assert len(set(map(tuple, routes.tolist()))) == count
+    assert routes[:, [0, -1]].all() and ((~routes).sum(1) == skipped).all()
+    assert torch.equal(routes, distinct_routes(layers, rate, count, seed))
+
+
+def test_mixed_routes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"decoders": ["engine"], "batch_sizes": [1], "skip_rates": [0.0, 0.33]}
+    record = measure(settings(folder, mixed_routes=[2, 3], mixed_batch_size=6, **options))
+    print_tables(record)
+    rows = record["mixed_routes"]
+    assert [(row["routes"], row["batch_size"], row["skip_rate_asked"]) for row in rows] == [(2, 6, 0.33), (3, 6, 0.33)]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["skip_rate"] == pytest.approx(2 / 6)
+        assert row["throughput_ratio"] == pytest.approx(np.median(row["throughput_ratio_of_repetitions"]))
+        assert len(row["throughput_ratio_of_repetitions"]) == 2 and row["tokens_per_s"] > 0
+        percent = f"{100 * row['throughput_ratio']:.0f}"
+        assert f"mixed routes: {percent} % of the throughput of one shared route ({row['routes']} routes" in printed
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -166,6 +195,10 @@ def test_weights_larger_than_the_memory_are_refused() -> None:
         ({"prompt_lengths": [0]}, r"prompt_lengths=\[0\]"),
         ({"least_cpu_share": 2.0}, "least_cpu_share=2.0"),
         ({"tokens": 1}, "tokens=1"),
+        ({"mixed_routes": [1]}, r"mixed_routes=\[1\].*mixed_batch_size=32"),
+        ({"mixed_routes": [8], "mixed_batch_size": 4}, r"mixed_routes=\[8\].*mixed_batch_size=4"),
+        ({"mixed_routes": [8], "decoders": ["generate"]}, r"mixed_routes=\[8\].*decoders=\['generate'\]"),
+        ({"mixed_batch_size": 1}, "mixed_batch_size=1"),
         ({"warmup": -1}, "warmup=-1"),
         ({"repetitions": 0}, "repetitions=0"),
         ({"routes": "random"}, "routes='random'.*spread, paper"),
@@ -183,6 +216,8 @@ def test_settings_out_of_range(folder: Path, given: dict[str, object], message: 
     [
         ({"skip_rates": [0.9]}, "skip_rates: 0.9 skips 5 of 6 layers"),
         ({"routes": "paper"}, "Table 15 is about a model of 32 layers, and model=tiny has 6"),
+        ({"mixed_routes": [2], "skip_rates": [0.05]}, r"mixed_routes: skip_rates=\[0.05\] skip none of 6 layers"),
+        ({"mixed_routes": [9], "skip_rates": [0.2]}, "mixed_routes: 9 different routes at skip rate 0.2, but only 4"),
         ({"prompt_lengths": [125]}, "needs 130 positions, and model=tiny has 128"),
         ({"model": BenchmarkModelConfig("none", "no/such/folder", random_init=True)}, "no config"),
     ],

@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from firstlab.model import EarlyExit, LoraSettings, RouterAugmentedLM, StepRoutes
-from firstlab.model.engine import DecodeEngine
+from firstlab.model.engine import DecodeEngine, EngineOutput
 from firstlab.model.llama_step import LlamaStep
 from models import random_routers, routed_model, tiny_model
 
@@ -45,9 +46,14 @@ def llama(tied: bool, biased: bool = False) -> RouterAugmentedLM:
     return model
 
 
+def alone(model: RouterAugmentedLM, prompt: list[int], routes: object, new: int = NEW, **options: object) -> Any:
+    """What `generate` gives for one prompt, with its cache."""
+    given: Any = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(torch.tensor([prompt]), routes=routes, return_dict_in_generate=True, **given)
+
+
 def expected(model: RouterAugmentedLM, prompt: list[int], routes: object, new: int = NEW) -> list[int]:
-    out = model.generate(torch.tensor([prompt]), routes=routes, max_new_tokens=new, do_sample=False, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
+    return alone(model, prompt, routes, new).sequences[0, len(prompt) :].tolist()
 
 
 PROMPTS = st.lists(st.lists(st.integers(3, 96), min_size=1, max_size=12), min_size=1, max_size=6)
@@ -63,14 +69,47 @@ def test_tokens_of_generate(prompts, tied, biased, batch_size, data) -> None:
     if kind == "shared":
         routes = torch.tensor(data.draw(layer_choice))
     elif kind == "rows":
-        # Two routes at most, so that rows wait for a place in a group.
-        choices = [data.draw(layer_choice) for _ in range(2)]
-        routes = torch.tensor([choices[data.draw(st.integers(0, 1))] for _ in prompts])
+        routes = torch.tensor([data.draw(layer_choice) for _ in prompts])
     out = DecodeEngine(model, 32, batch_size).generate(prompts, NEW, routes)
     for index, prompt in enumerate(prompts):
         own = routes[index] if kind == "rows" else routes
         assert out.tokens[index] == expected(model, prompt, own)
     assert out.kv_bytes <= out.kv_bytes_dense
+    assert torch.equal(out.layer_skips, 1 - out.routes.float())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("different", ["all", "few", "none"])
+def test_rows_of_different_routes_lengths_and_ends(batch_size: int, different: str) -> None:
+    model, rows = llama(True), 13  # more prompts than places
+    generator = torch.Generator().manual_seed(batch_size)
+    lengths = torch.randint(1, 12, (rows,), generator=generator).tolist()
+    prompts = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
+    choices = torch.rand({"all": rows, "few": 4, "none": 1}[different], 6, generator=generator) > 0.35
+    routes = choices[torch.arange(rows) % len(choices)]
+    eos = list(range(2, 97, 9))  # so many that rows end at different steps
+    out = DecodeEngine(model, 40, batch_size).generate(prompts, 20, routes, eos)
+    per_token = 2 * 2 * 8 * 4  # keys and values, KV heads, head dim, bytes of fp32
+    kept = 0
+    for prompt, route, tokens in zip(prompts, routes, out.tokens, strict=True):
+        assert tokens == alone(model, prompt, route, 20, eos_token_id=eos).sequences[0, len(prompt) :].tolist()
+        kept += (len(prompt) + len(tokens) - 1) * int(route.sum()) * per_token
+    assert len({len(tokens) for tokens in out.tokens}) > 3
+    assert out.kv_bytes == kept
+
+
+def test_a_layer_holds_the_rows_that_run_it_and_no_others() -> None:
+    step = DecodeEngine(llama(True), 16, 3).step
+    kv = {layer: torch.full((2, 2, 5, 8), float(layer)) for layer in range(6)}
+    step.join({layer: kv[layer] for layer in (0, 2)}, 5)
+    step.join({layer: kv[layer] + 10 for layer in (0, 3)}, 5)
+    step.join({layer: kv[layer] + 20 for layer in (2, 3)}, 5)
+    held = [[] if each is None else each[0, :, 0, 0, 0].tolist() for each in step.kv]
+    assert held == [[0, 10, 0], [], [2, 22, 0], [13, 23, 0], [], []]
+    step.leave(0)  # the last row is number 0 now, and its keys and values close the gap
+    assert step._slots == [[1], [], [0], [1, 0], [], []]
+    assert [step.kv[layer][0, 0, 0, 0, 0].item() for layer in (0, 2, 3)] == [10, 22, 13]
+    assert step.lengths == [5, 5]
 
 
 def test_more_rows_than_tokens() -> None:
@@ -95,7 +134,47 @@ def test_schedules(prompts, batch_size, leave) -> None:
     schedule = StepRoutes(torch.tensor([[step < last for last in leave] for step in range(7)]))
     model = llama(True)
     out = DecodeEngine(model, 32, batch_size).generate(prompts, NEW, schedule)
-    assert out.tokens == [expected(model, prompt, schedule) for prompt in prompts]
+    same_as_alone(out, model, prompts, schedule)
+
+
+def same_as_alone(out: EngineOutput, model: RouterAugmentedLM, prompts: list[list[int]], rule: object) -> None:
+    for prompt, tokens, skips in zip(prompts, out.tokens, out.layer_skips, strict=True):
+        one = alone(model, prompt, rule)
+        assert tokens == one.sequences[0, len(prompt) :].tolist()
+        steps = torch.tensor([len(tokens) - 1])
+        assert torch.equal(skips, one.past_key_values.layer_skips(steps)[0])
+    assert torch.equal(out.skip_rate, out.layer_skips.mean(1))
+
+
+@settings(max_examples=15, deadline=None)
+@given(PROMPTS, st.integers(1, 4), st.data())
+def test_early_exit(prompts, batch_size, data) -> None:
+    confidence = data.draw(st.sampled_from(["softmax", "gap", "cosine"]))
+    # Nobody leaves above 1; everybody leaves at or below -1.
+    threshold = data.draw(st.floats(0.1, 0.7) | st.sampled_from([-1.0, 1.1]))
+    decay = data.draw(st.sampled_from([None, 4.0]))
+    rule = EarlyExit(threshold, confidence, data.draw(st.integers(1, 6)), decay, None if decay is None else NEW)
+    model = llama(True)
+    out = DecodeEngine(model, 32, batch_size).generate(prompts, NEW, rule)
+    same_as_alone(out, model, prompts, rule)
+    assert out.routes.all() and out.kv_bytes == out.kv_bytes_dense
+
+
+def test_early_exit_of_rows_at_different_layers_in_a_biased_model() -> None:
+    model, rule = llama(False, True), EarlyExit(0.3)
+    prompts = [[5 + row, 40 - row, 3] for row in range(6)]
+    out = DecodeEngine(model, 32, 6).generate(prompts, NEW, rule)
+    same_as_alone(out, model, prompts, rule)
+    assert len(set(out.skip_rate.tolist())) > 2 and 0 < out.skip_rate.mean() < 1
+
+
+def test_a_schedule_keeps_only_the_layers_it_still_runs() -> None:
+    schedule = StepRoutes(torch.tensor([[True] * 6, [True] * 6, [True, False, True, True, False, True]]))
+    out = DecodeEngine(llama(True), 16, 2).generate([[5, 6, 7], [8]], 4, schedule, eos=())
+    assert torch.equal(out.routes, schedule.schedule[:1].expand(2, -1))
+    torch.testing.assert_close(out.skip_rate, torch.full((2,), (0 + 0 + 2 / 6) / 3))
+    per_token = 2 * 2 * 8 * 4
+    assert (out.kv_bytes, out.kv_bytes_dense) == ((6 + 4) * 4 * per_token, (6 + 4) * 6 * per_token)
 
 
 def test_skipped_layers_have_no_keys_and_values() -> None:
@@ -117,7 +196,7 @@ def test_skipped_layers_have_no_keys_and_values() -> None:
         ([[5]] * 2, 40, None, "raise max_length"),
         ([[5]], 4, torch.ones(5, dtype=torch.bool), "boolean tensor"),
         ([[5]], 4, torch.ones(2, 6, dtype=torch.bool), "2 rows for 1 prompts"),
-        ([[5]], 4, EarlyExit(0.5), "EarlyExit"),
+        ([[5]], 4, EarlyExit(0.5, min_layers=7), "min_layers=7"),
     ],
 )
 def test_bad_input(prompts, new, routes, message) -> None:

@@ -51,6 +51,9 @@ class BenchmarkConfig:
             paper's Table 15 (of a model with 32 layers).
         skip_rates: Shares of layers to skip; 0 is always measured too.
         batch_sizes, prompt_lengths: All pairs are measured.
+        mixed_routes: Numbers of different routes in one batch of the engine, compared with one route that all rows
+            share; empty for none.
+        mixed_batch_size: Rows of such a batch.
         tokens: New tokens per row.
         warmup: Rounds of all variants before the first that counts.
         repetitions: Rounds that count.
@@ -68,6 +71,8 @@ class BenchmarkConfig:
     skip_rates: list[float] = field(default_factory=lambda: [0.15, 0.25, 0.35])
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     prompt_lengths: list[int] = field(default_factory=lambda: [128])
+    mixed_routes: list[int] = field(default_factory=list)
+    mixed_batch_size: int = 32
     tokens: int = 32
     warmup: int = 1
     repetitions: int = 5
@@ -91,6 +96,11 @@ class BenchmarkConfig:
         for option in ("batch_sizes", "prompt_lengths"):
             values = getattr(self, option)
             require(bool(values) and min(values) >= 1, option, "one value or more, each at least 1")
+        require(self.mixed_batch_size >= 2, "mixed_batch_size", "at least 2")
+        fits = all(2 <= count <= self.mixed_batch_size for count in self.mixed_routes)
+        require(fits, "mixed_routes", f"each from 2 to mixed_batch_size={self.mixed_batch_size}")
+        needs = not self.mixed_routes or "engine" in self.decoders
+        require(needs, "mixed_routes", f"they run on the engine, which decoders={self.decoders} leaves out; add it")
         require(self.tokens >= 2, "tokens", "at least 2, one from prefill and one from decode")
         require(0 <= self.least_cpu_share <= 1, "least_cpu_share", "between 0 and 1")
         require(self.warmup >= 0, "warmup", "at least 0")
@@ -154,7 +164,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from firstlab import results
     from firstlab.build import model_path
     from firstlab.model import RouterSettings
-    from firstlab.speed import PLAIN, Cell, Models, Variant, copy_bandwidth
+    from firstlab.speed import PLAIN, Cell, MixedRoutes, Models, Variant, copy_bandwidth
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
@@ -176,6 +186,13 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
             f"model={config.model.name} has {allowed}; shorten one of them"
         )
     routes = chosen_routes(config, models.routed.num_layers)
+    # Made before anything is measured: there may be too few different routes.
+    mixed = [
+        MixedRoutes(
+            models, config.mixed_routes, config.skip_rates, config.mixed_batch_size, length, config.tokens, config.seed
+        )
+        for length in (config.prompt_lengths if config.mixed_routes else [])
+    ]
     bandwidth = copy_bandwidth(device, config.copy_mib << 20)
     cells = []
     for batch_size, prompt_length in product(config.batch_sizes, config.prompt_lengths):
@@ -195,6 +212,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         "settings": asdict(config),
         "copy_bandwidth_bytes_per_s": bandwidth,
         "cells": cells,
+        "mixed_routes": [row for each in mixed for row in each.measure(config.warmup, config.repetitions)],
         **results.provenance(),
         "device": torch.cuda.get_device_name() if name == "cuda" else results.processor_name(),
     }
@@ -239,6 +257,12 @@ def print_tables(record: dict[str, Any]) -> None:
             f"routers: {1000 * cell['router_s']:.2f} ms, {100 * cell['router_share_of_prefill']:.2f} % of prefill; "
             f"TPOT of the bytes read without skipping: {1000 * least:.2f} ms "
             f"(copies run at {record['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)"
+        )
+    for row in record["mixed_routes"]:
+        print(
+            f"mixed routes: {100 * row['throughput_ratio']:.0f} % of the throughput of one shared route "
+            f"({row['routes']} routes, batch {row['batch_size']}, prompt of {row['prompt_length']} tokens, "
+            f"{100 * row['skip_rate']:.1f} % skipped, {row['tokens_per_s']:.0f} tokens/s)"
         )
     share = min(row["cpu_share"] for cell in record["cells"] for row in cell["variants"])
     if share < record["settings"]["least_cpu_share"]:

@@ -6,6 +6,7 @@ decoder is faster than these bytes over the memory's bandwidth.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -42,6 +43,30 @@ def spread_route(num_layers: int, skip_rate: float) -> Tensor:
     route = torch.ones(num_layers, dtype=torch.bool)
     route[[1 + int((place + 0.5) * between / skipped) for place in range(skipped)]] = False
     return route
+
+
+def distinct_routes(num_layers: int, skip_rate: float, count: int, seed: int) -> Tensor:
+    """[count, L] boolean, all different: round(skip rate · L) random layers skipped, the first and the last kept.
+
+    Raises:
+        ValueError: There are fewer such routes, or more layers to skip than stand between the first and the last.
+    """
+    skipped = int((~spread_route(num_layers, skip_rate)).sum())
+    possible = math.comb(num_layers - 2, skipped)
+    if possible < count:
+        raise ValueError(
+            f"mixed_routes: {count} different routes at skip rate {skip_rate}, but only {possible} skip {skipped} of "
+            f"{num_layers} layers and keep the first and the last; give at most {possible}, or another skip rate"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[tuple[int, ...], None] = {}  # in the order drawn
+    while len(found) < count:
+        drawn = 1 + torch.randperm(num_layers - 2, generator=generator)[:skipped]
+        found[tuple(sorted(drawn.tolist()))] = None
+    routes = torch.ones(count, num_layers, dtype=torch.bool)
+    for route, layers in zip(routes, found, strict=True):
+        route[list(layers)] = False
+    return routes
 
 
 def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: float) -> float:
@@ -149,7 +174,7 @@ class Variant:
         decoder: transformers (`generate` of the plain model), transformers_static (the same with a static cache,
             compiled), generate (`RouterAugmentedLM.generate`) or engine (`DecodeEngine`).
         skip_rate: As asked for.
-        route: [L] boolean.
+        route: [L] boolean, or of each row [B, L].
         ttft_s: Until the first token's logits are there.
         steps_s: Each decode step.
         cpu_share: CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
@@ -331,3 +356,65 @@ class Cell:
             "router_share_of_prefill": router / prefill,
             "variants": rows,
         }
+
+
+class MixedRoutes:
+    """Rows of different routes in one batch of the engine, beside the same rows with one route of as many layers.
+
+    Args:
+        models: What decodes.
+        counts: How many different routes the rows have, in turn; rows share them evenly.
+        skip_rates: Of every route; those that skip no layer are left out.
+        batch_size, prompt_length, tokens: Rows, tokens of each prompt, new tokens of each.
+        seed: Of prompts and routes.
+
+    Raises:
+        ValueError: Fewer different routes exist than asked for, no rate skips a layer, or the engine does not know the
+            model.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        counts: Sequence[int],
+        skip_rates: Sequence[float],
+        batch_size: int,
+        prompt_length: int,
+        tokens: int,
+        seed: int,
+    ) -> None:
+        layers, rows = models.routed.num_layers, torch.arange(batch_size)
+        self.pairs: list[tuple[int, Variant, Variant]] = []
+        variants = []
+        skipping = sorted({rate for rate in skip_rates if round(rate * layers)})
+        if not skipping:
+            raise ValueError(
+                f"mixed_routes: skip_rates={list(skip_rates)} skip none of {layers} layers; give larger ones"
+            )
+        for rate in skipping:
+            shared = Variant("engine", rate, spread_route(layers, rate))
+            variants.append(shared)
+            for count in counts:
+                mixed = Variant("engine", rate, distinct_routes(layers, rate, count, seed)[rows % count])
+                variants.append(mixed)
+                self.pairs.append((count, mixed, shared))
+        self.cell = Cell(models, variants, batch_size, prompt_length, tokens, seed)
+
+    def measure(self, warmup: int, repetitions: int) -> list[dict[str, Any]]:
+        """A record per skip rate and number of routes; the ratio is the median over the repetitions."""
+        self.cell.measure(warmup, repetitions)
+        return [
+            {
+                "batch_size": self.cell.batch_size,
+                "prompt_length": self.cell.prompt_length,
+                "routes": count,
+                "skip_rate_asked": mixed.skip_rate,
+                "skip_rate": 1 - mixed.route.float().mean().item(),
+                "tokens_per_s": self.cell.batch_size / float(np.median(mixed.tpot_s)),
+                "tokens_per_s_shared": self.cell.batch_size / float(np.median(shared.tpot_s)),
+                "throughput_ratio": float(np.median(shared.tpot_s / mixed.tpot_s)),
+                "throughput_ratio_of_repetitions": (shared.tpot_s / mixed.tpot_s).tolist(),
+                "cpu_share": float(np.median([*mixed.cpu_share, *shared.cpu_share])),
+            }
+            for count, mixed, shared in self.pairs
+        ]

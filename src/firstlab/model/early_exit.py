@@ -5,8 +5,9 @@ the LM head. The keys and values that the layers above have of it are projection
 token may go deeper.
 
 That is exactly what a layer computes when it is called on the exit state and its output is thrown away, in every
-architecture. It is also the price: this implementation runs every layer in full and asks the LM head after each one, so
-it says what early exit does to quality and how many layers it needs, and nothing about its speed.
+architecture. It is also the price: `generate` runs every layer in full and asks the LM head after each one, so it says
+what early exit does to quality and how many layers it needs, and nothing about its speed. The decode engine computes
+only keys and values above the exit.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ class EarlyExit:
         decayed = 0.9 * self.threshold + 0.1 * torch.exp(-self.decay * steps.float() / self.horizon)
         return decayed.clamp(0, 1)
 
+    def confidence_of(self, before: Tensor, after: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """Confidence [N] fp32 of tokens whose layer took `before` and gave `after` [N, D]; head: logits of a state."""
+        if self.confidence == "cosine":
+            return cosine_confidence(before, after)
+        logits = head(after)
+        return softmax_confidence(logits) if self.confidence == "softmax" else gap_confidence(logits)
+
 
 def softmax_confidence(logits: Tensor) -> Tensor:
     """Top-1 probability, [..., V] -> [...] fp32."""
@@ -126,12 +134,6 @@ class ExitPass:
         asked = active & (steps >= 0)
         leaves = torch.zeros_like(asked)
         if asked.any():
-            confidence = self._confidence(before[asked], after[asked]).to(after.device)
+            confidence = self._rule.confidence_of(before[asked], after[asked], self._head).to(after.device)
             leaves[asked] = confidence >= self._rule.thresholds(steps[asked])
         return leaves
-
-    def _confidence(self, before: Tensor, after: Tensor) -> Tensor:
-        if self._rule.confidence == "cosine":
-            return cosine_confidence(before, after)
-        logits = self._head(after)
-        return softmax_confidence(logits) if self._rule.confidence == "softmax" else gap_confidence(logits)

@@ -1,11 +1,12 @@
 """The decode engine: the tokens of greedy `RouterAugmentedLM.generate`, faster.
 
-Prompts are prefilled together through the wrapped model; then rows that share a route are decoded together. A row that
-ends gives its place to a waiting prompt of the same route.
+Prompts are prefilled together through the wrapped model; then rows are decoded together whatever their routes are, each
+layer for the rows that run it. A row that ends gives its place to a waiting prompt.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from firstlab.model.early_exit import EarlyExit
 from firstlab.model.llama_step import LlamaStep
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.routes import Routes, StepRoutes, check_routes
+from firstlab.model.routes import Routes, StepRoutes, check_routes, layer_skips
 
 
 @dataclass
@@ -24,26 +25,52 @@ class EngineOutput:
 
     Attributes:
         tokens: New tokens of every prompt, with the EOS token that ended it.
-        routes: [B, L] boolean, true where decode ran the layer; of the first step for `StepRoutes`.
+        routes: [B, L] boolean, true where decode ran the layer; of the first step for `StepRoutes`, true everywhere for
+            `EarlyExit`.
+        layer_skips: [B, L] in [0, 1], the share of the prompt's decode steps that skipped the layer; 0 without steps
+            under `StepRoutes` and `EarlyExit`.
         kv_bytes: Keys and values that the prompts' layers kept, at their final lengths.
         kv_bytes_dense: The same if no layer were skipped.
     """
 
     tokens: list[list[int]]
     routes: Tensor
+    layer_skips: Tensor
     kv_bytes: int
     kv_bytes_dense: int
+
+    @property
+    def skip_rate(self) -> Tensor:
+        """[B], skipped layers ÷ L of every prompt, mean over its decode steps."""
+        return self.layer_skips.mean(1)
 
 
 @dataclass
 class _Row:
-    """A prefilled prompt. `kv`: layer to [2, kv heads, length, head dim], until it gets a place in the batch."""
+    """A prefilled prompt.
+
+    Attributes:
+        index: Of the prompt.
+        length: Tokens whose keys and values it has.
+        tokens: Response.
+        route: Layers of the first decode step, [L].
+        kv: Layer to [2, kv heads, length, head dim], until it gets a place in the batch.
+        depths: Layers that each decode step ran under `EarlyExit`.
+    """
 
     index: int
     length: int
     tokens: list[int]
-    route: tuple[bool, ...]
+    route: Tensor
     kv: dict[int, Tensor] = field(default_factory=dict)
+    depths: list[int] = field(default_factory=list)
+
+    def ran(self, rule: Routes | None) -> Tensor:
+        """[steps, L] boolean, the layers that each decode step ran."""
+        if isinstance(rule, EarlyExit):
+            return torch.arange(len(self.route)) < torch.tensor(self.depths, dtype=torch.long).unsqueeze(1)
+        steps = len(self.tokens) - 1
+        return rule.window(0, steps) if isinstance(rule, StepRoutes) else self.route.expand(steps, -1)
 
 
 class DecodeEngine:
@@ -82,7 +109,7 @@ class DecodeEngine:
         Args:
             prompts: Token ids of each, without padding.
             max_new_tokens: At most, per prompt.
-            routes: [L] or [B, L] boolean, or `StepRoutes`; None: the routers decide.
+            routes: [L] or [B, L] boolean, `StepRoutes` or `EarlyExit`; None: the routers decide.
             eos: Tokens that end a row; the model's own by default, () for none.
             on_token: Called after prefill and after each decode step, when its tokens are on the host.
 
@@ -95,32 +122,58 @@ class DecodeEngine:
             given = self.model.lm.generation_config.eos_token_id
             eos = [] if given is None else given if isinstance(given, list) else [given]
         ends, notify = set(eos), on_token or (lambda: None)
-        waiting = list(range(len(prompts)))
+        dropped = _dropped(routes) if isinstance(routes, StepRoutes) else {}
+        waiting = deque(range(len(prompts)))
+        ready: deque[_Row] = deque()
+        active: list[_Row] = []  # as numbered by the step
         done: list[_Row] = []
-        ready: list[_Row] = []
+        self.step.clear()
 
-        def refill() -> None:
-            batch, waiting[:] = waiting[: self.max_batch_size], waiting[self.max_batch_size :]
-            for row in self._prefill(prompts, batch, routes):
-                finished = len(row.tokens) >= max_new_tokens or row.tokens[-1] in ends
-                (done if finished else ready).append(row)
-            notify()
+        def has_ended(row: _Row) -> bool:
+            return len(row.tokens) >= max_new_tokens or row.tokens[-1] in ends
 
-        while waiting or ready:
-            if not ready:
-                refill()
-                continue
-            # The most common route first: it fills the batch best.
-            counts = [row.route for row in ready]
-            route = max(counts, key=counts.count)
-            done += self._decode(route, ready, waiting, refill, routes, max_new_tokens, ends, notify)
+        while waiting or ready or active:
+            free = self.max_batch_size - len(active)
+            if free and ready:
+                row = ready.popleft()
+                self.step.join(row.kv, row.length)
+                row.kv.clear()
+                active.append(row)
+            elif free and waiting:
+                batch = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch_size))]
+                for row in self._prefill(prompts, batch, routes):
+                    (done if has_ended(row) else ready).append(row)
+                notify()
+            else:
+                self._advance(active, routes)
+                notify()
+                for place in reversed(range(len(active))):
+                    row = active[place]
+                    if has_ended(row):
+                        done.append(row)
+                        self.step.leave(place)
+                        last = active.pop()
+                        if last is not row:
+                            active[place] = last
+                    elif layers := dropped.get(len(row.tokens) - 1):
+                        self.step.drop(place, layers)
         done.sort(key=lambda row: row.index)
+        return self._output(done, routes)
+
+    def _output(self, rows: list[_Row], routes: Routes | None) -> EngineOutput:
+        fixed = not isinstance(routes, StepRoutes | EarlyExit)
+        skips, kept = [], 0
+        for row in rows:
+            ran = row.ran(routes)
+            counted = torch.ones(1, len(ran), dtype=torch.bool)
+            skips.append(1 - row.route.float() if fixed else layer_skips(ran.unsqueeze(0), counted)[0])
+            holds = ran[-1] if isinstance(routes, StepRoutes) and len(ran) else row.route
+            kept += row.length * int(holds.sum())
         per_token = self.step.bytes_per_token
+        dense = sum(row.length for row in rows) * self.model.num_layers
+        every_route = torch.stack([row.route for row in rows])
         return EngineOutput(
-            [row.tokens for row in done],
-            torch.tensor([row.route for row in done]),
-            sum(row.length * sum(row.route) * per_token for row in done),
-            sum(row.length * len(row.route) * per_token for row in done),
+            [row.tokens for row in rows], every_route, torch.stack(skips), kept * per_token, dense * per_token
         )
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, routes: Routes | None) -> None:
@@ -133,8 +186,6 @@ class DecodeEngine:
         needed = max(map(len, prompts)) + max_new_tokens
         if needed > self.max_length:
             raise ValueError(f"a prompt with max_new_tokens={max_new_tokens} takes {needed} tokens; raise max_length")
-        if isinstance(routes, EarlyExit):
-            raise ValueError("EarlyExit does not run on the decode engine; use RouterAugmentedLM.generate")
         if routes is not None:
             check_routes(routes, self.model.num_layers)
             if isinstance(routes, Tensor) and routes.ndim == 2 and len(routes) != len(prompts):
@@ -153,64 +204,32 @@ class DecodeEngine:
         first = out.logits[:, -1].argmax(-1).tolist()
         assert cache.routes is not None
         rows = []
-        for place, (index, route) in enumerate(zip(batch, cache.routes.tolist(), strict=True)):
+        for place, (index, route) in enumerate(zip(batch, cache.routes.cpu(), strict=True)):
             length = len(prompts[index])
             kv = {
                 layer: torch.stack([cached.keys[place, :, -length:], cached.values[place, :, -length:]])
-                for layer, (cached, runs) in enumerate(zip(cache.layers, route, strict=True))
+                for layer, (cached, runs) in enumerate(zip(cache.layers, route.tolist(), strict=True))
                 if runs
             }
-            rows.append(_Row(index, length, [first[place]], tuple(route), kv))
+            rows.append(_Row(index, length, [first[place]], route, kv))
         return rows
 
-    def _decode(
-        self,
-        route: tuple[bool, ...],
-        ready: list[_Row],
-        waiting: list[int],
-        refill: Callable[[], None],
-        routes: Routes | None,
-        max_new_tokens: int,
-        ends: set[int],
-        notify: Callable[[], None],
-    ) -> list[_Row]:
-        """Decode rows of one route until none is left, taking them from `ready`."""
-        schedule = routes if isinstance(routes, StepRoutes) else None
-        layers = [layer for layer, runs in enumerate(route) if runs]
-        active: list[_Row] = []
-        done: list[_Row] = []
-        steps = 0
-        while True:
-            # Under a schedule all rows must stand at the same step, so that nobody joins later.
-            if schedule is None or not active:
-                self._join(active, ready, route, layers)
-                if schedule is None and active and len(active) < self.max_batch_size and waiting and not ready:
-                    refill()
-                    self._join(active, ready, route, layers)
-            if schedule is not None:
-                layers = schedule.window(steps, 1)[0].nonzero().flatten().tolist()
-            tokens = torch.tensor([row.tokens[-1] for row in active], device=self.model.device)
-            logits = self.step(tokens, [row.length for row in active], layers)
-            for row, token in zip(active, logits.argmax(-1).tolist(), strict=True):
-                row.tokens.append(token)
-                row.length += 1
-            steps += 1
-            notify()
-            for place in reversed(range(len(active))):
-                row = active[place]
-                if len(row.tokens) >= max_new_tokens or row.tokens[-1] in ends:
-                    done.append(row)
-                    last = active.pop()
-                    if last is not row:
-                        active[place] = last
-                        self.step.move(len(active), place, last.length, layers)
-            if not active and (schedule is not None or not any(row.route == route for row in ready)):
-                return done
+    def _advance(self, active: list[_Row], routes: Routes | None) -> None:
+        """One more token of every row."""
+        tokens = torch.tensor([row.tokens[-1] for row in active], device=self.model.device)
+        if isinstance(routes, EarlyExit):
+            steps = torch.tensor([len(row.tokens) - 1 for row in active], device=self.model.device)
+            logits, depths = self.step.exit_early(tokens, routes, steps)
+            for row, depth in zip(active, depths.tolist(), strict=True):
+                row.depths.append(depth)
+        else:
+            logits = self.step(tokens)
+        for row, token in zip(active, logits.argmax(-1).tolist(), strict=True):
+            row.tokens.append(token)
+            row.length += 1
 
-    def _join(self, active: list[_Row], ready: list[_Row], route: tuple[bool, ...], layers: list[int]) -> None:
-        for row in [each for each in ready if each.route == route][: self.max_batch_size - len(active)]:
-            ready.remove(row)
-            for layer in layers:
-                self.step.reserve(layer)[:, len(active), :, : row.length] = row.kv[layer]
-            row.kv.clear()
-            active.append(row)
+
+def _dropped(schedule: StepRoutes) -> dict[int, list[int]]:
+    """Decode step to the layers that the step before still ran."""
+    ends = schedule.schedule[:-1] & ~schedule.schedule[1:]
+    return {step + 1: layers.nonzero().flatten().tolist() for step, layers in enumerate(ends) if layers.any()}

@@ -1,13 +1,19 @@
-"""One decode step of Llama-like models over static keys and values, without the transformers module stack."""
+"""One decode step of Llama-like models over static keys and values, without the transformers module stack.
+
+Rows of one step may have different routes: a layer computes the rows that run it and no others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from firstlab.model.early_exit import EarlyExit
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the angles of the others depend on the length of the text
@@ -50,6 +56,10 @@ def _is_fused(weights: Sequence[Tensor]) -> bool:
     return len(storages) == 1 and [weight.data_ptr() for weight in weights[1:]] == ends[:-1]
 
 
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
 class _Layer:
     """Weights of one layer, by name."""
 
@@ -61,22 +71,64 @@ class _Layer:
         self.out, self.down, self.act = attention.o_proj, mlp.down_proj, mlp.act_fn
         self.norm_1, self.norm_2 = layer.input_layernorm, layer.post_attention_layernorm
 
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The layer's output [n, D] from its input x [n, D] and what attention read [n, heads · head dim]."""
+        x = x + self.out(mixed)
+        gate, up = F.linear(_norm(x, self.norm_2), self.gate_up, self.gate_up_bias).chunk(2, -1)
+        return x + self.down(self.act(gate) * up)
+
     def is_current(self) -> bool:
         pairs = ((self.query, self.qkv), (self.gate, self.gate_up))
         return all(linear.weight.data_ptr() == fused.data_ptr() for linear, fused in pairs)
 
 
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+@dataclass
+class _Plan:
+    """What the steps of one set of rows have in common.
+
+    Attributes:
+        at: [N], where the next token goes: of all rows, then of each different subset that some layer runs.
+        sizes: Rows of each of these sets; they add up to N.
+        layers: (layer, set, rows) of every layer that runs; rows is None where they are all rows in their order.
+    """
+
+    at: Tensor
+    sizes: list[int]
+    layers: list[tuple[int, int, Tensor | None]]
+
+
+@dataclass
+class _Positions:
+    """Of the rows that a layer runs: where their token goes, its angles, and what attention sees.
+
+    Attributes:
+        at: [n], or a slice of one place that all rows share.
+        cos, sin: [n or 1, 1, head dim].
+        end: Attention sees the places below.
+        mask: [n, 1, 1, end], added to the scores; None where every row sees them all.
+    """
+
+    at: Tensor | slice
+    cos: Tensor
+    sin: Tensor
+    end: int
+    mask: Tensor | None
 
 
 class LlamaStep:
-    """Keys, values and the step over them. Row b holds its tokens at 0 … length - 1, without padding.
+    """Keys, values and the step over them. A row holds its tokens at 0 … length - 1, without padding.
+
+    A layer keeps the rows that run it one behind the other, so that attention reads a plain slice: a row that leaves
+    gives its slot to the last one.
 
     Args:
         lm: Transformers model. Its query, key, value and its gate, up weights become views of fused ones.
         max_batch_size: Rows.
         max_length: Tokens of a row, prompt and response.
+
+    Attributes:
+        lengths: Tokens that each row holds.
+        kv: [2, rows, kv heads, max_length, head dim] of each layer, None until a row runs it.
 
     Raises:
         ValueError: Not a supported model.
@@ -98,6 +150,7 @@ class LlamaStep:
         sign[: self.head_dim // 2] = -1
         self.cos, self.sin = cos[0].unsqueeze(1), (sin[0] * sign).unsqueeze(1)
         self._places, self._rows = places, torch.arange(max_batch_size, device=places.device)
+        self.clear()
 
     @property
     def bytes_per_token(self) -> int:
@@ -112,58 +165,173 @@ class LlamaStep:
         """What the static keys and values take now."""
         return sum(kv.numel() * kv.element_size() for kv in self.kv if kv is not None)
 
-    def reserve(self, layer: int) -> Tensor:
-        """Keys and values [2, B, kv heads, length, head dim] of a layer; made at its first use, then kept."""
+    # -- rows --
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.lengths: list[int] = []
+        self._slots: list[list[int]] = [[] for _ in self.layers]  # of each layer: the rows that run it
+        self._plan: _Plan | None = None
+
+    def join(self, kv: Mapping[int, Tensor], length: int) -> None:
+        """Add a row, numbered behind the others.
+
+        Args:
+            kv: Layers of its route, each with keys and values [2, kv heads, length, head dim].
+            length: Its tokens.
+        """
+        for layer, given in kv.items():
+            slots = self._slots[layer]
+            self._reserve(layer)[:, len(slots), :, :length] = given
+            slots.append(len(self.lengths))
+        self.lengths.append(length)
+        self._plan = None
+
+    def leave(self, row: int) -> None:
+        """Take a row out; the last row gets its number."""
+        self.drop(row, (layer for layer, slots in enumerate(self._slots) if row in slots))
+        last = len(self.lengths) - 1
+        self._slots = [[row if each == last else each for each in slots] for slots in self._slots]
+        self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+    def drop(self, row: int, layers: Iterable[int]) -> None:
+        """Forget the keys and values of a row in some layers, which it runs no more."""
+        for layer in layers:
+            slots, kv = self._slots[layer], self._reserve(layer)
+            slot, last = slots.index(row), slots.pop()
+            if last != row:
+                length = self.lengths[last]
+                kv[:, slot, :, :length] = kv[:, len(slots), :, :length]
+                slots[slot] = last
+        self._plan = None
+
+    def _reserve(self, layer: int) -> Tensor:
         kv = self.kv[layer]
         if kv is None:
             # Zeros: masked places must not hold NaN.
             kv = self.kv[layer] = torch.zeros(self._shape, dtype=self.embedding.dtype, device=self.embedding.device)
         return kv
 
-    def move(self, source: int, target: int, length: int, layers: Iterable[int]) -> None:
-        """Copy a row's keys and values to another row."""
-        for layer in layers:
-            kv = self.reserve(layer)
-            kv[:, target, :, :length] = kv[:, source, :, :length]
+    def _make_plan(self) -> _Plan:
+        everyone = tuple(range(len(self.lengths)))
+        sets, layers = {everyone: 0}, []
+        tensors: dict[tuple[int, ...], Tensor | None] = {everyone: None}
+        for layer, slots in enumerate(self._slots):
+            rows = tuple(slots)
+            if not rows:
+                continue
+            if rows not in sets:
+                sets[rows] = len(sets)
+                tensors[rows] = torch.tensor(rows, device=self._places.device)
+            layers.append((layer, sets[rows], tensors[rows]))
+        at = torch.tensor([self.lengths[row] for rows in sets for row in rows], device=self._places.device)
+        return _Plan(at, [len(rows) for rows in sets], layers)
+
+    # -- steps --
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, lengths: list[int], layers: Iterable[int]) -> Tensor:
-        """Logits [B, V] after one more token per row.
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after one more token [B] in every row."""
+        plan, positions = self._begin()
+        x = F.embedding(tokens, self.embedding)
+        for index, which, rows in plan.layers:
+            layer = self.layers[index]
+            if rows is None:
+                x = layer.finish(x, self._attend(index, x, positions[which]))
+            else:
+                some = x.index_select(0, rows)
+                x.index_copy_(0, rows, layer.finish(some, self._attend(index, some, positions[which])))
+        self._end(plan)
+        return self._logits(x)
+
+    @torch.no_grad()
+    def exit_early(self, tokens: Tensor, rule: EarlyExit, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """One more token in every row; each leaves at the first layer that is sure enough.
+
+        The layers above keep keys and values of its exit state, nothing else is computed for it there. Which rows go
+        on is asked after each layer, so the host waits for the device as often. All rows must have joined with every
+        layer.
 
         Args:
             tokens: [B].
-            lengths: Tokens each row holds already; the new one goes there.
-            layers: The layers to run, ascending.
+            rule: When to leave.
+            steps: [B], decode step of each row.
+
+        Returns:
+            Logits [B, V], and how many layers each row ran [B].
         """
-        rows, end = len(lengths), max(lengths) + 1
-        mask = None
-        if rows == 1:
-            place = slice(lengths[0], end)
-            cos, sin = self.cos[place], self.sin[place]
-        else:
-            at = torch.tensor(lengths, device=tokens.device)
-            cos, sin = self.cos[at], self.sin[at]
-            row = self._rows[:rows]
-            if min(lengths) + 1 < end:
-                mask = (self._places[:end] <= at.unsqueeze(1)).view(rows, 1, 1, end)
-        x = F.embedding(tokens, self.embedding)
-        rotated, half = self.heads + self.kv_heads, self.head_dim // 2
-        for index in layers:
-            layer, kv = self.layers[index], self.kv[index]
-            assert kv is not None
-            qkv = F.linear(_norm(x, layer.norm_1), layer.qkv, layer.qkv_bias).view(rows, -1, self.head_dim)
-            qk, value = qkv[:, :rotated], qkv[:, rotated:]
-            qk = qk * cos + qk.roll(half, -1) * sin
-            if rows == 1:
-                kv[0, 0, :, lengths[0]] = qk[0, self.heads :]
-                kv[1, 0, :, lengths[0]] = value[0]
-            else:
-                kv[0][row, :, at] = qk[:, self.heads :]
-                kv[1][row, :, at] = value
-            # The query heads of a group stand where query positions would: grouped attention without repeated keys.
-            query = qk[:, : self.heads].reshape(rows, self.kv_heads, -1, self.head_dim)
-            mixed = F.scaled_dot_product_attention(query, kv[0, :rows, :, :end], kv[1, :rows, :, :end], attn_mask=mask)
-            x = x + layer.out(mixed.reshape(rows, -1))
-            gate, up = F.linear(_norm(x, layer.norm_2), layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            x = x + layer.down(layer.act(gate) * up)
+        plan, positions = self._begin()
+        x, here = F.embedding(tokens, self.embedding), positions[0]
+        rows, thresholds = self._rows[: len(tokens)], rule.thresholds(steps)
+        depth = torch.full_like(rows, len(self.layers))
+        for index, layer in enumerate(self.layers):
+            if not len(rows):
+                self._pass_on(index, x, here)
+                continue
+            mixed = self._attend(index, x, here)
+            if len(rows) < len(x):
+                mixed = mixed[rows]
+            before = x[rows]
+            after = layer.finish(before, mixed)
+            x = x.index_copy(0, rows, after)
+            if rule.min_layers <= index + 1 < len(self.layers):
+                leaves = rule.confidence_of(before, after, self._logits) >= thresholds[rows]
+                depth[rows[leaves]] = index + 1
+                rows = rows[~leaves]
+        self._end(plan)
+        return self._logits(x), depth
+
+    def _begin(self) -> tuple[_Plan, list[_Positions]]:
+        plan = self._plan = self._plan or self._make_plan()
+        end = max(self.lengths) + 1
+        if min(self.lengths) + 1 == end:
+            place = slice(end - 1, end)
+            return plan, [_Positions(place, self.cos[place], self.sin[place], end, None)] * len(plan.sizes)
+        hidden = (self._places[:end] > plan.at.unsqueeze(1)).view(-1, 1, 1, end)
+        # Added, not boolean: attention would turn it into this at every layer.
+        scores = torch.zeros_like(hidden, dtype=self.embedding.dtype).masked_fill_(hidden, float("-inf"))
+        of_all = (plan.at, self.cos[plan.at], self.sin[plan.at], scores)
+        at, cos, sin, mask = (each.split(plan.sizes) for each in of_all)
+        return plan, [_Positions(at[i], cos[i], sin[i], end, mask[i]) for i in range(len(plan.sizes))]
+
+    def _end(self, plan: _Plan) -> None:
+        plan.at += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _logits(self, x: Tensor) -> Tensor:
         return self.head(_norm(x, self.norm))
+
+    def _attend(self, index: int, x: Tensor, here: _Positions) -> Tensor:
+        """Take the keys and values of x [n, D] in, and give what its queries read [n, heads · head dim]."""
+        layer, kv, rows = self.layers[index], self.kv[index], len(x)
+        assert kv is not None
+        qkv = F.linear(_norm(x, layer.norm_1), layer.qkv, layer.qkv_bias).view(rows, -1, self.head_dim)
+        turned = self.heads + self.kv_heads
+        qk = self._rotate(qkv[:, :turned], here)
+        self._write(kv, qk[:, self.heads :], qkv[:, turned:], here)
+        # The query heads of a group stand where query positions would: grouped attention without repeated keys.
+        query = qk[:, : self.heads].reshape(rows, self.kv_heads, -1, self.head_dim)
+        keys, values = kv[0, :rows, :, : here.end], kv[1, :rows, :, : here.end]
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=here.mask).reshape(rows, -1)
+
+    def _pass_on(self, index: int, x: Tensor, here: _Positions) -> None:
+        """Take the keys and values of x [n, D] in, for later tokens."""
+        layer, kv, queries = self.layers[index], self.kv[index], self.heads * self.head_dim
+        assert kv is not None
+        bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
+        keys, values = F.linear(_norm(x, layer.norm_1), layer.qkv[queries:], bias).chunk(2, -1)
+        shape = (len(x), self.kv_heads, self.head_dim)
+        self._write(kv, self._rotate(keys.reshape(shape), here), values.reshape(shape), here)
+
+    def _rotate(self, x: Tensor, here: _Positions) -> Tensor:
+        return x * here.cos + x.roll(self.head_dim // 2, -1) * here.sin
+
+    def _write(self, kv: Tensor, keys: Tensor, values: Tensor, here: _Positions) -> None:
+        if isinstance(here.at, slice):
+            kv[0, : len(keys), :, here.at.start] = keys
+            kv[1, : len(keys), :, here.at.start] = values
+        else:
+            rows = self._rows[: len(keys)]
+            kv[0][rows, :, here.at] = keys
+            kv[1][rows, :, here.at] = values
