@@ -5,8 +5,8 @@ VENV ?= .venv
 COMET_VENV ?= .venv-comet
 WORKERS ?= 2
 SCALE ?= nano
-# What has been run so far: translation. All of it, for hours: SWEEP_nano=tables
-SWEEP_nano := table1
+# Four tasks at 15 and 25 %. All that the tables have room for takes hours: SWEEP_nano=tables
+SWEEP_nano := quality
 SWEEP_llama := llama/tables
 
 PY := $(VENV)/bin/python
