@@ -69,6 +69,7 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
     model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    model.loss_chunk = config.trainer.loss_chunk
     on_gpu = config.trainer.accelerator == "gpu"
     return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -21,9 +20,13 @@ from firstlab.model.early_exit import EarlyExit
 from firstlab.model.generation import check_generation_options, option_value
 from firstlab.model.layers import IntermediateHead, find_cache, find_decoder, make_dense, make_routable, routing
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
+from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import Routes, check_routes
 from firstlab.model.teacher_forcing import PromptPass, TeacherForcedPass
+
+# Half a GiB of fp32 logits for a vocabulary of 128k.
+LOSS_CHUNK = 1024
 
 
 @dataclass
@@ -34,12 +37,17 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
         rho: [B, L] fp32, with gradient in a teacher-forced pass.
         loss_terms: Scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²), `non_skip`
             (Σ_i batch mean of rho_i), and the label `token_count`; None without labels.
+        token_losses: [B, T] fp32, the cross-entropy of every labelled token and 0 elsewhere; None without labels.
+        states: [N, D], the decoder's output where it predicts a labelled token, row by row; only with
+            `keep_logits=False`.
         ran: [B, T, L] boolean, the layers each token ran; only for teacher-forced `StepRoutes` and `EarlyExit`.
     """
 
     rho: Tensor | None = None
     # ModelOutput leaves out fields that are None; with labels it is always there.
     loss_terms: dict[str, Tensor] = None  # type: ignore[assignment]
+    token_losses: Tensor | None = None
+    states: Tensor | None = None
     ran: Tensor | None = None
 
 
@@ -51,6 +59,10 @@ class RouterAugmentedLM(nn.Module):
     Args:
         lm: A loaded transformers decoder-only model.
         settings: How the routers read hidden states and decide.
+
+    Attributes:
+        gradient_checkpointing: Recompute layer activations in the backward pass.
+        loss_chunk: Positions whose logits exist at a time with `forward(keep_logits=False)`.
 
     Raises:
         ValueError: The model's layers cannot be routed.
@@ -67,7 +79,9 @@ class RouterAugmentedLM(nn.Module):
         hidden_size = lm.config.get_text_config(decoder=True).hidden_size
         self.routers = Routers(len(layers), hidden_size, settings).to(next(layers.parameters()).device)
         self.gradient_checkpointing = False
+        self.loss_chunk = LOSS_CHUNK
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
+        self._decoder_name = next(name for name, module in lm.named_modules() if module is decoder)
         make_routable(layers)
         self._hooks = [
             decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True),
@@ -193,6 +207,7 @@ class RouterAugmentedLM(nn.Module):
         gate: str = "soft",
         pooled_tokens: str = "sequence",
         routes: Routes | None = None,
+        keep_logits: bool = True,
         past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> RouterAugmentedOutput:
@@ -201,15 +216,22 @@ class RouterAugmentedLM(nn.Module):
         Args:
             input_ids: [B, T].
             attention_mask: [B, T], or [B, seen + T] with a cache; 0 on padding.
-            labels: [B, T], -100 where no loss is wanted.
+            labels: [B, T], -100 where no loss is wanted; what follows no token has none either.
             prompt_mask: [B, T], true on prompt tokens. Default: the tokens before the first label, or all of them
                 without labels.
             objective, gate, pooled_tokens, routes: See `TeacherForcedPass`.
+            keep_logits: False, with labels, leaves out all logits but those that predict a labelled token, and has
+                these `loss_chunk` at a time only: less time and much less memory, `logits` is None.
             past_key_values: A cache from `new_cache`.
 
         Returns:
-            Logits [B, T, V], `loss` (mean cross-entropy), `rho` and `loss_terms`.
+            `logits` [B, T, V] (None with `keep_logits=False`), `loss` (mean cross-entropy), `rho` and `loss_terms`.
+
+        Raises:
+            ValueError: Arguments that do not go together or do not fit the batch.
         """
+        if not keep_logits and labels is None:
+            raise ValueError("keep_logits=False leaves nothing to return without labels=; pass labels, or keep logits")
         shape_source = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         if past_key_values is not None:
             if labels is not None or routes is not None:
@@ -246,8 +268,9 @@ class RouterAugmentedLM(nn.Module):
             self._exit_head(routes),
             self.gradient_checkpointing,
         )
+        run = self.lm if keep_logits else self.lm.base_model
         with routing(current):
-            out = self.lm(
+            out = run(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=False,
@@ -257,15 +280,56 @@ class RouterAugmentedLM(nn.Module):
         rho = current.rho
         if labels is None:
             return RouterAugmentedOutput(**out, rho=rho, ran=current.ran)
-        total, count = cross_entropy(out.logits, labels)
-        loss = total / count.clamp_min(1)
+        return self._with_losses(out, labels, attended, rho, current.ran)
+
+    def _with_losses(
+        self, out: Any, labels: Tensor, attended: Tensor, rho: Tensor, ran: Tensor | None
+    ) -> RouterAugmentedOutput:
+        """The output of a pass with labels, from the language model's output or from its decoder's alone."""
+        wanted = predicting(labels, attended)
+        kept = "logits" in out
+        found = (out.logits if kept else out.last_hidden_state)[:, :-1]
+        wanted = wanted.to(found.device)
+        found = found[wanted]
+        head = _same if kept else self.output_head()
+        losses = token_cross_entropy(head, found, labels[:, 1:].to(found.device)[wanted], self.loss_chunk)
+        token_losses = losses.new_zeros(labels.shape)
+        token_losses[:, 1:][wanted] = losses.detach()
+        count = wanted.sum()
+        loss = losses.sum() / count.clamp_min(1)
         terms = {
             "cross_entropy": loss,
             "regularization": self.routers.squared_norm(),
             "non_skip": rho.mean(0).sum(),
             "token_count": count,
         }
-        return RouterAugmentedOutput(loss=loss, **out, rho=rho, loss_terms=terms, ran=current.ran)
+        return RouterAugmentedOutput(
+            loss=loss,
+            logits=out.logits if kept else None,
+            states=None if kept else found,
+            hidden_states=out.get("hidden_states"),
+            attentions=out.get("attentions"),
+            rho=rho,
+            loss_terms=terms,
+            token_losses=token_losses,
+            ran=ran,
+        )
+
+    def output_head(self) -> OutputHead:
+        """Logits [N, V] of decoder outputs [N, D], as they come in `RouterAugmentedOutput.states`."""
+        return OutputHead(self.lm, self._decoder_name)
+
+    @torch.no_grad()
+    def dense_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """The `states` [N, D] that the base model alone, every layer run and without LoRA, has where labels are."""
+        with self.lora_disabled():
+            out = self.lm.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **self._positions(attention_mask),
+            )
+        return out.last_hidden_state[:, :-1][predicting(labels, attention_mask.bool())]
 
     def _exit_head(self, routes: Routes | None) -> IntermediateHead | None:
         return IntermediateHead(self.lm) if isinstance(routes, EarlyExit) else None
@@ -379,19 +443,8 @@ class RouterAugmentedLM(nn.Module):
         return generate(input_ids, past_key_values=cache, **kwargs)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed next-token cross-entropy in fp32.
-
-    Args:
-        logits: [B, T, V].
-        labels: [B, T], -100 where no loss is wanted.
-
-    Returns:
-        (sum over label tokens, number of label tokens), both scalars.
-    """
-    targets = labels[:, 1:].to(logits.device)
-    total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total, (targets != -100).sum()
+def _same(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _own_cache(cache: Any) -> RoutedCache:
