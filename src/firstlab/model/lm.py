@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -23,7 +23,8 @@ from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import Routes, check_routes
-from firstlab.model.teacher_forcing import PromptPass, TeacherForcedPass
+from firstlab.model.split import PromptCache, Split
+from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
 
 # Half a GiB of fp32 logits for a vocabulary of 128k.
 LOSS_CHUNK = 1024
@@ -255,12 +256,13 @@ class RouterAugmentedLM(nn.Module):
         attended = attention_mask.bool()
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
+        prompt_mask = prompt_mask.bool() & attended
         if routes is not None:
             check_routes(routes, self.num_layers)
         current = TeacherForcedPass(
             self.routers,
             attended,
-            prompt_mask.bool() & attended,
+            prompt_mask,
             objective,
             gate,
             pooled_tokens,
@@ -268,6 +270,12 @@ class RouterAugmentedLM(nn.Module):
             self._exit_head(routes),
             self.gradient_checkpointing,
         )
+        constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
+        if constant_prompt and torch.is_grad_enabled() and not any(p.requires_grad for p in self.lm.parameters()):
+            split = Split.of(prompt_mask, attended & ~prompt_mask)
+            if 0 < split.prompt_length < split.columns.shape[1]:
+                assert input_ids is not None and labels is not None
+                return self._behind_constant_prompts(split, input_ids, labels, gate)
         run = self.lm if keep_logits else self.lm.base_model
         with routing(current):
             out = run(
@@ -280,19 +288,55 @@ class RouterAugmentedLM(nn.Module):
         rho = current.rho
         if labels is None:
             return RouterAugmentedOutput(**out, rho=rho, ran=current.ran)
-        return self._with_losses(out, labels, attended, rho, current.ran)
+        if keep_logits:
+            return RouterAugmentedOutput(
+                **out, **self._losses(out.logits, _same, labels, attended, rho), ran=current.ran
+            )
+        found = self._losses(out.last_hidden_state, self.output_head(), labels, attended, rho)
+        return RouterAugmentedOutput(**found, ran=current.ran)
 
-    def _with_losses(
-        self, out: Any, labels: Tensor, attended: Tensor, rho: Tensor, ran: Tensor | None
+    def _behind_constant_prompts(
+        self, split: Split, input_ids: Tensor, labels: Tensor, gate: str
     ) -> RouterAugmentedOutput:
-        """The output of a pass with labels, from the language model's output or from its decoder's alone."""
-        wanted = predicting(labels, attended)
-        kept = "logits" in out
-        found = (out.logits if kept else out.last_hidden_state)[:, :-1]
-        wanted = wanted.to(found.device)
-        found = found[wanted]
-        head = _same if kept else self.output_head()
-        losses = token_cross_entropy(head, found, labels[:, 1:].to(found.device)[wanted], self.loss_chunk)
+        """The decode-consistent pass where nothing but routers learns: prompts first, as in prefill, without a graph.
+
+        Backward goes through the response tokens only.
+        """
+        ids, real, length = split.take(input_ids), split.real, split.prompt_length
+        positions = self._positions(real)
+        cache = PromptCache()
+        prompts = ConstantPromptPass(self.routers, real[:, :length])
+        with torch.no_grad(), routing(prompts):
+            before = self.lm.base_model(
+                input_ids=ids[:, :length],
+                attention_mask=real[:, :length].long(),
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value[:, :length] for name, value in positions.items()},
+            )
+        cache.frozen = True
+        rho = prompts.rho
+        responses = ResponsePass(self.routers, rho, real[:, length:], gate, self.gradient_checkpointing)
+        with routing(responses):
+            out = self.lm.base_model(
+                input_ids=ids[:, length:],
+                attention_mask=real.long(),
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value[:, length:] for name, value in positions.items()},
+            )
+        states = torch.cat([before.last_hidden_state, out.last_hidden_state], 1)
+        found = self._losses(states, self.output_head(), split.take(labels).masked_fill(~real, -100), real, rho)
+        found["token_losses"] = split.put_back(found["token_losses"], labels.shape[1])
+        return RouterAugmentedOutput(**found)
+
+    def _losses(
+        self, found: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, attended: Tensor, rho: Tensor
+    ) -> dict[str, Any]:
+        """The fields of an output that labels give, from what [B, T, ...] `head` makes logits of."""
+        wanted = predicting(labels, attended).to(found.device)
+        states = found[:, :-1][wanted]
+        losses = token_cross_entropy(head, states, labels[:, 1:].to(found.device)[wanted], self.loss_chunk)
         token_losses = losses.new_zeros(labels.shape)
         token_losses[:, 1:][wanted] = losses.detach()
         count = wanted.sum()
@@ -303,17 +347,13 @@ class RouterAugmentedLM(nn.Module):
             "non_skip": rho.mean(0).sum(),
             "token_count": count,
         }
-        return RouterAugmentedOutput(
-            loss=loss,
-            logits=out.logits if kept else None,
-            states=None if kept else found,
-            hidden_states=out.get("hidden_states"),
-            attentions=out.get("attentions"),
-            rho=rho,
-            loss_terms=terms,
-            token_losses=token_losses,
-            ran=ran,
-        )
+        return {
+            "loss": loss,
+            "states": None if head is _same else states,
+            "rho": rho,
+            "loss_terms": terms,
+            "token_losses": token_losses,
+        }
 
     def output_head(self) -> OutputHead:
         """Logits [N, V] of decoder outputs [N, D], as they come in `RouterAugmentedOutput.states`."""
