@@ -55,6 +55,7 @@ def build_data(config: ExperimentConfig) -> PromptDataModule:
         max_new_tokens=data.max_new_tokens,
         eval_batch_size=config.evaluation.batch_size,
         num_workers=data.num_workers,
+        bucket=data.bucket,
     )
 
 

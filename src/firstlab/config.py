@@ -85,6 +85,7 @@ class DataConfig:
         max_length_router, max_length_lora: Tokens of prompt and response in phase 1 and phase 2 (A.4).
         max_prompt_length: Tokens of a prompt in generation.
         max_new_tokens: Tokens that generation adds.
+        bucket: Training batches whose examples are sorted by length together, so that less is padded; 1 is off.
     """
 
     name: str = MISSING
@@ -98,7 +99,11 @@ class DataConfig:
     max_length_lora: int = 256
     max_prompt_length: int = 512
     max_new_tokens: int = 80
+    bucket: int = 1
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.bucket >= 1, "data.bucket", self.bucket, "at least 1")
 
 
 @dataclass
@@ -351,6 +356,9 @@ class ExperimentConfig:
         # Of the trainer, only precision moves the numbers beyond rounding.
         config["trainer"] = {"precision": config["trainer"]["precision"]}
         del config["data"]["num_workers"]
+        if config["data"]["bucket"] == 1:
+            # Off is what runs were before there was this setting; they stay themselves.
+            del config["data"]["bucket"]
         return config
 
     def hash(self) -> str:
