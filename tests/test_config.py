@@ -105,6 +105,18 @@ def test_identity_ignores_where_and_how_a_run_is_started():
     same = composed("runs=elsewhere", "trainer=ddp", "logger=csv", "overwrite=true", "phases=[evaluate]")[0]
     assert same.hash() == composed()[0].hash()
     assert composed("seed=1")[0].hash() != composed()[0].hash()
+    assert composed("trainer.loss_chunk=7", "data.bucket=1")[0].hash() == composed()[0].hash()
+
+
+def test_identity_of_runs_from_before_there_were_buckets():
+    assert "bucket" not in composed()[0].identity()["data"]
+    assert composed("data.bucket=8")[0].identity()["data"]["bucket"] == 8
+
+
+@pytest.mark.parametrize("option", ["data.bucket", "trainer.loss_chunk"])
+def test_sizes_of_nothing(option):
+    with pytest.raises(ValueError, match=f"{option}=0 is not allowed: at least 1"):
+        composed(f"{option}=0")
 
 
 def test_a_method_setting_left_out_is_the_default_one():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firstlab.data.batching import DistributedBatches, batch_count, cut, epoch_batches, shard_batches
+from firstlab.data.batching import Buckets, DistributedBatches, batch_count, cut, epoch_batches, shard_batches
 
 ORDER = [[1, 5, 6, 0], [9, 4, 7], [2, 8, 3]]  # seed 3, epoch 0
 
@@ -60,6 +60,52 @@ def test_ranks_together_see_what_one_process_sees(setting, seed, total, data):
 def test_a_run_goes_on_over_epochs():
     run = list(DistributedBatches(10, 4, 3, total_batches=7))
     assert run[:3] == ORDER and run[3:6] == epoch_batches(10, 4, 3, 1) and run[6:] == epoch_batches(10, 4, 3, 2)[:1]
+
+
+buckets = st.builds(
+    Buckets, st.lists(st.integers(1, 9), min_size=60, max_size=60), st.one_of(st.integers(1, 4), st.just(100))
+)
+
+
+@given(samples, sizes, seeds, st.integers(0, 5), buckets)
+def test_buckets_lose_and_double_nothing(n, batch_size, seed, epoch, buckets):
+    batches = epoch_batches(n, batch_size, seed, epoch, buckets)
+    assert sorted(index for batch in batches for index in batch) == list(range(n))
+    plain = epoch_batches(n, batch_size, seed, epoch)
+    assert sorted(map(len, batches)) == sorted(map(len, plain))
+    assert batches == epoch_batches(n, batch_size, seed, epoch, buckets), "depends on seed and epoch alone"
+
+
+@given(samples, sizes, seeds, buckets)
+def test_no_batch_of_one_bucket_reaches_into_another(n, batch_size, seed, buckets):
+    whole = Buckets(buckets.lengths, 1000)
+    spans = sorted(
+        (min(lengths), max(lengths))
+        for batch in epoch_batches(n, batch_size, seed, 0, whole)
+        for lengths in [[whole.lengths[index] for index in batch]]
+    )
+    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+
+
+def test_bucketed_batches_come_in_random_order():
+    lengths = list(range(200))
+    epochs = [epoch_batches(200, 5, 0, epoch, Buckets(lengths, 10)) for epoch in (0, 1)]
+    shortest = [[min(batch) for batch in batches] for batches in epochs]
+    assert all(found != sorted(found) for found in shortest) and epochs[0] != epochs[1]
+    assert {tuple(sorted(batch)) for batch in epochs[0]} != {tuple(sorted(batch)) for batch in epochs[1]}
+
+
+@given(st.integers(1, 3), st.integers(6, 40), st.integers(6, 12), seeds, st.integers(1, 30), buckets, st.data())
+def test_ranks_and_resumed_runs_share_bucketed_batches(world_size, n, batch_size, seed, total, buckets, data):
+    start = data.draw(st.integers(0, total))
+    options = {"total_batches": total, "buckets": buckets}
+    alone = list(DistributedBatches(n, batch_size, seed, **options))
+    ranks = [
+        list(DistributedBatches(n, batch_size, seed, rank=rank, world_size=world_size, **options))
+        for rank in range(world_size)
+    ]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone
+    assert list(DistributedBatches(n, batch_size, seed, start_batch=start, **options)) == alone[start:]
 
 
 def test_too_many_processes():

@@ -283,3 +283,45 @@ def test_a_checkpoint_may_be_evaluated_on_other_data(tmp_path):
         weights_only=False,
     )
     assert recorder.generated == list(range(7))
+
+
+class Streets(Houses):
+    """Houses in rows of very different length."""
+
+    def train_pool(self):
+        return [Example(f"s{i}", "red house " * (1 + 7 * i % 11), ("das rote Haus",)) for i in range(40)]
+
+
+def padding(data):
+    batches = list(data.train_dataloader())
+    return sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+
+
+def test_bucketed_batches_pad_less_and_hold_every_example():
+    options = {"train_size": 35, "epochs": 2}
+    plain, bucketed = (module(Streets(), **options, bucket=bucket) for bucket in (1, 100))
+    assert padding(bucketed) < 0.5 * padding(plain)
+    seen = rows(bucketed.train_dataloader())
+    assert sorted(seen[:35]) == sorted(seen[35:]) == list(range(35))
+    short = module(Streets(), train_size=35, total_batches=3, bucket=4)
+    assert short.trained_on() == sorted(set(rows(short.train_dataloader())))
+
+
+def test_a_bucketed_run_goes_on_where_it_was():
+    whole = rows(module(Streets(), epochs=3, bucket=2).train_dataloader())
+    first = module(Streets(), epochs=3, bucket=2)
+    first.consumed_batches = 4
+    resumed = module(Streets(), epochs=3, bucket=2)
+    resumed.load_state_dict(first.state_dict())
+    rest = rows(resumed.train_dataloader())
+    assert rest == whole[-len(rest) :] and 0 < len(rest) < len(whole)
+    for saved, now in ((2, 3), (1, 2), (2, 1)):
+        other = module(Streets(), epochs=3, bucket=now)
+        other.load_state_dict(module(Streets(), epochs=3, bucket=saved).state_dict())
+        with pytest.raises(ValueError, match=r"data\.bucket: .* in the checkpoint"):
+            other.train_dataloader()
+
+
+def test_bucket_of_nothing():
+    with pytest.raises(ValueError, match=r"data\.bucket=0 must be at least 1"):
+        module(bucket=0)

@@ -99,7 +99,10 @@ def test_distillation_compares_with_the_dense_base_model(setup: Setup, tmp_path:
 
 def test_checkpoints_hold_trainable_weights_only(setup: Setup, tmp_path: Path):
     fit_phase(setup.module("router", OURS), setup.data, settings(), tmp_path, [], resume=True)
-    assert set(read_checkpoint(tmp_path / "last.ckpt")["state_dict"]) == {"model.routers.weight"}
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    assert set(checkpoint["state_dict"]) == {"model.routers.weight"}
+    [moments] = checkpoint["optimizer_states"][0]["state"].values()
+    assert moments["exp_avg"].shape == setup.model.routers.weight.shape
     assert (tmp_path / "last.ckpt").stat().st_size < 50_000
 
 

@@ -61,6 +61,7 @@ def build_data(config: ExperimentConfig) -> PromptDataModule:
         max_new_tokens=data.max_new_tokens,
         eval_batch_size=config.evaluation.batch_size,
         num_workers=data.num_workers,
+        bucket=data.bucket,
     )
 
 
@@ -75,6 +76,7 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
     model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    model.loss_chunk = config.trainer.loss_chunk
     on_gpu = config.trainer.accelerator == "gpu"
     return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
 

@@ -85,6 +85,7 @@ class DataConfig:
         max_length_router, max_length_lora: Tokens of prompt and response in phase 1 and phase 2 (A.4).
         max_prompt_length: Tokens of a prompt in generation.
         max_new_tokens: Tokens that generation adds.
+        bucket: Training batches whose examples are sorted by length together, so that less is padded; 1 is off.
     """
 
     name: str = MISSING
@@ -98,7 +99,11 @@ class DataConfig:
     max_length_lora: int = 256
     max_prompt_length: int = 512
     max_new_tokens: int = 80
+    bucket: int = 1
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.bucket >= 1, "data.bucket", self.bucket, "at least 1")
 
 
 @dataclass
@@ -229,6 +234,7 @@ class TrainerConfig:
         strategy: "auto", "ddp" or "fsdp".
         precision: Lightning precision.
         gradient_checkpointing: Recompute layer activations in the backward pass.
+        loss_chunk: Positions whose logits exist at a time; fewer need less memory.
         progress_bar: Show progress.
     """
 
@@ -238,6 +244,7 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "32-true"
     gradient_checkpointing: bool = False
+    loss_chunk: int = 1024
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -250,6 +257,7 @@ class TrainerConfig:
         )
         _require(self.devices >= 1, "trainer.devices", self.devices, "at least 1")
         _require(self.num_nodes >= 1, "trainer.num_nodes", self.num_nodes, "at least 1")
+        _require(self.loss_chunk >= 1, "trainer.loss_chunk", self.loss_chunk, "at least 1")
         if self.strategy == "auto" and self.devices * self.num_nodes > 1:
             raise ValueError(
                 f"trainer.devices={self.devices} needs trainer.strategy=ddp or fsdp; or choose trainer=ddp"
@@ -345,9 +353,12 @@ class ExperimentConfig:
         for key in ("logger", "run_dir", "note", "runs", "phases", "init_from", "compare_with_base", "ckpt"):
             del config[key]
         del config["overwrite"], config["sweep"]
-        for key in ("accelerator", "devices", "num_nodes", "strategy", "progress_bar", "gradient_checkpointing"):
-            del config["trainer"][key]
+        # Of the trainer, only precision moves the numbers beyond rounding.
+        config["trainer"] = {"precision": config["trainer"]["precision"]}
         del config["data"]["num_workers"]
+        if config["data"]["bucket"] == 1:
+            # Off is what runs were before there was this setting; they stay themselves.
+            del config["data"]["bucket"]
         return config
 
     def hash(self) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from firstlab import results
@@ -192,10 +191,9 @@ def response_nll(
         batch = collate_training([rows[i] for i in indices], pad=data.pad, loss_on="response")
         batch = {k: v.to(model.device) for k, v in batch.items() if k != "index"}
         forced = rows_of(routes, indices, model.device)
-        out = model(**batch, objective="decode_consistent", gate="hard", routes=forced)
-        for index, logits, labels in zip(indices, out.logits, batch["labels"].to(out.logits.device), strict=True):
-            nll = cross_entropy(logits[:-1].float(), labels[1:], reduction="sum")  # -100 is ignored
-            totals[index] = torch.tensor([float(nll), float((labels[1:] != -100).sum())])
+        out = model(**batch, objective="decode_consistent", gate="hard", routes=forced, keep_logits=False)
+        counts = (batch["labels"][:, 1:] != -100).sum(1)
+        totals[indices] = torch.stack([out.token_losses.sum(1).cpu(), counts.cpu()], 1).double()
     if world > 1:
         dist.all_reduce(totals)
     return totals.numpy()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 
 
 def cut(items: Sequence[int], parts: int) -> list[list[int]]:
@@ -20,15 +22,41 @@ def batch_count(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
-def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Buckets:
+    """Batches of samples of similar length, so that little is padded.
+
+    Attributes:
+        lengths: Of every sample.
+        batches: How many batches' worth of shuffled samples are sorted by length together: more pad less and mix less.
+    """
+
+    lengths: Sequence[int]
+    batches: int
+
+    def sort(self, batches: list[list[int]], generator: random.Random) -> list[list[int]]:
+        """The same samples in batches of the same sizes, which come in random order."""
+        found = []
+        for start in range(0, len(batches), self.batches):
+            together = batches[start : start + self.batches]
+            # Stable, so that equal lengths stay shuffled.
+            samples = iter(sorted(chain.from_iterable(together), key=self.lengths.__getitem__))
+            found += [list(islice(samples, len(batch))) for batch in together]
+        generator.shuffle(found)
+        return found
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, buckets: Buckets | None = None) -> list[list[int]]:
     """The global batches of one epoch: 0 to n - 1 permuted, in ceil(n / batch_size) runs of near equal size.
 
     No sample is lost or doubled, and no small last batch gives few samples a large weight. Depends on `seed`
     + `epoch`, not on the number of processes.
     """
     order = list(range(n))
-    random.Random(seed + epoch).shuffle(order)
-    return cut(order, batch_count(n, batch_size)) if n else []
+    generator = random.Random(seed + epoch)
+    generator.shuffle(order)
+    batches = cut(order, batch_count(n, batch_size)) if n else []
+    return batches if buckets is None else buckets.sort(batches, generator)
 
 
 class FixedBatches:
@@ -69,6 +97,7 @@ class DistributedBatches:
         world_size: Number of processes.
         total_batches: Length of the run.
         start_batch: Batches of the run that are done already; iteration starts behind them.
+        buckets: Puts samples of similar length together.
 
     Raises:
         ValueError: A global batch would leave a rank without a row, or there is no sample.
@@ -84,6 +113,7 @@ class DistributedBatches:
         rank: int = 0,
         world_size: int = 1,
         start_batch: int = 0,
+        buckets: Buckets | None = None,
     ) -> None:
         if n < 1:
             raise ValueError("data.train_size=0 leaves nothing to train on: set it to at least 1")
@@ -98,6 +128,7 @@ class DistributedBatches:
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.total_batches, self.start_batch = total_batches, start_batch
+        self.buckets = buckets
 
     def __len__(self) -> int:
         """Batches of the whole run, done ones included: Lightning adds restored progress to its count."""
@@ -107,7 +138,8 @@ class DistributedBatches:
         epoch, skip = divmod(self.start_batch, self.batches_per_epoch)
         left = self.total_batches - self.start_batch
         while left > 0:
-            for batch in epoch_batches(self.n, self.batch_size, self.seed, epoch)[skip : skip + left]:
+            batches = epoch_batches(self.n, self.batch_size, self.seed, epoch, self.buckets)
+            for batch in batches[skip : skip + left]:
                 yield cut(batch, self.world_size)[self.rank]
                 left -= 1
             epoch, skip = epoch + 1, 0

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from firstlab.data.batching import DistributedBatches, FixedBatches, batch_count, shard_batches
+from firstlab.data.batching import Buckets, DistributedBatches, FixedBatches, batch_count, shard_batches
 from firstlab.data.encoding import (
     Batch,
     LossOn,
@@ -57,6 +57,8 @@ class PromptDataModule(L.LightningDataModule):
         loss_on: "all" real tokens (phase 1) or "response" tokens only (phase 2).
         epochs: Length of the training run, unless `total_batches` is set.
         total_batches: Length of the training run in micro batches.
+        bucket: Training batches whose samples are sorted by length together (see `Buckets`), which needs the lengths
+            of all training examples first; 1 leaves batches as the shuffle makes them.
 
     Attributes:
         consumed_batches: Training batches done; saved in checkpoints, and where `train_dataloader` starts. The
@@ -84,6 +86,7 @@ class PromptDataModule(L.LightningDataModule):
         loss_on: LossOn = "all",
         epochs: int = 1,
         total_batches: int | None = None,
+        bucket: int = 1,
     ) -> None:
         super().__init__()
         least = {
@@ -98,6 +101,7 @@ class PromptDataModule(L.LightningDataModule):
             "num_workers": (num_workers, 0),
             "epochs": (epochs, 1),
             "total_batches": (total_batches, 1),
+            "bucket": (bucket, 1),
         }
         for option, (value, lowest) in least.items():
             if value is not None and value < lowest:
@@ -110,8 +114,9 @@ class PromptDataModule(L.LightningDataModule):
         self.prompt_option = "data.max_length" if max_prompt_length is None else "data.max_prompt_length"
         self.max_prompt_length = max_length if max_prompt_length is None else max_prompt_length
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.epochs, self.total_batches = epochs, total_batches
+        self.epochs, self.total_batches, self.bucket = epochs, total_batches, bucket
         self.consumed_batches = 0
+        self._lengths: dict[int, list[int]] = {}
         self._saved_stream: dict[str, int] | None = None
         self.allow_zero_length_dataloader_with_multiple_devices = True  # few prompts on many devices
         limit = tokenizer.model_max_length
@@ -233,7 +238,9 @@ class PromptDataModule(L.LightningDataModule):
 
     def trained_on(self) -> list[int]:
         """The training examples that the run comes to, in ascending order."""
-        batches = DistributedBatches(len(self.train), self.batch_size, self.seed, total_batches=self.run_batches())
+        batches = DistributedBatches(
+            len(self.train), self.batch_size, self.seed, total_batches=self.run_batches(), buckets=self._buckets()
+        )
         return sorted({index for batch in batches for index in batch})
 
     def train_dataloader(self) -> DataLoader[Row]:
@@ -252,9 +259,23 @@ class PromptDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
             start_batch=self.consumed_batches,
+            buckets=self._buckets(),
         )
-        rows = TrainingRows(self.task, self.train, self.tokenizer, self.max_length)
+        rows = self._training_rows()
         return self._loader(rows, batches, partial(collate_training, pad=self.pad, loss_on=self.loss_on))
+
+    def _training_rows(self) -> TrainingRows:
+        return TrainingRows(self.task, self.train, self.tokenizer, self.max_length)
+
+    def _buckets(self) -> Buckets | None:
+        if self.bucket == 1:
+            return None
+        # Both phases may cut texts at different lengths.
+        if self.max_length not in self._lengths:
+            rows = self._training_rows()
+            found = (rows[index] for index in range(len(rows)))
+            self._lengths[self.max_length] = [len(row.prompt) + len(row.response) for row in found]
+        return Buckets(self._lengths[self.max_length], self.bucket)
 
     def val_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
         """Teacher-forced validation batches; no loader when there is no validation."""
@@ -300,7 +321,8 @@ class PromptDataModule(L.LightningDataModule):
 
     def _stream(self) -> dict[str, int]:
         """What the order of training batches depends on."""
-        return {"seed": self.seed, "batch_size": self.batch_size, "train_size": len(self.train)}
+        stream = {"seed": self.seed, "batch_size": self.batch_size, "train_size": len(self.train)}
+        return stream | ({"bucket": self.bucket, "max_length": self.max_length} if self.bucket > 1 else {})
 
     def state_dict(self) -> dict[str, Any]:
         """How far training is, and in which stream of batches."""
@@ -314,10 +336,11 @@ class PromptDataModule(L.LightningDataModule):
     def _check_stream(self) -> None:
         # Not in `load_state_dict`: a checkpoint may be evaluated on any data.
         now = self._stream()
+        saved = now if self._saved_stream is None else self._saved_stream
         changed = [
-            f"data.{option}: {value} in the checkpoint, {now[option]} now"
-            for option, value in (self._saved_stream or now).items()
-            if value != now[option]
+            f"data.{option}: {saved.get(option, 'unset')} in the checkpoint, {now.get(option, 'unset')} now"
+            for option in saved | now
+            if saved.get(option) != now.get(option)
         ]
         if changed:
             raise ValueError(

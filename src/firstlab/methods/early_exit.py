@@ -108,7 +108,7 @@ def teacher_forced_skip_rates(model: RouterAugmentedLM, batch: dict[str, Tensor]
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask") if k in batch}
     labels = batch["labels"]
     prompt = batch.get("prompt_mask", (labels != -100).cumsum(1) == 0).bool()
-    out = model(**inputs, labels=labels, objective="decode_consistent", gate="hard", routes=rule)
+    out = model(**inputs, labels=labels, objective="decode_consistent", gate="hard", routes=rule, keep_logits=False)
     counted = torch.zeros_like(prompt)
     counted[:, :-1] = (labels[:, 1:] != -100) & ~prompt[:, :-1]
     rates = layer_skips(out.ran, counted).mean(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -21,9 +20,14 @@ from firstlab.model.early_exit import EarlyExit
 from firstlab.model.generation import check_generation_options, option_value
 from firstlab.model.layers import IntermediateHead, find_cache, find_decoder, make_dense, make_routable, routing
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
+from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import Routes, check_routes
-from firstlab.model.teacher_forcing import PromptPass, TeacherForcedPass
+from firstlab.model.split import PromptCache, Split
+from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
+
+# Half a GiB of fp32 logits for a vocabulary of 128k.
+LOSS_CHUNK = 1024
 
 
 @dataclass
@@ -34,12 +38,17 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
         rho: [B, L] fp32, with gradient in a teacher-forced pass.
         loss_terms: Scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²), `non_skip`
             (Σ_i batch mean of rho_i), and the label `token_count`; None without labels.
+        token_losses: [B, T] fp32, the cross-entropy of every labelled token and 0 elsewhere; None without labels.
+        states: [N, D], the decoder's output where it predicts a labelled token, row by row; only with
+            `keep_logits=False`.
         ran: [B, T, L] boolean, the layers each token ran; only for teacher-forced `StepRoutes` and `EarlyExit`.
     """
 
     rho: Tensor | None = None
     # ModelOutput leaves out fields that are None; with labels it is always there.
     loss_terms: dict[str, Tensor] = None  # type: ignore[assignment]
+    token_losses: Tensor | None = None
+    states: Tensor | None = None
     ran: Tensor | None = None
 
 
@@ -51,6 +60,10 @@ class RouterAugmentedLM(nn.Module):
     Args:
         lm: A loaded transformers decoder-only model.
         settings: How the routers read hidden states and decide.
+
+    Attributes:
+        gradient_checkpointing: Recompute layer activations in the backward pass.
+        loss_chunk: Positions whose logits exist at a time with `forward(keep_logits=False)`.
 
     Raises:
         ValueError: The model's layers cannot be routed.
@@ -67,7 +80,9 @@ class RouterAugmentedLM(nn.Module):
         hidden_size = lm.config.get_text_config(decoder=True).hidden_size
         self.routers = Routers(len(layers), hidden_size, settings).to(next(layers.parameters()).device)
         self.gradient_checkpointing = False
+        self.loss_chunk = LOSS_CHUNK
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
+        self._decoder_name = next(name for name, module in lm.named_modules() if module is decoder)
         make_routable(layers)
         self._hooks = [
             decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True),
@@ -193,6 +208,7 @@ class RouterAugmentedLM(nn.Module):
         gate: str = "soft",
         pooled_tokens: str = "sequence",
         routes: Routes | None = None,
+        keep_logits: bool = True,
         past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> RouterAugmentedOutput:
@@ -201,15 +217,22 @@ class RouterAugmentedLM(nn.Module):
         Args:
             input_ids: [B, T].
             attention_mask: [B, T], or [B, seen + T] with a cache; 0 on padding.
-            labels: [B, T], -100 where no loss is wanted.
+            labels: [B, T], -100 where no loss is wanted; what follows no token has none either.
             prompt_mask: [B, T], true on prompt tokens. Default: the tokens before the first label, or all of them
                 without labels.
             objective, gate, pooled_tokens, routes: See `TeacherForcedPass`.
+            keep_logits: False, with labels, leaves out all logits but those that predict a labelled token, and has
+                these `loss_chunk` at a time only: less time and much less memory, `logits` is None.
             past_key_values: A cache from `new_cache`.
 
         Returns:
-            Logits [B, T, V], `loss` (mean cross-entropy), `rho` and `loss_terms`.
+            `logits` [B, T, V] (None with `keep_logits=False`), `loss` (mean cross-entropy), `rho` and `loss_terms`.
+
+        Raises:
+            ValueError: Arguments that do not go together or do not fit the batch.
         """
+        if not keep_logits and labels is None:
+            raise ValueError("keep_logits=False leaves nothing to return without labels=; pass labels, or keep logits")
         shape_source = input_ids if input_ids is not None else kwargs["inputs_embeds"]
         if past_key_values is not None:
             if labels is not None or routes is not None:
@@ -233,12 +256,13 @@ class RouterAugmentedLM(nn.Module):
         attended = attention_mask.bool()
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
+        prompt_mask = prompt_mask.bool() & attended
         if routes is not None:
             check_routes(routes, self.num_layers)
         current = TeacherForcedPass(
             self.routers,
             attended,
-            prompt_mask.bool() & attended,
+            prompt_mask,
             objective,
             gate,
             pooled_tokens,
@@ -246,8 +270,15 @@ class RouterAugmentedLM(nn.Module):
             self._exit_head(routes),
             self.gradient_checkpointing,
         )
+        constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
+        if constant_prompt and torch.is_grad_enabled() and not any(p.requires_grad for p in self.lm.parameters()):
+            split = Split.of(prompt_mask, attended & ~prompt_mask)
+            if 0 < split.prompt_length < split.columns.shape[1]:
+                assert input_ids is not None and labels is not None
+                return self._behind_constant_prompts(split, input_ids, labels, gate)
+        run = self.lm if keep_logits else self.lm.base_model
         with routing(current):
-            out = self.lm(
+            out = run(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=False,
@@ -257,15 +288,88 @@ class RouterAugmentedLM(nn.Module):
         rho = current.rho
         if labels is None:
             return RouterAugmentedOutput(**out, rho=rho, ran=current.ran)
-        total, count = cross_entropy(out.logits, labels)
-        loss = total / count.clamp_min(1)
+        if keep_logits:
+            return RouterAugmentedOutput(
+                **out, **self._losses(out.logits, _same, labels, attended, rho), ran=current.ran
+            )
+        found = self._losses(out.last_hidden_state, self.output_head(), labels, attended, rho)
+        return RouterAugmentedOutput(**found, ran=current.ran)
+
+    def _behind_constant_prompts(
+        self, split: Split, input_ids: Tensor, labels: Tensor, gate: str
+    ) -> RouterAugmentedOutput:
+        """The decode-consistent pass where nothing but routers learns: prompts first, as in prefill, without a graph.
+
+        Backward goes through the response tokens only.
+        """
+        ids, real, length = split.take(input_ids), split.real, split.prompt_length
+        positions = self._positions(real)
+        cache = PromptCache()
+        prompts = ConstantPromptPass(self.routers, real[:, :length])
+        with torch.no_grad(), routing(prompts):
+            before = self.lm.base_model(
+                input_ids=ids[:, :length],
+                attention_mask=real[:, :length].long(),
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value[:, :length] for name, value in positions.items()},
+            )
+        cache.frozen = True
+        rho = prompts.rho
+        responses = ResponsePass(self.routers, rho, real[:, length:], gate, self.gradient_checkpointing)
+        with routing(responses):
+            out = self.lm.base_model(
+                input_ids=ids[:, length:],
+                attention_mask=real.long(),
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value[:, length:] for name, value in positions.items()},
+            )
+        states = torch.cat([before.last_hidden_state, out.last_hidden_state], 1)
+        found = self._losses(states, self.output_head(), split.take(labels).masked_fill(~real, -100), real, rho)
+        found["token_losses"] = split.put_back(found["token_losses"], labels.shape[1])
+        return RouterAugmentedOutput(**found)
+
+    def _losses(
+        self, found: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, attended: Tensor, rho: Tensor
+    ) -> dict[str, Any]:
+        """The fields of an output that labels give, from what [B, T, ...] `head` makes logits of."""
+        wanted = predicting(labels, attended).to(found.device)
+        states = found[:, :-1][wanted]
+        losses = token_cross_entropy(head, states, labels[:, 1:].to(found.device)[wanted], self.loss_chunk)
+        token_losses = losses.new_zeros(labels.shape)
+        token_losses[:, 1:][wanted] = losses.detach()
+        count = wanted.sum()
+        loss = losses.sum() / count.clamp_min(1)
         terms = {
             "cross_entropy": loss,
             "regularization": self.routers.squared_norm(),
             "non_skip": rho.mean(0).sum(),
             "token_count": count,
         }
-        return RouterAugmentedOutput(loss=loss, **out, rho=rho, loss_terms=terms, ran=current.ran)
+        return {
+            "loss": loss,
+            "states": None if head is _same else states,
+            "rho": rho,
+            "loss_terms": terms,
+            "token_losses": token_losses,
+        }
+
+    def output_head(self) -> OutputHead:
+        """Logits [N, V] of decoder outputs [N, D], as they come in `RouterAugmentedOutput.states`."""
+        return OutputHead(self.lm, self._decoder_name)
+
+    @torch.no_grad()
+    def dense_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """The `states` [N, D] that the base model alone, every layer run and without LoRA, has where labels are."""
+        with self.lora_disabled():
+            out = self.lm.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+                **self._positions(attention_mask),
+            )
+        return out.last_hidden_state[:, :-1][predicting(labels, attention_mask.bool())]
 
     def _exit_head(self, routes: Routes | None) -> IntermediateHead | None:
         return IntermediateHead(self.lm) if isinstance(routes, EarlyExit) else None
@@ -379,19 +483,8 @@ class RouterAugmentedLM(nn.Module):
         return generate(input_ids, past_key_values=cache, **kwargs)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed next-token cross-entropy in fp32.
-
-    Args:
-        logits: [B, T, V].
-        labels: [B, T], -100 where no loss is wanted.
-
-    Returns:
-        (sum over label tokens, number of label tokens), both scalars.
-    """
-    targets = labels[:, 1:].to(logits.device)
-    total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total, (targets != -100).sum()
+def _same(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _own_cache(cache: Any) -> RoutedCache:

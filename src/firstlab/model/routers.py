@@ -117,6 +117,30 @@ class Routers(nn.Module):
         """Per-token probabilities of one layer, [B, T, D] -> [B, T] fp32."""
         return token_probabilities(hidden, self.weight[layer_index], self.settings.input_norm)
 
+    def rho_of_constant(self, hidden: Tensor, pooled_tokens: Tensor, layer_index: int) -> Tensor:
+        """rho [B] of hidden states that need no gradient, with the gradient of the router.
+
+        Backward through `pool(probabilities(...))` would keep the states of all tokens; here it keeps one [B, D]
+        derivative.
+
+        Args:
+            hidden: [B, T, D].
+            pooled_tokens: [B, T] boolean.
+            layer_index: Whose router.
+        """
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            probabilities = self.probabilities(hidden, layer_index)
+            states = hidden.float().masked_fill(~pooled_tokens.unsqueeze(-1), 0)
+            slope = probabilities * (1 - probabilities)
+            if self.settings.input_norm == "rms":
+                slope = slope * torch.rsqrt(states.square().mean(-1) + 1e-6)
+            slope = slope.masked_fill(~pooled_tokens, 0) / pooled_tokens.sum(-1, keepdim=True).clamp_min(1)
+            derivative = (slope.unsqueeze(1) @ states).squeeze(1)
+            rho = pool(probabilities, pooled_tokens)
+        with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
+            weight = self.weight[layer_index].to(hidden.device)
+            return rho + derivative @ (weight - weight.detach())
+
     def decide(self, rho: Tensor) -> Tensor:
         """Routes from rho, any shape."""
         return decide(rho, self.settings.threshold)

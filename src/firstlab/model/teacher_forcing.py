@@ -100,7 +100,7 @@ class TeacherForcedPass:
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run the layer and mix its output with its input by the gate."""
-        rho = pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
+        rho = self._measure(index, hidden)
         self._rho.append(rho)
         if self.checkpoint_layers and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
@@ -116,6 +116,9 @@ class TeacherForcedPass:
         if isinstance(output, tuple):
             return (mix(hidden, output[0], gate), *output[1:])
         return mix(hidden, output, gate)
+
+    def _measure(self, index: int, hidden: Tensor) -> Tensor:
+        return pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
 
     def _gate(self, index: int, rho: Tensor) -> Tensor:
         if self.routes is not None:
@@ -149,3 +152,35 @@ class PromptPass:
         """Measure, then run the layer unchanged."""
         self._rho.append(pool(self.routers.probabilities(hidden, index), self.prompt_mask.to(hidden.device)))
         return run()
+
+
+class ConstantPromptPass(PromptPass):
+    """A `PromptPass` without any graph but that from rho to the routers, for a base that needs no gradient."""
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        """Measure, then run the layer unchanged."""
+        self._rho.append(self.routers.rho_of_constant(hidden, self.prompt_mask.to(hidden.device), index))
+        return run()
+
+
+class ResponsePass(TeacherForcedPass):
+    """The response tokens alone, decode-consistent, behind keys and values of their prompts.
+
+    Args:
+        routers: The routers.
+        rho: [B, L] of the prompts, with gradient.
+        response_mask: [B, R] boolean, false on padding.
+        gate, checkpoint_layers: See `TeacherForcedPass`.
+    """
+
+    def __init__(
+        self, routers: Routers, rho: Tensor, response_mask: Tensor, gate: str, checkpoint_layers: bool
+    ) -> None:
+        no_prompt = torch.zeros_like(response_mask)
+        super().__init__(
+            routers, response_mask, no_prompt, "decode_consistent", gate, checkpoint_layers=checkpoint_layers
+        )
+        self._prompt_rho = rho
+
+    def _measure(self, index: int, hidden: Tensor) -> Tensor:
+        return self._prompt_rho[:, index].to(hidden.device)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from firstlab.methods.base import routes_without, rows_of
@@ -40,19 +39,17 @@ def losses_under_routes(model: RouterAugmentedLM, batches: Sequence[Batch], rout
         rows = range(seen, seen + len(batch["input_ids"]))
         seen = rows.stop
         labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-        logits = model(
+        out = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
+            labels=labels,
             prompt_mask=batch["prompt_mask"],
             objective="decode_consistent",
             routes=rows_of(routes, rows, labels.device),
-        ).logits
-        targets = labels[:, 1:]
-        token_losses = F.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
+            keep_logits=False,
         )
-        sums.append(token_losses.sum(1).cpu())
-        counts.append((targets != -100).sum(1).cpu())
+        sums.append(out.token_losses.sum(1).cpu())
+        counts.append((labels[:, 1:] != -100).sum(1).cpu())
     return torch.cat(sums), torch.cat(counts)
 
 

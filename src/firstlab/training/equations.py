@@ -24,14 +24,17 @@ def lora_loss(cross_entropy: Tensor, non_skip: Tensor, beta: float) -> Tensor:
     return cross_entropy + beta * non_skip
 
 
-def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher || student), in nats and fp32.
+def distillation_losses(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of every token, in nats and fp32.
 
     Args:
         student, teacher: Logits [N, V] of the same tokens.
+
+    Returns:
+        [N].
     """
     log_student, log_teacher = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
 
 
 def dual_step(multiplier: float, skip_rate: float, target: float, rate: float) -> float:

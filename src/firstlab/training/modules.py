@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from firstlab.methods.base import Routes, rows_of
 from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, layer_skips
-from firstlab.training.equations import distillation_loss, dual_step, lora_loss, router_loss, selection_score
+from firstlab.model.loss import in_chunks
+from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
 
 
 @dataclass(frozen=True)
@@ -142,20 +143,19 @@ class _Phase(L.LightningModule):
             gate=self.objective.gate,
             pooled_tokens=self.objective.pooled_tokens,
             routes=routes,
+            keep_logits=False,
         )
 
     def _divergence(self, out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
         """How far the routed model's predictions of the label tokens are from those of the dense base model."""
-        predicts = batch["labels"][:, 1:] != -100
-        with torch.no_grad(), self.model.lora_disabled():
-            dense = self.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                objective="decode_consistent",
-                routes=torch.ones(self.model.num_layers, dtype=torch.bool, device=self.device),
-            ).logits
-        assert out.logits is not None
-        return distillation_loss(out.logits[:, :-1][predicts], dense[:, :-1][predicts])
+        dense = self.model.dense_states(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        head = self.model.output_head()
+        assert out.states is not None
+
+        def losses(student: Tensor, teacher: Tensor) -> Tensor:
+            return distillation_losses(head(student), head(teacher))
+
+        return in_chunks(losses, self.model.loss_chunk, out.states, dense).sum() / max(1, len(dense))
 
     def _global_mean(self, local_mean: Tensor, local_weight: Tensor) -> Tensor:
         """The rank's share of a weighted mean over all ranks, scaled so that averaging over ranks gives that mean."""
@@ -205,7 +205,14 @@ class _Phase(L.LightningModule):
         common = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask")}
         response = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
         routes = rows_of(self.val_routes, batch["index"].tolist(), self.device)
-        out = self.model(**common, labels=response, objective="decode_consistent", gate="hard", routes=routes)
+        out = self.model(
+            **common,
+            labels=response,
+            objective="decode_consistent",
+            gate="hard",
+            routes=routes,
+            keep_logits=False,
+        )
         sums = self._validation
         rows = len(batch["input_ids"])
         tokens = out.loss_terms["token_count"]

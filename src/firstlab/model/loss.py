@@ -1,0 +1,102 @@
+"""Losses of large vocabularies: logits only where they predict a label, and never all of them at once.
+
+Shapes: B batch, T tokens, N positions that predict a label, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+
+def predicting(labels: Tensor, attended: Tensor) -> Tensor:
+    """[B, T - 1] boolean: the positions whose next token is labelled. Padding predicts nothing.
+
+    Args:
+        labels: [B, T], -100 where no loss is wanted.
+        attended: [B, T] boolean, false on padding.
+    """
+    return (labels[:, 1:] != -100) & attended[:, :-1]
+
+
+class OutputHead:
+    """What a model does to its decoder's output, [N, D] -> [N, V], with gradient.
+
+    It is the model itself around a decoder that returns its input, so that projections, biases, scales and caps are
+    its own. Parameters are shared.
+
+    Args:
+        model: A causal LM.
+        decoder: Name of its decoder module.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder: str) -> None:
+        self._model: Any = _with_module(model, decoder, _Identity())
+
+    def __call__(self, states: Tensor) -> Tensor:
+        # Not `self._model(...)`: hooks are the whole model's business.
+        return type(self._model).forward(self._model, inputs_embeds=states[None], use_cache=False).logits[0]
+
+
+@dataclass
+class _DecoderOutput(MoeModelOutputWithPast):
+    """Every field that a language model reads from its decoder's output."""
+
+    cross_attentions: Any = None
+
+
+class _Identity(nn.Module):
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+def _with_module(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """A shallow copy of `root` with another module at `name`; `root` stays as it is."""
+    shell = copy(root)
+    first, _, rest = name.partition(".")
+    inner = _with_module(root.get_submodule(first), rest, module) if rest else module
+    shell._modules = {**root._modules, first: inner}
+    return shell
+
+
+def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, applied to `size` rows at a time.
+
+    With a gradient, what a chunk computes inside is computed again in the backward pass unless it is the only one: no
+    more than one chunk's logits are there at any time.
+
+    Args:
+        function: Takes [n, ...] tensors and gives an [n, ...] tensor, each row for itself.
+        size: Rows of a chunk, at least 1.
+        *tensors: [N, ...] each.
+    """
+    chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    if len(chunks) == 1:
+        return function(*chunks[0])
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def token_cross_entropy(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """[N] fp32 cross-entropy of every target.
+
+    Args:
+        head: Logits [n, V] of states [n, D].
+        states: [N, D].
+        targets: [N].
+        chunk: Positions whose logits exist at a time.
+    """
+
+    def losses(states: Tensor, targets: Tensor) -> Tensor:
+        logits = head(states)
+        return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+
+    return in_chunks(losses, chunk, states, targets)

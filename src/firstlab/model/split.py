@@ -1,0 +1,64 @@
+"""Prompts and responses of teacher-forced rows apart, for passes whose prompt path needs no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the tokens of each row go: prompts padded on the left, responses right behind them, padded on the right.
+
+    Attributes:
+        columns: [B, P + R], the column each token comes from.
+        real: [B, P + R] boolean, false on padding.
+        prompt_length: P.
+    """
+
+    columns: Tensor
+    real: Tensor
+    prompt_length: int
+
+    @classmethod
+    def of(cls, prompt: Tensor, response: Tensor) -> Split:
+        """The split of rows whose prompt and response tokens are given, [B, T] boolean each."""
+        longest, room = int(prompt.sum(1).max()), int(response.sum(1).max())
+        before = prompt.long().argsort(dim=1, stable=True)[:, prompt.shape[1] - longest :]
+        behind = response.long().argsort(dim=1, descending=True, stable=True)[:, :room]
+        real = torch.cat([prompt.gather(1, before), response.gather(1, behind)], 1)
+        return cls(torch.cat([before, behind], 1), real, longest)
+
+    def take(self, values: Tensor) -> Tensor:
+        """[B, T] -> [B, P + R]; whatever stands there on padding."""
+        return values.gather(1, self.columns)
+
+    def put_back(self, values: Tensor, length: int) -> Tensor:
+        """[B, P + R] -> [B, `length`], 0 where no token came from."""
+        found = values.new_zeros(len(values), length)
+        return found.scatter_add(1, self.columns, values.masked_fill(~self.real, 0))
+
+
+class PromptCache(DynamicCache):
+    """Keys and values of prompts. Once `frozen`, later tokens attend to them and leave nothing behind.
+
+    So a layer may run any number of times on the same tokens, which gradient checkpointing does. Every layer keeps the
+    whole prompt; windows are a matter of the mask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The prompt's keys and values with those of the tokens at hand behind them."""
+        if not self.frozen:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
