@@ -62,6 +62,7 @@ def test_mixed_routes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["skip_rate"] == pytest.approx(2 / 6)
         assert row["throughput_ratio"] == pytest.approx(np.median(row["throughput_ratio_of_repetitions"]))
         assert len(row["throughput_ratio_of_repetitions"]) == 2 and row["tokens_per_s"] > 0
+        assert 0.5 < row["limit_ratio"] < 1
         percent = f"{100 * row['throughput_ratio']:.0f}"
         assert f"mixed routes: {percent} % of the throughput of one shared route ({row['routes']} routes" in printed
 
@@ -84,6 +85,8 @@ def test_bytes_by_hand(tied: bool) -> None:
     kv_per_token = 2 * 2 * 2
     route = torch.tensor([True, False, True, True])
     assert read_bytes(lm, route, 5, 20) == 4 * (head_and_norm + 3 * (layer + 5 * 20 * kv_per_token))
+    mixed = torch.tensor([[True, False, True, True], [True, True, False, True]])  # all weights, 3 + 3 layers' KV
+    assert read_bytes(lm, mixed, 2, 20) == 4 * (head_and_norm + 4 * layer + 6 * 20 * kv_per_token)
     assert read_bytes(lm.half(), route, 5, 20) == 2 * (head_and_norm + 3 * (layer + 5 * 20 * kv_per_token))
 
 

@@ -262,7 +262,8 @@ def print_tables(record: dict[str, Any]) -> None:
         print(
             f"mixed routes: {100 * row['throughput_ratio']:.0f} % of the throughput of one shared route "
             f"({row['routes']} routes, batch {row['batch_size']}, prompt of {row['prompt_length']} tokens, "
-            f"{100 * row['skip_rate']:.1f} % skipped, {row['tokens_per_s']:.0f} tokens/s)"
+            f"{100 * row['skip_rate']:.1f} % skipped, {row['tokens_per_s']:.0f} tokens/s; "
+            f"by the bytes read {100 * row['limit_ratio']:.0f} %)"
         )
     share = min(row["cpu_share"] for cell in record["cells"] for row in cell["variants"])
     if share < record["settings"]["least_cpu_share"]:

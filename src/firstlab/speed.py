@@ -74,13 +74,13 @@ def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: floa
 
     Args:
         lm: The base model.
-        route: [L] boolean.
+        route: [L] boolean, or of each row [B, L].
         batch_size: Rows.
         length: Tokens per row that attention reads, the new one included.
 
     Returns:
-        Weights of the layers that run, of the final norm and of the output head, and keys and values of these layers.
-        Rows of the input embedding are left out: one per row.
+        Weights of the layers that some row runs, of the final norm and of the output head, and keys and values of the
+        layers that each row runs. Rows of the input embedding are left out: one per row.
     """
     config: Any = lm.config.get_text_config(decoder=True)
     layers = find_decoder(lm)[1]
@@ -90,13 +90,17 @@ def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: floa
     if head.weight is not embedding.weight:
         elsewhere.add(id(embedding.weight))
     weights = sum(each.nbytes for each in lm.parameters() if id(each) not in elsewhere)
+    routes = route.expand(batch_size, -1)
     weights += sum(
-        each.nbytes for layer, runs in zip(layers, route.tolist(), strict=True) if runs for each in layer.parameters()
+        each.nbytes
+        for layer, runs in zip(layers, routes.any(0).tolist(), strict=True)
+        if runs
+        for each in layer.parameters()
     )
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * kv_heads * head_dim * embedding.weight.element_size() * int(route.sum())
-    return weights + batch_size * length * kv
+    kv = 2 * kv_heads * head_dim * embedding.weight.element_size()
+    return weights + int(routes.sum()) * length * kv
 
 
 def copy_bandwidth(device: torch.device, size: int, repetitions: int = 5) -> float:
@@ -401,18 +405,28 @@ class MixedRoutes:
         self.cell = Cell(models, variants, batch_size, prompt_length, tokens, seed)
 
     def measure(self, warmup: int, repetitions: int) -> list[dict[str, Any]]:
-        """A record per skip rate and number of routes; the ratio is the median over the repetitions."""
-        self.cell.measure(warmup, repetitions)
+        """A record per skip rate and number of routes; the ratio is the median over the repetitions.
+
+        Its limit is that of the bytes read: rows of different routes need the weights of more layers.
+        """
+        cell, lm = self.cell, self.cell.models.plain
+        cell.measure(warmup, repetitions)
+        length = cell.prompt_length + cell.tokens / 2
+
+        def needed(variant: Variant) -> float:
+            return read_bytes(lm, variant.route, cell.batch_size, length)
+
         return [
             {
-                "batch_size": self.cell.batch_size,
-                "prompt_length": self.cell.prompt_length,
+                "batch_size": cell.batch_size,
+                "prompt_length": cell.prompt_length,
                 "routes": count,
                 "skip_rate_asked": mixed.skip_rate,
                 "skip_rate": 1 - mixed.route.float().mean().item(),
-                "tokens_per_s": self.cell.batch_size / float(np.median(mixed.tpot_s)),
-                "tokens_per_s_shared": self.cell.batch_size / float(np.median(shared.tpot_s)),
+                "tokens_per_s": cell.batch_size / float(np.median(mixed.tpot_s)),
+                "tokens_per_s_shared": cell.batch_size / float(np.median(shared.tpot_s)),
                 "throughput_ratio": float(np.median(shared.tpot_s / mixed.tpot_s)),
+                "limit_ratio": needed(shared) / needed(mixed),
                 "throughput_ratio_of_repetitions": (shared.tpot_s / mixed.tpot_s).tolist(),
                 "cpu_share": float(np.median([*mixed.cpu_share, *shared.cpu_share])),
             }
