@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "firstlab"
 
 # Top to bottom: a part imports from its own row or from a lower one.
 LAYERS = (
-    {"train", "evaluate", "generate", "benchmark", "tables", "nano", "dashboard"},
+    {"train", "evaluate", "generate", "benchmark", "training_speed", "tables", "nano", "dashboard"},
     {
         "entry",
         "sweep",
