@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from firstlab.benchmark import BenchmarkConfig, BenchmarkModelConfig, chosen_routes, load, measure, print_tables, run
+from firstlab.benchmark import BenchmarkConfig, chosen_routes, load, measure, print_tables, run
 from firstlab.build import ARCHITECTURES
-from firstlab.config import conf_dir
+from firstlab.config import SpeedModelConfig, conf_dir
 from firstlab.speed import Variant, check_memory, copy_bandwidth, distinct_routes, read_bytes, spread_route
 from models import tiny_model
 
@@ -110,7 +110,7 @@ def settings(folder: Path, **given: object) -> BenchmarkConfig:
         "repetitions": 2,
         "copy_mib": 1,
     }
-    model = BenchmarkModelConfig("tiny", str(folder), random_init=bool(given.pop("random_init", False)))
+    model = SpeedModelConfig("tiny", str(folder), random_init=bool(given.pop("random_init", False)))
     return BenchmarkConfig(model=model, **{**small, **given})  # type: ignore[arg-type]
 
 
@@ -222,7 +222,7 @@ def test_settings_out_of_range(folder: Path, given: dict[str, object], message: 
         ({"mixed_routes": [2], "skip_rates": [0.05]}, r"mixed_routes: skip_rates=\[0.05\] skip none of 6 layers"),
         ({"mixed_routes": [9], "skip_rates": [0.2]}, "mixed_routes: 9 different routes at skip rate 0.2, but only 4"),
         ({"prompt_lengths": [125]}, "needs 130 positions, and model=tiny has 128"),
-        ({"model": BenchmarkModelConfig("none", "no/such/folder", random_init=True)}, "no config"),
+        ({"model": SpeedModelConfig("none", "no/such/folder", random_init=True)}, "no config"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(folder: Path, given: dict[str, object], message: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from firstlab.config import LoraConfig, ModelConfig, conf_dir
+from firstlab.config import LoraConfig, SpeedModelConfig, conf_dir
 from firstlab.training_speed import TrainingSpeedConfig, load, measure, random_rows, run
 from models import HIDDEN, LAYERS, tiny_model
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(folder: Path, **given: object) -> TrainingSpeedConfig:
     small = {"device": "cpu", "batch_size": 2, "prompt_length": 6, "response_length": 4, "warmup": 1, "steps": 2}
-    small |= {"repetitions": 1, "model": ModelConfig("tiny", str(folder))}
+    small |= {"repetitions": 1, "model": SpeedModelConfig("tiny", str(folder))}
     return TrainingSpeedConfig(**{**small, **given})  # type: ignore[arg-type]
 
 
@@ -54,8 +54,8 @@ def test_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_architecture_alone_with_checkpointing_and_half_precision(tmp_path: Path) -> None:
     tiny_model("gemma2").config.save_pretrained(tmp_path)
-    model = ModelConfig("tiny", str(tmp_path), dtype="bfloat16")
-    record = measure(settings(tmp_path, model=model, random_init=True, gradient_checkpointing=True, loss_chunk=3))
+    model = SpeedModelConfig("tiny", str(tmp_path), dtype="bfloat16", random_init=True)
+    record = measure(settings(tmp_path, model=model, gradient_checkpointing=True, loss_chunk=3))
     assert all(row["step_s"] > 0 for row in record["variants"])
 
 
@@ -113,7 +113,7 @@ def test_settings_that_do_not_fit_the_model(folder: Path) -> None:
     with pytest.raises(ValueError, match="needs 129 positions, and model=tiny has 128"):
         measure(settings(folder, prompt_length=125))
     with pytest.raises(ValueError, match="no config"):
-        measure(settings(folder, model=ModelConfig("none", "no/such/folder"), random_init=True))
+        measure(settings(folder, model=SpeedModelConfig("none", "no/such/folder", random_init=True)))
 
 
 def test_help_does_not_wait_for_torch() -> None:

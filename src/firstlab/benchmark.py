@@ -18,23 +18,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from firstlab.config import ModelConfig, RouterConfig, conf_dir
+from firstlab.config import RouterConfig, SpeedModelConfig, conf_dir
 from firstlab.entry import check_command_line, guarded
 
 DECODERS = ("transformers", "transformers_static", "generate", "engine")
 ROUTES = ("spread", "paper")
-
-
-@dataclass
-class BenchmarkModelConfig(ModelConfig):
-    """A base model of which the architecture may do.
-
-    Attributes:
-        random_init: Take the model's config only and draw its weights; speed does not depend on them. Configs of the
-            paper's models are bundled.
-    """
-
-    random_init: bool = False
 
 
 @dataclass
@@ -63,7 +51,7 @@ class BenchmarkConfig:
         out: Folder of benchmark.json and benchmark.png.
     """
 
-    model: BenchmarkModelConfig = field(default_factory=BenchmarkModelConfig)
+    model: SpeedModelConfig = field(default_factory=SpeedModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     device: str = "auto"
     decoders: list[str] = field(default_factory=lambda: ["transformers", "generate", "engine"])

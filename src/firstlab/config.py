@@ -75,6 +75,18 @@ class ModelConfig:
 
 
 @dataclass
+class SpeedModelConfig(ModelConfig):
+    """A base model of which the architecture may do.
+
+    Attributes:
+        random_init: Take the model's config only and draw its weights; speed does not depend on them. Configs of the
+            paper's models are bundled.
+    """
+
+    random_init: bool = False
+
+
+@dataclass
 class DataConfig:
     """A task and how much of it is used; see `firstlab.data.datamodule.PromptDataModule`.
 

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from firstlab.config import LoraConfig, ModelConfig, RouterConfig, conf_dir
+from firstlab.config import LoraConfig, RouterConfig, SpeedModelConfig, conf_dir
 from firstlab.entry import check_command_line, guarded
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ class TrainingSpeedConfig:
         model: The base model; its dtype is that of all variants.
         router: How the routers read hidden states.
         lora: Of phase 2 and of the plain step.
-        random_init: Take the model's config only and draw its weights; speed does not depend on them.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         objective, gate: Of both phases; see `firstlab.model.teacher_forcing.TeacherForcedPass`.
         batch_size: Rows of a step.
@@ -55,10 +54,9 @@ class TrainingSpeedConfig:
         out: Folder of training_speed.json.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: SpeedModelConfig = field(default_factory=SpeedModelConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    random_init: bool = False
     device: str = "auto"
     objective: str = "decode_consistent"
     gate: str = "hard"
@@ -138,7 +136,9 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     options |= {"attn_implementation": config.model.attn_implementation}
     given = {key: value for key, value in options.items() if value is not None}
     device = torch.device("cuda" if on_gpu else "cpu")
-    models = Models.load(model_path(config.model.path), settings, config.random_init, device, **given)
+    models = Models.load(
+        model_path(config.model.path, config.model.random_init), settings, config.model.random_init, device, **given
+    )
     text = models.plain.config.get_text_config(decoder=True)
     length = config.prompt_length + config.response_length
     allowed = getattr(text, "max_position_embeddings", length)
