@@ -223,10 +223,11 @@ def test_padding_that_holds_nan_never_reaches_rho():
             mask = torch.ones(1, start + size)
             mask[0, 0] = 0
             cache.begin_pass(1, size, mask)
-            cache._measure(0, poisoned[:, start : start + size])
+            cache._readings = [model.routers.readings(poisoned[:, start : start + size], layer) for layer in range(6)]
+            cache._pool()
             start += size
-        expected = torch.sigmoid(hidden[0, 1:] @ model.routers.weight[0]).mean()
-        torch.testing.assert_close(cache._sums[0][0] / cache._counts[0], expected)
+        expected = torch.sigmoid(hidden[0, 1:] @ model.routers.weight.T).mean(0)
+        torch.testing.assert_close(cache._sums[0] / cache._counts[0], expected)
 
 
 def test_a_prompt_needs_a_two_dimensional_mask():

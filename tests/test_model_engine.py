@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from firstlab.model import EarlyExit, LoraSettings, RouterAugmentedLM, StepRoutes
 from firstlab.model.engine import DecodeEngine, EngineOutput
 from firstlab.model.llama_step import LlamaStep
+from firstlab.model.sampling import Sampling
 from models import random_routers, routed_model, tiny_model
 
 NEW = 8
@@ -166,6 +167,37 @@ def test_early_exit_of_rows_at_different_layers_in_a_biased_model() -> None:
     out = DecodeEngine(model, 32, 6).generate(prompts, NEW, rule)
     same_as_alone(out, model, prompts, rule)
     assert len(set(out.skip_rate.tolist())) > 2 and 0 < out.skip_rate.mean() < 1
+
+
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}])
+def test_one_row_is_sampled_as_generate_samples(given: dict[str, Any]) -> None:
+    model, prompt, route = llama(True), [5, 6, 7], torch.tensor([True, True, False, True, False, True])
+    engine = DecodeEngine(model, 32)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **given}
+    found = []
+    for seed in range(4):
+        out = engine.generate([prompt], NEW, route, sampling=Sampling(**given, seed=seed))
+        torch.manual_seed(seed)
+        assert out.tokens[0] == alone(model, prompt, route, **options).sequences[0, 3:].tolist()
+        found.append(out.tokens[0])
+    assert len(set(map(tuple, found))) > 1
+
+
+def test_rows_are_sampled_from_their_distribution() -> None:
+    model, rows = llama(True), 400
+    out = DecodeEngine(model, 8, 100).generate([[5, 6, 7]] * rows, 1, sampling=Sampling(top_k=3, seed=1))
+    with torch.no_grad():
+        top = model.lm(torch.tensor([[5, 6, 7]])).logits[0, -1].topk(3)
+    drawn = torch.tensor(out.tokens)
+    shares = (drawn == top.indices).float().mean(0)
+    assert shares.sum() == 1
+    torch.testing.assert_close(shares, top.values.softmax(-1), atol=0.1, rtol=0)  # 4 standard deviations
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0.0}])
+def test_sampling_out_of_range(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"Sampling: {next(iter(given))}="):
+        Sampling(**given)
 
 
 def test_a_schedule_keeps_only_the_layers_it_still_runs() -> None:

@@ -47,6 +47,29 @@ def test_half_precision_hidden_states_are_read_in_fp32(dtype, input_norm):
         assert torch.equal(token_probabilities(hidden, weight, input_norm), probabilities)
 
 
+def test_rms_input_norm_has_the_gradient_of_the_mean_of_squares():
+    hidden = torch.randn(2, 3, 8, dtype=torch.float32, requires_grad=True)
+    with torch.no_grad():
+        hidden[0, 0] = 0
+    weight = torch.randn(8, requires_grad=True)
+    token_probabilities(hidden, weight, "rms").sum().backward()
+    got = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    torch.sigmoid((hidden * weight).sum(-1) / (hidden.square().mean(-1) + 1e-6).sqrt()).sum().backward()
+    torch.testing.assert_close(got, (hidden.grad, weight.grad))
+
+
+@pytest.mark.parametrize("input_norm", ["none", "rms"])
+def test_sums_of_all_layers_are_those_of_each(input_norm):
+    routers = Routers(4, 8, RouterSettings(input_norm))
+    states = torch.randn(4, 2, 5, 8)
+    states[:, 1, :2] = float("nan")  # padding
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]]).bool()
+    sums = routers.sums([routers.readings(each, layer) for layer, each in enumerate(states)], mask)
+    means = [pool(routers.probabilities(each, layer), mask) for layer, each in enumerate(states)]
+    torch.testing.assert_close(sums / torch.tensor([[5], [3]]), torch.stack(means, 1))
+
+
 def test_pool_by_hand():
     p = torch.tensor([[0.2, 0.4, 0.9], [0.1, 0.5, 0.7], [0.3, 0.3, 0.3]])
     mask = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()

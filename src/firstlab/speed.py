@@ -302,8 +302,9 @@ class Cell:
         hidden = hidden.to(weight.dtype)  # type: ignore[arg-type]
         synchronize(self.ids.device)
         start = time.perf_counter()
-        means = [routers.probabilities(hidden, layer).mean(-1) for layer in range(routers.num_layers)]
-        routers.decide(torch.stack(means, 1)).tolist()
+        readings = [routers.readings(hidden, layer) for layer in range(routers.num_layers)]
+        sums = routers.sums(readings, torch.ones_like(readings[0][0], dtype=torch.bool))
+        routers.decide(sums / self.prompt_length).tolist()
         return time.perf_counter() - start
 
     def summary(self, bandwidth: float) -> dict[str, Any]:

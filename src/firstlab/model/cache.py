@@ -63,7 +63,9 @@ class RoutedCache(DynamicCache):
         self._prompt_seen = 0
         self._pass_tokens = 0
         self._pass_mask: Tensor | None = None
-        self._sums: list[Tensor] = []
+        # Of every layer of this pass; then summed over the prompt's passes, [B, L] and [B].
+        self._readings: list[tuple[Tensor, ...]] = []
+        self._sums: Tensor | None = None
         self._counts: Tensor | None = None
         # Per layer: does any, does every token of the pass run it; and which do, broadcastable to [B, T, L].
         self._any_row: list[bool] = []
@@ -102,6 +104,7 @@ class RoutedCache(DynamicCache):
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("routing a prompt needs a 2-D attention_mask [batch, tokens] to leave out the padding")
         self._pass_mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+        self._readings = []
 
     def _begin_decode(self, attention_mask: Tensor | None) -> None:
         assert self.routes is not None
@@ -129,7 +132,7 @@ class RoutedCache(DynamicCache):
         """
         if self.routes is None:
             if self._forced is None:
-                self._measure(index, hidden)
+                self._readings.append(self._routers.readings(hidden, index))
             return run()
         if self._exits is not None:
             return self._exits.run_layer(index, hidden, run)
@@ -148,6 +151,8 @@ class RoutedCache(DynamicCache):
         """Called after the decoder ran: count the tokens and, after the last prompt chunk, fix the routes."""
         self._seen += self._pass_tokens
         if self.routes is None:
+            if self._forced is None:
+                self._pool()
             if self._seen >= (self._prompt_length or 0):
                 self._fix_routes()
         elif self._exits is not None:
@@ -165,33 +170,28 @@ class RoutedCache(DynamicCache):
             if not any_row and hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = self._seen
 
-    def _measure(self, index: int, hidden: Tensor) -> None:
+    def _pool(self) -> None:
         # A mean over the whole prompt: chunks contribute sums and counts.
-        probabilities = self._routers.probabilities(hidden, index)
         mask = self._pass_mask
         if mask is None:
-            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        mask = mask.to(hidden.device)
-        total = probabilities.masked_fill(~mask, 0).sum(-1)
-        if index < len(self._sums):
-            self._sums[index] = self._sums[index] + total
+            mask = torch.ones_like(self._readings[0][0], dtype=torch.bool)
+        sums = self._routers.sums(self._readings, mask)
+        counts = mask.sum(-1).to(sums.device)
+        self._readings = []
+        if self._sums is None or self._counts is None:
+            self._sums, self._counts = sums, counts
         else:
-            self._sums.append(total)
-        if index == 0:
-            count = mask.sum(-1)
-            self._counts = count if self._counts is None else self._counts + count
+            self._sums, self._counts = self._sums + sums, self._counts + counts
 
     def _fix_routes(self) -> None:
         self._prompt_seen = self._seen
         if self._forced is None:
-            assert self._counts is not None
-            device = self._sums[0].device
-            sums = torch.stack([x.to(device) for x in self._sums], dim=1)
-            self.rho = sums / self._counts.to(device).clamp_min(1).unsqueeze(1)
+            assert self._sums is not None and self._counts is not None
+            self.rho = self._sums / self._counts.clamp_min(1).unsqueeze(1)
             self._set_routes(self._routers.decide(self.rho))
         else:
             self._set_routes(self._forced_rows().to(self.layers[0].keys.device))
-        self._sums, self._counts, self._pass_mask = [], None, None
+        self._sums = self._counts = self._pass_mask = None
         self._free_skipped()
 
     def _forced_rows(self) -> Tensor:
@@ -317,8 +317,8 @@ class RoutedCache(DynamicCache):
     def reset(self) -> None:
         """Forget prompt and routes; forced routes stay."""
         super().reset()
-        self.routes = self.rho = self._counts = self._pass_mask = None
-        self._sums, self._any_row, self._all_rows = [], [], []
+        self.routes = self.rho = self._sums = self._counts = self._pass_mask = None
+        self._readings, self._any_row, self._all_rows = [], [], []
         self._seen = self._prompt_seen = 0
         self._gates, self._exits, self._exit_record = None, None, []
 

@@ -1,4 +1,4 @@
-"""The decode engine: the tokens of greedy `RouterAugmentedLM.generate`, faster.
+"""The decode engine: the tokens of `RouterAugmentedLM.generate`, faster.
 
 Prompts are prefilled together through the wrapped model; then rows are decoded together whatever their routes are, each
 layer for the rows that run it. A row that ends gives its place to a waiting prompt.
@@ -17,6 +17,7 @@ from firstlab.model.early_exit import EarlyExit
 from firstlab.model.llama_step import LlamaStep
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import Routes, StepRoutes, check_routes, layer_skips
+from firstlab.model.sampling import Sampling, chooser
 
 
 @dataclass
@@ -74,7 +75,7 @@ class _Row:
 
 
 class DecodeEngine:
-    """Greedy routed decoding over static keys and values.
+    """Routed decoding over static keys and values, greedy or sampled.
 
     Args:
         model: Llama-like, without unmerged LoRA. Its fused projections are views of shared storage from now on, which
@@ -103,8 +104,9 @@ class DecodeEngine:
         routes: Routes | None = None,
         eos: Sequence[int] | None = None,
         on_token: Callable[[], None] | None = None,
+        sampling: Sampling | None = None,
     ) -> EngineOutput:
-        """Decode every prompt greedily.
+        """Decode every prompt.
 
         Args:
             prompts: Token ids of each, without padding.
@@ -112,6 +114,7 @@ class DecodeEngine:
             routes: [L] or [B, L] boolean, `StepRoutes` or `EarlyExit`; None: the routers decide.
             eos: Tokens that end a row; the model's own by default, () for none.
             on_token: Called after prefill and after each decode step, when its tokens are on the host.
+            sampling: How tokens are drawn; None: greedy.
 
         Raises:
             ValueError: No or empty prompts, too long for `max_length`, routes that do not fit, or a model that was
@@ -122,6 +125,7 @@ class DecodeEngine:
             given = self.model.lm.generation_config.eos_token_id
             eos = [] if given is None else given if isinstance(given, list) else [given]
         ends, notify = set(eos), on_token or (lambda: None)
+        choose = chooser(sampling, self.model.device)
         dropped = _dropped(routes) if isinstance(routes, StepRoutes) else {}
         waiting = deque(range(len(prompts)))
         ready: deque[_Row] = deque()
@@ -141,11 +145,11 @@ class DecodeEngine:
                 active.append(row)
             elif free and waiting:
                 batch = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch_size))]
-                for row in self._prefill(prompts, batch, routes):
+                for row in self._prefill(prompts, batch, routes, choose):
                     (done if has_ended(row) else ready).append(row)
                 notify()
             else:
-                self._advance(active, routes)
+                self._advance(active, routes, choose)
                 notify()
                 for place in reversed(range(len(active))):
                     row = active[place]
@@ -191,7 +195,13 @@ class DecodeEngine:
             if isinstance(routes, Tensor) and routes.ndim == 2 and len(routes) != len(prompts):
                 raise ValueError(f"routes has {len(routes)} rows for {len(prompts)} prompts; give one row per prompt")
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], batch: list[int], routes: Routes | None) -> list[_Row]:
+    def _prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch: list[int],
+        routes: Routes | None,
+        choose: Callable[[Tensor], Tensor],
+    ) -> list[_Row]:
         width, device = max(len(prompts[index]) for index in batch), self.model.device
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -201,7 +211,7 @@ class DecodeEngine:
         forced = routes[batch] if isinstance(routes, Tensor) and routes.ndim == 2 else routes
         cache = self.model.new_cache(routes=forced)
         out = self.model(ids.to(device), mask.to(device), past_key_values=cache, logits_to_keep=1)
-        first = out.logits[:, -1].argmax(-1).tolist()
+        first = choose(out.logits[:, -1]).tolist()
         assert cache.routes is not None
         rows = []
         for place, (index, route) in enumerate(zip(batch, cache.routes.cpu(), strict=True)):
@@ -214,7 +224,7 @@ class DecodeEngine:
             rows.append(_Row(index, length, [first[place]], route, kv))
         return rows
 
-    def _advance(self, active: list[_Row], routes: Routes | None) -> None:
+    def _advance(self, active: list[_Row], routes: Routes | None, choose: Callable[[Tensor], Tensor]) -> None:
         """One more token of every row."""
         tokens = torch.tensor([row.tokens[-1] for row in active], device=self.model.device)
         if isinstance(routes, EarlyExit):
@@ -224,7 +234,7 @@ class DecodeEngine:
                 row.depths.append(depth)
         else:
             logits = self.step(tokens)
-        for row, token in zip(active, logits.argmax(-1).tolist(), strict=True):
+        for row, token in zip(active, choose(logits).tolist(), strict=True):
             row.tokens.append(token)
             row.length += 1
 

@@ -5,7 +5,8 @@ Shapes: B batch, T tokens, D hidden size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 INPUT_NORMS = ("none", "rms")
 
 
-def token_probabilities(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> Tensor:
-    """p = sigmoid(h · r) per token (§4.1), computed in fp32 whatever the model's dtype.
+def token_readings(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> tuple[Tensor, ...]:
+    """What p needs of every token, in fp32 whatever the model's dtype.
 
     Args:
         hidden: [B, T, D], the input of the layer.
@@ -25,14 +26,28 @@ def token_probabilities(hidden: Tensor, weight: Tensor, input_norm: str = "none"
             router does not depend on the size of the hidden states).
 
     Returns:
-        [B, T] fp32 in (0, 1).
+        (h · r,), and with "rms" also ||h||; [B, T] fp32 each.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    kind = hidden.device.type
+    # Asked first: entering the context costs more than the product.
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         hidden = hidden.float()
-        logits = hidden @ weight.to(hidden.device)
-        if input_norm == "rms":
-            logits = logits * torch.rsqrt(hidden.square().mean(-1) + 1e-6)
-        return torch.sigmoid(logits)
+        product = hidden @ weight.to(hidden.device)
+        # The norm is one kernel without a [B, T, D] temporary, which the mean of squares needs.
+        return (product,) if input_norm == "none" else (product, torch.linalg.vector_norm(hidden, dim=-1))
+
+
+def probabilities_of(readings: Sequence[Tensor], hidden_size: int) -> Tensor:
+    """p = sigmoid(h · r) of `token_readings`, tensors of any one shape."""
+    logits = readings[0]
+    if len(readings) == 2:
+        logits = logits * torch.rsqrt(readings[1].square() / hidden_size + 1e-6)
+    return torch.sigmoid(logits)
+
+
+def token_probabilities(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> Tensor:
+    """p = sigmoid(h · r) per token (§4.1), [B, T] fp32 in (0, 1); arguments as of `token_readings`."""
+    return probabilities_of(token_readings(hidden, weight, input_norm), hidden.shape[-1])
 
 
 def pool(probabilities: Tensor, pooled_tokens: Tensor) -> Tensor:
@@ -140,6 +155,26 @@ class Routers(nn.Module):
         with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
             weight = self.weight[layer_index].to(hidden.device)
             return rho + derivative @ (weight - weight.detach())
+
+    def readings(self, hidden: Tensor, layer_index: int) -> tuple[Tensor, ...]:
+        """What the probabilities of one layer need, [B, T, D] -> [B, T] fp32 each; see `token_readings`."""
+        return token_readings(hidden, self.weight[layer_index], self.settings.input_norm)
+
+    def sums(self, readings: Sequence[Sequence[Tensor]], pooled_tokens: Tensor) -> Tensor:
+        """Sums of p over the pooled tokens, all layers at once.
+
+        Args:
+            readings: Of every layer, on one device or several.
+            pooled_tokens: [B, T] boolean, true where a token counts.
+
+        Returns:
+            [B, L] fp32, on the device of the first layer.
+        """
+        device = readings[0][0].device
+        stacked = [torch.stack([x.to(device) for x in each], dim=1) for each in zip(*readings, strict=True)]
+        probabilities = probabilities_of(stacked, self.weight.shape[1])
+        # Filled, not multiplied: attention may leave NaN at padding.
+        return probabilities.masked_fill(~pooled_tokens.to(device).unsqueeze(1), 0).sum(-1)
 
     def decide(self, rho: Tensor) -> Tensor:
         """Routes from rho, any shape."""
