@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,8 +235,10 @@ def _variants(
         fan_in_fan_out=chosen.fan_in_fan_out,
         task_type="CAUSAL_LM",
     )
-    # Adapters in the dtype of the model, as in phase 2.
-    plain = get_peft_model(models.plain, peft_config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        # Adapters in the dtype of the model, as in phase 2.
+        plain = get_peft_model(models.plain, peft_config, autocast_adapter_dtype=False)
     objective = RoutingObjective(config.objective, config.gate, "prompt", multiplier=0.01)
     total = config.warmup + config.steps
     optimizer = OptimizerSettings(config.learning_rate, 0.0, 0.0, total)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from firstlab.timing import synchronize
 from firstlab.training.modules import LoRACompensationModule, RouterModule
@@ -82,7 +83,9 @@ def firstlab_steps(
     )
     # Lists are datasets to torch, whatever its types say.
     loader: Any = DataLoader(rows, batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
-    trainer.fit(module, loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
+        trainer.fit(module, loader)
     module.to(device)
     return seconds.steps
 
@@ -93,7 +96,9 @@ def transformers_steps(
     """Seconds of each step of transformers' own trainer over `rows`, on the device where the model is."""
     device = next(model.parameters()).device
     seconds = Seconds(device)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        # The options' newer names are unknown to the oldest transformers we run with.
+        warnings.simplefilter("ignore", FutureWarning)
         arguments = TrainingArguments(
             directory,
             per_device_train_batch_size=batch_size,
@@ -118,5 +123,6 @@ def transformers_steps(
             data_collator=default_data_collator,
             callbacks=[_TransformersWatch(seconds)],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return seconds.steps
