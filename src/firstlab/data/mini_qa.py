@@ -4,11 +4,12 @@ A world is a few entities of one kind with a value per relation. The passage sta
 so a question
 about (entity, relation) has one answer, and the answer is a span of the passage. Difficulty:
 
-1. one sentence answers in the question's own words;
-2. the question is a paraphrase, and others in the passage have other values of the same relation;
-3. the sentence that answers has a pronoun for a subject;
-4. the subject is described by another of its facts ("the woman who repairs clocks");
-5. the subject is found by comparing or by exclusion ("the one who paid less", "who does not live in Tarn").
+1. the passage is about one subject, and a sentence answers in the question's own words;
+2. so does one about another subject, which has another value;
+3. the question is a paraphrase, or asks whom a fact is about; two or three subjects;
+4. the sentence that answers has a pronoun for a subject;
+5. the subject is described by another of its facts ("the woman who repairs clocks"), or found by comparing or by
+   exclusion ("the one who paid less", "who does not live in Tarn").
 """
 
 from __future__ import annotations
@@ -621,43 +622,38 @@ class Draft(NamedTuple):
     about: tuple[list[Entity], ...]
 
 
-def _direct(rng: random.Random) -> Draft:
+def _lookup(rng: random.Random, subjects: int, facts: int, paraphrased: bool) -> Draft:
+    """One fact is asked for, of `facts` that are told of each of `subjects`; every sentence names its subject."""
     kind = rng.choice(KINDS)
-    entities = _entities(rng, kind, 2)
-    chosen = rng.sample(kind, 4)
-    asked, target = chosen[0], rng.choice(entities)
-    for relation in chosen:
-        _settle(rng, entities, relation)
+    entities = _entities(rng, kind, subjects)
+    asked, *others = rng.sample(kind, facts)
+    target = rng.choice(entities)
     statement, question = rng.choice(asked.direct)
     paragraphs = []
+    for relation in (asked, *others):
+        _settle(rng, entities, relation)
     for entity in entities:
-        told = rng.sample(chosen[1:], 2 + (entity is not target))
-        if entity is target:
-            told.insert(rng.randrange(3), asked)
-        paragraphs.append(_paragraph(rng, entity, told, 0.4, {asked.name: (statement, False)}))
+        told = rng.sample((asked, *others), facts)
+        fixed = {asked.name: (rng.choice(asked.statements) if paraphrased else statement, False)}
+        paragraphs.append(_paragraph(rng, entity, told, 0.0, fixed))
     source = _passage(rng, paragraphs, 1)
+    if paraphrased:
+        question = rng.choice(asked.questions)
+    if paraphrased and rng.random() < 0.2:
+        return Draft(source, _who(entities, _say(asked.clause, target, asked, "")), _names(target, source), (entities,))
     return Draft(source, question.format(s=target.name), _accepted(target.facts[asked.name]), (entities,))
 
 
+def _one_subject(rng: random.Random) -> Draft:
+    return _lookup(rng, subjects=1, facts=4, paraphrased=False)
+
+
+def _two_subjects(rng: random.Random) -> Draft:
+    return _lookup(rng, subjects=2, facts=3, paraphrased=False)
+
+
 def _paraphrase(rng: random.Random) -> Draft:
-    kind = rng.choice(KINDS)
-    entities = _entities(rng, kind, 3)
-    asked, *more = rng.sample(kind, 3)
-    target = rng.choice(entities)
-    for relation in (asked, *more):
-        _settle(rng, entities, relation)
-    paragraphs = []
-    for entity in entities:
-        told = [asked, rng.choice(more)]
-        rng.shuffle(told)
-        fixed = {asked.name: (rng.choice(asked.statements), False)}
-        paragraphs.append(_paragraph(rng, entity, told, 0.4, fixed))
-    source = _passage(rng, paragraphs, 1)
-    if rng.random() < 0.3:
-        return Draft(source, _who(entities, _say(asked.clause, target, asked, "")), _names(target, source), (entities,))
-    return Draft(
-        source, rng.choice(asked.questions).format(s=target.name), _accepted(target.facts[asked.name]), (entities,)
-    )
+    return _lookup(rng, subjects=rng.choice((2, 3)), facts=2, paraphrased=True)
 
 
 def _pronoun(rng: random.Random) -> Draft:
@@ -793,7 +789,11 @@ def _exclusion(rng: random.Random, kind: tuple[Relation, ...], shared: Relation)
     return Draft(source, question, _accepted(target.facts[asked.name]), (entities,))
 
 
-_LEVELS = (_direct, _paraphrase, _pronoun, _two_hops, _comparison)
+def _reasoning(rng: random.Random) -> Draft:
+    return rng.choice((_two_hops, _comparison))(rng)
+
+
+_LEVELS = (_one_subject, _two_subjects, _paraphrase, _pronoun, _reasoning)
 
 
 def _as_written(source: str, references: tuple[str, ...]) -> tuple[str, ...]:
@@ -821,7 +821,7 @@ def _another_question(rng: random.Random, source: str, entities: list[Entity]) -
         question, references = f"{clause}, {first.name} or {second.name}?", _names(target, source)
     else:
         subject = target.name
-        if unique and form > 0.65:
+        if unique and form > 0.8:
             subject = _the_one(target, _say(unique[0].clause, target, unique[0], ""))
         question = rng.choice(asked.questions + tuple(pair[1] for pair in asked.direct)).format(s=subject)
         references = _accepted(target.facts[asked.name])
