@@ -25,7 +25,7 @@ def digest(examples: list[Example]) -> str:
 
 
 def test_the_test_set_is_the_published_one() -> None:
-    assert digest(TEST) == "0f3e3b2519d68c40"
+    assert digest(TEST) == "4c4c1385feac9220"
     assert MiniQA(pool_size=1, test_size=20, seed=9).test() == TEST[:20]
 
 
@@ -70,7 +70,7 @@ def matches(template: str, subject: str) -> re.Pattern[str]:
 
 
 def solve(example: Example) -> set[str]:
-    """All values that sentences with the question's own words give (difficulty 1)."""
+    """All values that sentences with the question's own words give (difficulties 1 and 2)."""
     found = set()
     for relation in (r for kind in set(mini_qa.KINDS) for r in kind):
         for statement, question in relation.direct:
@@ -84,7 +84,7 @@ def solve(example: Example) -> set[str]:
 
 
 def test_a_rule_of_the_level_solves_direct_questions() -> None:
-    easy = [e for e in TRAIN if e.difficulty == 1]
+    easy = [e for e in TRAIN if e.difficulty in (1, 2)]
     # A reader that knows nothing of the world: it only matches words, so some merged sentences escape it.
     solved = sum(any(e.references[0] in value for value in solve(e)) for e in easy)
     assert solved >= 0.9 * len(easy)
@@ -104,10 +104,19 @@ def test_names_and_values_of_a_relation_never_repeat() -> None:
                 assert len(set(sizes)) == 3 or not relation.more
 
 
-def test_other_facts_of_the_relation_are_there_to_mislead() -> None:
-    # Difficulty 2 tells the same relation of three: the question names one of them or one of their values.
-    for example in (e for e in TRAIN if e.difficulty == 2):
-        assert example.source.count("\n") == 2
+def test_levels_have_their_number_of_subjects() -> None:
+    paragraphs = {level: {e.source.count("\n") + 1 for e in TRAIN if e.difficulty == level} for level in (1, 2, 3)}
+    assert paragraphs == {1: {1}, 2: {2}, 3: {2, 3}}
+
+
+def test_another_subject_has_another_value_of_what_is_asked() -> None:
+    # Whoever knows the relation but not the name has to guess.
+    rng = random.Random(2)
+    for _ in range(50):
+        draft = mini_qa._two_subjects(rng)
+        [people] = draft.about
+        asked = [r.name for r in people[0].told if any(e.facts[r.name].text == draft.references[0] for e in people)]
+        assert len({e.facts[asked[0]].text for e in people}) == 2
 
 
 def test_the_larger_number_decides_a_comparison() -> None:
