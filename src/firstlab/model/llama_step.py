@@ -307,11 +307,10 @@ class LlamaStep:
         layer, kv, rows = self.layers[index], self.kv[index], len(x)
         assert kv is not None
         qkv = F.linear(_norm(x, layer.norm_1), layer.qkv, layer.qkv_bias).view(rows, -1, self.head_dim)
-        turned = self.heads + self.kv_heads
-        qk = self._rotate(qkv[:, :turned], here)
-        self._write(kv, qk[:, self.heads :], qkv[:, turned:], here)
+        self._rotate(qkv[:, : self.heads + self.kv_heads], here)
+        self._write(kv, qkv[:, self.heads :], here)
         # The query heads of a group stand where query positions would: grouped attention without repeated keys.
-        query = qk[:, : self.heads].reshape(rows, self.kv_heads, -1, self.head_dim)
+        query = qkv[:, : self.heads].reshape(rows, self.kv_heads, -1, self.head_dim)
         keys, values = kv[0, :rows, :, : here.end], kv[1, :rows, :, : here.end]
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=here.mask).reshape(rows, -1)
 
@@ -320,18 +319,19 @@ class LlamaStep:
         layer, kv, queries = self.layers[index], self.kv[index], self.heads * self.head_dim
         assert kv is not None
         bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
-        keys, values = F.linear(_norm(x, layer.norm_1), layer.qkv[queries:], bias).chunk(2, -1)
-        shape = (len(x), self.kv_heads, self.head_dim)
-        self._write(kv, self._rotate(keys.reshape(shape), here), values.reshape(shape), here)
+        keys_values = F.linear(_norm(x, layer.norm_1), layer.qkv[queries:], bias).view(len(x), -1, self.head_dim)
+        self._rotate(keys_values[:, : self.kv_heads], here)
+        self._write(kv, keys_values, here)
 
-    def _rotate(self, x: Tensor, here: _Positions) -> Tensor:
-        return x * here.cos + x.roll(self.head_dim // 2, -1) * here.sin
+    def _rotate(self, x: Tensor, here: _Positions) -> None:
+        """Turn queries or keys [n, heads, head dim] in place."""
+        torch.addcmul(x * here.cos, x.roll(self.head_dim // 2, -1), here.sin, out=x)
 
-    def _write(self, kv: Tensor, keys: Tensor, values: Tensor, here: _Positions) -> None:
+    def _write(self, kv: Tensor, new: Tensor, here: _Positions) -> None:
+        """Keys, then values [n, 2 · kv heads, head dim] go to their places."""
+        rows = len(new)
+        new = new.unflatten(1, (2, self.kv_heads))
         if isinstance(here.at, slice):
-            kv[0, : len(keys), :, here.at.start] = keys
-            kv[1, : len(keys), :, here.at.start] = values
+            kv[:, :rows, :, here.at.start] = new.transpose(0, 1)
         else:
-            rows = self._rows[: len(keys)]
-            kv[0][rows, :, here.at] = keys
-            kv[1][rows, :, here.at] = values
+            kv[:, self._rows[:rows], :, here.at] = new
