@@ -273,7 +273,7 @@ class RouterAugmentedLM(nn.Module):
         constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
         if constant_prompt and torch.is_grad_enabled() and not any(p.requires_grad for p in self.lm.parameters()):
             split = Split.of(prompt_mask, attended & ~prompt_mask)
-            if 0 < split.prompt_length < split.columns.shape[1]:
+            if split is not None:
                 assert input_ids is not None and labels is not None
                 return self._behind_constant_prompts(split, input_ids, labels, gate)
         run = self.lm if keep_logits else self.lm.base_model

@@ -25,9 +25,14 @@ class Split:
     prompt_length: int
 
     @classmethod
-    def of(cls, prompt: Tensor, response: Tensor) -> Split:
-        """The split of rows whose prompt and response tokens are given, [B, T] boolean each."""
+    def of(cls, prompt: Tensor, response: Tensor) -> Split | None:
+        """The split of rows whose prompt and response tokens are given, [B, T] boolean each.
+
+        None where there is nothing on one side, or a prompt token behind a token of the response.
+        """
         longest, room = int(prompt.sum(1).max()), int(response.sum(1).max())
+        if 0 in (longest, room) or (prompt & (response.cumsum(1) > 0)).any():
+            return None
         before = prompt.long().argsort(dim=1, stable=True)[:, prompt.shape[1] - longest :]
         behind = response.long().argsort(dim=1, descending=True, stable=True)[:, :room]
         real = torch.cat([prompt.gather(1, before), response.gather(1, behind)], 1)
