@@ -1,7 +1,10 @@
 import json
 import re
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from firstlab.data.files import (
     clean_text,
@@ -147,6 +150,18 @@ def test_hub_faults_become_one_message(monkeypatch):
         load_hub_split("owner/name", None, "train", ["a", "b"])
 
 
-def test_spread():
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-    assert spread(range(3), 5) == spread(range(3), None) == [0, 1, 2]
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_spread_takes_one_of_every_stretch(total: int, count: int) -> None:
+    chosen = spread(range(total), count)
+    if count >= total:
+        assert chosen == list(range(total))
+        return
+    assert len(chosen) == count
+    assert all(i * total // count <= item < (i + 1) * total // count for i, item in enumerate(chosen))
+    assert chosen == spread(range(total), count)
+
+
+def test_spread_does_not_miss_what_comes_at_regular_distances() -> None:
+    # Every second or third of 500 examples whose five levels take turns would be of level 1 and 3 alone.
+    levels = Counter(position % 5 for position in spread(range(500), 200))
+    assert set(levels) == set(range(5)) and min(levels.values()) > 25

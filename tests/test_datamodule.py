@@ -93,7 +93,11 @@ def test_a_pool_too_small(pool, most):
 
 
 def test_test_examples_are_spread():
-    assert names(module(test_size=3).test) == ["test0", "test2", "test4"]
+    chosen = names(module(test_size=3).test)
+    # One of the first two, one of the next two, one of the last three; always the same.
+    stretches = ({"test0", "test1"}, {"test2", "test3"}, {"test4", "test5", "test6"})
+    assert len(chosen) == 3 and all(name in stretch for name, stretch in zip(chosen, stretches, strict=True))
+    assert chosen == names(module(test_size=3, seed=5).test)
     assert len(module(test_size=50).test) == 7
 
 

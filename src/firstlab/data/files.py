@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,11 +183,14 @@ def load_hub_split(hub_id: str, config: str | None, split: str, names: Sequence[
 
 
 def spread(items: Sequence[Item], count: int | None) -> list[Item]:
-    """`count` items at even distances in their order; all of them when `count` is None or too large.
+    """`count` items in their order, one from each of as many equal stretches; all when `count` is None or too large.
 
-    A head of the list would be one topic: test sets are ordered by document and source.
+    A head of the list would be one topic: test sets are ordered by document and source. Equal distances would miss
+    what comes at regular ones: levels of difficulty, questions on one passage. The choice is the same for every run.
     """
     total = len(items)
     if count is None or count >= total:
         return list(items)
-    return [items[position * total // count] for position in range(count)]
+    generator = random.Random(0)
+    bounds = [position * total // count for position in range(count + 1)]
+    return [items[generator.randrange(start, end)] for start, end in pairwise(bounds)]
