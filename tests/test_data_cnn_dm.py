@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset
 
 from firstlab.data.cnn_dm import CnnDailyMail
+from firstlab.data.files import spread
 
 
 def article(number, **changes):
@@ -25,7 +26,9 @@ def test_reads_both_splits(tmp_path):
     assert (example.source, example.references) == ("(CNN) News 9.\nMore.", ("News 9 .\nMore .",))
     assert task.prompt(example).startswith("### Instruction:\nSummarize the news article")
     assert task.prompt(example, "Short").endswith("### Input:\nShort\n\n### Response:\n")
-    assert [example.id for example in CnnDailyMail(str(tmp_path), pool_size=3).train_pool()] == ["i0", "i2", "i4"]
+    assert [example.id for example in CnnDailyMail(str(tmp_path), pool_size=3).train_pool()] == [
+        f"i{number}" for number in spread(range(6), 3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +63,9 @@ def test_hub(monkeypatch, caplog):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert [example.id for example in CnnDailyMail().train_pool()] == ["i0", "i2", "i3"]
     assert "left out 1 articles" in caplog.text
-    assert [example.id for example in CnnDailyMail(pool_size=2).train_pool()] == ["i0", "i2"]
+    assert [example.id for example in CnnDailyMail(pool_size=2).train_pool()] == [
+        f"i{number}" for number in spread(range(4), 2) if number != 1
+    ]
     with pytest.raises(ValueError, match="test, i1: the article is empty"):
         CnnDailyMail().test()
     assert asked[0] == ("abisee/cnn_dailymail", "3.0.0", "train") and asked[-1][-1] == "test"
