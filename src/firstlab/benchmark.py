@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,7 @@ def run(config: BenchmarkConfig) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="benchmark")
-@guarded
+@partial(guarded, resumes=False)
 def main(composed: DictConfig) -> None:
     """The settings, then the benchmark."""
     run(load(composed))

@@ -22,8 +22,14 @@ Input = TypeVar("Input")
 Options = TypeVar("Options")
 
 
-def guarded(main: Callable[[Input], None]) -> Callable[[Input], None]:
-    """Print a `ValueError` as one message and exit with 2; on Ctrl-C say how to go on and exit with 130."""
+def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
+    """Print a `ValueError` as one message and exit with 2; on Ctrl-C say how to go on and exit with 130.
+
+    Args:
+        main: The command.
+        resumes: Whether the same command, given again, goes on where it was stopped.
+    """
+    way_out = "the same command goes on from the last checkpoint" if resumes else "nothing was written"
 
     @functools.wraps(main)
     def run(given: Input) -> None:
@@ -34,7 +40,7 @@ def guarded(main: Callable[[Input], None]) -> Callable[[Input], None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"interrupted; {way_out}", file=sys.stderr)
             sys.exit(130)
 
     return run

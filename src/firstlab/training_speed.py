@@ -9,6 +9,7 @@ import json
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,7 +310,7 @@ def run(config: TrainingSpeedConfig) -> None:
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="training_speed")
-@guarded
+@partial(guarded, resumes=False)
 def main(composed: DictConfig) -> None:
     """The settings, then the measurement."""
     run(load(composed))
