@@ -50,7 +50,7 @@ class First(Method):
     start_margin: float = 0.1
     dual_rate: float = 0.1
     tolerance: float = 0.02
-    calibration_prompts: int = 64
+    calibration_prompts: int = 128
     codebook_size: int = 4
     codebook_rounds: int = 2
     fit_prompts: int = 256
