@@ -5,9 +5,9 @@ VENV ?= .venv
 COMET_VENV ?= .venv-comet
 WORKERS ?= 2
 SCALE ?= nano
-# Four tasks at 15 and 25 %. All that the tables have room for takes hours: SWEEP_nano=tables
-SWEEP_nano := quality
-SWEEP_llama := llama/tables
+# What is recorded: translation. Questions and summaries too: quality, an hour. All the tables: tables, many hours.
+SWEEP_nano ?= table1
+SWEEP_llama ?= llama/tables
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
