@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,15 @@ def test_a_stopped_command_goes_on_when_it_is_given_again(finished: Path, tiny_m
         ("checkpoints/lora/last.ckpt", signal.SIGINT),
         ("predictions/router_lora.0.part", signal.SIGKILL),
     ):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            # A suite that a shell runs in the background inherits ignored Ctrl-C.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
         while not (directory / sign).exists() and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(stop)

@@ -464,7 +464,7 @@ def test_recipes_on_disk_are_sound() -> None:
         ("precision=fp8", "precision=fp8 must be auto, fp32 or bf16"),
         ("training.max_length=4000", "training.max_length=4000 must not exceed"),
         ("training.stages.words.decay_fraction=2", "training.stages.words.decay_fraction=2.0 must be between 0 and 1"),
-        ("processes=3", "training.batches_per_step=4 must be a multiple of processes=3"),
+        ("processes=3", "training.batches_per_step=2 must be a multiple of processes=3"),
     ],
 )
 def test_impossible_settings_are_named(override: str, message: str) -> None:
