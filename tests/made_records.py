@@ -37,7 +37,7 @@ def record(
             metrics[name] = {"value": scores.value, "low": low, "high": high, "n": prompts, "signature": None}
             packed[name] = results.pack(scores.rows)
         skipped = np.zeros(LAYERS)
-        wanted = run.level if rate is None else rate
+        wanted = (run.level or 0.0) if rate is None else rate
         skipped[3 : 3 + int(wanted * LAYERS)] = 1
         skipped[3 + int(wanted * LAYERS)] = wanted * LAYERS % 1
         hard = np.arange(prompts) % 5 + 1
@@ -58,7 +58,7 @@ def record(
         }  # fmt: skip
     config = composed_config(run.overrides)
     return {
-        "method": run.method, "label": run.method, "level": f"target {100 * run.level:g} %", "model": run.model,
+        "method": run.method, "label": run.method, "level": f"target {100 * (run.level or 0):g} %", "model": run.model,
         "data": run.task, "directory": "x", "config": config, "config_hash": f"{hash((run, quality, rate)):x}",
         "seed": seed, "num_layers": LAYERS, "variants": variants,
     }  # fmt: skip

@@ -76,16 +76,18 @@ def test_sweeps_run_what_the_tables_show(scale: str, name: str):
     assert not missing
 
 
-def test_the_ablation_sweep_runs_what_the_table_shows():
+@pytest.mark.parametrize(("scale", "name"), [("nano", "ablations"), ("llama", "llama/ablations")])
+def test_the_ablation_sweep_runs_what_the_table_shows(scale: str, name: str):
     def identities(runs: list[list[str]]) -> set[tuple[str | None, str]]:
         configs = [load(compose("train", run))[0] for run in runs]
         return {(config.note, config.hash()) for config in configs}
 
     tables.config.register()
-    wanted = [list(run.overrides) for _, _, run in ablation_runs(tables.config.load(compose("tables", [])))]
-    level = "method.target_skip=0.15"
-    swept = [run for run in expand(grids_of("ablations"), {"+sweep": ["ablations"]}) if level in run]
-    assert len(wanted) > 15
+    config = tables.config.load(compose("tables", [f"scale={scale}"]))
+    wanted = [list(run.overrides) for _, _, run in ablation_runs(config)]
+    levels = {"method.target_skip=0.15", "method=first_soft"}
+    swept = [run for run in expand(grids_of(name), {"+sweep": [name]}) if levels & set(run)]
+    assert len(wanted) > 20
     assert identities(wanted) <= identities(swept)
 
 
@@ -133,6 +135,9 @@ def make(overrides: list[str]) -> Any:
 def test_runs_that_cannot_work_stop_the_sweep_before_it_starts(tmp_path: Path):
     with pytest.raises(ValueError, match=r"(?s)method=nonsense.*method.target_skip=2.*between 0 and 1"):
         plan([["method=nonsense"], ["method.target_skip=2"], []], make, None)
+    many = [["lora.rnk=2", f"seed={seed}"] for seed in range(3)]
+    with pytest.raises(ValueError, match=r"(?m)^  seed=0 \(and 2 more\): Could not override 'lora.rnk'\.$"):
+        plan(many, make, None)
     with pytest.raises(ValueError, match=r"lora.rank=4: its run directory .*give one of them a note"):
         plan([["lora.rank=2"], ["lora.rank=4"]], make, None)
 

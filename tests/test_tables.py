@@ -21,8 +21,9 @@ from firstlab.tables.__main__ import build, write
 from firstlab.tables.cells import WORSE, Cells
 from firstlab.tables.config import TablesConfig, load, register
 from firstlab.tables.grid import Run, ablation_runs, known_methods, planned_runs, run_of
-from firstlab.tables.quality import missing_cell
+from firstlab.tables.quality import missing_cell, score_cell
 from firstlab.tables.records import read
+from firstlab.tables.speed import overhead_table
 from firstlab.tables.table import Cell, Column, Table, csv_text, latex, markdown
 from made_records import record, save
 
@@ -84,6 +85,45 @@ def test_seeds_are_averaged_and_tested_together(config: TablesConfig, tmp_path: 
     assert reference is not None and reference.mark == "" and reference.p_value is None
 
 
+@pytest.mark.parametrize(
+    ("quality", "rate", "mark"),
+    [(60, 0.16, "▼"), (60, 0.18, "(▼)"), (60, 0.12, "▼"), (80, 0.12, "(▲)"), (80, 0.18, "▲"), (70, 0.18, "")],
+)
+def test_a_mark_that_unequal_skip_rates_may_explain_says_so(
+    config: TablesConfig, tmp_path: Path, quality: float, rate: float, mark: str
+):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    save(tmp_path, "first", record(first, quality=70, rate=0.15))
+    save(tmp_path, "sleb", record(sleb, quality=quality, rate=rate))
+    score, _ = Cells(config, read([str(tmp_path)])).score(sleb, False, "f1", first)
+    assert score is not None and score.mark == mark
+    assert ("skips more" in score_cell(score, "", sleb).note) == mark.startswith("(")
+
+
+def test_an_ablation_without_a_level_takes_whatever_its_settings_skip(config: TablesConfig, tmp_path: Path):
+    rows = {(group, name): run for group, name, run in ablation_runs(config)}
+    none, some = (rows["β (paper's form, α = 0.01)", beta] for beta in ("0.0", "0.003"))
+    assert none.level is None and "method.alpha=0.01" in none.overrides and "target_skip" not in none.command()
+    for name, run, rate in (("none", none, 0.62), ("some", some, 0.4)):
+        save(tmp_path, name, {**record(run, rate=rate), "level": "α = 0.01"})
+    cells = Cells(config, read([str(tmp_path)]))
+    for run, rate in ((none, 0.62), (some, 0.4)):
+        match, reason = cells.find(run, True)
+        assert match is not None and match.skip_rate == rate, reason
+    assert cells.find(rows["phases", "one"], True) == (None, "no run")
+
+
+def test_router_time_comes_from_benchmarks(config: TablesConfig, tmp_path: Path):
+    shares = [{"router_share_of_prefill": share} for share in (0.02, 0.03)]
+    (tmp_path / "benchmark.json").write_text(json.dumps({"model": "nano", "device": "a CPU", "cells": shares}))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "benchmark.json").write_text("[]")
+    library = read([str(tmp_path)])
+    assert len(library.warnings) == 1 and "it has no model, device, cells" in library.warnings[0]
+    rows = {row[0].text: row[-1] for row in overhead_table(Cells(config, library)).rows}
+    assert rows["nano"].plain == "2.50 % [2.00, 3.00]" and rows["llama3_8b"].note == "not measured"
+
+
 def _node(file: Path) -> dict:
     return json.loads(file.read_text())
 
@@ -121,7 +161,8 @@ def test_torn_and_foreign_files_are_named_and_left_out(config: TablesConfig, tmp
     ("override", "message"),
     [("tolerance=0", "tolerance=0.0 is not allowed"), ("resamples=5", "at least 100"), ("results=[]", "at least one"),
      ("reference=nothing", "choose one of none"), ("ablation_level=17", "not one of scale.levels"),
-     ("scale.levels={15: 1.5}", "not a skip rate")],
+     ("scale.levels={15: 1.5}", "not a skip rate"), ("rate_gap=0", "rate_gap=0.0 is not allowed"),
+     ("scale.ablation_model=gpt", "choose one of llama3_8b, llama32_3b")],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(override: str, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -176,7 +217,11 @@ def test_everything_is_written_and_the_page_stands_alone(tmp_path: Path):
             save(tmp_path / "in", f"{method}{level}", record(cell_run(config, method, level), quality=quality))
     library = read(config.results)
     tables = build(config, library)
+    stale = tmp_path / "out" / "svg" / "figure5.svg"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     index = write(config, tables, library)
+    assert not stale.exists(), "a picture of other results"
     for ending in ("md", "csv", "tex"):
         assert {file.stem for file in (index.parent / ending).iterdir()} == {table.key for table in tables}
     pictures = sorted((index.parent / "svg").iterdir())

@@ -110,3 +110,31 @@ def test_counts_in_the_errata_are_right() -> None:
     between = sum(0 < share < 100 for share in shares), sum(5 < share < 95 for share in shares)
     (note,) = [erratum["note"] for erratum in paper.read()["errata"] if erratum["where"] == "Table 15"]
     assert f"only {between[0]} lie strictly" in note and f"and {between[1]} between" in note
+
+
+def test_table_15_counts_the_prompts_that_table_8_gives() -> None:
+    shares = [share for column in paper.read()["per_layer"]["columns"] for share in column["skipped"].values()]
+
+    def fits(prompts: int) -> bool:
+        return all(round(100 * round(share * prompts / 100) / prompts, 2) == share for share in shares)
+
+    assert paper.read()["splits"]["wmt_ende"]["test"] == 2038
+    assert fits(2038) and not any(map(fits, (2036, 2037, 2039)))
+
+
+def test_claims_that_the_tables_contradict() -> None:
+    errata = {erratum["where"]: erratum["note"] for erratum in paper.read()["errata"]}
+    summaries, chinese = TABLES["13a"].rows, TABLES["1"].rows
+    ours, unified = (summaries[27, method, True]["cnn_dm", "rouge1"].value for method in ("first_soft", "unified_skip"))
+    assert ours is not None and unified is not None and ours < unified
+    assert str(ours) in errata["Table 13, caption"] and str(unified) in errata["Table 13, caption"]
+    for metric in ("bleu1", "bleu2"):
+        kept, whole = (chinese[key]["wmt_enzh", metric].value for key in ((15, "first_soft", True), (0, "none", True)))
+        assert kept is not None and whole is not None
+        assert f"= {100 * kept / whole:.1f} %" in errata["Section 5.2, translation with LLaMA-3-8B at 15 %"]
+    tpot = paper.read()["tpot"]
+    for number in ("7a", "7b"):
+        gains = [round(100 * (1 - ratio)) for ratio in tpot[number]["tasks"]["squad"].values()]
+        assert "{}, {} and {} %".format(*gains) in errata["Section 5.2, latency on SQuAD"]
+    lightest = [round(100 * (1 - task[15])) for table in tpot.values() for task in table["tasks"].values()]
+    assert f"{min(lightest)} to {max(lightest)} %" in errata["Section 6"]

@@ -96,8 +96,10 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         try:
             for argument in arguments:
-                key = argument.lstrip("+").partition("=")[0]
-                if argument.startswith("+") and key not in ("experiment", "sweep"):
+                key, plus = argument.lstrip("+").partition("=")[0], argument.startswith("+")
+                if config_name == "train" and key in ("experiment", "sweep") and not plus:
+                    raise ValueError(f"{argument} names a file of conf/{key}: write +{argument}")
+                if plus and key not in ("experiment", "sweep"):
                     raise ValueError(_allowed(key, compose(config_name)))
             compose(config_name, arguments)
         except (HydraException, OmegaConfBaseException, ValueError) as error:

@@ -152,6 +152,7 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "method": record["method"],
                 "label": record["label"],
                 "level": record["level"],
+                "note": record.get("note"),
                 "metric": primary,
                 "metrics": variant["metrics"],
                 "perplexity": variant.get("perplexity"),
@@ -165,11 +166,11 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def row_title(row: dict[str, Any]) -> str:
     """How a row is called in tables and pictures."""
-    title = ROW_NAMES[row["variant"]]
-    if row["method"] == "none":
-        return title
+    dense = row["method"] == "none"
     name = "FiRST" if row["method"] == "first" else row["method"]
-    return f"{name} {title} ({row['level']})"
+    title = ROW_NAMES[row["variant"]] if dense else f"{name} {ROW_NAMES[row['variant']]}"
+    details = [each for each in ("" if dense else row["level"], row["note"]) if each]
+    return f"{title} ({', '.join(details)})" if details else title
 
 
 def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:

@@ -133,12 +133,15 @@ def plan(
 
 def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]) -> list[PlannedRun]:
     planned: dict[Path, PlannedRun] = {}
+    broken: dict[str, list[str]] = defaultdict(list)  # what every run would be told is said once
     problems = []
+    shared = set(runs[0]).intersection(*runs) if len(runs) > 1 else set()
     for overrides in runs:
         try:
             run = PlannedRun(overrides, *load(compose(overrides)))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            problems.append(f"{' '.join(overrides)}: {str(error).strip().splitlines()[0]}")
+            own = " ".join(each for each in overrides if each not in shared)
+            broken[str(error).strip().splitlines()[0]].append(own or "every run")
             continue
         other = planned.setdefault(run.directory, run)
         if other.config.hash() != run.config.hash():
@@ -146,6 +149,9 @@ def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConf
                 f"{' '.join(overrides)}: its run directory {run.directory} is also that of another run of this sweep "
                 f"({' '.join(other.overrides)}); give one of them a note"
             )
+    for error, affected in broken.items():
+        others = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
+        problems.append(f"{affected[0]}{others}: {error}")
     _raise_all(problems)
     return list(planned.values())
 

@@ -52,8 +52,11 @@ def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
         for table in tables:
             write_atomically(out / ending / f"{table.key}.{ending}", form(table))
     for table in tables:
+        picture = out / "svg" / f"{table.key}.svg"
         if table.picture.startswith("<svg"):
-            write_atomically(out / "svg" / f"{table.key}.svg", pictures.standalone(table.picture))
+            write_atomically(picture, pictures.standalone(table.picture))
+        else:
+            picture.unlink(missing_ok=True)  # of other results
     index = out / "index.html"
     write_atomically(index, page.render(config, tables, library.warnings, len(library.records)))
     return index

@@ -72,13 +72,14 @@ def ablations(cells: Cells) -> Table:
             perplexity = match.mean("perplexity") if match else None
             row += [
                 rate_cell(cells, run, lora),
-                score_cell(*cells.score(run, lora, metric, reference), run),
+                score_cell(*cells.score(run, lora, metric, None if run.level is None else reference), run),
                 Cell() if perplexity is None else Cell(f"{perplexity:.3f}", perplexity, kind="rate"),
             ]
         rows.append(row)
     caption = (
-        f"{scale.tasks[task]}, {scale.levels[cells.config.ablation_level]:.0%} of the layers: the default method with "
-        "one setting changed. Marks: paired test against the default."
+        f"{scale.tasks[task]}, {100 * scale.levels[cells.config.ablation_level]:g} % of the layers: the default method "
+        "with one setting changed. Marks: paired test against the default. Rows of β are of the paper's form at a "
+        "fixed α, at whatever rate that skips, and are not tested."
     )
     return Table("ablations", "Ablations", columns, rows, caption, section="Analysis")
 
@@ -102,7 +103,7 @@ def adaptivity(cells: Cells) -> Table:
                 ceiling = run_of(scale, task, model, "oracle", level) if "oracle" in methods else None
                 for lora in (False, True):
                     match, reason = cells.find(run, lora)
-                    rate = Cell(f"{scale.levels[level]:.0%}", 100 * scale.levels[level])
+                    rate = Cell(f"{100 * scale.levels[level]:g} %", 100 * scale.levels[level])
                     row = [Cell(ours), rate, Cell(method_title(method)), Cell("+ LoRA" if lora else "–")]
                     row.append(rate_cell(cells, run, lora))
                     if match is None:
@@ -165,8 +166,9 @@ def _by_group(cells: Cells, key: str, title: str, name: str) -> Table:
             )
     picture = pictures.lines(panels) if panels else ""
     caption = (
-        f"First seed, {scale.levels[level]:.0%} level. Perplexity of the reference when its tokens decode under each "
-        "prompt's route, and by the dense model with the same LoRA setting. Without per-prompt numbers, less is shown."
+        f"First seed, {100 * scale.levels[level]:g} % level. Perplexity of the reference when its tokens decode under "
+        "each prompt's route, and by the dense model with the same LoRA setting. "
+        "Without per-prompt numbers, less is shown."
     )
     return Table(key, title, columns, rows, caption, section="Analysis", picture=picture)
 

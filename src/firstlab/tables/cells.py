@@ -62,7 +62,8 @@ class Score:
         deviation: Standard deviation over seeds, None for one seed.
         skip_rate: Measured.
         difference, p_value: Against the reference, None where there is no test.
-        mark: BETTER or WORSE than the reference where the test says so.
+        mark: BETTER or WORSE than the reference where the test says so; in parentheses where the better one skips less
+            by more than `rate_gap`.
     """
 
     value: float
@@ -112,12 +113,13 @@ class Cells:
             group.sort(key=lambda record: record.seed)
             rates = [record.node["variants"][variant]["skip"]["skip_rate"] for record in group]
             matches.append(Match(tuple(group), variant, fmean(rates)))
-        nearest = min(matches, key=lambda match: abs(match.skip_rate - run.level))
-        if abs(nearest.skip_rate - run.level) > self.config.tolerance + 1e-9:
+        wanted = run.level
+        nearest = matches[0] if wanted is None else min(matches, key=lambda match: abs(match.skip_rate - wanted))
+        if wanted is not None and abs(nearest.skip_rate - wanted) > self.config.tolerance + 1e-9:
             asked = next((match for match in matches if self._asked_for(match.records[0], run)), None)
             if asked is not None:
-                return None, f"{OFF_LEVEL}: asked for {run.level:.1%}, skipped {asked.skip_rate:.1%}"
-            return None, f"no run near {run.level:.1%}; the nearest skipped {nearest.skip_rate:.1%}"
+                return None, f"{OFF_LEVEL}: asked for {wanted:.1%}, skipped {asked.skip_rate:.1%}"
+            return None, f"no run near {wanted:.1%}; the nearest skipped {nearest.skip_rate:.1%}"
         self.used.update(nearest.records)
         return nearest, ""
 
@@ -142,8 +144,12 @@ class Cells:
         tested = self._tested(match.records, against.records, match.variant, metric) if against else None
         if tested is None:
             return score, ""
+        assert against is not None
         difference, p_value = tested
         mark = "" if p_value >= self.config.significance else BETTER if difference > 0 else WORSE
+        more_skipped = match.skip_rate - against.skip_rate
+        if mark and abs(more_skipped) > self.config.rate_gap + 1e-9 and (more_skipped > 0) == (mark == WORSE):
+            mark = f"({mark})"
         return (
             Score(score.value, low, high, score.seeds, deviation, match.skip_rate, difference, p_value, mark),
             "",

@@ -22,6 +22,8 @@ class ScaleConfig:
         alphas: Paper's skip level in percent to α, for methods that take α.
         seeds: Seeds of every cell.
         methods: Overrides per method; {level} and {alpha} are filled in.
+        ablation_model: Which of the paper's models the ablations are made with.
+        all_steps: Overrides that give the LoRA phase the steps of both phases.
     """
 
     name: str = MISSING
@@ -32,9 +34,13 @@ class ScaleConfig:
     alphas: dict[int, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     methods: dict[str, list[str]] = MISSING
+    ablation_model: str = MISSING
+    all_steps: list[str] = MISSING
 
     def check(self) -> None:
         """Raises ValueError with the option's full name."""
+        if self.ablation_model not in self.models:
+            raise ValueError(f"scale.ablation_model={self.ablation_model!r}: choose one of {', '.join(self.models)}")
         for level, rate in self.levels.items():
             if not 0 < rate < 1:
                 raise ValueError(f"scale.levels.{level}={rate} is not a skip rate: strictly between 0 and 1")
@@ -48,11 +54,19 @@ class ScaleConfig:
 
 @dataclass
 class AblationConfig:
-    """One row of the ablation table: the default method with some settings changed."""
+    """One row of the ablation table: the default method with some settings changed.
+
+    Attributes:
+        group: The setting.
+        name: Its value.
+        overrides: What makes it.
+        method: Another method instead of the default one, with no level asked for: whatever its overrides skip.
+    """
 
     group: str = MISSING
     name: str = MISSING
     overrides: list[str] = field(default_factory=list)
+    method: str | None = None
 
 
 @dataclass
@@ -64,6 +78,8 @@ class TablesConfig:
         results: Folders that are searched for result files.
         out: Folder that the tables are written to.
         tolerance: How far a run's measured skip rate may lie from a level and still stand for it.
+        rate_gap: How far the measured skip rates of two runs may lie apart for a test between them to count fully; a
+            mark that the larger gap may explain stands in parentheses.
         significance: Level of the paired tests.
         confidence: Coverage of intervals computed here.
         resamples: Draws per interval and per test.
@@ -76,6 +92,7 @@ class TablesConfig:
     results: list[str] = field(default_factory=list)
     out: str = MISSING
     tolerance: float = 0.035
+    rate_gap: float = 0.02
     significance: float = 0.05
     confidence: float = 0.95
     resamples: int = 1000
@@ -86,7 +103,7 @@ class TablesConfig:
     def check(self) -> None:
         """Raises ValueError with the option's name."""
         self.scale.check()
-        for key in ("tolerance", "significance", "confidence"):
+        for key in ("tolerance", "rate_gap", "significance", "confidence"):
             if not 0 < getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} is not allowed: strictly between 0 and 1")
         if self.resamples < 100:

@@ -24,7 +24,7 @@ class Run:
 
     Attributes:
         task, model, method: Names of files in conf/data, conf/model and conf/method.
-        level: Skip rate that is asked for, 0 for the dense model.
+        level: Skip rate that is asked for, 0 for the dense model, None where none is asked for.
         overrides: What the command line says, without the seed.
         changes: The part of `overrides` by which an ablation differs from the method's defaults.
     """
@@ -32,7 +32,7 @@ class Run:
     task: str
     model: str
     method: str
-    level: float
+    level: float | None
     overrides: tuple[str, ...] = field(compare=False)
     changes: tuple[str, ...] = ()
 
@@ -88,13 +88,19 @@ def methods_of(number: str, scale: ScaleConfig) -> list[str]:
 
 def ablation_runs(config: TablesConfig) -> list[tuple[str, str, Run]]:
     """(group, name, run) of every ablation; the unchanged method first."""
-    task, model = next(iter(config.scale.tasks)), next(iter(config.scale.models))
+    scale, task, model = config.scale, next(iter(config.scale.tasks)), config.scale.ablation_model
 
-    def run(overrides: tuple[str, ...]) -> Run:
-        return run_of(config.scale, task, model, config.reference, config.ablation_level, overrides)
+    def run(changes: tuple[str, ...] = (), method: str | None = None) -> Run:
+        if method is None:
+            return run_of(scale, task, model, config.reference, config.ablation_level, changes)
+        named = (f"model={scale.models[model]}", f"data={scale.tasks[task]}", f"method={method}")
+        return Run(scale.tasks[task], scale.models[model], method, None, (*scale.base, *named, *changes), changes)
 
-    rows = [("default", config.reference, run(()))]
-    return rows + [(each.group, each.name, run(tuple(each.overrides))) for each in config.ablations]
+    rows = [("default", config.reference, run())]
+    for each in config.ablations:
+        changes = [part for item in each.overrides for part in (scale.all_steps if item == "{all_steps}" else [item])]
+        rows.append((each.group, each.name, run(tuple(changes), each.method)))
+    return rows
 
 
 def planned_runs(config: TablesConfig) -> dict[Run, list[str]]:

@@ -22,7 +22,7 @@ _INK = "#010203"
 COLOURS = {
     "first": "#d55e00", "first_soft": "#e69f00", "sleb": "#0072b2", "static_first": "#cc79a7", "oracle": "#009e73",
     "random_skip": "#8c8c8c", "unified_skip": "#56b4e9", "skip_decode": "#a67c52", "shortgpt": "#7b6fd0",
-    "early_exit": "#b8a000", "none": "#555555",
+    "early_exit": "#b8a000", "none": _INK,
 }  # fmt: skip
 MARKERS = {"first": "o", "first_soft": "s", "sleb": "^", "static_first": "D", "oracle": "*", "unified_skip": "v"}
 
@@ -40,7 +40,7 @@ def layer_bars(panels: Sequence[tuple[str, Sequence[float]]]) -> str:
     with plt.rc_context(_STYLE):
         fig, axes = plt.subplots(len(panels), 1, figsize=(8.4, 0.5 + 1.35 * len(panels)), squeeze=False)
         for axis, (title, shares) in zip(axes[:, 0], panels, strict=True):
-            colour = COLOURS["none"] if title.startswith("Paper") else COLOURS["first"]
+            colour = COLOURS["random_skip"] if title.startswith("Paper") else COLOURS["first"]
             axis.bar(range(len(shares)), shares, color=colour, width=0.75)
             axis.set(ylim=(0, 104), yticks=[0, 50, 100], xlim=(-0.7, len(shares) - 0.3), xticks=range(len(shares)))
             axis.grid(axis="x", visible=False)

@@ -39,9 +39,11 @@ def score_cell(score: Score | None, reason: str, run: Run, digits: int = 1) -> C
     if score.deviation is not None:
         text += f" ± {score.deviation:.{digits}f}"
         detail = f"{detail} {score.seeds} seeds".strip()
-    note = f"measured skip rate {score.skip_rate:.1%}"
+    note = f"measured skip rate {100 * score.skip_rate:.1f} %"
     if score.p_value is not None and score.difference is not None:
         note += f"; difference to the reference {score.difference:+.2f}, p = {score.p_value:.3f}"
+    if score.mark.startswith("("):
+        note += "; in parentheses: the worse of the two skips more"
     return Cell(text, score.value, detail, score.mark, note, kind="ours")
 
 
@@ -150,7 +152,8 @@ def overview(cells: Cells) -> Table:
     wanted = [(rate, level) for rate, level in sorted(levels.items())]
     columns, rows = [Column("Method")], []
     for task in scale.tasks:
-        columns += [Column(f"{rate:.0%} skip", f"{scale.tasks[task]}: {METRICS[HEADLINE[task]]}") for rate, _ in wanted]
+        group = f"{scale.tasks[task]}: {METRICS[HEADLINE[task]]}"
+        columns += [Column(f"{100 * rate:g} % skip", group) for rate, _ in wanted]
     for method in known_methods(scale):
         row = [Cell(method_title(method) + " + LoRA")]
         for task in scale.tasks:
@@ -176,7 +179,7 @@ def _caption(cells: Cells, printed: QualityTable) -> str:
     scale = cells.config.scale
     ours = f"{scale.models[printed.model]} on {', '.join(scale.tasks[task] for task in printed.tasks)}"
     stands = "" if scale.models[printed.model] == printed.model else ", which stands in here,"
-    levels = ", ".join(f"{level} % → {scale.levels[level]:.0%}" for level in printed.levels)
+    levels = ", ".join(f"{level} % → {100 * scale.levels[level]:g} %" for level in printed.levels)
     return (
         f"Ours: {ours}{stands} beside the paper's numbers. Our runs for the paper's levels: {levels}, matched by "
         f"measured skip rate within ±{100 * cells.config.tolerance:g} points."

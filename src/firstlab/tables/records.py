@@ -60,18 +60,20 @@ class Library:
 
     Attributes:
         records: One per configuration and seed.
+        benchmarks: What `firstlab.benchmark` wrote (benchmark.json).
         warnings: One line per file that was left out.
     """
 
     records: list[Record] = field(default_factory=list)
+    benchmarks: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def of(self, run: Run, scale: ScaleConfig) -> list[Record]:
-        """Runs of the same task, model, method and settings, at any level and seed."""
+        """Runs of the same task, model, method and settings, at any seed and, where a level is asked for, any level."""
         near = [each for each in self.records if (each.node["data"], each.node["model"]) == (run.task, run.model)]
         if not near:
             return []
-        levels = level_keys(scale)
+        levels = set() if run.level is None else level_keys(scale)
         expected = _expected(tuple(each for each in run.overrides if each.partition("=")[0] not in levels))
         unused = ("router.", "router_phase.") if run.method == "none" else ()
         wanted = {
@@ -115,6 +117,11 @@ def read(folders: Sequence[str]) -> Library:
                 continue
             seen[key] = file
             library.records.append(record)
+        for file in sorted(Path(folder).rglob("benchmark.json")):
+            try:
+                library.benchmarks.append(_node(file, ("model", "device", "cells")))
+            except ValueError as error:
+                library.warnings.append(f"{file} is left out: {error}")
     return library
 
 
@@ -124,17 +131,21 @@ def _result_files(folder: Path) -> Iterator[Path]:
         yield from sorted({*folder.rglob("results/*.json"), *folder.rglob(results.RESULT)})
 
 
-def _record(file: Path) -> Record:
+def _node(file: Path, needed: Sequence[str]) -> dict[str, Any]:
     try:
         node = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot be read ({error})") from error
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error})") from error
-    needed = ("method", "model", "data", "seed", "config", "config_hash", "variants", "num_layers")
     absent = [key for key in needed if not isinstance(node, dict) or key not in node]
     if absent:
-        raise ValueError(f"not a result of firstlab.train (it has no {', '.join(absent)})")
+        raise ValueError(f"not a result of firstlab (it has no {', '.join(absent)})")
+    return node
+
+
+def _record(file: Path) -> Record:
+    node = _node(file, ("method", "model", "data", "seed", "config", "config_hash", "variants", "num_layers"))
     for name, variant in node["variants"].items():
         for key in ("metrics", "skip", "n"):
             if key not in variant:

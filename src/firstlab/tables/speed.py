@@ -78,7 +78,8 @@ def splits_table(cells: Cells) -> Table:
         for size in (node.get("train_size"), node.get("val_size")):
             row.append(Cell("all others" if size is None else str(size), size))
         rows.append([*row, test, *(Cell(str(theirs[part]), theirs[part], kind="paper") for part in theirs)])
-    notes = [f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if each["where"] == "Table 8"]
+    errata = [each for each in paper.read()["errata"] if each["where"].startswith("Table 8")]
+    notes = [f"{each['where']}: {each['note']}" for each in errata]
     caption = "Examples. The test column is what recorded runs were evaluated on."
     return Table("table8", "Table 8. Training, validation and test examples", columns, rows, caption, notes, "Setting")
 
@@ -141,7 +142,7 @@ def figures(cells: Cells) -> list[Table]:
                     rows.append([Cell(name), missing_cell(reason, run), Cell()])
                     continue
                 shares = [100 * share for share in match.parts[0]["skip"]["per_layer"]]
-                panels.append((f"{name}: {match.skip_rate:.1%} skipped", shares))
+                panels.append((f"{name}: {100 * match.skip_rate:.1f} % skipped", shares))
                 fully = [layer for layer, share in enumerate(shares) if share > 95]
                 partly = [layer for layer, share in enumerate(shares) if 0 < share <= 95]
                 rows.append([Cell(name), _layers(fully, "ours"), _layers(partly)])
@@ -178,22 +179,23 @@ def overhead_table(cells: Cells) -> Table:
                 _router_time(cells, name),
             ]
         )
+    for name in sorted({each["model"] for each in cells.library.benchmarks} - set(paper.read()["routers"])):
+        rows.append([Cell(name), *[Cell() for _ in columns[2:]], _router_time(cells, name)])
     notes = [
         f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if "router parameters" in each["where"]
     ]
-    caption = "Parameters follow from the architecture. Time needs a record with timing.router_share."
+    caption = (
+        "Parameters follow from the architecture. Time: what python -m firstlab.benchmark recorded (benchmark.json), "
+        "mean over its batch sizes and prompt lengths; decode has no router time."
+    )
     return Table("overhead", "Router overhead", columns, rows, caption, notes, "Speed")
 
 
 def _router_time(cells: Cells, model: str) -> Cell:
-    shares = [
-        part["timing"]["router_share"]
-        for record in cells.library.records
-        if record.node["model"] == model
-        for part in record.node["variants"].values()
-        if "router_share" in (part.get("timing") or {})
-    ]
+    measured = [each for each in cells.library.benchmarks if each["model"] == model]
+    shares = [100 * cell["router_share_of_prefill"] for each in measured for cell in each["cells"]]
     if not shares:
         return Cell(note="not measured")
-    share = 100 * sum(shares) / len(shares)
-    return Cell(f"{share:.2f} %", share, kind="ours")
+    mean = sum(shares) / len(shares)
+    devices = ", ".join(dict.fromkeys(each["device"] for each in measured))
+    return Cell(f"{mean:.2f} %", mean, f"[{min(shares):.2f}, {max(shares):.2f}]", note=f"range; {devices}", kind="ours")

@@ -12,7 +12,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$",
     "±": r"$\pm$", "–": "--", "×": r"$\times$", "α": r"$\alpha$", "β": r"$\beta$", "λ": r"$\lambda$", "ρ": r"$\rho$",
-    "·": r"$\cdot$", "≈": r"$\approx$", "→": r"$\to$",
+    "·": r"$\cdot$", "÷": r"$\div$", "≈": r"$\approx$", "→": r"$\to$",
 }  # fmt: skip
 
 
@@ -110,6 +110,10 @@ class Table:
     def text_column(self, index: int) -> bool:
         """Whether a column holds words only."""
         return all(row[index].value is None and row[index].kind != "missing" and row[index].text for row in self.rows)
+
+    def leads(self, index: int) -> bool:
+        """Whether a column names the rows of a grouped table: it stands before the first group."""
+        return any(column.group for column in self.columns) and not any(c.group for c in self.columns[: index + 1])
 
     def starts_group(self, index: int) -> bool:
         """Whether a column is the first of a group."""
