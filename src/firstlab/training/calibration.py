@@ -16,6 +16,7 @@ from torch import Tensor
 from firstlab.methods.base import routes_without, rows_of
 from firstlab.model import RouterAugmentedLM
 from firstlab.model.layers import routing
+from firstlab.model.routers import pool, probabilities_of, token_readings
 
 Batch = dict[str, Tensor]
 # Rounds of bisection that place a partly skipped layer at its rate.
@@ -160,13 +161,36 @@ def start_routers(
 def _place(model: RouterAugmentedLM, batches: Sequence[Batch], layer: int, shift: Tensor, share: float) -> None:
     """Move one router along `shift` until `share` of the prompts skip its layer."""
     start = model.routers.weight[layer].clone()
+    # h · (start + x · shift) is linear in x, so the prompts are read once for all x.
+    watch = _Readings(layer, (start, shift), model.routers.settings.input_norm)
+    for batch in batches:
+        with routing(watch):
+            model.lm.base_model(input_ids=batch["input_ids"], attention_mask=batch["prompt_mask"], use_cache=False)
+    masks = [batch["prompt_mask"].bool() for batch in batches]
     low, high = -4.0, 4.0  # logits
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        model.routers.weight[layer] = start + middle * shift
-        rho = torch.cat([model.prompt_rho(b["input_ids"], b["prompt_mask"])[:, layer] for b in batches])
+        rho = torch.cat(
+            [
+                pool(probabilities_of((at[0] + middle * along[0], *at[1:]), len(start)), mask.to(at[0].device))
+                for (at, along), mask in zip(watch.readings, masks, strict=True)
+            ]
+        )
         if float((~model.routers.decide(rho)).float().mean()) > share:
             low = middle
         else:
             high = middle
     model.routers.weight[layer] = start + high * shift
+
+
+class _Readings:
+    """Routing that runs every layer and keeps what some weights read on the tokens in front of one of them."""
+
+    def __init__(self, layer: int, weights: Sequence[Tensor], input_norm: str) -> None:
+        self.layer, self.weights, self.input_norm = layer, weights, input_norm
+        self.readings: list[list[tuple[Tensor, ...]]] = []
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        if index == self.layer:
+            self.readings.append([token_readings(hidden, weight, self.input_norm) for weight in self.weights])
+        return run()
