@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, build, read
+from firstlab import targets
+from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, read
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
@@ -40,7 +41,7 @@ def build_task(config: ExperimentConfig) -> Task:
             f"data.root={config.data.root!r}: data={config.data.name} is generated and reads no files, or a mixture, "
             "whose parts have their own root"
         )
-    task = build(node, "data.task")
+    task = targets.build(node, "data.task")
     if not isinstance(task, Task):
         raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
     return task

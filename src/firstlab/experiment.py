@@ -17,9 +17,9 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from firstlab import results
+from firstlab import results, targets
 from firstlab.build import build_data, load_model, model_path
-from firstlab.config import ExperimentConfig, PhaseConfig, TrainerConfig, build, load_dict
+from firstlab.config import ExperimentConfig, PhaseConfig, TrainerConfig, load_dict
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
 from firstlab.evaluation import barrier, check_metrics, evaluate_variant, rank
@@ -176,7 +176,7 @@ class Experiment:
         loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
             node = dict(self.config.logger)
-            loggers.append(build(node, "logger", **logger_options(node, self.directory, self.method.name)))
+            loggers.append(targets.build(node, "logger", **logger_options(node, self.directory, self.method.name)))
         return loggers
 
     # -- phases --
