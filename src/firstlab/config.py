@@ -132,6 +132,7 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.root != "", "data.root", self.root, "a folder, or null")
         _require(bool(self.name), "data.name", self.name, "a short name, for directories and tables")
         least = {"train_size": 1, "val_size": 0, "test_size": 1, "max_length_router": 2, "max_length_lora": 2}
         least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0}
@@ -457,10 +458,16 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
         saved.data = OmegaConf.load(chosen)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
-        merged.merge_with_dotlist([f"{key}={value}" for key, value in overrides.items()])
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
+    for key, value in overrides.items():
+        try:
+            merged.merge_with_dotlist([f"{key}={value}"])
+        except OmegaConfBaseException as error:
+            part = OmegaConf.select(merged, key.rpartition(".")[0]) if "." in key else merged
+            keys = f"; keys there: {', '.join(map(str, part))}" if OmegaConf.is_dict(part) else ""
+            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}{keys}") from error
     return load(merged)
 
 
