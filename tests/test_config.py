@@ -8,6 +8,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from firstlab.config import ExperimentConfig, conf_dir, load_dict, read
+from firstlab.entry import check_command_line
 from tiny_run import composed
 
 EXPERIMENTS = sorted(p.stem for p in (Path(conf_dir()) / "experiment").glob("*.yaml") if not p.stem.startswith("_"))
@@ -124,3 +125,73 @@ def test_a_method_setting_left_out_is_the_default_one():
     shorter = load_dict(config.to_dict() | {"method": {"_target_": config.method["_target_"]}})
     assert shorter.hash() == config.hash()
     assert composed("method=sleb", "method.protect_last=2")[0].hash() != config.hash()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("data.train_size=-1", r"data\.train_size=-1 is not allowed: at least 1"),
+        ("data.val_size=-1", r"data\.val_size=-1 is not allowed: at least 0"),
+        ("data.max_length_router=1", r"data\.max_length_router=1 is not allowed: at least 2"),
+        ("data.max_new_tokens=0", r"data\.max_new_tokens=0 is not allowed"),
+        ("model.path=", r"model\.path='' is not allowed: a hub id or a folder"),
+        ("model.attn_implementation=fast", r"model\.attn_implementation='fast'.*sdpa, eager"),
+        ("lora.lora_alpha=0", r"lora\.lora_alpha=0 is not allowed"),
+        ("lora.target_modules=[]", r"lora\.target_modules=\[\] is not allowed"),
+        ("lora_phase.learning_rate=inf", r"lora_phase\.learning_rate=inf is not allowed"),
+        ("router_phase.weight_decay=-1", r"router_phase\.weight_decay=-1\.0 is not allowed: at least 0"),
+        ("router_phase.gradient_clip=0", r"router_phase\.gradient_clip=0\.0 is not allowed: greater than 0, or null"),
+        ("evaluation.top_k=0", r"evaluation\.top_k=0 is not allowed: at least 1"),
+        ("evaluation.temperature=inf", r"evaluation\.temperature=inf is not allowed"),
+        ("evaluation.limit=0", r"evaluation\.limit=0 is not allowed"),
+        ("evaluation.comet.batch_size=0", r"evaluation\.comet\.batch_size=0 is not allowed"),
+        ("evaluation.bertscore.num_layers=0", r"evaluation\.bertscore\.num_layers=0 is not allowed"),
+        ("trainer.precision=16-mixed", r"trainer\.precision='16-mixed' needs trainer\.accelerator=gpu"),
+        ("seed=4294967296", r"seed=4294967296 is not allowed: .*below 2\*\*32"),
+        ("run_dir=", r"run_dir='' is not allowed"),
+        ("method.alpha=abc", r"method\.alpha='abc' is not allowed: it takes a finite number"),
+        ("method.alpha=nan", r"method\.alpha=nan is not allowed: it takes a finite number"),
+        ("method.beta=abc", r"method\.beta='abc' is not allowed: it takes a finite number or null"),
+        ("method.calibration_prompts=1.5", r"method\.calibration_prompts=1\.5 is not allowed: it takes a whole number"),
+        ("method.calibration_prompts=0", r"method\.calibration_prompts=0 must be at least 1"),
+        ("method.calibrate_rate=7", r"method\.calibrate_rate=7 is not allowed: it takes true or false"),
+        ("method._target_=os.getcwd", r"method\._target_='os\.getcwd' is not a class"),
+        ("data.task.pair=7", r"data\.task\.pair=7 is not allowed: it takes text"),
+        ("data.task._target_=not.there", r"data\.task\._target_='not\.there' cannot be imported"),
+        ("+data.task.bogus=1", r"data\.task\.bogus is unknown: .*MiniTranslation takes pair"),
+        ("model=hf", r"model\.name is missing: give model\.name=VALUE"),
+    ],
+)
+def test_every_part_checks_its_values_before_anything_is_loaded(argument: str, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        composed(argument)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_logger_is_looked_at_before_anything_is_loaded():
+    with pytest.raises(ValueError, match=r"logger\._target_='nothing\.here' cannot be imported"):
+        composed("logger=csv", "logger._target_=nothing.here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=sleb", "method.gate=hard"], "has no key 'gate'; its keys are _target_, target_skip, protect_first"),
+        (["method=none", "method.target_skip=0.1"], "method has no key 'target_skip'; its keys are _target_"),
+        (["logger=wandb", "logger.entiti=x"], "logger has no key 'entiti'; its keys are _target_, save_dir, project"),
+        (["+experiment=squad_a0.01", "method.alhpa=1"], "method has no key 'alhpa'; its keys are _target_, alpha"),
+        (["experiment=squad_a0.01"], "with a plus: +experiment=NAME"),
+        (["--multirun", "+model.bogus=1"], "model.bogus is unknown: model has no key 'bogus'"),
+    ],
+)
+def test_unknown_keys_are_answered_with_those_of_the_chosen_parts(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        check_command_line("train", arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_right_passes_the_command_line():
+    check_command_line("train", ["+experiment=squad_a0.01", "method.alpha=1", "trainer=cpu"])
+    check_command_line("train", ["--multirun", "method.target_skip=0.1,0.2"])

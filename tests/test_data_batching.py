@@ -109,13 +109,13 @@ def test_ranks_and_resumed_runs_share_bucketed_batches(world_size, n, batch_size
 
 
 def test_too_many_processes():
-    with pytest.raises(ValueError, match="trainer.devices .* gives 4 processes, but data.batch_size=4 over 9 .* of 3:"):
+    with pytest.raises(ValueError, match="trainer.devices .* gives 4 processes, but batch_size=4 over 9 .* of 3:"):
         DistributedBatches(9, 4, 0, total_batches=1, world_size=4)
     DistributedBatches(8, 4, 0, total_batches=1, world_size=4)
 
 
 def test_impossible_sizes():
-    with pytest.raises(ValueError, match="data.batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         batch_count(3, 0)
     with pytest.raises(ValueError, match="data.train_size=0 leaves nothing"):
         DistributedBatches(0, 4, 0, total_batches=1)

@@ -38,7 +38,7 @@ def test_reads_both_splits(tmp_path):
         (article(1, highlights=""), "line 2: the highlights is empty"),
         (article(1, highlights=None), "line 2: the highlights is NoneType, not text"),
         ({"id": "1", "article": "a"}, "line 2: the key 'highlights' is missing (present: id, article)"),
-        (["a"], "line 2: expected an object with the key 'id', found list"),
+        (["a"], "line 2: expected an object with the key 'article', found list"),
     ],
 )
 def test_faulty_lines(tmp_path, row, message):
@@ -72,5 +72,10 @@ def test_hub(monkeypatch, caplog):
 
 
 def test_impossible_pool_size():
-    with pytest.raises(ValueError, match="data.pool_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="data.task.pool_size=0 must be at least 1"):
         CnnDailyMail(pool_size=0)
+
+
+def test_articles_without_an_id_are_numbered(tmp_path):
+    write(tmp_path / "test.jsonl", [{"article": "a", "highlights": "b"}, article(7)])
+    assert [example.id for example in CnnDailyMail(str(tmp_path)).test()] == ["test:1", "i7"]

@@ -122,7 +122,7 @@ def test_white_space_of_every_kind_separates_words():
 
 def test_a_frame_that_does_not_fit_names_the_option():
     example = Example("e7", "the red house", ("r",))
-    message = rf"data.max_length leaves 10 tokens for the prompt of example 'e7', which has {FRAME} tokens before"
+    message = rf"data.max_length_lora leaves 10 tokens for the prompt of example 'e7', which has {FRAME} tokens before"
     with pytest.raises(ValueError, match=message):
         fit_prompt(TASK, example, TOKENIZER, 10)
     with pytest.raises(ValueError, match="data.max_prompt_length leaves"):

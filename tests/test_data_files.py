@@ -165,3 +165,27 @@ def test_spread_does_not_miss_what_comes_at_regular_distances() -> None:
     # Every second or third of 500 examples whose five levels take turns would be of level 1 and 3 alone.
     levels = Counter(position % 5 for position in spread(range(500), 200))
     assert set(levels) == set(range(5)) and min(levels.values()) > 25
+
+
+def test_a_nul_means_another_encoding(tmp_path):
+    (tmp_path / "a.en").write_bytes("eins\nzwei\n".encode("utf-16-le"))
+    with raises(tmp_path / "a.en", "line 1: a NUL", "UTF-16", "convert it to UTF-8"):
+        read_lines(tmp_path / "a.en")
+    (tmp_path / "a.json").write_bytes(b'{"a":\n "x\x00"}')
+    with raises(tmp_path / "a.json", "line 2: a NUL"):
+        read_json(tmp_path / "a.json")
+
+
+def test_lines_that_end_in_cr_alone_are_not_one_line(tmp_path):
+    (tmp_path / "a.en").write_bytes(b"one\rtwo\rthree\r")
+    with raises(tmp_path / "a.en", "lines end in CR alone"):
+        read_lines(tmp_path / "a.en")
+    (tmp_path / "b.en").write_bytes(b"one\rmore\ntwo\r\n")
+    assert read_lines(tmp_path / "b.en") == ["one\rmore", "two"]
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5_000])
+def test_json_beyond_pythons_limits(tmp_path, value):
+    (tmp_path / "a.jsonl").write_text(f"1\n{value}\n", encoding="utf-8")
+    with raises(tmp_path / "a.jsonl", "line 2: JSON beyond"):
+        read_jsonl(tmp_path / "a.jsonl")

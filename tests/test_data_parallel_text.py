@@ -38,9 +38,9 @@ def test_prompt_names_the_languages(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source_language": "xx"}, "data.source_language=xx is unknown: choose one of cs, de, en"),
-        ({"target_language": "German"}, "data.target_language=German is unknown"),
-        ({"train": []}, "data.train=[] names no training text"),
+        ({"source_language": "xx"}, "data.task.source_language=xx is unknown: choose one of ar, cs, da"),
+        ({"target_language": "German"}, "data.task.target_language=German is unknown"),
+        ({"train": []}, "data.task.train=[] names no training text"),
         ({"train": ["a", "a"]}, "the text 'a' is used twice"),
         ({"train": "test"}, "the text 'test' is used twice"),
         ({"validation": "train"}, "the text 'train' is used twice"),
@@ -61,3 +61,8 @@ def test_every_missing_file_is_named_at_once(tmp_path):
 def test_an_unset_root_is_named():
     with pytest.raises(ValueError, match=r"data\.root is not set: .* holds t\.en, t\.de"):
         ParallelText("en", "de", None, test="t").test()
+
+
+def test_one_language_twice():
+    with pytest.raises(ValueError, match=r"data\.task\.source_language and data\.task\.target_language are both de"):
+        ParallelText("de", "de", "folder")

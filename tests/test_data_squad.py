@@ -89,3 +89,10 @@ def test_hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     (example,) = Squad().test()
     assert (example.id, example.source, example.question, example.references) == ("q", "Ada.", "Who?", ("Ada",))
+
+
+@pytest.mark.parametrize("data", [[], [{"title": "t", "paragraphs": []}]])
+def test_a_file_without_questions_is_named(tmp_path, data):
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps({"data": data}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"dev-v1\.1\.json: no article has a question"):
+        Squad(str(tmp_path)).test()

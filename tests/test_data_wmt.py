@@ -26,9 +26,9 @@ def test_other_training_years(root):
 
 
 def test_impossible_options(root):
-    with pytest.raises(ValueError, match="data.pair=de-en is unknown: choose one of en-de, en-zh"):
+    with pytest.raises(ValueError, match="data.task.pair=de-en is unknown: choose one of en-de, en-zh"):
         WMTTranslation("de-en")
-    with pytest.raises(ValueError, match="data.train_years holds 2022, which is the test set"):
+    with pytest.raises(ValueError, match="data.task.train_years holds 2022, which is the test set"):
         WMTTranslation("en-de", root, [2021, 2022])
 
 

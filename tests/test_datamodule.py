@@ -121,7 +121,7 @@ def test_the_limit_of_the_tokenizer():
     tokenizer.model_max_length = 300
     options = {"train_size": 10, "val_size": 5}
     PromptDataModule(Houses(), tokenizer, max_length=220, max_new_tokens=80, **options)
-    with pytest.raises(ValueError, match="data.max_length=256 with data.max_new_tokens=80 exceeds .* of 300"):
+    with pytest.raises(ValueError, match="data.max_length_lora=256 with data.max_new_tokens=80 exceeds .* of 300"):
         PromptDataModule(Houses(), tokenizer, max_length=256, max_new_tokens=80, **options)
 
 
@@ -135,7 +135,7 @@ class LongQuestion(Houses):
         return [*super().test(), Example("long", "text", ("answer",), question="why " * 200)]
 
 
-@pytest.mark.parametrize(("stage", "option"), [("fit", "data.max_length"), ("predict", "data.max_prompt_length")])
+@pytest.mark.parametrize(("stage", "option"), [("fit", "data.max_length_lora"), ("predict", "data.max_prompt_length")])
 def test_a_prompt_that_never_fits_stops_at_setup(stage, option):
     data = module(LongQuestion(), train_size=None, max_length=200, max_prompt_length=200)
     with pytest.raises(ValueError, match=f"{option} leaves .* of example 'long'"):
@@ -150,7 +150,7 @@ def test_tight_frames_with_long_responses_stop_at_setup():
 
     frame = len(TOKENIZER(Houses().prompt(Example("e", "", ("r",))))["input_ids"])
     data = module(LongAnswer(), train_size=None, max_length=2 * frame)
-    with pytest.raises(ValueError, match=f"data.max_length leaves {frame} tokens for the prompt of example 'long'"):
+    with pytest.raises(ValueError, match=f"data.max_length_lora leaves {frame} tokens for .* example 'long'"):
         data.setup("fit")
 
 
@@ -198,7 +198,7 @@ def test_ranks_share_every_split():
 
 
 def test_processes_out_of_step_are_refused():
-    with pytest.raises(ValueError, match="data.val_size: 5 examples in data.eval_batch_size=1 give some of the 2"):
+    with pytest.raises(ValueError, match="data.val_size: 5 examples in evaluation.batch_size=1 give some of the 2"):
         on(module(eval_batch_size=1), 0, 2).val_dataloader()
     assert rows(on(module(eval_batch_size=1), 1, 2).predict_dataloader()) == [1, 3, 5]
     with pytest.raises(ValueError, match="trainer.devices"):

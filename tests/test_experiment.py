@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from firstlab import evaluate, results
 from firstlab import experiment as experiment_module
-from firstlab import results
 from firstlab.build import dense_counterpart, load_run
 from firstlab.experiment import Experiment
 from firstlab.model import RouterAugmentedLM
@@ -278,3 +279,61 @@ def test_constant_decisions_are_taken_from_the_fitted_prompts():
     wanted = torch.tensor([[True, True], [True, False], [False, False], [True, True]])
     assert constant_accuracy(wanted, 2).tolist() == [0.5, 0.5]
     assert constant_accuracy(wanted, 3).tolist() == [1.0, 0.0]
+
+
+def test_a_run_that_never_began_does_not_block_its_directory(tiny_model_dir: Path, tmp_path: Path):
+    squad = ["data=squad", f"run_dir={tmp_path / 'run'}", "data.val_size=2", "evaluation.limit=2"]
+    with pytest.raises(ValueError, match="data.root=.*gone does not exist"):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *squad, f"data.root={tmp_path / 'gone'}"))).run()
+    with pytest.raises(ValueError, match="data.root=.*there does not exist"):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *squad, f"data.root={tmp_path / 'there'}"))).run()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="belongs to another configuration"):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *squad, f"data.root={tmp_path / 'gone'}")))
+
+
+def test_a_config_file_of_another_program_protects_its_directory(tiny_model_dir: Path, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("site: mine\n")
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no config.yaml of a run"):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path}", "overwrite=true")))
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_evaluation_sees_that_the_text_changed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("train", "test"):
+        for language in ("en", "de"):
+            (folder / f"{name}.{language}").write_text("a house\na tree\n", encoding="utf-8")
+    given = [f"run={finished}", "data=parallel", f"data.root={folder}", "data.val_size=1", "evaluation.tpot_prompts=0"]
+    records = []
+    for variant, text in (("router", "a house\na tree\n"), ("base", "a house\na tree\n"), ("base", "a dog\na cat\n")):
+        (folder / "test.en").write_text(text, encoding="utf-8")
+        evaluate.main([*given, f"variant={variant}", "data.max_prompt_length=150", "data.max_new_tokens=3"])
+        records.append(Path(json.loads(capsys.readouterr().out.splitlines()[-1])["record"]))
+    assert records[0] == records[1] != records[2]
+    assert set(json.loads(records[0].read_text())["variants"]) == {"router", "base"}
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([*given, "evaluation.bogus=1"])
+    assert "evaluation.bogus=1: Key 'bogus' not in 'EvaluationConfig'; keys there: limit," in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([*given, "trainer.accelerator=gpu"])
+        assert "this machine has no CUDA device" in capsys.readouterr().err
+
+
+def test_a_line_torn_by_a_kill_spoils_no_later_line(finished: Path, tiny_model_dir: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    part = run / "predictions" / "router.0.part"
+    whole = part.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(whole) == 7
+    part.write_text("".join(whole[:5])[:-9], encoding="utf-8")
+    for file in (run / "result.json", run / "evaluation" / "router.yaml", run / "predictions" / "router.jsonl"):
+        file.unlink()
+    given = overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", f"run_dir={run}", "phases=[evaluate]")
+    Experiment(*composed(*given)).run()
+    lines = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    assert {line["index"] for line in lines} == set(range(7))
+    assert (run / "predictions" / "router.jsonl").read_text() == (finished / "predictions" / "router.jsonl").read_text()

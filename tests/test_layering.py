@@ -22,6 +22,7 @@ LAYERS = (
         "speed",
         "tracking",
         "config",
+        "targets",
         "results",
     }
     | {"figures", "training"},

@@ -16,10 +16,9 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from firstlab.config import RouterConfig, SpeedModelConfig, conf_dir
+from firstlab.config import RouterConfig, SpeedModelConfig, conf_dir, settings
 from firstlab.entry import check_command_line, guarded
 
 DECODERS = ("transformers", "transformers_static", "generate", "engine")
@@ -106,11 +105,7 @@ def load(composed: DictConfig) -> BenchmarkConfig:
     Raises:
         ValueError: One message with the option, its value and what is allowed.
     """
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
-    assert isinstance(config, BenchmarkConfig)
+    config = settings(composed, BenchmarkConfig)
     config.check()
     return config
 

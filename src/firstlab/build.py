@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, build, read
+from firstlab import targets
+from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, TrainerConfig, read
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
@@ -40,7 +41,7 @@ def build_task(config: ExperimentConfig) -> Task:
             f"data.root={config.data.root!r}: data={config.data.name} is generated and reads no files, or a mixture, "
             "whose parts have their own root"
         )
-    task = build(node, "data.task")
+    task = targets.build(node, "data.task")
     if not isinstance(task, Task):
         raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
     return task
@@ -63,6 +64,16 @@ def build_data(config: ExperimentConfig) -> PromptDataModule:
         num_workers=data.num_workers,
         bucket=data.bucket,
     )
+
+
+def check_device(trainer: TrainerConfig) -> None:
+    """Raises ValueError if the run asks for GPUs that this machine does not have."""
+    if trainer.accelerator != "gpu":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator='gpu' but this machine has no CUDA device; use trainer=cpu")
+    if trainer.devices > torch.cuda.device_count():
+        raise ValueError(f"trainer.devices={trainer.devices} but this machine has {torch.cuda.device_count()} GPU(s)")
 
 
 def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
@@ -99,9 +110,10 @@ def load_run(directory: Path, variant: str | None, overrides: dict[str, str] | N
         overrides: Keys that replace the saved ones; `data` names a file of conf/data.
 
     Raises:
-        ValueError: Not a run directory, or the variant was not trained.
+        ValueError: Not a run directory, the variant was not trained, or a device is asked for that is not there.
     """
     config, method = read(directory / "config.yaml", overrides)
+    check_device(config.trainer)
     products = (
         {"base": None, "base_lora": "lora"}
         if method.name == "none"

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from firstlab import targets
 
 if TYPE_CHECKING:
     # Imported where it is used: command-line help must not wait for torch.
     from firstlab.methods.base import Method
 
 PHASES = ("router", "lora", "evaluate")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
 
 
@@ -34,9 +36,19 @@ def conf_dir() -> str:
     return str(in_repository if (in_repository / "train.yaml").is_file() else inside_package)
 
 
+Settings = TypeVar("Settings")
+
+
 def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{option}={value!r} is not allowed: {allowed}")
+
+
+def _require_least(node: Any, name: str, least: dict[str, int]) -> None:
+    """Whole numbers of a part of the configuration that must not be smaller than given; null is none."""
+    for key, lowest in least.items():
+        value = getattr(node, key)
+        _require(value is None or value >= lowest, f"{name}.{key}", value, f"at least {lowest}")
 
 
 @dataclass
@@ -72,6 +84,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         allowed = ("float32", "bfloat16", "float16", "auto")
         _require(self.dtype in allowed, "model.dtype", self.dtype, f"choose one of {', '.join(allowed)}")
+        _require(bool(self.path), "model.path", self.path, "a hub id or a folder")
+        _require(bool(self.name), "model.name", self.name, "a short name, for directories and tables")
+        known = self.attn_implementation is None or self.attn_implementation in ATTENTION
+        allowed_text = f"choose one of {', '.join(ATTENTION)}, or null"
+        _require(known, "model.attn_implementation", self.attn_implementation, allowed_text)
 
 
 @dataclass
@@ -115,7 +132,11 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.bucket >= 1, "data.bucket", self.bucket, "at least 1")
+        _require(self.root != "", "data.root", self.root, "a folder, or null")
+        _require(bool(self.name), "data.name", self.name, "a short name, for directories and tables")
+        least = {"train_size": 1, "val_size": 0, "test_size": 1, "max_length_router": 2, "max_length_lora": 2}
+        least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0}
+        _require_least(self, "data", least)
 
 
 @dataclass
@@ -128,7 +149,8 @@ class LoraConfig:
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _require_least(self, "lora", {"rank": 1, "lora_alpha": 1})
+        _require(self.target_modules != [], "lora.target_modules", [], "names of modules, or null for all")
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
 
 
@@ -169,9 +191,13 @@ class PhaseConfig:
         for key in ("max_steps", "patience"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"{name}.{key}", value, "at least 1, or null")
-        _require(self.learning_rate > 0, f"{name}.learning_rate", self.learning_rate, "greater than 0")
+        rate, clip = self.learning_rate, self.gradient_clip
+        _require(0 < rate < math.inf, f"{name}.learning_rate", rate, "greater than 0")
+        _require(clip is None or 0 < clip < math.inf, f"{name}.gradient_clip", clip, "greater than 0, or null")
         _require(0 <= self.warmup_fraction < 1, f"{name}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
-        _require(self.distill >= 0, f"{name}.distill", self.distill, "at least 0")
+        for key in ("weight_decay", "distill"):
+            value = getattr(self, key)
+            _require(0 <= value < math.inf, f"{name}.{key}", value, "at least 0")
         _require(self.loss_on in ("all", "response"), f"{name}.loss_on", self.loss_on, "choose one of all, response")
 
 
@@ -182,6 +208,9 @@ class BertScoreConfig:
     path: str | None = None
     num_layers: int | None = None
 
+    def __post_init__(self) -> None:
+        _require_least(self, "evaluation.bertscore", {"num_layers": 1})
+
 
 @dataclass
 class CometConfig:
@@ -191,6 +220,9 @@ class CometConfig:
     command: str = ".venv-comet/bin/comet-score"
     batch_size: int = 8
     gpus: int = 0
+
+    def __post_init__(self) -> None:
+        _require_least(self, "evaluation.comet", {"batch_size": 1, "gpus": 0})
 
 
 @dataclass
@@ -226,14 +258,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "at least 1, or null for all")
-        _require(self.batch_size >= 1, "evaluation.batch_size", self.batch_size, "at least 1")
-        _require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "at least 1")
-        _require(self.temperature > 0, "evaluation.temperature", self.temperature, "greater than 0")
+        _require(0 < self.temperature < math.inf, "evaluation.temperature", self.temperature, "greater than 0")
         _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
-        _require(self.resamples >= 100, "evaluation.resamples", self.resamples, "at least 100")
-        _require(self.tpot_prompts >= 0, "evaluation.tpot_prompts", self.tpot_prompts, "at least 0")
-        _require(self.tpot_tokens >= 2, "evaluation.tpot_tokens", self.tpot_tokens, "at least 2")
-        _require(self.tpot_repetitions >= 1, "evaluation.tpot_repetitions", self.tpot_repetitions, "at least 1")
+        least = {"batch_size": 1, "top_k": 1, "num_beams": 1, "resamples": 100}
+        least |= {"tpot_prompts": 0, "tpot_tokens": 2, "tpot_repetitions": 1}
+        _require_least(self, "evaluation", least)
 
 
 @dataclass
@@ -267,9 +296,9 @@ class TrainerConfig:
         _require(
             self.precision in PRECISIONS, "trainer.precision", self.precision, f"choose one of {', '.join(PRECISIONS)}"
         )
-        _require(self.devices >= 1, "trainer.devices", self.devices, "at least 1")
-        _require(self.num_nodes >= 1, "trainer.num_nodes", self.num_nodes, "at least 1")
-        _require(self.loss_chunk >= 1, "trainer.loss_chunk", self.loss_chunk, "at least 1")
+        _require_least(self, "trainer", {"devices": 1, "num_nodes": 1, "loss_chunk": 1})
+        if self.precision == "16-mixed" and self.accelerator == "cpu":
+            raise ValueError("trainer.precision='16-mixed' needs trainer.accelerator=gpu; on CPU use bf16-mixed")
         if self.strategy == "auto" and self.devices * self.num_nodes > 1:
             raise ValueError(
                 f"trainer.devices={self.devices} needs trainer.strategy=ddp or fsdp; or choose trainer=ddp"
@@ -342,9 +371,11 @@ class ExperimentConfig:
         unknown = [p for p in self.phases if p not in PHASES]
         _require(not unknown and bool(self.phases), "phases", self.phases, f"choose from {', '.join(PHASES)}")
         _require(self.ckpt in ("last", "none"), "ckpt", self.ckpt, "choose one of last, none")
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and below 2**32")
         plain = self.note is None or re.fullmatch(r"[\w.=+-]+", self.note) is not None
         _require(plain, "note", self.note, "letters, digits and . = + - _")
+        for key in ("run_dir", "runs", "init_from"):
+            _require(getattr(self, key) != "", key, "", "a folder")
 
     def directory(self, method: Method) -> Path:
         """The run directory."""
@@ -361,7 +392,7 @@ class ExperimentConfig:
         """What decides the run's numbers: everything but where it runs, where it writes and how it starts."""
         config = self.to_dict()
         # With every setting of the method, so that a run stays itself when the method gets a new one.
-        config["method"] |= asdict(build(self.method, "method"))
+        config["method"] |= asdict(targets.build(self.method, "method"))
         for key in ("logger", "run_dir", "note", "runs", "phases", "init_from", "compare_with_base", "ckpt"):
             del config[key]
         del config["overwrite"], config["sweep"]
@@ -391,10 +422,13 @@ def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
     """
     from firstlab.methods.base import Method
 
-    experiment = _to_object(config)
-    method = build(experiment.method, "method")
+    experiment = settings(config, ExperimentConfig)
+    method = targets.build(experiment.method, "method")
     if not isinstance(method, Method):
         raise ValueError(f"method._target_={experiment.method.get('_target_')!r} is not a firstlab method")
+    targets.check(experiment.data.task, "data.task")
+    if experiment.logger:
+        targets.check(experiment.logger, "logger")
     if method.name == "none":
         # What only routers use is left at its default, so that every method shares one dense run.
         experiment = replace(experiment, router=RouterConfig(), router_phase=PhaseConfig())
@@ -424,10 +458,16 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
         saved.data = OmegaConf.load(chosen)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
-        merged.merge_with_dotlist([f"{key}={value}" for key, value in overrides.items()])
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
+    for key, value in overrides.items():
+        try:
+            merged.merge_with_dotlist([f"{key}={value}"])
+        except OmegaConfBaseException as error:
+            part = OmegaConf.select(merged, key.rpartition(".")[0]) if "." in key else merged
+            keys = f"; keys there: {', '.join(map(str, part))}" if OmegaConf.is_dict(part) else ""
+            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}{keys}") from error
     return load(merged)
 
 
@@ -442,28 +482,20 @@ def load_dict(node: dict[str, Any]) -> ExperimentConfig:
     except OmegaConfBaseException as error:
         raise ValueError(f"saved configuration: {str(error).strip()}") from error
     assert isinstance(merged, DictConfig)
-    return _to_object(merged)
+    return settings(merged, ExperimentConfig)
 
 
-def _to_object(config: DictConfig) -> ExperimentConfig:
-    try:
-        experiment = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"configuration: {str(error).strip()}") from error
-    assert isinstance(experiment, ExperimentConfig)
-    return experiment
-
-
-def build(node: Any, option: str, **extra: Any) -> Any:
-    """Instantiate a `_target_` node; errors become one line that names the option.
+def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
+    """What Hydra composed for an entry point, as that entry point's dataclass.
 
     Raises:
-        ValueError: No `_target_`, unknown target, or arguments it refuses.
+        ValueError: A value is missing, of the wrong type, or refused by the dataclass.
     """
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
     try:
-        return instantiate(node, _convert_="object", **extra)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise ValueError(str(cause) if isinstance(cause, ValueError) else f"{option}: {cause}") from error
+        found = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is missing: give {error.full_key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
+    assert isinstance(found, schema)
+    return found

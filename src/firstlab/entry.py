@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -82,10 +83,10 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
 def check_command_line(config_name: str, arguments: list[str]) -> None:
     """Compose once before Hydra does, to turn its complaints into one message with the allowed values.
 
-    Hydra's own flags (--help, --multirun, ...) and the lists of values that narrow a sweep are left to Hydra.
+    What comes with Hydra's own flags (--help, --multirun, ...) and the lists of values that narrow a sweep are left to
+    Hydra, but for keys added with a plus, which it would take and no schema would see.
     """
-    if any(argument.startswith("-") for argument in arguments):
-        return
+    flags = any(argument.startswith("-") for argument in arguments)
     if any(argument.startswith("+sweep=") for argument in arguments):
         arguments = [argument for argument in arguments if "," not in argument]
     from hydra import compose, initialize_config_dir
@@ -93,20 +94,25 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
 
     from firstlab.config import conf_dir
 
+    added = ("+experiment=", "+sweep=")
+    names = {each.name for each in Path(conf_dir()).iterdir() if each.is_dir()} - {"experiment", "sweep"}
+    # Which keys there are depends on what is chosen from the groups.
+    groups = [each for each in arguments if each.startswith(added) or each.partition("=")[0] in names]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         try:
             for argument in arguments:
                 key, plus = argument.lstrip("+").partition("=")[0], argument.startswith("+")
                 if config_name == "train" and key in ("experiment", "sweep") and not plus:
                     raise ValueError(f"{argument} names a file of conf/{key}: write +{argument}")
-                if plus and key not in ("experiment", "sweep"):
-                    raise ValueError(_allowed(key, compose(config_name)))
-            compose(config_name, arguments)
+                if plus and not argument.startswith(added):
+                    raise ValueError(_allowed(key, compose(config_name, groups)))
+            if not flags:
+                compose(config_name, arguments)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             text = str(error)
             unknown = re.search(r"Could not override '([\w.]+)'", text)
             if unknown:
-                text = _allowed(unknown[1], compose(config_name))
+                text = _allowed(unknown[1], compose(config_name, groups))
             else:
                 text = f"{text}\n{error.__cause__ or ''}".partition("Config search path:")[0]
                 lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -122,8 +128,10 @@ def _allowed(key: str, node: Any) -> str:
         path.append(parts.pop(0))
         node = node[path[-1]]
     where = ".".join(path) or "the configuration"
-    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else "none"
-    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys}"
+    if key in ("experiment", "sweep"):
+        return f"{key} is added to the configuration, with a plus: +{key}=NAME"
+    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
+    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}"
 
 
 def _quiet() -> None:

@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> None:
 
     from firstlab import results
     from firstlab.build import build_data, load_run
-    from firstlab.evaluation import evaluate_variant
+    from firstlab.evaluation import evaluate_variant, fingerprint
+    from firstlab.files import claimed
     from firstlab.routes import decided_routes, static_routes
     from firstlab.training.prompt_set import PromptSet
 
@@ -46,30 +47,33 @@ def main(arguments: list[str]) -> None:
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
     routes = decided_routes(Path(run), method, variant, prompts)
     record = results.read(Path(run)) or {}
-    directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}"
+    # The text as well: the same files may hold other text the next time.
+    directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
     model.merge_and_unload()
-    result = evaluate_variant(
-        model,
-        data,
-        config.evaluation,
-        directory,
-        variant,
-        routes,
-        config.seed,
-        config.trainer.progress_bar,
-        static_routes(Path(run), method, model.num_layers),
-    )
-    full = {
-        **{key: record.get(key) for key in ("method", "label", "level", "model")},
-        "data": config.data.name,
-        "directory": str(directory),
-        "config_hash": config.hash(),
-        "config": config.identity(),
-        "seed": config.seed,
-        "variants": {variant: result},
-        **results.provenance(),
-    }
-    results.write(directory, full)
+    with claimed(directory):
+        result = evaluate_variant(
+            model,
+            data,
+            config.evaluation,
+            directory,
+            variant,
+            routes,
+            config.seed,
+            config.trainer.progress_bar,
+            static_routes(Path(run), method, model.num_layers),
+        )
+        earlier = (results.read(directory) or {"variants": {}})["variants"]
+        full = {
+            **{key: record.get(key) for key in ("method", "label", "level", "model")},
+            "data": config.data.name,
+            "directory": str(directory),
+            "config_hash": config.hash(),
+            "config": config.identity(),
+            "seed": config.seed,
+            "variants": earlier | {variant: result},
+            **results.provenance(),
+        }
+        results.write(directory, full)
     results.print_table(f"{config.data.name}: {run}", results.rows(full))
     print(json.dumps({"record": str(directory / results.RESULT)}))
 

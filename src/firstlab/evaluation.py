@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -114,6 +115,7 @@ def generate_predictions(
     ]
     part = file.with_name(f"{file.stem}.{my_rank}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
+    _drop_torn_line(part)
     options: dict[str, Any] = {
         "max_new_tokens": data.max_new_tokens,
         "do_sample": config.do_sample,
@@ -171,6 +173,14 @@ def _decode(tokenizer: Any, tokens: Tensor, pad: int) -> tuple[str, int]:
 
 def _parts(file: Path) -> list[Path]:
     return sorted(file.parent.glob(f"{file.stem}.*.part"))
+
+
+def _drop_torn_line(part: Path) -> None:
+    """Cut off what a kill left of a last line, which would spoil the line that is appended next."""
+    if part.is_file():
+        whole = part.read_bytes()
+        if whole and not whole.endswith(b"\n"):
+            os.truncate(part, whole.rfind(b"\n") + 1)
 
 
 def _read(part: Path) -> Iterator[Prediction]:

@@ -17,9 +17,9 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from firstlab import results
-from firstlab.build import build_data, load_model, model_path
-from firstlab.config import ExperimentConfig, PhaseConfig, TrainerConfig, build, load_dict
+from firstlab import results, targets
+from firstlab.build import build_data, check_device, load_model, model_path
+from firstlab.config import ExperimentConfig, PhaseConfig, load_dict
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
 from firstlab.evaluation import barrier, check_metrics, evaluate_variant, rank
@@ -42,6 +42,8 @@ from firstlab.training.modules import (
 from firstlab.training.prompt_set import PromptSet
 from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
 
+CONFIG = "config.yaml"
+
 
 class Experiment:
     """One run.
@@ -58,31 +60,32 @@ class Experiment:
         self.config, self.method = config, method
         self.directory = config.directory(method)
         check_device(config.trainer)
-        self._prepare_directory()
+        if rank()[0] == 0:
+            self._check_directory()
 
     # -- before anything expensive --
 
-    def _prepare_directory(self) -> None:
-        file = self.directory / "config.yaml"
-        if rank()[0] == 0:
-            if self.config.overwrite and self.directory.exists():
-                with claimed(self.directory):
-                    self._delete()
-            if file.is_file():
+    def _check_directory(self) -> None:
+        if _is_run(self.directory):
+            if not self.config.overwrite:
                 check_same(self.directory, self.config)
-            elif self.directory.exists() and any(x.name != results.FAILURE for x in self.directory.iterdir()):
-                raise ValueError(
-                    f"run_dir={self.directory} is not empty and holds no config.yaml; choose another run_dir"
-                )
-            write_atomically(file, yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True))
-        barrier()
-
-    def _delete(self) -> None:
-        if not (self.directory / "config.yaml").is_file():
+        elif self.directory.is_file():
+            raise ValueError(f"run_dir={self.directory} is a file; choose another run_dir")
+        elif has_begun(self.directory):
             raise ValueError(
-                f"overwrite=true: {self.directory} was not made by firstlab and is left alone; choose another run_dir"
+                f"run_dir={self.directory} is not empty and holds no {CONFIG} of a run, so firstlab did not make "
+                "it and leaves it alone; choose another run_dir"
             )
-        shutil.rmtree(self.directory)
+
+    def _prepare_directory(self) -> None:
+        """Again what was checked at first: another process may have been here in between."""
+        if rank()[0] == 0:
+            self._check_directory()
+            if self.config.overwrite and self.directory.exists():
+                shutil.rmtree(self.directory)
+            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
+            write_atomically(self.directory / CONFIG, text)
+        barrier()
 
     # -- the run --
 
@@ -95,6 +98,7 @@ class Experiment:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
+        self._prepare_directory()
         finished = results.read(self.directory)
         if finished is not None and set(wanted_variants(self.config, self.method)) <= set(finished["variants"]):
             _say(f"{self.directory} is finished already")
@@ -103,9 +107,12 @@ class Experiment:
         L.seed_everything(self.config.seed, workers=True, verbose=False)
         self.data = build_data(self.config)
         self.data.setup("fit")
+        sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation examples"
         if "evaluate" in self.config.phases:
-            _ = self.data.test  # a wrong path or a malformed line stops here, not after the training
+            # A wrong path or a malformed line stops here, not after the training.
+            sizes += f", {len(self.data.test)} to test"
             check_metrics(self.data.task, self.config.evaluation)
+        _say(f"data {self.config.data.name}: {sizes}")
         self.model = self._load_model()
         loggers = self._loggers()
         variants: dict[str, Any] = {}
@@ -176,7 +183,7 @@ class Experiment:
         loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
             node = dict(self.config.logger)
-            loggers.append(build(node, "logger", **logger_options(node, self.directory, self.method.name)))
+            loggers.append(targets.build(node, "logger", **logger_options(node, self.directory, self.method.name)))
         return loggers
 
     # -- phases --
@@ -408,16 +415,6 @@ class Experiment:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def check_device(trainer: TrainerConfig) -> None:
-    """Raises ValueError if the run asks for GPUs that this machine does not have."""
-    if trainer.accelerator != "gpu":
-        return
-    if not torch.cuda.is_available():
-        raise ValueError("trainer.accelerator='gpu' but this machine has no CUDA device; use trainer=cpu")
-    if trainer.devices > torch.cuda.device_count():
-        raise ValueError(f"trainer.devices={trainer.devices} but this machine has {torch.cuda.device_count()} GPU(s)")
-
-
 def variant_names(method: Method) -> tuple[str, str]:
     """The variants of a method: before and after LoRA."""
     return ("base", "base_lora") if method.name == "none" else ("router", "router_lora")
@@ -439,7 +436,7 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
         ValueError: The run directory belongs to another configuration, or its record cannot be read.
     """
     directory = config.directory(method)
-    if config.overwrite or not (directory / "config.yaml").is_file():
+    if config.overwrite or not (directory / CONFIG).is_file():
         return None
     check_same(directory, config)
     record = results.read(directory)
@@ -447,9 +444,32 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
     return record if record is not None and wanted <= set(record["variants"]) else None
 
 
+def _is_run(directory: Path) -> bool:
+    """Whether a directory holds the settings of a run; other programs have a config.yaml, too."""
+    file = directory / CONFIG
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(saved, dict) and {"model", "method", "router_phase"} <= saved.keys()
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a run directory holds more than its settings and why the last try failed."""
+    if not directory.is_dir():
+        return False
+    names = {each.name for each in directory.iterdir() if not each.name.startswith(f".{CONFIG}.")}
+    return bool(names - {CONFIG, results.FAILURE})
+
+
 def check_same(directory: Path, config: ExperimentConfig) -> None:
-    """Raises ValueError if the run directory belongs to a configuration that gives other numbers."""
-    saved = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    """Raises ValueError if the run directory belongs to a configuration that gives other numbers.
+
+    One where nothing has been done yet belongs to none: a wrong `data.root` must not block the right one.
+    """
+    if not has_begun(directory):
+        return
+    saved = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
     old, new = _flat(load_dict(saved).identity()), _flat(config.identity())
     changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:

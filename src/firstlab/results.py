@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from firstlab.files import write_atomically
+from firstlab.files import json_text, write_atomically
 
 RESULT = "result.json"
 FAILURE = "failure.json"
@@ -82,8 +82,8 @@ def peak_memory_bytes() -> int:
 
 
 def write(directory: Path, record: dict[str, Any]) -> None:
-    """Write result.json."""
-    write_atomically(directory / RESULT, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    """Write result.json; what is not finite is null there."""
+    write_atomically(directory / RESULT, json_text(record, indent=2) + "\n")
 
 
 def read(directory: Path) -> dict[str, Any] | None:

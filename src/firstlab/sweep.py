@@ -266,7 +266,7 @@ def run_sweep(
 
 
 def _check_devices(left: Sequence[PlannedRun]) -> None:
-    from firstlab.experiment import check_device
+    from firstlab.build import check_device
 
     for run in left:
         check_device(run.config.trainer)

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from firstlab.files import json_text
+
 SAMPLES = 50
 
 
@@ -40,7 +42,7 @@ class JsonLinesLogger(Logger):
         """Append one line."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+            out.write(json_text({"step": step, "time": time.time(), **metrics}) + "\n")
 
 
 def _is_wandb(logger: dict[str, Any]) -> bool:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from firstlab.config import LoraConfig, RouterConfig, SpeedModelConfig, conf_dir
+from firstlab.config import LoraConfig, RouterConfig, SpeedModelConfig, conf_dir, settings
 from firstlab.entry import check_command_line, guarded
 
 if TYPE_CHECKING:
@@ -103,11 +102,7 @@ def load(composed: DictConfig) -> TrainingSpeedConfig:
     Raises:
         ValueError: One message with the option, its value and what is allowed.
     """
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
-    assert isinstance(config, TrainingSpeedConfig)
+    config = settings(composed, TrainingSpeedConfig)
     config.check()
     return config
 

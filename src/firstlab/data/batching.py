@@ -18,7 +18,7 @@ def cut(items: Sequence[int], parts: int) -> list[list[int]]:
 def batch_count(n: int, batch_size: int) -> int:
     """How many batches of at most `batch_size` hold `n` samples."""
     if batch_size < 1:
-        raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     return -(-n // batch_size)
 
 
@@ -121,9 +121,9 @@ class DistributedBatches:
         smallest = n // self.batches_per_epoch
         if smallest < world_size:
             raise ValueError(
-                f"trainer.devices (with trainer.num_nodes) gives {world_size} processes, but data.batch_size="
+                f"trainer.devices (with trainer.num_nodes) gives {world_size} processes, but batch_size="
                 f"{batch_size} over {n} training samples makes global batches of {smallest}: every process "
-                "needs a row; raise data.batch_size or lower trainer.devices"
+                "needs a row; raise batch_size of the phase or lower trainer.devices"
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size

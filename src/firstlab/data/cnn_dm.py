@@ -21,8 +21,8 @@ class CnnDailyMail(Task):
     """Articles with their highlights (paper, section 5).
 
     Args:
-        root: Directory with train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ..., "id":
-            ...}` for each article; None takes the hub's data set.
+        root: Directory with train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ...}` for
+            each article, with an "id" or without; None takes the hub's data set.
         pool_size: How many articles of the train split to keep in memory, at even distances; None keeps all
             287,113.
 
@@ -34,7 +34,7 @@ class CnnDailyMail(Task):
 
     def __init__(self, root: str | None = None, pool_size: int | None = 20_000) -> None:
         if pool_size is not None and pool_size < 1:
-            raise ValueError(f"data.pool_size={pool_size} must be at least 1, or null for every article")
+            raise ValueError(f"data.task.pool_size={pool_size} must be at least 1, or null for every article")
         self.root = root
         self.pool_size = pool_size
 
@@ -59,14 +59,18 @@ class CnnDailyMail(Task):
 
     def _read_file(self, split: str, root: str) -> list[Example]:
         (path,) = data_files(root, [FILES[split]])
-        return _examples((f"{path}, line {number}", row) for number, row in enumerate(read_jsonl(path), start=1))
+        rows = enumerate(read_jsonl(path), start=1)
+        return _examples(
+            (f"{path}, line {number}", {"id": f"{split}:{number}", **row} if isinstance(row, dict) else row)
+            for number, row in rows
+        )
 
 
 def _examples(rows: Iterable[tuple[str, Any]]) -> list[Example]:
     return [
         Example(
-            id=clean_text(member(row, "id", where), where, "id"),
             source=clean_text(member(row, "article", where), where, "article"),
+            id=clean_text(member(row, "id", where), where, "id"),
             references=(clean_text(member(row, "highlights", where), where, "highlights"),),
         )
         for where, row in rows

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from firstlab.data.batching import Buckets, DistributedBatches, FixedBatches, batch_count, shard_batches
 from firstlab.data.encoding import (
+    LENGTHS,
     Batch,
     LossOn,
     PromptRows,
@@ -111,7 +112,7 @@ class PromptDataModule(L.LightningDataModule):
         self.task, self.tokenizer = task, tokenizer
         self.train_size, self.val_size, self.test_size, self.seed = train_size, val_size, test_size, seed
         self.max_length, self.max_new_tokens, self.loss_on = max_length, max_new_tokens, loss_on
-        self.prompt_option = "data.max_length" if max_prompt_length is None else "data.max_prompt_length"
+        self.prompt_option = LENGTHS if max_prompt_length is None else "data.max_prompt_length"
         self.max_prompt_length = max_length if max_prompt_length is None else max_prompt_length
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.epochs, self.total_batches, self.bucket = epochs, total_batches, bucket
@@ -122,7 +123,7 @@ class PromptDataModule(L.LightningDataModule):
         limit = tokenizer.model_max_length
         if max(max_length, self.max_prompt_length + max_new_tokens) > limit:
             raise ValueError(
-                f"data.max_length={max_length} or {self.prompt_option}={self.max_prompt_length} with "
+                f"{LENGTHS}={max_length} or {self.prompt_option}={self.max_prompt_length} with "
                 f"data.max_new_tokens={max_new_tokens} exceeds the tokenizer's model_max_length of "
                 f"{limit}: lower them"
             )
@@ -301,9 +302,9 @@ class PromptDataModule(L.LightningDataModule):
         }
         if len(counts) > 1:
             raise ValueError(
-                f"{option}: {len(examples)} examples in data.eval_batch_size={self.eval_batch_size} give "
+                f"{option}: {len(examples)} examples in evaluation.batch_size={self.eval_batch_size} give "
                 f"some of the {world_size} processes fewer batches than others, which would hang them: set "
-                f"data.eval_batch_size to at least 2, a number of examples that {world_size} divides, or "
+                f"evaluation.batch_size to at least 2, a number of examples that {world_size} divides, or "
                 "fewer trainer.devices"
             )
         rows = TrainingRows(self.task, examples, self.tokenizer, self.max_length)

@@ -17,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from firstlab.data.task import Example, Task
 
+#: The settings that bound prompt and response in training, phase by phase.
+LENGTHS = "data.max_length_router or data.max_length_lora"
+
 LossOn = Literal["all", "response"]
 Batch = dict[str, Tensor]
 
@@ -68,7 +71,7 @@ def fit_prompt(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
-    option: str = "data.max_length",
+    option: str = LENGTHS,
 ) -> str:
     """The prompt of `example` in at most `max_tokens` tokens, its source text cut at the end where needed.
 

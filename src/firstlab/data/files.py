@@ -61,7 +61,7 @@ def read_text(path: Path) -> str:
     """The UTF-8 text of a file, without a byte order mark.
 
     Raises:
-        ValueError: The file is empty or not UTF-8.
+        ValueError: The file is empty, not UTF-8, or holds a NUL.
     """
     data = path.read_bytes()
     try:
@@ -72,6 +72,9 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; download or create it again")
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"{path}, line {line}: a NUL, which no text has; if the file is UTF-16, convert it to UTF-8")
     return text
 
 
@@ -80,8 +83,14 @@ def read_lines(path: Path) -> list[str]:
 
     `str.splitlines` would also split at U+2028, U+0085 and others, which occur inside sentences, and so shift
     one side of parallel text against the other.
+
+    Raises:
+        ValueError: As `read_text`, or the lines end in "\r" alone.
     """
-    lines = read_text(path).split("\n")
+    text = read_text(path)
+    if "\n" not in text and "\r" in text.rstrip("\r"):
+        raise ValueError(f"{path}, line 1: lines end in CR alone; convert them to LF or CRLF")
+    lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
@@ -133,6 +142,8 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}, line {line}: invalid JSON ({error.msg}); correct or remove this line") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise ValueError(f"{path}, line {first_line}: JSON beyond Python's limits ({error}); correct it") from error
 
 
 def read_json(path: Path) -> Any:

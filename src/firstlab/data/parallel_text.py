@@ -12,15 +12,29 @@ from firstlab.data.task import Example, Task
 
 #: The words that the prompt uses for a language code.
 LANGUAGE_NAMES = {
+    "ar": "Arabic",
     "cs": "Czech",
+    "da": "Danish",
     "de": "German",
+    "el": "Greek",
     "en": "English",
     "es": "Spanish",
     "fi": "Finnish",
     "fr": "French",
+    "hi": "Hindi",
+    "hu": "Hungarian",
+    "it": "Italian",
     "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ro": "Romanian",
     "ru": "Russian",
+    "sv": "Swedish",
+    "tr": "Turkish",
     "uk": "Ukrainian",
+    "vi": "Vietnamese",
     "zh": "Chinese",
 }
 
@@ -53,11 +67,15 @@ class ParallelText(Task):
         test: str = "test_2016_flickr",
     ) -> None:
         for option, code in (
-            ("data.source_language", source_language),
-            ("data.target_language", target_language),
+            ("data.task.source_language", source_language),
+            ("data.task.target_language", target_language),
         ):
             if code not in LANGUAGE_NAMES:
                 raise ValueError(f"{option}={code} is unknown: choose one of {', '.join(LANGUAGE_NAMES)}")
+        if source_language == target_language:
+            raise ValueError(
+                f"data.task.source_language and data.task.target_language are both {source_language}: change one"
+            )
         self.source_language = source_language
         self.target_language = target_language
         self.language_names = LANGUAGE_NAMES[source_language], LANGUAGE_NAMES[target_language]
@@ -66,7 +84,7 @@ class ParallelText(Task):
         self.validation_name = validation
         self.test_name = test
         if not self.train_names:
-            raise ValueError("data.train=[] names no training text: give at least one name")
+            raise ValueError("data.task.train=[] names no training text: give at least one name")
         used = [*self.train_names, test, *([validation] if validation is not None else [])]
         for name in used:
             if used.count(name) > 1:

@@ -42,7 +42,10 @@ class Squad(Task):
     def _read(self, split: str) -> list[Example]:
         if self.root is not None:
             (path,) = data_files(self.root, [FILES[split]])
-            return list(_examples_of_file(path))
+            examples = list(_examples_of_file(path))
+            if not examples:
+                raise ValueError(f"{path}: no article has a question; download or create the file again")
+            return examples
         rows = load_hub_split(HUB_ID, None, split, list(FILES.values()))
         return [
             _example(row["id"], row["context"], row["question"], row["answers"]["text"], f"{HUB_ID} {split}")

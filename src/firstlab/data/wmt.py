@@ -28,9 +28,9 @@ class WMTTranslation(ParallelText):
         self, pair: str, root: str | None = None, train_years: Sequence[int] = (2017, 2018, 2019, 2020)
     ) -> None:
         if pair not in PAIRS:
-            raise ValueError(f"data.pair={pair} is unknown: choose one of {', '.join(PAIRS)}")
+            raise ValueError(f"data.task.pair={pair} is unknown: choose one of {', '.join(PAIRS)}")
         if TEST_YEAR in train_years:
-            raise ValueError(f"data.train_years holds {TEST_YEAR}, which is the test set: remove it")
+            raise ValueError(f"data.task.train_years holds {TEST_YEAR}, which is the test set: remove it")
         source, target = pair.split("-")
         super().__init__(
             source,

@@ -85,7 +85,8 @@ class First(Method):
                 "method.calibrate_rate=true moves the threshold after phase 1, and method.one_phase=true trains the "
                 "routers after it: drop one of them"
             )
-        for option, least in (("codebook_size", 1), ("codebook_rounds", 1), ("fit_prompts", 4)):
+        least_of = {"calibration_prompts": 1, "codebook_size": 1, "codebook_rounds": 1, "fit_prompts": 4}
+        for option, least in least_of.items():
             if getattr(self, option) < least:
                 raise ValueError(f"method.{option}={getattr(self, option)} must be at least {least}")
         if self.start == "codebook" and self.codebook_size > self.calibration_prompts:

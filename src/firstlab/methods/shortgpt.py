@@ -25,6 +25,11 @@ class ShortGPT(FixedCount):
     protect_last: int = 0
     calibration_prompts: int = 128
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration_prompts < 1:
+            raise ValueError(f"method.calibration_prompts={self.calibration_prompts} must be at least 1")
+
     def routes(self, prompts: Prompts) -> Tensor:
         """[L], without the k least influential of the unprotected layers."""
         layers = prompts.num_layers

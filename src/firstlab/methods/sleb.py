@@ -22,6 +22,11 @@ class SLEB(FixedCount):
     name: ClassVar[str] = "sleb"
     calibration_prompts: int = 128
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration_prompts < 1:
+            raise ValueError(f"method.calibration_prompts={self.calibration_prompts} must be at least 1")
+
     def routes(self, prompts: Prompts) -> Tensor:
         """Greedy elimination of k layers."""
         layers = prompts.num_layers

@@ -14,11 +14,11 @@ import hydra
 import torch
 import transformers
 from hydra.core.config_store import ConfigStore
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from firstlab.config import conf_dir
+from firstlab import targets
+from firstlab.config import conf_dir, settings
 from firstlab.data.task import Task
 from firstlab.entry import guarded
 from firstlab.files import write_atomically
@@ -129,10 +129,9 @@ def finish(config: NanoConfig, tasks: dict[str, Task], work: Path) -> dict[str, 
 def main(raw: DictConfig) -> None:
     """Prepares, trains, saves and scores; goes on where an earlier call was stopped."""
     OmegaConf.resolve(raw)
-    config = OmegaConf.to_object(raw)
-    assert isinstance(config, NanoConfig)
+    config = settings(raw, NanoConfig)
     check(config)
-    tasks = {name: instantiate(chosen.task) for name, chosen in config.tasks.items()}
+    tasks = {name: targets.build(chosen.task, f"tasks.{name}.task") for name, chosen in config.tasks.items()}
     work = Path(config.work_dir)
     prepare(config, tasks, work)
     train_in_processes(config, work)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig
+
+from firstlab.config import settings
 
 
 @dataclass
@@ -130,10 +131,6 @@ def load(config: DictConfig) -> TablesConfig:
     Raises:
         ValueError: One message with the option, its value and what is allowed.
     """
-    try:
-        checked = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
-    assert isinstance(checked, TablesConfig)
+    checked = settings(config, TablesConfig)
     checked.check()
     return checked
