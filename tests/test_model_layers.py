@@ -122,7 +122,11 @@ TINY = {"vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "intermed
 @pytest.mark.parametrize(
     ("architecture", "sizes", "message"),
     [
-        ("rwkv", {"hidden_size": 16, "attention_hidden_size": 16, "vocab_size": 31, "num_hidden_layers": 2}, "RwkvModel, which runs the layers, takes no past_key_values"),
+        (
+            "rwkv",
+            {"hidden_size": 16, "attention_hidden_size": 16, "vocab_size": 31, "num_hidden_layers": 2},
+            "RwkvModel, which runs the layers, takes no past_key_values",
+        ),
         ("bert", {**TINY, "num_hidden_layers": 2}, "BertEncoder, which runs the layers, takes no input_ids;"),
         ("openai-gpt", {"n_embd": 16, "n_layer": 2, "n_head": 2}, "OpenAIGPTModel, .* takes no past_key_values"),
         ("recurrent_gemma", {**TINY, "num_hidden_layers": 3}, "RecurrentGemmaConfig: .* state-space, recurrent"),

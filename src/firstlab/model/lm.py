@@ -18,7 +18,15 @@ from firstlab.model import storage
 from firstlab.model.cache import RoutedCache
 from firstlab.model.early_exit import EarlyExit
 from firstlab.model.generation import check_generation_options, option_value
-from firstlab.model.layers import IntermediateHead, check_decoder, find_cache, find_decoder, make_dense, make_routable, routing
+from firstlab.model.layers import (
+    IntermediateHead,
+    check_decoder,
+    find_cache,
+    find_decoder,
+    make_dense,
+    make_routable,
+    routing,
+)
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
 from firstlab.model.routers import Routers, RouterSettings
