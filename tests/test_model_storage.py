@@ -169,7 +169,7 @@ def test_incomplete_config_is_named(tmp_path, text, message):
     [
         (
             {"num_hidden_layers": LAYERS + 1},
-            rf"9 missing \(model\.layers\.{LAYERS}\.input_layernorm\.weight, \.\.\.\);",
+            rf"9 missing \(model\.layers\.{LAYERS}\.input_layernorm\.weight, ",
         ),
         ({"intermediate_size": 64}, rf"{3 * LAYERS} misshapen \(model\.layers\.0\.mlp\.down_proj\.weight, "),
     ],
