@@ -141,6 +141,13 @@ class RouterAugmentedLM(nn.Module):
         return self.lm.device
 
     @property
+    def max_positions(self) -> int | None:
+        """Tokens that a table of absolute positions has room for; None where positions are relative."""
+        config = self.config.get_text_config(decoder=True)
+        rotary = getattr(config, "rope_parameters", None) is not None
+        return None if rotary else getattr(config, "max_position_embeddings", None)
+
+    @property
     def num_layers(self) -> int:
         """Number of decoder layers L."""
         return self.routers.num_layers
