@@ -180,7 +180,7 @@ def test_a_logger_is_looked_at_before_anything_is_loaded():
         (["method=none", "method.target_skip=0.1"], "method has no key 'target_skip'; its keys are _target_"),
         (["logger=wandb", "logger.entiti=x"], "logger has no key 'entiti'; its keys are _target_, save_dir, project"),
         (["+experiment=squad_a0.01", "method.alhpa=1"], "method has no key 'alhpa'; its keys are _target_, alpha"),
-        (["experiment=squad_a0.01"], "with a plus: +experiment=NAME"),
+        (["experiment=squad_a0.01"], "write +experiment=squad_a0.01"),
         (["--multirun", "+model.bogus=1"], "model.bogus is unknown: model has no key 'bogus'"),
     ],
 )

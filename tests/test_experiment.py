@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from firstlab import evaluate, results
+from firstlab import evaluate, results, train
 from firstlab import experiment as experiment_module
 from firstlab.build import dense_counterpart, load_run
+from firstlab.config import conf_dir, register
 from firstlab.experiment import Experiment
 from firstlab.model import RouterAugmentedLM
 from firstlab.report import report
@@ -95,6 +97,15 @@ def test_asking_for_a_gpu_where_there_is_none(tiny_model_dir: Path, tmp_path: Pa
     config, method = composed(*overrides(tiny_model_dir, tmp_path, "trainer=gpu"))
     with pytest.raises(ValueError, match="no CUDA device; use trainer=cpu"):
         Experiment(config, method)
+
+
+def test_what_is_impossible_shows_before_the_dense_run(tiny_model_dir: Path, tmp_path: Path):
+    register()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = compose("train", overrides(tiny_model_dir, tmp_path, "method.target_skip=0.9"))
+    with pytest.raises(ValueError, match="cannot skip 4 of 4 layers .* lower method.target_skip, to skip at most 2"):
+        train.run(config)
+    assert [x.name for x in tmp_path.rglob("config.yaml")] == ["config.yaml"]
 
 
 def test_an_unavailable_model_says_what_to_do(tmp_path: Path):

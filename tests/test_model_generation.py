@@ -399,6 +399,8 @@ def test_unsupported_options_are_named(name, where):
         options = {"generation_config": GenerationConfig()}
         setattr(options["generation_config"], name, UNSUPPORTED[name])
     else:
+        if name == "use_cache":
+            return  # see `test_a_model_whose_own_config_turns_the_cache_off`
         setattr(model.lm.generation_config, name, UNSUPPORTED[name])
     with pytest.raises(ValueError, match=f"{name}=.*drop the option"):
         model.generate(ids, max_new_tokens=2, **options)
@@ -431,8 +433,19 @@ def test_hybrid_of_older_hub_configs_is_read_as_dynamic():
 
 def test_a_keyword_overrules_the_models_own_default():
     model = routed_model()
+    model.lm.generation_config.cache_implementation = "static"
+    assert model.generate(prompts((4,))[0], cache_implementation=None, max_new_tokens=2).shape == (1, 6)
+
+
+def test_a_model_whose_own_config_turns_the_cache_off():
+    """Checkpoints saved after training with gradient checkpointing often carry use_cache=false."""
+    model = routed_model()
+    ids, mask = prompts()
+    expected = model.generate(ids, mask, **GREEDY)
     model.lm.generation_config.use_cache = False
-    assert model.generate(prompts((4,))[0], use_cache=True, max_new_tokens=2).shape == (1, 6)
+    assert torch.equal(model.generate(ids, mask, **GREEDY), expected)
+    given = GenerationConfig(max_new_tokens=GREEDY["max_new_tokens"], do_sample=False)
+    assert torch.equal(model.generate(ids, mask, generation_config=given), expected)
 
 
 def test_every_generation_option_has_been_thought_of():

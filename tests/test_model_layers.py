@@ -116,6 +116,28 @@ def test_models_without_a_head_are_refused():
         RouterAugmentedLM(tiny_model("llama").model)
 
 
+TINY = {"vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "message"),
+    [
+        (
+            "rwkv",
+            {"hidden_size": 16, "attention_hidden_size": 16, "vocab_size": 31, "num_hidden_layers": 2},
+            "RwkvModel, which runs the layers, takes no past_key_values",
+        ),
+        ("bert", {**TINY, "num_hidden_layers": 2}, "BertEncoder, which runs the layers, takes no input_ids;"),
+        ("openai-gpt", {"n_embd": 16, "n_layer": 2, "n_head": 2}, "OpenAIGPTModel, .* takes no past_key_values"),
+        ("recurrent_gemma", {**TINY, "num_hidden_layers": 3}, "RecurrentGemmaConfig: .* state-space, recurrent"),
+    ],
+)
+def test_models_without_one_kv_cache_per_layer_are_refused_when_wrapped(architecture, sizes, message):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes))
+    with pytest.raises(ValueError, match=message):
+        RouterAugmentedLM(model)
+
+
 def fake(**lists: nn.Module) -> nn.Module:
     model = nn.Module()
     text = SimpleNamespace(num_hidden_layers=3, hidden_size=4)

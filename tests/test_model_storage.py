@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firstlab import RouterAugmentedLM
 from firstlab.model import LoraSettings, ModelUnavailableError, RouterSettings, load_tokenizer
-from models import pair, prompts, random_routers, tiny_model
+from models import LAYERS, pair, prompts, random_routers, tiny_model
 from test_model_lora import logits
+from tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture
@@ -150,6 +151,60 @@ def test_broken_config_is_named(tmp_path):
         RouterAugmentedLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "config.json holds no JSON object"),
+        ('{"model_type": "firstlab"}', "has no key base_model_name_or_path and no key router"),
+    ],
+)
+def test_incomplete_config_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelUnavailableError, match=message):
+        RouterAugmentedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_hidden_layers": LAYERS + 1},
+            rf"9 missing \(model\.layers\.{LAYERS}\.input_layernorm\.weight, ",
+        ),
+        ({"intermediate_size": 64}, rf"{3 * LAYERS} misshapen \(model\.layers\.0\.mlp\.down_proj\.weight, "),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_not_drawn_at_random(base_folder, change, message):
+    file = base_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ModelUnavailableError, match=f"do not fit config.json: {message}"):
+        RouterAugmentedLM.from_pretrained(base_folder)
+
+
+def test_code_in_a_model_folder_is_neither_run_nor_asked_about(base_folder, monkeypatch):
+    file, map_ = base_folder / "config.json", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "own", "auto_map": map_}))
+    (base_folder / "code.py").write_text("raise SystemExit('was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ModelUnavailableError, match="needs code from the hub, which firstlab does not run"):
+        RouterAugmentedLM.from_pretrained(base_folder)
+    with pytest.raises(ModelUnavailableError):
+        load_tokenizer(base_folder)
+
+
+def test_options_whose_package_is_missing_say_so(base_folder):
+    with pytest.raises(ModelUnavailableError, match="a package that it, .* is missing: install it, or drop the option"):
+        RouterAugmentedLM.from_pretrained(base_folder, attn_implementation="flash_attention_2")
+
+
+def test_a_broken_tokenizer_is_named(base_folder):
+    tiny_tokenizer().save_pretrained(base_folder)
+    file = base_folder / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+        load_tokenizer(base_folder)
+
+
 def test_truncated_base_is_named(base_folder):
     file = base_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-40])
@@ -192,7 +247,7 @@ def test_pickled_weights_are_not_read(base_folder):
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     torch.save(model.state_dict(), base_folder / "pytorch_model.bin")
     (base_folder / "model.safetensors").unlink()
-    with pytest.raises(ModelUnavailableError):
+    with pytest.raises(ModelUnavailableError, match="has no safetensors, the one format read"):
         RouterAugmentedLM.from_pretrained(base_folder)
 
 

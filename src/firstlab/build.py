@@ -86,10 +86,24 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     torch.manual_seed(config.seed)
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
     model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
+    check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk
     on_gpu = config.trainer.accelerator == "gpu"
     return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
+
+
+def check_lengths(config: ExperimentConfig, max_positions: int | None) -> None:
+    """Raises ValueError if the lengths of the data go beyond the model's table of positions."""
+    data = config.data
+    new_tokens = max(data.max_new_tokens, config.evaluation.tpot_tokens)
+    for option, length in (
+        ("data.max_length_router", data.max_length_router),
+        ("data.max_length_lora", data.max_length_lora),
+        ("data.max_prompt_length plus new tokens", data.max_prompt_length + new_tokens),
+    ):
+        if max_positions is not None and length > max_positions:
+            raise ValueError(f"{option}={length} exceeds the {max_positions} positions of the model; lower it")
 
 
 class TrainedRun(NamedTuple):

@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> None:
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={options.max_new_tokens} must be at least 1")
     text = " ".join(words) if words else sys.stdin.read().strip()
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text is not valid UTF-8; convert it")
 
     import torch
     from transformers import TextStreamer
@@ -107,6 +109,12 @@ def main(arguments: list[str]) -> None:
     ids = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
     if ids.numel() == 0:
         raise ValueError("the text is empty, and this tokenizer adds no BOS token; give at least one word")
+    room = model.max_positions
+    if room is not None and ids.shape[1] + new_tokens > room:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens and max_new_tokens={new_tokens}, but the model has {room} "
+            "positions; shorten the text or lower max_new_tokens"
+        )
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(

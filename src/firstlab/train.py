@@ -36,9 +36,10 @@ def run(composed: DictConfig) -> None:
     from firstlab.report import report
 
     experiment = Experiment(config, method)
+    # Before the dense run: what is impossible for the method and this model shows here.
+    experiment.run()
     if config.compare_with_base and method.name != "none":
         Experiment(*dense_counterpart(config)).run()
-    experiment.run()
     if not is_sweep_job():
         report(experiment)
 

@@ -147,10 +147,11 @@ def check_count(count: int, num_layers: int, protect_first: int, protect_last: i
     Raises:
         ValueError: They cannot.
     """
-    if count > num_layers - protect_first - protect_last:
+    most = num_layers - protect_first - protect_last
+    if count > most:
         raise ValueError(
-            f"cannot skip {count} of {num_layers} layers while the first {protect_first} and the last "
-            f"{protect_last} are kept: lower method.target_skip"
+            f"cannot skip {count} of {num_layers} layers while the first {protect_first} and the last {protect_last} "
+            f"are kept: lower method.target_skip, to skip at most {max(most, 0)}"
         )
     return count
 

@@ -57,7 +57,8 @@ def check_generation_options(options: dict[str, Any], defaults: GenerationConfig
     def value(name: str) -> Any:
         return option_value(name, options, defaults)
 
-    if value("use_cache") is False:
+    # The model's own default does not count: configs saved after training often carry it.
+    if options.get("use_cache") is False or getattr(config, "use_cache", None) is False:
         raise ValueError("use_cache=False cannot be used: the route of a prompt lives in its KV cache; drop the option")
     if options.get("inputs_embeds") is not None and value("prefill_chunk_size") is not None:
         raise ValueError(

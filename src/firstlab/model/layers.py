@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -166,3 +167,14 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
         )
     [(name, layers)] = lists.items()
     return modules[name.rpartition(".")[0]], layers
+
+
+def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Raises ValueError if `decoder` does not take tokens and a KV cache, where routes and prompts are seen."""
+    taken = signature(decoder.forward).parameters
+    missing = [name for name in ("input_ids", "past_key_values") if name not in taken]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__}: {type(decoder).__name__}, which runs the layers, takes no "
+            f"{' and no '.join(missing)}; only decoder-only models with a key-value cache can be routed"
+        )

@@ -18,7 +18,15 @@ from firstlab.model import storage
 from firstlab.model.cache import RoutedCache
 from firstlab.model.early_exit import EarlyExit
 from firstlab.model.generation import check_generation_options, option_value
-from firstlab.model.layers import IntermediateHead, find_cache, find_decoder, make_dense, make_routable, routing
+from firstlab.model.layers import (
+    IntermediateHead,
+    check_decoder,
+    find_cache,
+    find_decoder,
+    make_dense,
+    make_routable,
+    routing,
+)
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
 from firstlab.model.routers import Routers, RouterSettings
@@ -76,9 +84,11 @@ class RouterAugmentedLM(nn.Module):
             raise ValueError(
                 f"{type(lm).__name__} has no language-model head; load it with AutoModelForCausalLM.from_pretrained"
             )
+        check_decoder(lm, decoder)
         self.lm: PreTrainedModel = lm
         hidden_size = lm.config.get_text_config(decoder=True).hidden_size
         self.routers = Routers(len(layers), hidden_size, settings).to(next(layers.parameters()).device)
+        RoutedCache(lm.config, self.routers)  # a cache that cannot carry routes is refused now, not after training
         self.gradient_checkpointing = False
         self.loss_chunk = LOSS_CHUNK
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
@@ -129,6 +139,13 @@ class RouterAugmentedLM(nn.Module):
     def device(self) -> torch.device:
         """Where inputs go."""
         return self.lm.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a table of absolute positions has room for; None where positions are relative."""
+        config = self.config.get_text_config(decoder=True)
+        rotary = getattr(config, "rope_parameters", None) is not None
+        return None if rotary else getattr(config, "max_position_embeddings", None)
 
     @property
     def num_layers(self) -> int:
@@ -449,6 +466,8 @@ class RouterAugmentedLM(nn.Module):
             ValueError: An option that routed decoding cannot honour, named in the message.
         """
         check_generation_options(kwargs, self.lm.generation_config)
+        if option_value("use_cache", kwargs, self.lm.generation_config) is False:
+            kwargs["use_cache"] = True
         embeds = kwargs.get("inputs_embeds")
         if input_ids is None and embeds is None:
             raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")

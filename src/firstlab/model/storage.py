@@ -28,12 +28,16 @@ class ModelUnavailableError(ValueError):
 
 def _unavailable(path: str, error: Exception) -> ModelUnavailableError:
     text = str(error).lower()
-    if Path(path).exists():
+    if isinstance(error, ImportError):
+        way_out = "a package that it, or an option given with it, needs is missing: install it, or drop the option"
+    elif "trust_remote_code" in text or "custom code" in text:
+        way_out = "it needs code from the hub, which firstlab does not run; choose a model that transformers ships"
+    elif "safetensors" in text and ("no file named" in text or "not appear to have a file named" in text):
+        way_out = "it has no safetensors, the one format read; load it elsewhere and save_pretrained() it again"
+    elif path and Path(path).exists():
         way_out = "the folder exists but cannot be read as a transformers causal LM"
     elif "gated" in text or "401" in text or "403" in text:
         way_out = "it is gated: accept its licence on the hub, then log in with `hf auth login` or set HF_TOKEN"
-    elif "trust_remote_code" in text or "custom code" in text:
-        way_out = "it needs code from the hub, which firstlab does not run; choose a model that transformers ships"
     else:
         way_out = (
             "no such folder, and the hub has no such model or cannot be reached: check the name, or download the "
@@ -49,12 +53,25 @@ def load_base(path: str, **kwargs: Any) -> PreTrainedModel:
     """A causal LM from a hub id or folder, from safetensors, without remote code.
 
     Raises:
-        ModelUnavailableError: It cannot be loaded.
+        ModelUnavailableError: It cannot be loaded, or lacks weights that its config asks for.
     """
+    # Without trust_remote_code=False transformers would ask at the terminal.
+    options = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **{"use_safetensors": True, **kwargs})
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _unavailable(path, error) from error
+    # transformers would draw these at random and go on.
+    absent = sorted(info["missing_keys"])
+    misfits = sorted(name for name, *_ in info["mismatched_keys"])
+    if absent or misfits:
+        faults = [f"{len(x)} {what} ({x[0]}, ...)" for x, what in ((absent, "missing"), (misfits, "misshapen")) if x]
+        raise ModelUnavailableError(
+            f"model.path={path!r}: the weights do not fit config.json: {' and '.join(faults)}; copy or download the "
+            "whole model again"
+        )
+    return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -66,8 +83,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     saved = read_config(path)
     location = str(path) if saved is None else base_location(path, saved)
     try:
-        return AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises no narrower class
         raise _unavailable(location, error) from error
 
 
@@ -80,7 +97,14 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelUnavailableError(f"{file} is not valid JSON ({error}); save the model again") from error
-    return config if config.get("model_type") == FORMAT else None
+    if not isinstance(config, dict):
+        raise ModelUnavailableError(f"{file} holds no JSON object; save the model again")
+    if config.get("model_type") != FORMAT:
+        return None
+    missing = [key for key in ("base_model_name_or_path", "router") if key not in config]
+    if missing:
+        raise ModelUnavailableError(f"{file} has no key {' and no key '.join(missing)}; save the model again")
+    return config
 
 
 def base_location(path: str | Path, config: dict[str, Any]) -> str:
