@@ -128,8 +128,6 @@ def _allowed(key: str, node: Any) -> str:
         path.append(parts.pop(0))
         node = node[path[-1]]
     where = ".".join(path) or "the configuration"
-    if key in ("experiment", "sweep"):
-        return f"{key} is added to the configuration, with a plus: +{key}=NAME"
     keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
     return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}"
 

@@ -149,9 +149,9 @@ def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConf
                 f"{' '.join(overrides)}: its run directory {run.directory} is also that of another run of this sweep "
                 f"({' '.join(other.overrides)}); give one of them a note"
             )
-    for error, affected in broken.items():
+    for message, affected in broken.items():
         others = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
-        problems.append(f"{affected[0]}{others}: {error}")
+        problems.append(f"{affected[0]}{others}: {message}")
     _raise_all(problems)
     return list(planned.values())
 

@@ -59,7 +59,8 @@ def load_base(path: str, **kwargs: Any) -> PreTrainedModel:
     options = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, info = loaded
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _unavailable(path, error) from error
     # transformers would draw these at random and go on.
