@@ -276,6 +276,7 @@ class TrainerConfig:
         precision: Lightning precision.
         gradient_checkpointing: Recompute layer activations in the backward pass.
         loss_chunk: Positions whose logits exist at a time; fewer need less memory.
+        prompt_cache_mib: Keys and values of prompts that calibration may keep, so that it reads each prompt once.
         progress_bar: Show progress.
     """
 
@@ -286,6 +287,7 @@ class TrainerConfig:
     precision: str = "32-true"
     gradient_checkpointing: bool = False
     loss_chunk: int = 1024
+    prompt_cache_mib: int = 2048
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -296,7 +298,7 @@ class TrainerConfig:
         _require(
             self.precision in PRECISIONS, "trainer.precision", self.precision, f"choose one of {', '.join(PRECISIONS)}"
         )
-        _require_least(self, "trainer", {"devices": 1, "num_nodes": 1, "loss_chunk": 1})
+        _require_least(self, "trainer", {"devices": 1, "num_nodes": 1, "loss_chunk": 1, "prompt_cache_mib": 0})
         if self.precision == "16-mixed" and self.accelerator == "cpu":
             raise ValueError("trainer.precision='16-mixed' needs trainer.accelerator=gpu; on CPU use bf16-mixed")
         if self.strategy == "auto" and self.devices * self.num_nodes > 1:

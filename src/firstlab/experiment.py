@@ -207,7 +207,8 @@ class Experiment:
         return routes
 
     def _prompts(self, examples: Sequence[Example]) -> PromptSet:
-        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size)
+        room = self.config.trainer.prompt_cache_mib * 2**20
+        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room)
 
     def _start_routers(self) -> dict[str, float]:
         """Put the routers where phase 1 begins; returns what is to be recorded about that."""

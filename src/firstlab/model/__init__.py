@@ -6,12 +6,14 @@ from firstlab.model.lm import RouterAugmentedLM, RouterAugmentedOutput
 from firstlab.model.lora import LoraSettings
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import Routes, StepRoutes, layer_skips, routes_from_json, routes_to_json
+from firstlab.model.split import PromptReading
 from firstlab.model.storage import ModelUnavailableError, load_tokenizer
 
 __all__ = [
     "EarlyExit",
     "LoraSettings",
     "ModelUnavailableError",
+    "PromptReading",
     "RoutedCache",
     "RouterAugmentedLM",
     "RouterAugmentedOutput",

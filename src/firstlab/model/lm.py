@@ -31,7 +31,7 @@ from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import Routes, check_routes
-from firstlab.model.split import PromptCache, Split
+from firstlab.model.split import PromptCache, PromptReading, Split
 from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
 
 # Half a GiB of fp32 logits for a vocabulary of 128k.
@@ -289,10 +289,10 @@ class RouterAugmentedLM(nn.Module):
         )
         constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
         if constant_prompt and torch.is_grad_enabled() and not any(p.requires_grad for p in self.lm.parameters()):
-            split = Split.of(prompt_mask, attended & ~prompt_mask)
-            if split is not None:
-                assert input_ids is not None and labels is not None
-                return self._behind_constant_prompts(split, input_ids, labels, gate)
+            assert input_ids is not None and labels is not None
+            reading = self.read_prompts(input_ids, attention_mask, prompt_mask)
+            if reading is not None:
+                return self.respond(reading, labels, gate)
         run = self.lm if keep_logits else self.lm.base_model
         with routing(current):
             out = run(
@@ -312,37 +312,62 @@ class RouterAugmentedLM(nn.Module):
         found = self._losses(out.last_hidden_state, self.output_head(), labels, attended, rho)
         return RouterAugmentedOutput(**found, ran=current.ran)
 
-    def _behind_constant_prompts(
-        self, split: Split, input_ids: Tensor, labels: Tensor, gate: str
-    ) -> RouterAugmentedOutput:
-        """The decode-consistent pass where nothing but routers learns: prompts first, as in prefill, without a graph.
+    def read_prompts(self, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor) -> PromptReading | None:
+        """Prompts alone, as prefill runs them, without a graph but that from rho to the routers; for `respond`.
 
-        Backward goes through the response tokens only.
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 0 on padding.
+            prompt_mask: [B, T], true on prompt tokens.
+
+        Returns:
+            None where prompts and responses cannot be told apart; see `Split.of`.
         """
+        attended = attention_mask.bool()
+        prompt = prompt_mask.bool() & attended
+        split = Split.of(prompt, attended & ~prompt)
+        if split is None:
+            return None
         ids, real, length = split.take(input_ids), split.real, split.prompt_length
-        positions = self._positions(real)
         cache = PromptCache()
         prompts = ConstantPromptPass(self.routers, real[:, :length])
         with torch.no_grad(), routing(prompts):
-            before = self.lm.base_model(
+            out = self.lm.base_model(
                 input_ids=ids[:, :length],
                 attention_mask=real[:, :length].long(),
                 past_key_values=cache,
                 use_cache=True,
-                **{name: value[:, :length] for name, value in positions.items()},
+                **{name: value[:, :length] for name, value in self._positions(real).items()},
             )
         cache.frozen = True
-        rho = prompts.rho
-        responses = ResponsePass(self.routers, rho, real[:, length:], gate, self.gradient_checkpointing)
+        return PromptReading(split, ids, cache, out.last_hidden_state, prompts.rho)
+
+    def respond(
+        self, reading: PromptReading, labels: Tensor, gate: str = "hard", routes: Tensor | None = None
+    ) -> RouterAugmentedOutput:
+        """The decode-consistent pass over the responses behind prompts that were read before.
+
+        Backward goes through the response tokens only. The model must be as it was when it read, but for the routers
+        where `routes` are forced.
+
+        Args:
+            reading: From `read_prompts`.
+            labels: [B, T], as the ids that were read; -100 where no loss is wanted.
+            gate: See `TeacherForcedPass`.
+            routes: [L] or [B, L] boolean, or None for the routers' own.
+        """
+        split, length, rho = reading.split, reading.split.prompt_length, reading.rho
+        real = split.real
+        responses = ResponsePass(self.routers, rho, real[:, length:], gate, self.gradient_checkpointing, routes)
         with routing(responses):
             out = self.lm.base_model(
-                input_ids=ids[:, length:],
+                input_ids=reading.ids[:, length:],
                 attention_mask=real.long(),
-                past_key_values=cache,
+                past_key_values=reading.cache,
                 use_cache=True,
-                **{name: value[:, length:] for name, value in positions.items()},
+                **{name: value[:, length:] for name, value in self._positions(real).items()},
             )
-        states = torch.cat([before.last_hidden_state, out.last_hidden_state], 1)
+        states = torch.cat([reading.states, out.last_hidden_state], 1)
         found = self._losses(states, self.output_head(), split.take(labels).masked_fill(~real, -100), real, rho)
         found["token_losses"] = split.put_back(found["token_losses"], labels.shape[1])
         return RouterAugmentedOutput(**found)

@@ -67,3 +67,30 @@ class PromptCache(DynamicCache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """All that responses need of their prompts: reading it once serves any number of passes over the responses.
+
+    Attributes:
+        split: Where prompts and responses stand.
+        ids: [B, P + R].
+        cache: Frozen, with the prompts' keys and values of every layer.
+        states: [B, P, D], the decoder's output on the prompts.
+        rho: [B, L], with the routers' gradient where there is one.
+    """
+
+    split: Split
+    ids: Tensor
+    cache: PromptCache
+    states: Tensor
+    rho: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it takes."""
+        layers: list[Any] = self.cache.layers
+        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values)) + (
+            self.states.numel() * self.states.element_size()
+        )

@@ -171,16 +171,36 @@ class ResponsePass(TeacherForcedPass):
         rho: [B, L] of the prompts, with gradient.
         response_mask: [B, R] boolean, false on padding.
         gate, checkpoint_layers: See `TeacherForcedPass`.
+        routes: [L] or [B, L] boolean, or None for the routers' own.
     """
 
     def __init__(
-        self, routers: Routers, rho: Tensor, response_mask: Tensor, gate: str, checkpoint_layers: bool
+        self,
+        routers: Routers,
+        rho: Tensor,
+        response_mask: Tensor,
+        gate: str,
+        checkpoint_layers: bool,
+        routes: Tensor | None = None,
     ) -> None:
         no_prompt = torch.zeros_like(response_mask)
         super().__init__(
-            routers, response_mask, no_prompt, "decode_consistent", gate, checkpoint_layers=checkpoint_layers
+            routers,
+            response_mask,
+            no_prompt,
+            "decode_consistent",
+            gate,
+            routes=routes,
+            checkpoint_layers=checkpoint_layers,
         )
         self._prompt_rho = rho
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        """As any pass; a layer that forced routes leave out for every row is not run at all."""
+        if self.routes is not None and not self.routes[:, index].any():
+            self._rho.append(self._measure(index, hidden))
+            return skip()
+        return super().run_layer(index, hidden, run, skip)
 
     def _measure(self, index: int, hidden: Tensor) -> Tensor:
         return self._prompt_rho[:, index].to(hidden.device)

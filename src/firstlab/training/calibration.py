@@ -7,14 +7,14 @@ regression, in closed form, of the logit that each prompt should get.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from firstlab.methods.base import routes_without, rows_of
-from firstlab.model import RouterAugmentedLM
+from firstlab.model import PromptReading, RouterAugmentedLM
 from firstlab.model.layers import routing
 from firstlab.model.routers import pool, probabilities_of, token_readings
 
@@ -24,40 +24,52 @@ _BISECTIONS = 12
 
 
 @torch.no_grad()
-def losses_under_routes(model: RouterAugmentedLM, batches: Sequence[Batch], routes: Tensor) -> tuple[Tensor, Tensor]:
+def losses_under_routes(
+    model: RouterAugmentedLM,
+    batches: Sequence[Batch],
+    routes: Tensor,
+    readings: Iterable[PromptReading | None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Response cross-entropy of every prompt when decode runs exactly `routes`.
 
     Args:
         model: The model.
         batches: Teacher-forced batches, N rows in all.
         routes: [L] boolean, or [N, L] with one row per prompt.
+        readings: The prompts of each batch as the model read them earlier; by default they are read here.
 
     Returns:
         (summed over response tokens [N], number of response tokens [N]), on the CPU.
     """
     sums, counts, seen = [], [], 0
-    for batch in batches:
+    for batch, reading in zip(batches, read_prompts(model, batches) if readings is None else readings, strict=True):
         rows = range(seen, seen + len(batch["input_ids"]))
         seen = rows.stop
         labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-        out = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=labels,
-            prompt_mask=batch["prompt_mask"],
-            objective="decode_consistent",
-            routes=rows_of(routes, rows, labels.device),
-            keep_logits=False,
-        )
+        forced = rows_of(routes, rows, labels.device)
+        if reading is not None:
+            assert isinstance(forced, Tensor)
+            out = model.respond(reading, labels, routes=forced)
+        else:
+            out = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                prompt_mask=batch["prompt_mask"],
+                objective="decode_consistent",
+                routes=forced,
+                keep_logits=False,
+            )
         sums.append(out.token_losses.sum(1).cpu())
         counts.append((labels[:, 1:] != -100).sum(1).cpu())
     return torch.cat(sums), torch.cat(counts)
 
 
-def loss_under_routes(model: RouterAugmentedLM, batches: Sequence[Batch], routes: Tensor) -> float:
-    """Mean response cross-entropy per token over all batches; arguments as above."""
-    sums, counts = losses_under_routes(model, batches, routes)
-    return float(sums.sum() / counts.sum())
+@torch.no_grad()
+def read_prompts(model: RouterAugmentedLM, batches: Iterable[Batch]) -> Iterator[PromptReading | None]:
+    """The prompts of each batch, read when they are asked for; None where they cannot be read alone."""
+    for batch in batches:
+        yield model.read_prompts(batch["input_ids"], batch["attention_mask"], batch["prompt_mask"])
 
 
 class _Moments:

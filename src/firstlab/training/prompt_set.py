@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.data.encoding import TrainingRows, collate_training
+from firstlab.data.encoding import Row, TrainingRows, collate_training
 from firstlab.data.task import Example
 from firstlab.methods.early_exit import teacher_forced_skip_rates
-from firstlab.model import EarlyExit, RouterAugmentedLM
+from firstlab.model import EarlyExit, PromptReading, RouterAugmentedLM
 from firstlab.model.layers import routing
-from firstlab.training.calibration import Batch, losses_under_routes
+from firstlab.training.calibration import Batch, losses_under_routes, read_prompts
 
 
 class PromptSet:
@@ -26,12 +26,21 @@ class PromptSet:
         data: Gives the task, tokenizer and lengths.
         examples: The prompts and their references.
         batch_size: Prompts in one pass.
+        cache_bytes: Room for the prompts' keys and values, so that measuring losses again under other routes computes
+            the responses only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
     """
 
     def __init__(
-        self, model: RouterAugmentedLM, data: PromptDataModule, examples: Sequence[Example], batch_size: int
+        self,
+        model: RouterAugmentedLM,
+        data: PromptDataModule,
+        examples: Sequence[Example],
+        batch_size: int,
+        cache_bytes: int = 0,
     ) -> None:
         self.model, self.data, self.examples, self.batch_size = model, data, examples, batch_size
+        self.cache_bytes = cache_bytes
+        self._readings: list[PromptReading | None] = []
         self.texts: Sequence[str] = [data.task.prompt(example) for example in examples]
 
     def __len__(self) -> int:
@@ -49,7 +58,7 @@ class PromptSet:
 
     def take(self, count: int) -> PromptSet:
         """The first `count` of them."""
-        return PromptSet(self.model, self.data, self.examples[:count], self.batch_size)
+        return PromptSet(self.model, self.data, self.examples[:count], self.batch_size, self.cache_bytes)
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -58,13 +67,24 @@ class PromptSet:
         Raises:
             ValueError: A prompt has no reference.
         """
+        return self._collate(self._rows)
+
+    @cached_property
+    def _by_length(self) -> list[Batch]:
+        """The same rows, those of similar length together: little of a batch is padding."""
+        return self._collate(sorted(self._rows, key=lambda row: len(row.prompt) + len(row.response)))
+
+    @cached_property
+    def _rows(self) -> list[Row]:
         if not all(example.references for example in self.examples):
             raise ValueError("a prompt without a reference cannot be routed by a method that measures its loss")
         rows = TrainingRows(self.data.task, self.examples, self.data.tokenizer, self.data.max_length)
+        return [rows[i] for i in range(len(rows))]
+
+    def _collate(self, rows: Sequence[Row]) -> list[Batch]:
         batches = []
         for start in range(0, len(rows), self.batch_size):
-            chosen = [rows[i] for i in range(start, min(start + self.batch_size, len(rows)))]
-            batch = collate_training(chosen, pad=self.data.pad, loss_on="response")
+            batch = collate_training(rows[start : start + self.batch_size], pad=self.data.pad, loss_on="response")
             batches.append({k: v.to(self.model.device) for k, v in batch.items()})
         return batches
 
@@ -79,8 +99,23 @@ class PromptSet:
         return float(sums.sum() / counts.sum())
 
     def _sums(self, routes: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
         with self.model.lora_disabled():
-            return losses_under_routes(self.model, self.batches, routes)
+            sums, counts = losses_under_routes(
+                self.model, self._by_length, routes[order] if routes.ndim == 2 else routes, self._read()
+            )
+        back = order.argsort()
+        return sums[back], counts[back]
+
+    def _read(self) -> Iterator[PromptReading | None]:
+        """The prompts of each batch by length; kept while there is room."""
+        yield from self._readings
+        kept = sum(reading.num_bytes for reading in self._readings if reading is not None)
+        for reading in read_prompts(self.model, self._by_length[len(self._readings) :]):
+            kept += 0 if reading is None else reading.num_bytes
+            if kept <= self.cache_bytes:  # what follows the first that does not fit is not kept either
+                self._readings.append(reading)
+            yield reading
 
     def new_tokens(self) -> list[int]:
         """[N] lengths of the references in tokens."""

@@ -1,0 +1,71 @@
+"""Losses of a set of prompts: in the order of the examples, whatever is kept and however rows stand in batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from firstlab.build import build_data, load_model
+from firstlab.model import RouterAugmentedLM
+from firstlab.training.prompt_set import PromptSet
+from tiny_run import composed, overrides
+
+COUNT = 11
+
+
+@pytest.fixture
+def prompts(tiny_model_dir: Path, tmp_path: Path) -> PromptSet:
+    config, _ = composed(*overrides(tiny_model_dir, tmp_path, "data=mini_mixture"))
+    data = build_data(config)
+    return PromptSet(load_model(config, tiny_model_dir), data, data.train[:COUNT], 4)
+
+
+def alone(prompts: PromptSet, routes: Tensor) -> Tensor:
+    """[N], the loss of each prompt in a pass of its own over prompt and response."""
+    found = []
+    for example, route in zip(prompts.examples, routes.expand(COUNT, -1), strict=True):
+        [batch] = PromptSet(prompts.model, prompts.data, [example], 1).batches
+        batch = {k: v for k, v in batch.items() if k != "index"}
+        labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
+        out = prompts.model(**{**batch, "labels": labels}, objective="decode_consistent", routes=route)
+        found.append(out.loss.detach())
+    return torch.stack(found)
+
+
+def room_for(prompts: PromptSet, batches: float) -> int:
+    """Bytes of the first so many of the batches that losses are measured in."""
+    sizes = []
+    for batch in prompts._by_length:
+        reading = prompts.model.read_prompts(batch["input_ids"], batch["attention_mask"], batch["prompt_mask"])
+        assert reading is not None
+        sizes.append(reading.num_bytes)
+    whole = int(batches)
+    return int(sum(sizes[:whole]) + (batches - whole) * (sizes[whole] if whole < len(sizes) else 0))
+
+
+@pytest.mark.parametrize("batches", [0, 1.5, 3])
+def test_losses_are_those_of_each_prompt_alone(prompts: PromptSet, batches: float):
+    prompts.cache_bytes = room_for(prompts, batches)
+    layers = prompts.num_layers
+    every = torch.ones(layers, dtype=torch.bool)
+    mixed = torch.rand(COUNT, layers, generator=torch.Generator().manual_seed(0)) < 0.6
+    for routes in (every, mixed, ~every, mixed):
+        torch.testing.assert_close(prompts.losses(routes), alone(prompts, routes), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("batches", "again"), [(0, 3), (1.5, 2), (3, 0)])
+def test_what_there_is_room_for_is_read_once(
+    prompts: PromptSet, batches: float, again: int, monkeypatch: pytest.MonkeyPatch
+):
+    prompts.cache_bytes = room_for(prompts, batches)
+    seen = []
+    read = RouterAugmentedLM.read_prompts
+    monkeypatch.setattr(RouterAugmentedLM, "read_prompts", lambda *args: seen.append(args) or read(*args))
+    routes = torch.ones(prompts.num_layers, dtype=torch.bool)
+    prompts.loss(routes)
+    assert len(seen) == 3  # 11 prompts, 4 at a time
+    prompts.loss(routes)
+    assert len(seen) == 3 + again
