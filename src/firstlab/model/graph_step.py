@@ -62,7 +62,7 @@ class GraphStep(LlamaStep):
         device, weight = self.embedding.device, self.embedding
         if compiled:
             # Fused into one kernel with what stands around it, a product with a single row reads at full speed.
-            options = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
+            options: dict[str, Any] = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
             self._project = torch.compile(Layer.project, fullgraph=True, options=options)
             self._finish = torch.compile(Layer.finish, fullgraph=True, options=options)
         # Line 0 of what follows is about all rows in their order, line 1 + i about the rows of layer i in its order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Graphs:
 class _Replay:
     """Runs a body the first time, which warms it up, and captures it then; later it replays what was captured."""
 
-    def __init__(self, body: Body, stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    def __init__(self, body: Body, stream: torch.cuda.Stream, pool: Any) -> None:
         self._body, self._stream, self._pool = body, stream, pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
