@@ -45,11 +45,11 @@ class _Replay:
     """Runs a body the first time, which warms it up, and captures it then; later it replays what was captured."""
 
     def __init__(self, body: Body, stream: torch.cuda.Stream, pool: Any) -> None:
-        self._body, self._stream, self._pool = body, stream, pool
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._body: Body | None = body  # forgotten after capture: it holds what holds the graphs
+        self._stream, self._pool, self._graph = stream, pool, torch.cuda.CUDAGraph()
 
     def __call__(self) -> None:
-        if self._graph is not None:
+        if self._body is None:
             self._graph.replay()
             return
         current = torch.cuda.current_stream(self._stream.device)
@@ -57,7 +57,6 @@ class _Replay:
         with torch.cuda.stream(self._stream):
             self._body()
         current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
             self._body()  # recorded, not run
-        self._graph = graph
+        self._body = None
