@@ -132,6 +132,7 @@ def copy_bandwidth(device: torch.device, size: int, repetitions: int = 5) -> flo
 PLAIN = ("transformers", "transformers_static")
 #: Decoders that are `DecodeEngine`, and their mode.
 ENGINES = {"engine": "auto", "engine_eager": "eager", "engine_compiled": "compiled"}
+COMPILED = ("transformers_static", "engine_compiled")
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,8 @@ class Cell:
         self.ids, self.prompts = ids.to(models.routed.device), ids.tolist()
         self.router_s: list[float] = []
         self.joules = joules_counter(models.routed.device)
+        if any(variant.decoder in COMPILED for variant in variants):
+            torch.compiler.reset()  # shapes of an earlier cell would make what is compiled now general, and slower
         self.static: StaticCache | None = None
         self.engines: dict[str, DecodeEngine] = {}
         for decoder in {variant.decoder: None for variant in variants if variant.decoder in ENGINES}:

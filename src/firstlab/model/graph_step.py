@@ -78,7 +78,7 @@ class GraphStep(LlamaStep):
         self._sin = torch.zeros_like(self._cos)
         self._mask = torch.zeros(lines, max_batch_size, 1, 1, window, dtype=weight.dtype, device=device)
         self._x = torch.zeros(max_batch_size + 1, weight.shape[1], dtype=weight.dtype, device=device)
-        self._scores = torch.zeros(max_batch_size, len(lm.lm_head.weight), dtype=weight.dtype, device=device)
+        self._scores = torch.zeros(max_batch_size, len(self.embedding), dtype=weight.dtype, device=device)
         self._replays: tuple[int, list[Body]] | None = None
 
     def is_current(self) -> bool:
