@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from firstlab.benchmark import BenchmarkConfig, chosen_routes, load, measure, print_tables, run
 from firstlab.build import ARCHITECTURES
@@ -94,6 +94,22 @@ def test_copy_bandwidth() -> None:
     assert 1e8 < copy_bandwidth(torch.device("cpu"), 1 << 22) < 1e13
 
 
+@pytest.mark.gpu
+def test_copy_bandwidth_of_a_gpu_does_not_count_starting_it() -> None:
+    small, large = (copy_bandwidth(torch.device("cuda"), size << 20) for size in (512, 2048))
+    assert 0.95 < small / large < 1.1 and 1e11 < small < 2e13
+
+
+@pytest.mark.gpu
+def test_gpu_benchmark(folder: Path) -> None:
+    decoders = ["transformers", "generate", "engine", "engine_eager", "engine_compiled"]
+    record = measure(settings(folder, device="cuda", decoders=decoders, mixed_routes=[2], mixed_batch_size=4))
+    for cell in record["cells"]:
+        for row in cell["variants"]:
+            assert 0 < row["tpot_s"] <= row["tpot_p95_s"] < 1 and row["ttft_s"] > 0
+            assert 0 < row["peak_memory_bytes"] < 2**30
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
@@ -148,6 +164,20 @@ def test_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
             assert 0 < row["cpu_share"] < 1.05
             assert len(row["tpot_mean_s_of_repetitions"]) == 2
             assert rate or row["tpot_ratio"] == 1
+
+
+def test_every_engine_and_a_static_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firstlab.speed.compile_everywhere", lambda: None)  # not compiled: seconds instead of minutes
+    caches, reset = set(), StaticCache.reset
+    monkeypatch.setattr(StaticCache, "reset", lambda cache: (caches.add(id(cache)), reset(cache)))
+    decoders = ["transformers", "transformers_static", "engine", "engine_eager"]
+    record = measure(settings(folder, decoders=decoders, batch_sizes=[3], skip_rates=[0.33]))
+    rows = {(row["decoder"], row["skip_rate_asked"]): row for row in record["cells"][0]["variants"]}
+    assert set(rows) == {("transformers", 0), ("transformers_static", 0)} | {
+        (decoder, rate) for decoder in ("engine", "engine_eager") for rate in (0, 0.33)
+    }
+    assert len({row["kv_bytes"] for (_, rate), row in rows.items() if rate == 0}) == 1
+    assert len(caches) == 1  # the same in every repetition
 
 
 def test_architecture_alone(tmp_path: Path) -> None:
@@ -206,7 +236,7 @@ def test_weights_larger_than_the_memory_are_refused() -> None:
         ({"repetitions": 0}, "repetitions=0"),
         ({"routes": "random"}, "routes='random'.*spread, paper"),
         ({"device": "tpu"}, "device='tpu'"),
-        ({"decoders": ["vllm"]}, r"decoders=\['vllm'\].*transformers, transformers_static, generate, engine"),
+        ({"decoders": ["vllm"]}, r"decoders=\['vllm'\].*transformers, transformers_static, generate, engine, engine_e"),
     ],
 )
 def test_settings_out_of_range(folder: Path, given: dict[str, object], message: str) -> None:

@@ -1,5 +1,6 @@
 """The engine's tokens are those of `generate`, whatever the routes, lengths and batch."""
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from firstlab.model import EarlyExit, LoraSettings, RouterAugmentedLM, StepRoutes
 from firstlab.model.engine import DecodeEngine, EngineOutput
+from firstlab.model.graph_step import GraphStep
 from firstlab.model.llama_step import LlamaStep
 from firstlab.model.sampling import Sampling
 from models import random_routers, routed_model, tiny_model
+from tape import Tape
 
 NEW = 8
 
@@ -57,6 +60,14 @@ def expected(model: RouterAugmentedLM, prompt: list[int], routes: object, new: i
     return alone(model, prompt, routes, new).sequences[0, len(prompt) :].tolist()
 
 
+def recorded(model: RouterAugmentedLM, max_length: int, batch_size: int = 1, lookahead: int = 0) -> DecodeEngine:
+    """The GPU's engine with a tape instead of CUDA graphs: after the first time it reads fixed memory only."""
+    engine = DecodeEngine(model, max_length, batch_size, mode="graphs", lookahead=lookahead)
+    assert isinstance(engine.step, GraphStep)
+    engine.step._graphs = Tape()
+    return engine
+
+
 PROMPTS = st.lists(st.lists(st.integers(3, 96), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
@@ -77,6 +88,61 @@ def test_tokens_of_generate(prompts, tied, biased, batch_size, data) -> None:
         assert out.tokens[index] == expected(model, prompt, own)
     assert out.kv_bytes <= out.kv_bytes_dense
     assert torch.equal(out.layer_skips, 1 - out.routes.float())
+
+
+@settings(max_examples=8, deadline=None)
+@given(PROMPTS, st.integers(1, 4), st.integers(0, 3), st.data())
+def test_tokens_from_replays(prompts, batch_size, lookahead, data) -> None:
+    model = llama(True)
+    layer_choice = st.lists(st.booleans(), min_size=6, max_size=6)
+    engine = recorded(model, 32, batch_size, lookahead)
+    for _ in range(2):  # the second call replays what the first has recorded
+        routes = torch.tensor([data.draw(layer_choice) for _ in prompts])
+        out = engine.generate(prompts, NEW, routes)
+        assert out.tokens == [expected(model, *each) for each in zip(prompts, routes, strict=True)]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 5])
+@pytest.mark.parametrize("recording", [False, True])
+def test_reading_tokens_late_changes_nothing(lookahead: int, recording: bool) -> None:
+    model, eos, times = llama(True), list(range(2, 97, 9)), []
+    prompts = [[5 + row, 40 - row, 3] for row in range(7)]
+    engine = recorded(model, 32, 3, lookahead) if recording else DecodeEngine(model, 32, 3, lookahead=lookahead)
+    out = engine.generate(prompts, 20, None, eos, on_token=lambda: times.append(1))
+    for prompt, tokens in zip(prompts, out.tokens, strict=True):
+        assert tokens == alone(model, prompt, None, 20, eos_token_id=eos).sequences[0, 3:].tolist()
+    assert len({len(tokens) for tokens in out.tokens}) > 1
+    per_token = 2 * 2 * 8 * 4
+    kept = ((3 + len(tokens) - 1) * int(route.sum()) for tokens, route in zip(out.tokens, out.routes, strict=True))
+    assert out.kv_bytes == sum(kept) * per_token
+    one = engine.generate([prompts[0]], 6, None, (), on_token=lambda: times.append(2))
+    assert times.count(2) == len(one.tokens[0]) == 6  # as often as there are tokens
+
+
+def test_one_row_ahead_reads_steps_in_order() -> None:
+    steps: list[str] = []
+    engine = DecodeEngine(llama(True), 32, lookahead=2)
+    step = engine.step
+
+    class Told(type(step)):  # type: ignore[misc]
+        def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+            steps.append("given")
+            return super().__call__(tokens)
+
+    step.__class__ = Told
+    engine.generate([[5, 6, 7]], 6, eos=(), on_token=lambda: steps.append("read"))
+    assert steps == ["read", "given", "given", "given", "read", "given", "read", "given", "read", "read", "read"]
+
+
+def test_replays_over_several_windows() -> None:
+    model = llama(False, True)
+    prompts = [list(range(3, 60)), list(range(20, 90)), [5, 6]]
+    routes = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) > 0.3
+    engine = recorded(model, 128, 2)
+    for each in (routes, routes.flip(0)):
+        out = engine.generate(prompts, 30, each, eos=())
+        for prompt, route, tokens in zip(prompts, each, out.tokens, strict=True):
+            assert tokens == alone(model, prompt, route, 30, eos_token_id=None).sequences[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -120,12 +186,19 @@ def test_more_rows_than_tokens() -> None:
     assert out.tokens == [expected(llama(True), prompt, routes, 3) for prompt in prompts]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
 def test_other_tiny_models(architecture: str) -> None:
     model = routed_model(architecture)
-    before = expected(model, [5, 6, 7], None)
-    assert DecodeEngine(model, 32).generate([[5, 6, 7]], NEW).tokens == [before]
-    assert expected(model, [5, 6, 7], None) == before  # sharing the storage of weights changes nothing
+    if architecture == "qwen3":
+        for layer in model.lm.model.layers:  # all ones in a fresh model
+            torch.nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 3)
+            torch.nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 3)
+    prompts = [[5, 6, 7], [9], list(range(30, 41))]
+    before = [expected(model, prompt, None) for prompt in prompts]
+    for engine in (DecodeEngine(model, 32, 3), recorded(model, 32, 3), DecodeEngine(model, 32)):
+        assert engine.generate(prompts, NEW).tokens == before
+    same_as_alone(engine.generate(prompts, NEW, EarlyExit(0.3)), model, prompts, EarlyExit(0.3))
+    assert [expected(model, prompt, None) for prompt in prompts] == before  # sharing weights changes nothing
 
 
 @settings(max_examples=10, deadline=None)
@@ -134,8 +207,8 @@ def test_schedules(prompts, batch_size, leave) -> None:
     # Layer i leaves after step leave[i]: nested by construction.
     schedule = StepRoutes(torch.tensor([[step < last for last in leave] for step in range(7)]))
     model = llama(True)
-    out = DecodeEngine(model, 32, batch_size).generate(prompts, NEW, schedule)
-    same_as_alone(out, model, prompts, schedule)
+    for engine in (DecodeEngine(model, 32, batch_size), recorded(model, 32, batch_size, 2)):
+        same_as_alone(engine.generate(prompts, NEW, schedule), model, prompts, schedule)
 
 
 def same_as_alone(out: EngineOutput, model: RouterAugmentedLM, prompts: list[list[int]], rule: object) -> None:
@@ -247,6 +320,13 @@ def test_unsupported_models() -> None:
         DecodeEngine(lora, 16)
     with pytest.raises(ValueError, match="max_batch_size=0"):
         DecodeEngine(llama(True), 16, 0)
+    with pytest.raises(ValueError, match="mode='fast' is unknown; choose one of auto, eager, graphs, compiled"):
+        DecodeEngine(llama(True), 16, mode="fast")
+    with pytest.raises(ValueError, match="lookahead=-1"):
+        DecodeEngine(llama(True), 16, lookahead=-1)
+    partial = SimpleNamespace(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5})
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
+        LlamaStep(type("Phi3ForCausalLM", (), {"config": partial})(), 1, 8)
     changing = SimpleNamespace(rope_parameters={"rope_type": "dynamic"})
     with pytest.raises(ValueError, match="rope_type='dynamic'"):
         LlamaStep(type("LlamaForCausalLM", (), {"config": changing})(), 1, 8)
@@ -282,3 +362,77 @@ def test_converted_model_needs_a_new_engine() -> None:
     with pytest.raises(ValueError, match="make a new DecodeEngine"):
         engine.generate([[5, 6, 7]], NEW)
     assert DecodeEngine(model, 32).generate([[5, 6, 7]], NEW).tokens == [expected(model, [5, 6, 7], None)]
+
+
+@cache
+def on_gpu(architecture: str = "llama") -> RouterAugmentedLM:
+    torch.manual_seed(0)
+    model = deepcopy(llama(True)) if architecture == "llama" else routed_model(architecture)
+    return model.to("cuda")
+
+
+def gpu_tokens(model: RouterAugmentedLM, prompt: list[int], rule: object, new: int) -> list[int]:
+    routes: Any = rule.cuda() if isinstance(rule, torch.Tensor) else rule
+    ids = torch.tensor([prompt], device="cuda")
+    out: Any = model.generate(ids, routes=routes, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "graphs", "compiled"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3"])
+def test_gpu_tokens_of_generate(mode: str, architecture: str) -> None:
+    """Mixed routes, lengths and ends over several windows, replayed and captured in turn."""
+    model, generator = on_gpu(architecture), torch.Generator().manual_seed(3)
+    lengths = (57, 3, 70, 12, 1, 30, 61, 8, 5)
+    prompts = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
+    choices = torch.rand(4, 6, generator=generator) > 0.3
+    routes = choices[torch.arange(len(prompts)) % 4]
+    for batch_size in (1, 4):
+        engine = DecodeEngine(model, 128, batch_size, mode=mode)
+        for rule in (routes, routes.flip(0), None):
+            tokens = engine.generate(prompts, 30, rule).tokens
+            each = [None] * len(prompts) if rule is None else rule
+            assert tokens == [gpu_tokens(model, *pair, 30) for pair in zip(prompts, each, strict=True)]
+
+
+@pytest.mark.gpu
+def test_gpu_captures_once_for_any_route() -> None:
+    model, engine = on_gpu(), DecodeEngine(on_gpu(), 64)
+    assert engine.mode == "graphs" and engine.lookahead == 1 and isinstance(engine.step, GraphStep)
+    engine.generate([[5, 6, 7]], NEW, torch.ones(6, dtype=torch.bool))
+    assert len(engine.step._graphs) == 6 + 2
+    for seed in range(6):
+        route = torch.rand(6, generator=torch.Generator().manual_seed(seed)) > 0.4
+        assert engine.generate([[5, 6, 7]], NEW, route).tokens == [gpu_tokens(model, [5, 6, 7], route, NEW)]
+    assert len(engine.step._graphs) == 6 + 2
+
+
+@pytest.mark.gpu
+def test_gpu_schedules_early_exit_and_sampling() -> None:
+    model, prompts = on_gpu(), [[5, 6, 7], [8], list(range(10, 30))]
+    schedule = StepRoutes(torch.tensor([[step < last for last in (7, 2, 7, 4, 1, 7)] for step in range(7)]))
+    engine = DecodeEngine(model, 64, 3)
+    for rule in (schedule, EarlyExit(0.3), schedule):
+        assert engine.generate(prompts, NEW, rule).tokens == [gpu_tokens(model, each, rule, NEW) for each in prompts]
+    drawn = [engine.generate(prompts, NEW, sampling=Sampling(top_k=20, seed=seed)).tokens for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["graphs", "compiled"])
+def test_gpu_half_precision(dtype: torch.dtype, mode: str) -> None:
+    """Logits along the same tokens: a rounding may turn one token, and all after it."""
+    model = deepcopy(on_gpu()).to(dtype)
+    eager, other = (DecodeEngine(model, 96, 4, mode=each).step for each in ("eager", mode))
+    routes = [[0, 1, 2, 3, 4, 5], [0, 2, 5], [0, 1, 2, 3, 4, 5]]
+    generator = torch.Generator("cuda").manual_seed(0)
+    kv = [torch.randn(2, 2, 62, 8, device="cuda", dtype=dtype, generator=generator) for _ in routes]
+    for route, each in zip(routes, kv, strict=True):
+        for step in (eager, other):
+            step.join(dict.fromkeys(route, each), 62)
+    for token in range(8):  # over the edge of a window
+        tokens = torch.tensor([10 + token, 20, 30], device="cuda")
+        wanted, found = eager(tokens).float(), other(tokens).float()
+        assert (found - wanted).norm() < 0.05 * wanted.norm()

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from firstlab.config import RouterConfig, SpeedModelConfig, conf_dir, settings
 from firstlab.entry import check_command_line, guarded
 
-DECODERS = ("transformers", "transformers_static", "generate", "engine")
+DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager", "engine_compiled")
 ROUTES = ("spread", "paper")
 
 
@@ -34,7 +34,8 @@ class BenchmarkConfig:
         router: How the routers read hidden states; only for their own time, as routes are forced.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         decoders: Of transformers (`generate` of the plain model), transformers_static (the same with its static cache,
-            compiled), generate (`RouterAugmentedLM.generate`) and engine (`DecodeEngine`).
+            compiled), generate (`RouterAugmentedLM.generate`), engine (`DecodeEngine`: CUDA graphs on a GPU),
+            engine_eager (the same without graphs) and engine_compiled (the same with compiled layers).
         routes: Which layers are skipped: spread evenly at each of `skip_rates`, or those that most prompts skip in the
             paper's Table 15 (of a model with 32 layers).
         skip_rates: Shares of layers to skip; 0 is always measured too.

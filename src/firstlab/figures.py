@@ -67,7 +67,12 @@ def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: 
         rows = sorted(cell["variants"], key=lambda row: row["skip_rate"])
         rates = [100 * row["skip_rate"] for row in rows]
         axis.plot(rates, [row["limit_ratio"] for row in rows], color="black", linestyle="--", label="limit: bytes read")
-        for decoder, colour, marker in (("generate", "#0072b2", "s"), ("engine", "#d55e00", "o")):
+        for decoder, colour, marker in (
+            ("generate", "#0072b2", "s"),
+            ("engine", "#d55e00", "o"),
+            ("engine_eager", "#cc79a7", "v"),
+            ("engine_compiled", "#009e73", "^"),
+        ):
             own = [row for row in rows if row["decoder"] == decoder]
             points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]
             if own:

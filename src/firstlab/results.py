@@ -64,21 +64,25 @@ def processor_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(device: torch.device | None = None) -> None:
     """Let `peak_memory_bytes` count from here, for several runs in one process (on Linux and on GPUs)."""
-    if torch.cuda.is_available():
+    if _counts_gpu(device):
         torch.cuda.reset_peak_memory_stats()
     counters = Path("/proc/self/clear_refs")
     if counters.exists():
         counters.write_text("5")
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Peak memory: of the GPU if that is the device, or where there is one if none is given; else of the process."""
+    if _counts_gpu(device):
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _counts_gpu(device: torch.device | None) -> bool:
+    return torch.cuda.is_available() if device is None else device.type == "cuda"
 
 
 def write(directory: Path, record: dict[str, Any]) -> None:

@@ -17,12 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from firstlab import results
 from firstlab.energy import joules_counter
 from firstlab.model import RouterAugmentedLM, RouterSettings
 from firstlab.model.engine import DecodeEngine
+from firstlab.model.graphs import Graphs
 from firstlab.model.layers import find_decoder
 from firstlab.model.storage import load_base
 from firstlab.timing import Stopwatch, synchronize
@@ -107,18 +115,24 @@ def copy_bandwidth(device: torch.device, size: int, repetitions: int = 5) -> flo
     """Bytes per second of the best of several copies of `size` bytes; a copy reads and writes each."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
+    # A GPU needs microseconds to start and to report, and a copy not many more: several, one right behind the other.
+    copies = 10 if device.type == "cuda" else 1
     times = []
     for _ in range(repetitions + 1):
         synchronize(device)
         start = time.perf_counter()
-        target.copy_(source)
+        for _ in range(copies):
+            target.copy_(source)
         synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / copies)
     return 2 * size / min(times[1:])
 
 
 #: Decoders of the plain model: no layer can be skipped.
 PLAIN = ("transformers", "transformers_static")
+#: Decoders that are `DecodeEngine`, and their mode.
+ENGINES = {"engine": "auto", "engine_eager": "eager", "engine_compiled": "compiled"}
+COMPILED = ("transformers_static", "engine_compiled")
 
 
 @dataclass(frozen=True)
@@ -176,14 +190,14 @@ class Variant:
 
     Attributes:
         decoder: transformers (`generate` of the plain model), transformers_static (the same with a static cache,
-            compiled), generate (`RouterAugmentedLM.generate`) or engine (`DecodeEngine`).
+            compiled), generate (`RouterAugmentedLM.generate`) or one of `ENGINES`.
         skip_rate: As asked for.
         route: [L] boolean, or of each row [B, L].
         ttft_s: Until the first token's logits are there.
         steps_s: Each decode step.
         cpu_share: CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
         kv_bytes: Keys and values kept at the end.
-        peak_memory_bytes: Of the device, or of the process on a CPU.
+        peak_memory_bytes: Of the device, without the keys and values of the engines beside; or of the process on a CPU.
         joules: Energy of prefill and decode, per repetition; empty where the device does not report it.
     """
 
@@ -238,10 +252,14 @@ class Cell:
         self.ids, self.prompts = ids.to(models.routed.device), ids.tolist()
         self.router_s: list[float] = []
         self.joules = joules_counter(models.routed.device)
-        self.engine: DecodeEngine | None = None
-        if any(variant.decoder == "engine" for variant in variants):
+        if any(variant.decoder in COMPILED for variant in variants):
+            torch.compiler.reset()  # shapes of an earlier cell would make what is compiled now general, and slower
+        self.static: StaticCache | None = None
+        self.engines: dict[str, DecodeEngine] = {}
+        for decoder in {variant.decoder: None for variant in variants if variant.decoder in ENGINES}:
             try:
-                self.engine = DecodeEngine(models.routed, prompt_length + tokens, batch_size)
+                engine = DecodeEngine(models.routed, prompt_length + tokens, batch_size, ENGINES[decoder])
+                self.engines[decoder] = engine
             except ValueError as error:
                 raise ValueError(f"decoders: {error}, so leave engine out: decoders=[transformers,generate]") from error
 
@@ -255,25 +273,30 @@ class Cell:
                 self.router_s.append(seconds)
 
     def _run(self, variant: Variant, keep: bool) -> None:
-        watch = Stopwatch()
-        results.reset_peak_memory()
-        synchronize(self.ids.device)
+        device, engine = self.ids.device, self.engines.get(variant.decoder)
+        if self.static is not None:
+            self.static.reset()
+        results.reset_peak_memory(device)
         joules = None if self.joules is None else self.joules()
+        watch = Stopwatch(device)
         start, cpu = time.perf_counter(), time.thread_time()
-        if variant.decoder == "engine":
-            assert self.engine is not None
-            out = self.engine.generate(self.prompts, self.tokens, variant.route, eos=(), on_token=watch.note)
+        if engine is not None:
+            out = engine.generate(self.prompts, self.tokens, variant.route, eos=(), on_token=watch.note)
             kv_bytes = out.kv_bytes
         else:
             kv_bytes = self._generate(variant, watch)
         if keep:
-            variant.ttft_s.append(watch.times[0] - start)
-            variant.steps_s.append(np.diff(watch.times))
+            times = watch.times
+            variant.ttft_s.append(times[0])
+            variant.steps_s.append(np.diff(times))
             variant.cpu_share.append((time.thread_time() - cpu) / (time.perf_counter() - start))
             if self.joules is not None and joules is not None:
                 variant.joules.append(self.joules() - joules)
             variant.kv_bytes = kv_bytes
-            variant.peak_memory_bytes = max(variant.peak_memory_bytes, results.peak_memory_bytes())
+            peak = results.peak_memory_bytes(device)
+            if device.type == "cuda":
+                peak -= sum(each.step.allocated_bytes() for each in self.engines.values() if each is not engine)
+            variant.peak_memory_bytes = max(variant.peak_memory_bytes, peak)
 
     def _generate(self, variant: Variant, watch: Stopwatch) -> int:
         """Bytes of keys and values in the cache at the end."""
@@ -281,7 +304,11 @@ class Cell:
         model: Any = self.models.plain if plain else self.models.routed
         given: dict[str, Any] = {} if plain else {"routes": variant.route.to(self.ids.device)}
         if variant.decoder == "transformers_static":
-            given = {"cache_implementation": "static", "compile_config": compile_everywhere()}
+            if self.static is None:
+                # One for all repetitions: its compiled graphs know the addresses of keys and values.
+                length = self.prompt_length + self.tokens - 1  # the last token is not read
+                self.static = StaticCache(config=self.models.plain.config, max_cache_len=length)
+            given = {"past_key_values": self.static, "compile_config": compile_everywhere()}
         out = model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -300,11 +327,19 @@ class Cell:
         routers, weight = self.models.routed.routers, self.models.plain.get_input_embeddings().weight
         hidden = torch.randn(self.batch_size, self.prompt_length, routers.weight.shape[1], device=self.ids.device)
         hidden = hidden.to(weight.dtype)  # type: ignore[arg-type]
-        synchronize(self.ids.device)
+        pooled = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+
+        def route() -> None:
+            readings = [routers.readings(hidden, layer) for layer in range(routers.num_layers)]
+            routers.decide(routers.sums(readings, pooled) / self.prompt_length)
+
+        # On a GPU as one graph: in a prefill, the work of the layers hides how long the host takes to start these.
+        replay = Graphs(hidden.device)("routers", route)
+        replay()
+        synchronize(hidden.device)
         start = time.perf_counter()
-        readings = [routers.readings(hidden, layer) for layer in range(routers.num_layers)]
-        sums = routers.sums(readings, torch.ones_like(readings[0][0], dtype=torch.bool))
-        routers.decide(sums / self.prompt_length).tolist()
+        replay()
+        synchronize(hidden.device)
         return time.perf_counter() - start
 
     def summary(self, bandwidth: float) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 Prompts are prefilled together through the wrapped model; then rows are decoded together whatever their routes are, each
 layer for the rows that run it. A row that ends gives its place to a waiting prompt.
+
+On a GPU a step is a list of CUDA graphs (`GraphStep`), and the device is a step ahead: tokens are fed back there, and
+read while the next step runs.
 """
 
 from __future__ import annotations
@@ -14,10 +17,14 @@ import torch
 from torch import Tensor
 
 from firstlab.model.early_exit import EarlyExit
+from firstlab.model.graph_step import GraphStep
+from firstlab.model.graphs import Graphs
 from firstlab.model.llama_step import LlamaStep
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import Routes, StepRoutes, check_routes, layer_skips
 from firstlab.model.sampling import Sampling, chooser
+
+MODES = ("auto", "eager", "graphs", "compiled")
 
 
 @dataclass
@@ -74,6 +81,50 @@ class _Row:
         return rule.window(0, steps) if isinstance(rule, StepRoutes) else self.route.expand(steps, -1)
 
 
+@dataclass
+class _Task:
+    """What all rows of one call have in common.
+
+    Attributes:
+        routes: As given.
+        choose: Next tokens [B] of logits [B, V].
+        max_new_tokens: Of every row.
+        ends: Tokens that end a row.
+        lookahead: Steps given to the device before the first of them is read.
+        notify: Called when tokens have been read.
+        dropped: Decode step to the layers that the step before still ran.
+    """
+
+    routes: Routes | None
+    choose: Callable[[Tensor], Tensor]
+    max_new_tokens: int
+    ends: set[int]
+    lookahead: int
+    notify: Callable[[], None]
+    dropped: dict[int, list[int]]
+
+    def has_ended(self, row: _Row) -> bool:
+        return len(row.tokens) >= self.max_new_tokens or row.tokens[-1] in self.ends
+
+    def safe_steps(self, rows: list[_Row]) -> int:
+        """How many steps no row is too long for, and none runs other layers than now."""
+        until_drops = (step - len(row.tokens) + 1 for step in self.dropped for row in rows)
+        return min([self.max_new_tokens - len(row.tokens) for row in rows] + [n for n in until_drops if n > 0])
+
+
+class _Reading:
+    """A tensor on its way to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._host = values.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def tolist(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 class DecodeEngine:
     """Routed decoding over static keys and values, greedy or sampled.
 
@@ -82,19 +133,42 @@ class DecodeEngine:
             saving, copying and further engines do not mind. A model moved or converted by `to` needs a new engine.
         max_length: Tokens of prompt and response.
         max_batch_size: Rows decoded together, and prompts prefilled together.
+        mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them), "compiled"
+            (the same with compiled layers) or "auto", which is graphs on CUDA, else eager.
+        lookahead: Decode steps that the device is given before the tokens of the first of them are read. The tokens are
+            the same, but a step is in vain where a row ends. None: 1 on CUDA, else 0. Sampling and `EarlyExit` go
+            without it.
 
     Raises:
-        ValueError: Unsupported architecture, unmerged LoRA, or a size below 1.
+        ValueError: Unsupported architecture, unmerged LoRA, an unknown mode, or a size out of range.
     """
 
-    def __init__(self, model: RouterAugmentedLM, max_length: int, max_batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: RouterAugmentedLM,
+        max_length: int,
+        max_batch_size: int = 1,
+        mode: str = "auto",
+        lookahead: int | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
         if model.has_lora:
             raise ValueError("the decode engine runs merged weights only: call model.merge_and_unload() first")
         for name, value in (("max_length", max_length), ("max_batch_size", max_batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        on_cuda = model.device.type == "cuda"
+        self.lookahead = int(on_cuda) if lookahead is None else lookahead
+        if self.lookahead < 0:
+            raise ValueError(f"lookahead={lookahead} must be at least 0")
         self.model, self.max_length, self.max_batch_size = model, max_length, max_batch_size
-        self.step = LlamaStep(model.lm, max_batch_size, max_length)
+        self.mode = mode if mode != "auto" else "graphs" if on_cuda else "eager"
+        self.step = (
+            LlamaStep(model.lm, max_batch_size, max_length)
+            if self.mode == "eager"
+            else GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device), self.mode == "compiled")
+        )
 
     @torch.no_grad()
     def generate(
@@ -124,17 +198,21 @@ class DecodeEngine:
         if eos is None:
             given = self.model.lm.generation_config.eos_token_id
             eos = [] if given is None else given if isinstance(given, list) else [given]
-        ends, notify = set(eos), on_token or (lambda: None)
-        choose = chooser(sampling, self.model.device)
-        dropped = _dropped(routes) if isinstance(routes, StepRoutes) else {}
+        task = _Task(
+            routes,
+            chooser(sampling, self.model.device),
+            max_new_tokens,
+            set(eos),
+            # A step in vain would draw for the other rows, too.
+            0 if sampling is not None or isinstance(routes, EarlyExit) else self.lookahead,
+            on_token or (lambda: None),
+            _dropped(routes) if isinstance(routes, StepRoutes) else {},
+        )
         waiting = deque(range(len(prompts)))
         ready: deque[_Row] = deque()
         active: list[_Row] = []  # as numbered by the step
         done: list[_Row] = []
         self.step.clear()
-
-        def has_ended(row: _Row) -> bool:
-            return len(row.tokens) >= max_new_tokens or row.tokens[-1] in ends
 
         while waiting or ready or active:
             free = self.max_batch_size - len(active)
@@ -145,21 +223,20 @@ class DecodeEngine:
                 active.append(row)
             elif free and waiting:
                 batch = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch_size))]
-                for row in self._prefill(prompts, batch, routes, choose):
-                    (done if has_ended(row) else ready).append(row)
-                notify()
+                for row in self._prefill(prompts, batch, task):
+                    (done if task.has_ended(row) else ready).append(row)
+                task.notify()
             else:
-                self._advance(active, routes, choose)
-                notify()
+                self._advance(active, task)
                 for place in reversed(range(len(active))):
                     row = active[place]
-                    if has_ended(row):
+                    if task.has_ended(row):
                         done.append(row)
                         self.step.leave(place)
                         last = active.pop()
                         if last is not row:
                             active[place] = last
-                    elif layers := dropped.get(len(row.tokens) - 1):
+                    elif layers := task.dropped.get(len(row.tokens) - 1):
                         self.step.drop(place, layers)
         done.sort(key=lambda row: row.index)
         return self._output(done, routes)
@@ -195,13 +272,8 @@ class DecodeEngine:
             if isinstance(routes, Tensor) and routes.ndim == 2 and len(routes) != len(prompts):
                 raise ValueError(f"routes has {len(routes)} rows for {len(prompts)} prompts; give one row per prompt")
 
-    def _prefill(
-        self,
-        prompts: Sequence[Sequence[int]],
-        batch: list[int],
-        routes: Routes | None,
-        choose: Callable[[Tensor], Tensor],
-    ) -> list[_Row]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], batch: list[int], task: _Task) -> list[_Row]:
+        routes = task.routes
         width, device = max(len(prompts[index]) for index in batch), self.model.device
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -211,7 +283,7 @@ class DecodeEngine:
         forced = routes[batch] if isinstance(routes, Tensor) and routes.ndim == 2 else routes
         cache = self.model.new_cache(routes=forced)
         out = self.model(ids.to(device), mask.to(device), past_key_values=cache, logits_to_keep=1)
-        first = choose(out.logits[:, -1]).tolist()
+        first = task.choose(out.logits[:, -1]).tolist()
         assert cache.routes is not None
         rows = []
         for place, (index, route) in enumerate(zip(batch, cache.routes.cpu(), strict=True)):
@@ -224,19 +296,35 @@ class DecodeEngine:
             rows.append(_Row(index, length, [first[place]], route, kv))
         return rows
 
-    def _advance(self, active: list[_Row], routes: Routes | None, choose: Callable[[Tensor], Tensor]) -> None:
-        """One more token of every row."""
+    def _advance(self, active: list[_Row], task: _Task) -> None:
+        """More tokens of every row, until one ends or is to run fewer layers."""
         tokens = torch.tensor([row.tokens[-1] for row in active], device=self.model.device)
-        if isinstance(routes, EarlyExit):
-            steps = torch.tensor([len(row.tokens) - 1 for row in active], device=self.model.device)
-            logits, depths = self.step.exit_early(tokens, routes, steps)
-            for row, depth in zip(active, depths.tolist(), strict=True):
-                row.depths.append(depth)
-        else:
-            logits = self.step(tokens)
-        for row, token in zip(active, choose(logits).tolist(), strict=True):
-            row.tokens.append(token)
-            row.length += 1
+        on_the_way: deque[_Reading] = deque()
+        left = task.safe_steps(active)
+        while left or on_the_way:
+            if left:
+                tokens = task.choose(self._logits(tokens, active, task.routes))
+                on_the_way.append(_Reading(tokens))
+                left -= 1
+                if left and len(on_the_way) <= task.lookahead:
+                    continue
+            for row, token in zip(active, on_the_way.popleft().tolist(), strict=True):
+                if not task.has_ended(row):  # else the step was in vain
+                    row.tokens.append(token)
+                    row.length += 1
+            task.notify()
+            if any(map(task.has_ended, active)):
+                left = 0
+
+    def _logits(self, tokens: Tensor, active: list[_Row], routes: Routes | None) -> Tensor:
+        """[B, V] after one more token [B] of every row."""
+        if not isinstance(routes, EarlyExit):
+            return self.step(tokens)
+        steps = torch.tensor([len(row.tokens) - 1 for row in active], device=self.model.device)
+        logits, depths = self.step.exit_early(tokens, routes, steps)
+        for row, depth in zip(active, depths.tolist(), strict=True):
+            row.depths.append(depth)
+        return logits
 
 
 def _dropped(schedule: StepRoutes) -> dict[int, list[int]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from firstlab.model.early_exit import EarlyExit
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the angles of the others depend on the length of the text
 
 
@@ -26,13 +26,15 @@ def check_supported(lm: nn.Module) -> None:
     if name not in SUPPORTED:
         raise ValueError(f"{name}: the decode engine knows {', '.join(SUPPORTED)}; {way_out}")
     windows = getattr(config, "layer_types", None) or ["full_attention"]
-    if name != "Qwen2ForCausalLM" and getattr(config, "sliding_window", None) is not None:
+    if not name.startswith("Qwen") and getattr(config, "sliding_window", None) is not None:
         windows = ["sliding_attention"]
     if set(windows) != {"full_attention"}:
         raise ValueError(f"{name} with a sliding window: the decode engine keeps no windows; {way_out}")
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in _ROPE_TYPES:
         raise ValueError(f"{name} with rope_type={rope['rope_type']!r}: angles must not change with length; {way_out}")
+    if (share := rope.get("partial_rotary_factor", 1.0)) != 1:
+        raise ValueError(f"{name} with partial_rotary_factor={share}: the decode engine turns whole heads; {way_out}")
 
 
 def _fuse(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -56,34 +58,87 @@ def _is_fused(weights: Sequence[Tensor]) -> bool:
     return len(storages) == 1 and [weight.data_ptr() for weight in weights[1:]] == ends[:-1]
 
 
+def _parts(module: Any, fused: str, apart: Sequence[str]) -> list[Any]:
+    """The linear maps of one input."""
+    return [getattr(module, name) for name in ([fused] if hasattr(module, fused) else apart)]
+
+
 def _norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
-class _Layer:
-    """Weights of one layer, by name."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn queries or keys [n, heads, head dim] in place, by angles [n or 1, 1, head dim]."""
+    rolled = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).addcmul_(rolled, sin)
 
-    def __init__(self, layer: Any) -> None:
+
+class Layer:
+    """Weights of one layer, by name, and what it does before and after attention.
+
+    `project` and `finish` depend on tensors alone, so that they can be compiled.
+
+    Args:
+        layer: Decoder layer of transformers.
+        heads, kv_heads, head_dim: Of its attention.
+    """
+
+    def __init__(self, layer: Any, heads: int, kv_heads: int, head_dim: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.query, self.gate = attention.q_proj, mlp.gate_proj
-        self.qkv, self.qkv_bias = _fuse([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up, self.gate_up_bias = _fuse([mlp.gate_proj, mlp.up_proj])
-        self.out, self.down, self.act = attention.o_proj, mlp.down_proj, mlp.act_fn
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        # Phi-3 has them in one map already.
+        self.inputs = _parts(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+        self.gates = _parts(mlp, "gate_up_proj", ("gate_proj", "up_proj"))
+        self.qkv, self.qkv_bias = _fuse(self.inputs)
+        self.gate_up, self.gate_up_bias = _fuse(self.gates)
+        self.out, self.down = attention.o_proj, mlp.down_proj
+        self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self.norm_1, self.norm_2 = layer.input_layernorm, layer.post_attention_layernorm
+        self.query_norm, self.key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
 
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The layer's output [n, D] from its input x [n, D] and what attention read [n, heads · head dim]."""
-        x = x + self.out(mixed)
-        gate, up = F.linear(_norm(x, self.norm_2), self.gate_up, self.gate_up_bias).chunk(2, -1)
-        return x + self.down(self.act(gate) * up)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries, keys, values [n, heads + 2 · kv heads, head dim] of the layer's input x [n, D], the former turned.
+
+        Angles are [n or 1, 1, head dim].
+        """
+        qkv = F.linear(_norm(x, self.norm_1), self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
+        if self.query_norm is not None:
+            queries = qkv[:, : self.heads]
+            queries.copy_(_norm(queries, self.query_norm))
+        self._norm_keys(qkv[:, self.heads : self.heads + self.kv_heads])
+        _rotate(qkv[:, : self.heads + self.kv_heads], cos, sin)
+        return qkv
+
+    def project_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The keys and values [n, 2 · kv heads, head dim] of `project` alone."""
+        queries = self.heads * self.head_dim
+        bias = None if self.qkv_bias is None else self.qkv_bias[queries:]
+        keys_values = F.linear(_norm(x, self.norm_1), self.qkv[queries:], bias).view(len(x), -1, self.head_dim)
+        keys = keys_values[:, : self.kv_heads]
+        self._norm_keys(keys)
+        _rotate(keys, cos, sin)
+        return keys_values
+
+    def _norm_keys(self, keys: Tensor) -> None:
+        if self.key_norm is not None:
+            keys.copy_(_norm(keys, self.key_norm))
+
+    def finish(self, x: Tensor, mixed: Tensor, out: Tensor | None = None) -> Tensor:
+        """The layer's output [n, D] from its input x [n, D] and what attention read [n, heads · head dim].
+
+        It is written to `out`, which may be x, if that is given.
+        """
+        after = x + self.out(mixed)
+        gate, up = F.linear(_norm(after, self.norm_2), self.gate_up, self.gate_up_bias).chunk(2, -1)
+        return torch.add(after, self.down(self.act(gate) * up), out=out)
 
     def is_current(self) -> bool:
-        pairs = ((self.query, self.qkv), (self.gate, self.gate_up))
+        pairs = ((self.inputs[0], self.qkv), (self.gates[0], self.gate_up))
         return all(linear.weight.data_ptr() == fused.data_ptr() for linear, fused in pairs)
 
 
 @dataclass
-class _Plan:
+class Plan:
     """What the steps of one set of rows have in common.
 
     Attributes:
@@ -98,7 +153,7 @@ class _Plan:
 
 
 @dataclass
-class _Positions:
+class Positions:
     """Of the rows that a layer runs: where their token goes, its angles, and what attention sees.
 
     Attributes:
@@ -140,7 +195,7 @@ class LlamaStep:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.embedding, self.norm, self.head = decoder.embed_tokens.weight, decoder.norm, lm.lm_head
-        self.layers = [_Layer(layer) for layer in decoder.layers]
+        self.layers = [Layer(each, self.heads, self.kv_heads, self.head_dim) for each in decoder.layers]
         self.kv: list[Tensor | None] = [None] * len(self.layers)
         self._shape = (2, max_batch_size, self.kv_heads, max_length, self.head_dim)
         places = torch.arange(max_length, device=self.embedding.device)
@@ -171,7 +226,7 @@ class LlamaStep:
         """Forget all rows."""
         self.lengths: list[int] = []
         self._slots: list[list[int]] = [[] for _ in self.layers]  # of each layer: the rows that run it
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     def join(self, kv: Mapping[int, Tensor], length: int) -> None:
         """Add a row, numbered behind the others.
@@ -213,7 +268,7 @@ class LlamaStep:
             kv = self.kv[layer] = torch.zeros(self._shape, dtype=self.embedding.dtype, device=self.embedding.device)
         return kv
 
-    def _make_plan(self) -> _Plan:
+    def _make_plan(self) -> Plan:
         everyone = tuple(range(len(self.lengths)))
         sets, layers = {everyone: 0}, []
         tensors: dict[tuple[int, ...], Tensor | None] = {everyone: None}
@@ -226,7 +281,7 @@ class LlamaStep:
                 tensors[rows] = torch.tensor(rows, device=self._places.device)
             layers.append((layer, sets[rows], tensors[rows]))
         at = torch.tensor([self.lengths[row] for rows in sets for row in rows], device=self._places.device)
-        return _Plan(at, [len(rows) for rows in sets], layers)
+        return Plan(at, [len(rows) for rows in sets], layers)
 
     # -- steps --
 
@@ -237,11 +292,10 @@ class LlamaStep:
         x = F.embedding(tokens, self.embedding)
         for index, which, rows in plan.layers:
             layer = self.layers[index]
-            if rows is None:
-                x = layer.finish(x, self._attend(index, x, positions[which]))
-            else:
-                some = x.index_select(0, rows)
-                x.index_copy_(0, rows, layer.finish(some, self._attend(index, some, positions[which])))
+            here = positions[which]
+            some = x if rows is None else x.index_select(0, rows)
+            some = layer.finish(some, self._attend(index, layer.project(some, here.cos, here.sin), here))
+            x = some if rows is None else x.index_copy_(0, rows, some)
         self._end(plan)
         return self._logits(x)
 
@@ -269,7 +323,7 @@ class LlamaStep:
             if not len(rows):
                 self._pass_on(index, x, here)
                 continue
-            mixed = self._attend(index, x, here)
+            mixed = self._attend(index, layer.project(x, here.cos, here.sin), here)
             if len(rows) < len(x):
                 mixed = mixed[rows]
             before = x[rows]
@@ -282,52 +336,43 @@ class LlamaStep:
         self._end(plan)
         return self._logits(x), depth
 
-    def _begin(self) -> tuple[_Plan, list[_Positions]]:
+    def _begin(self) -> tuple[Plan, list[Positions]]:
         plan = self._plan = self._plan or self._make_plan()
         end = max(self.lengths) + 1
         if min(self.lengths) + 1 == end:
             place = slice(end - 1, end)
-            return plan, [_Positions(place, self.cos[place], self.sin[place], end, None)] * len(plan.sizes)
+            return plan, [Positions(place, self.cos[place], self.sin[place], end, None)] * len(plan.sizes)
         hidden = (self._places[:end] > plan.at.unsqueeze(1)).view(-1, 1, 1, end)
         # Added, not boolean: attention would turn it into this at every layer.
         scores = torch.zeros_like(hidden, dtype=self.embedding.dtype).masked_fill_(hidden, float("-inf"))
         of_all = (plan.at, self.cos[plan.at], self.sin[plan.at], scores)
         at, cos, sin, mask = (each.split(plan.sizes) for each in of_all)
-        return plan, [_Positions(at[i], cos[i], sin[i], end, mask[i]) for i in range(len(plan.sizes))]
+        return plan, [Positions(at[i], cos[i], sin[i], end, mask[i]) for i in range(len(plan.sizes))]
 
-    def _end(self, plan: _Plan) -> None:
+    def _end(self, plan: Plan) -> None:
         plan.at += 1
         self.lengths = [length + 1 for length in self.lengths]
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.head(_norm(x, self.norm))
 
-    def _attend(self, index: int, x: Tensor, here: _Positions) -> Tensor:
-        """Take the keys and values of x [n, D] in, and give what its queries read [n, heads · head dim]."""
-        layer, kv, rows = self.layers[index], self.kv[index], len(x)
+    def _attend(self, index: int, qkv: Tensor, here: Positions) -> Tensor:
+        """Take the keys and values of a projection in, and give what its queries read [n, heads · head dim]."""
+        kv, rows = self.kv[index], len(qkv)
         assert kv is not None
-        qkv = F.linear(_norm(x, layer.norm_1), layer.qkv, layer.qkv_bias).view(rows, -1, self.head_dim)
-        self._rotate(qkv[:, : self.heads + self.kv_heads], here)
         self._write(kv, qkv[:, self.heads :], here)
         # The query heads of a group stand where query positions would: grouped attention without repeated keys.
         query = qkv[:, : self.heads].reshape(rows, self.kv_heads, -1, self.head_dim)
         keys, values = kv[0, :rows, :, : here.end], kv[1, :rows, :, : here.end]
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=here.mask).reshape(rows, -1)
 
-    def _pass_on(self, index: int, x: Tensor, here: _Positions) -> None:
+    def _pass_on(self, index: int, x: Tensor, here: Positions) -> None:
         """Take the keys and values of x [n, D] in, for later tokens."""
-        layer, kv, queries = self.layers[index], self.kv[index], self.heads * self.head_dim
+        kv = self.kv[index]
         assert kv is not None
-        bias = None if layer.qkv_bias is None else layer.qkv_bias[queries:]
-        keys_values = F.linear(_norm(x, layer.norm_1), layer.qkv[queries:], bias).view(len(x), -1, self.head_dim)
-        self._rotate(keys_values[:, : self.kv_heads], here)
-        self._write(kv, keys_values, here)
+        self._write(kv, self.layers[index].project_keys_values(x, here.cos, here.sin), here)
 
-    def _rotate(self, x: Tensor, here: _Positions) -> None:
-        """Turn queries or keys [n, heads, head dim] in place."""
-        torch.addcmul(x * here.cos, x.roll(self.head_dim // 2, -1), here.sin, out=x)
-
-    def _write(self, kv: Tensor, new: Tensor, here: _Positions) -> None:
+    def _write(self, kv: Tensor, new: Tensor, here: Positions) -> None:
         """Keys, then values [n, 2 · kv heads, head dim] go to their places."""
         rows = len(new)
         new = new.unflatten(1, (2, self.kv_heads))

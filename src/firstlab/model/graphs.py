@@ -1,0 +1,62 @@
+"""Callables of fixed memory: on a GPU captured once as CUDA graphs and replayed, elsewhere called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+Body = Callable[[], None]
+
+
+class Graphs:
+    """Keeps one replay for every key.
+
+    A body takes nothing and gives nothing: it reads and writes tensors that live as long as the graphs, never waits for
+    the device, and does the same whatever those tensors hold. What it allocates is its own: bodies share memory for it,
+    so nothing may be handed from one to the next that way.
+
+    Args:
+        device: Where the bodies run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._replays: dict[Hashable, Body] = {}
+        if device.type == "cuda":
+            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def __len__(self) -> int:
+        return len(self._replays)
+
+    def __call__(self, key: Hashable, body: Body) -> Body:
+        """What does the body's work; only the first body of a key counts."""
+        if key not in self._replays:
+            self._replays[key] = self.make(body)
+        return self._replays[key]
+
+    def make(self, body: Body) -> Body:
+        """What does the body's work."""
+        return _Replay(body, self._stream, self._pool) if self._device.type == "cuda" else body
+
+
+class _Replay:
+    """Runs a body the first time, which warms it up, and captures it then; later it replays what was captured."""
+
+    def __init__(self, body: Body, stream: torch.cuda.Stream, pool: Any) -> None:
+        self._body: Body | None = body  # forgotten after capture: it holds what holds the graphs
+        self._stream, self._pool, self._graph = stream, pool, torch.cuda.CUDAGraph()
+
+    def __call__(self) -> None:
+        if self._body is None:
+            self._graph.replay()
+            return
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            self._body()
+        current.wait_stream(self._stream)
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
+            self._body()  # recorded, not run
+        self._body = None
