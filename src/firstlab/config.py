@@ -449,7 +449,7 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")
-    saved = OmegaConf.create(yaml.safe_load(file.read_text(encoding="utf-8")))
+    saved = OmegaConf.create(_without_retired(yaml.safe_load(file.read_text(encoding="utf-8"))))
     overrides = dict(overrides or {})
     if "data" in overrides:
         name = overrides.pop("data")
@@ -473,6 +473,14 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
     return load(merged)
 
 
+# Options of earlier versions that saved configurations still carry.
+_RETIRED = ("codebook_rounds",)
+
+
+def _without_retired(node: dict[str, Any]) -> dict[str, Any]:
+    return {**node, "method": {k: v for k, v in node.get("method", {}).items() if k not in _RETIRED}}
+
+
 def load_dict(node: dict[str, Any]) -> ExperimentConfig:
     """A configuration from what `ExperimentConfig.to_dict` gave.
 
@@ -480,7 +488,7 @@ def load_dict(node: dict[str, Any]) -> ExperimentConfig:
         ValueError: It does not fit this version's schema.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(node))
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(_without_retired(node)))
     except OmegaConfBaseException as error:
         raise ValueError(f"saved configuration: {str(error).strip()}") from error
     assert isinstance(merged, DictConfig)

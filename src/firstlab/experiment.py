@@ -31,7 +31,15 @@ from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
 from firstlab.routes import CODEBOOK, STATIC_ORDER, prompt_routes, shared_routes, static_routes
 from firstlab.tracking import JsonLinesLogger, log_evaluation, logger_options
 from firstlab.training.calibration import start_routers
-from firstlab.training.codebook import best_of, constant_accuracy, find_codebook, fit_to_routes, threshold_at
+from firstlab.training.codebook import (
+    cluster,
+    constant_accuracy,
+    find_codebook,
+    fit_to_routes,
+    nearest,
+    pooled_states,
+    threshold_at,
+)
 from firstlab.training.modules import (
     LoRACompensationModule,
     OnePhaseModule,
@@ -218,7 +226,7 @@ class Experiment:
         _say(f"calibrating the routers' start ({method.start}) on {method.calibration_prompts} training prompts")
         prompts = self._prompts(self.data.train[: method.calibration_prompts])
         if method.start == "codebook" and method.codebook_size > 1:
-            return self._start_from_codebook(method, prompts)
+            return self._start_from_codebook(method)
         rate, order = 0.0, []
         if method.start != "dense":
             rate = method.target_skip or 0.0
@@ -226,25 +234,34 @@ class Experiment:
         start_routers(self.model, prompts.batches, order, rate, method.start_margin)
         return {}
 
-    def _start_from_codebook(self, method: First, prompts: PromptSet) -> dict[str, float]:
-        """Find the codebook once, kept in the run directory with the fit to it; then fit the routers."""
+    def _start_from_codebook(self, method: First) -> dict[str, float]:
+        """Find the codebook's routes once, kept in the run directory with the fit to them; then fit the routers."""
         assert method.target_skip is not None
+        first, last = method.calibration_prompts, method.calibration_prompts + method.fit_prompts
+        prompts, others = self._prompts(self.data.train[:first]), self._prompts(self.data.train[first:last])
+        if len(others) < 4:
+            raise ValueError(
+                f"method.start=codebook needs at least 4 training prompts behind the first {first}, and there are "
+                f"{len(others)}: lower method.calibration_prompts, or raise data.train_size"
+            )
+        states = pooled_states(self.model, prompts.batches)
+        centres = cluster(states, method.codebook_size)
+        measured = nearest(pooled_states(self.model, others.batches), centres)
         file = self.directory / CODEBOOK
         if not file.is_file() and rank()[0] == 0:
-            count = round(method.target_skip * prompts.num_layers)
-            found = find_codebook(prompts, method.codebook_size, count, method.codebook_rounds)
+            found = find_codebook(prompts, nearest(states, centres), others, measured, method.target_skip)
             write_atomically(file, json.dumps({"routes": found.tolist()}) + "\n")
         barrier()
         routes = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["routes"])
-        fitted = self._prompts(self.data.train[: method.fit_prompts])
-        wanted = routes[best_of(fitted, routes)]
-        trained = math.ceil(len(fitted) * 3 / 4)
-        accuracy = fit_to_routes(self.model, fitted.batches, wanted, method.start_margin, trained)
+        wanted = routes[measured]
+        trained = math.ceil(len(others) * 3 / 4)
+        accuracy = fit_to_routes(self.model, others.batches, wanted, method.start_margin, trained)
         constant = constant_accuracy(wanted, trained)
         started = {"start_accuracy": float(accuracy.mean()), "start_constant_accuracy": float(constant.mean())}
         _say(
-            f"codebook of {len(routes)}: {100 * started['start_accuracy']:.1f} % of decisions right on held-out "
-            f"prompts, {100 * started['start_constant_accuracy']:.1f} % by constant ones"
+            f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
+            f"{100 * started['start_accuracy']:.1f} % of decisions right on held-out prompts, "
+            f"{100 * started['start_constant_accuracy']:.1f} % by constant ones"
         )
         if rank()[0] == 0:
             record = {"routes": routes.tolist(), "held_out_accuracy": accuracy.tolist()}

@@ -23,15 +23,15 @@ class First(Method):
         objective, gate, pooled_tokens: The training pass, see `TeacherForcedPass`.
         lora_gate: Gate of phase 2.
         start: "random" (paper: rho near 0.5), "dense" (every rho at 0.5 + start_margin), "static" (rho at
-            0.5 ± start_margin according to the SLEB set at the target) or "codebook" (several such sets, each for
-            the prompts it suits, and routers fitted to choose among them).
+            0.5 ± start_margin according to the SLEB set at the target) or "codebook" (such a set for every kind of
+            prompts, more layers for kinds that need less of them, and routers fitted to tell the kinds apart).
         start_margin: Distance of the calibrated start from the threshold.
         dual_rate: Step size of the dual ascent on α and β towards target_skip.
         tolerance: Distance to the target that model selection forgives.
         calibration_prompts: Training prompts for a calibrated start.
-        codebook_size: K, the number of sets of a codebook; 1 is the static start.
-        codebook_rounds: How often sets and their prompts are found in turn.
-        fit_prompts: Training prompts that the routers are fitted to; a quarter of them measures the fit instead.
+        codebook_size: K, the number of kinds of prompts (clusters of their states); 1 is the static start.
+        fit_prompts: Further training prompts for a codebook: they measure what skipping costs each kind, and the
+            routers are fitted to three quarters of them; the last quarter measures the fit.
         calibrate_rate: After phase 1, move the threshold so that validation prompts skip exactly target_skip.
         one_phase: Phase 1 only puts the routers at their start; they are trained together with LoRA, for the steps of
             phase 2 and with both learning rates.
@@ -52,7 +52,6 @@ class First(Method):
     tolerance: float = 0.02
     calibration_prompts: int = 128
     codebook_size: int = 4
-    codebook_rounds: int = 2
     fit_prompts: int = 256
     calibrate_rate: bool = False
     one_phase: bool = False
@@ -85,7 +84,7 @@ class First(Method):
                 "method.calibrate_rate=true moves the threshold after phase 1, and method.one_phase=true trains the "
                 "routers after it: drop one of them"
             )
-        least_of = {"calibration_prompts": 1, "codebook_size": 1, "codebook_rounds": 1, "fit_prompts": 4}
+        least_of = {"calibration_prompts": 1, "codebook_size": 1, "fit_prompts": 4}
         for option, least in least_of.items():
             if getattr(self, option) < least:
                 raise ValueError(f"method.{option}={getattr(self, option)} must be at least {least}")

@@ -60,6 +60,7 @@ def losses_under_routes(
                 routes=forced,
                 keep_logits=False,
             )
+        assert out.token_losses is not None
         sums.append(out.token_losses.sum(1).cpu())
         counts.append((labels[:, 1:] != -100).sum(1).cpu())
     return torch.cat(sums), torch.cat(counts)
@@ -70,6 +71,11 @@ def read_prompts(model: RouterAugmentedLM, batches: Iterable[Batch]) -> Iterator
     """The prompts of each batch, read when they are asked for; None where they cannot be read alone."""
     for batch in batches:
         yield model.read_prompts(batch["input_ids"], batch["attention_mask"], batch["prompt_mask"])
+
+
+def rms_normed(states: Tensor) -> Tensor:
+    """States [..., D] scaled to a root mean square of 1, as routers with `input_norm="rms"` read them."""
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
 
 
 class _Moments:
@@ -88,7 +94,7 @@ class _Moments:
         mask = self.prompt_mask.to(hidden.device)
         states = hidden.float()
         if self.input_norm == "rms":
-            states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
+            states = rms_normed(states)
         # Every prompt weighs the same, however long it is.
         weights = mask / mask.sum(1, keepdim=True)
         weighted = states * weights.unsqueeze(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,36 +13,47 @@ from torch import Tensor
 from firstlab.methods.base import Prompts, check_count, routes_without
 from firstlab.model import RouterAugmentedLM
 from firstlab.model.layers import routing
-from firstlab.training.calibration import Batch
+from firstlab.training.calibration import Batch, rms_normed
 
 _KMEANS_ROUNDS = 20
+# No kind of prompt skips more than so many times the mean.
+_DEPTH = 2
 _FIT_STEPS = 150
 _FIT_RATE = 0.02
 
 
-def loss_profiles(prompts: Prompts) -> Tensor:
-    """[N, L]: change of each prompt's loss when decode skips that one layer."""
-    layers = prompts.num_layers
-    dense = prompts.losses(routes_without(layers, []))
-    return torch.stack([prompts.losses(routes_without(layers, [i])) - dense for i in range(layers)], dim=1)
-
-
 def cluster(points: Tensor, size: int) -> Tensor:
-    """[N] cluster of each of [N, F] points by k-means, from far-apart points: the same for every seed."""
+    """[K, F] centres of [N, F] points by k-means, from far-apart points: the same for every seed.
+
+    K is `size`, or less where points are alike: every centre has points.
+
+    Raises:
+        ValueError: Fewer points than centres.
+    """
+    if size > len(points):
+        raise ValueError(
+            f"method.codebook_size={size} is more than the {len(points)} training prompts to calibrate on: lower it, "
+            "or raise method.calibration_prompts and data.train_size"
+        )
     centres = points.mean(0, keepdim=True)
     for _ in range(size):
         farthest = torch.cdist(points, centres).min(1).values.argmax()
         centres = torch.cat([centres, points[farthest, None]])
     centres = centres[1:]
     for _ in range(_KMEANS_ROUNDS):
-        chosen = torch.cdist(points, centres).argmin(1)
+        chosen = nearest(points, centres)
         kept = [points[chosen == k].mean(0) if (chosen == k).any() else centres[k] for k in range(size)]
         centres = torch.stack(kept)
+    return centres[nearest(points, centres).unique()]
+
+
+def nearest(points: Tensor, centres: Tensor) -> Tensor:
+    """[N], which of [K, F] centres is nearest to each of [N, F] points."""
     return torch.cdist(points, centres).argmin(1)
 
 
-def greedy_routes(prompts: Prompts, chosen: Tensor, size: int, count: int) -> Tensor:
-    """[K, L]: for each cluster the layers switched off one by one, each time the one that hurts its prompts least.
+def greedy_orders(prompts: Prompts, chosen: Tensor, size: int, depth: int) -> list[list[int]]:
+    """For each cluster the layers switched off one by one, each time the one that hurts its prompts least (SLEB).
 
     All clusters are searched in the same passes. The first and the last layer stay.
 
@@ -49,57 +61,117 @@ def greedy_routes(prompts: Prompts, chosen: Tensor, size: int, count: int) -> Te
         prompts: N prompts.
         chosen: [N], the cluster of each.
         size: K.
-        count: Layers that every route skips.
+        depth: Layers in each order.
     """
     layers = prompts.num_layers
-    check_count(count, layers, 1, 1)
-    routes = torch.ones(size, layers, dtype=torch.bool)
-    for _ in range(count):
+    check_count(depth, layers, 1, 1)
+    orders: list[list[int]] = [[] for _ in range(size)]
+    for _ in range(depth):
         harm = torch.full((size, layers), torch.inf)
         for layer in range(1, layers - 1):
-            tried = routes.clone()
-            tried[:, layer] = False
-            sums = torch.zeros(size).index_add(0, chosen, prompts.losses(tried[chosen]).float())
-            harm[:, layer] = sums.masked_fill(~routes[:, layer], torch.inf)
-        routes[torch.arange(size), harm.argmin(1)] = False
-    return routes
+            routes = torch.stack([routes_without(layers, [*order, layer]) for order in orders])
+            harm[:, layer] = _means(prompts.losses(routes[chosen]), chosen, size)
+        for cluster_harm, order in zip(harm, orders, strict=True):
+            cluster_harm[order] = torch.inf
+            order.append(int(cluster_harm.argmin()))
+    return orders
 
 
-def find_codebook(prompts: Prompts, size: int, count: int, rounds: int) -> Tensor:
-    """K routes [K, L] of `count` skipped layers, found in turn with the prompts that each is for.
-
-    Prompts are clustered by their loss profiles first; each round finds every cluster's route and gives each prompt
-    to the route with its lowest loss. With K = 1 it is the greedy static set (SLEB).
+def loss_curves(prompts: Prompts, chosen: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
+    """[K, depth + 1]: the mean loss of each cluster's prompts without the first 0, 1, ... layers of its order.
 
     Args:
-        prompts: Training prompts.
-        size: K.
-        count: Layers that every route skips.
-        rounds: At least 1.
+        prompts: N prompts; other ones than the orders were found on, or what is best by chance looks harmless.
+        chosen: [N], the cluster of each.
+        orders: Of the K clusters, equally long.
+    """
+    layers, depth = prompts.num_layers, len(orders[0])
+    curves = []
+    for count in range(depth + 1):
+        routes = torch.stack([routes_without(layers, order[:count]) for order in orders])
+        curves.append(_means(prompts.losses(routes[chosen]), chosen, len(orders)))
+    return torch.stack(curves, dim=1)
+
+
+def allocate(curves: Tensor, shares: Tensor, budget: float) -> list[int]:
+    """How many layers each cluster skips: where that costs least, `budget` on average over prompts.
+
+    Steps of one or several layers are taken in the order of what a layer of them costs the cluster's prompts.
+
+    Args:
+        curves: [K, depth + 1], see `loss_curves`.
+        shares: [K], each cluster's share of the prompts.
+        budget: Skipped layers, missed by at most half of what a layer less in the smallest cluster would change.
+    """
+    counts, used = [0] * len(curves), 0.0
+    slack = float(shares[shares > 0].min()) / 2
+    while True:
+        steps = [
+            (float(curve[count + more] - curve[count]) / more, k, more)
+            for k, (curve, count) in enumerate(zip(curves, counts, strict=True))
+            for more in range(1, len(curve) - count)
+            if shares[k] > 0 and used + more * float(shares[k]) <= budget + slack
+        ]
+        if not steps or used >= budget - slack:
+            return counts
+        _, k, more = min(steps)
+        counts[k] += more
+        used += more * float(shares[k])
+
+
+def _means(losses: Tensor, chosen: Tensor, size: int) -> Tensor:
+    """[K], the mean over each cluster's prompts; 0 without any."""
+    counts = torch.bincount(chosen, minlength=size).clamp_min(1)
+    return torch.zeros(size).index_add(0, chosen, losses.float()) / counts
+
+
+def find_codebook(prompts: Prompts, chosen: Tensor, others: Prompts, measured: Tensor, skip_rate: float) -> Tensor:
+    """A route for each of K clusters of prompts, [K, L], `skip_rate` on average; easy kinds of prompts skip more.
+
+    Each cluster gets its own greedy order of layers, and the layers to skip are spent where prompts that the orders
+    were not found on lose least.
+
+    Args:
+        prompts, chosen: N prompts to find the orders on, and the cluster of each, [N].
+        others, measured: Further prompts, on which what skipping costs is measured, and their clusters.
+        skip_rate: In (0, 1).
 
     Raises:
-        ValueError: Fewer prompts than routes, or more layers to skip than may be skipped.
+        ValueError: More layers to skip than may be skipped.
     """
-    if size > len(prompts):
-        raise ValueError(
-            f"method.codebook_size={size} is more than the {len(prompts)} training prompts to calibrate on: lower it, "
-            "or raise method.calibration_prompts and data.train_size"
-        )
-    if size == 1:
-        return greedy_routes(prompts, torch.zeros(len(prompts), dtype=torch.long), 1, count)
-    profiles = loss_profiles(prompts)
-    scale = profiles.std(0, keepdim=True).clamp_min(1e-6)
-    chosen = cluster((profiles - profiles.mean(0)) / scale, size)
-    for step in range(rounds):
-        routes = greedy_routes(prompts, chosen, size, count)
-        if step + 1 < rounds:
-            chosen = best_of(prompts, routes)
-    return routes
+    layers, budget = prompts.num_layers, skip_rate * prompts.num_layers
+    check_count(math.ceil(budget), layers, 1, 1)
+    size = int(max(chosen.max(), measured.max())) + 1
+    orders = greedy_orders(prompts, chosen, size, min(layers - 2, math.ceil(_DEPTH * budget)))
+    shares = torch.bincount(measured, minlength=size) / len(measured)
+    counts = allocate(loss_curves(others, measured, orders), shares, budget)
+    return torch.stack([routes_without(layers, order[:count]) for order, count in zip(orders, counts, strict=True)])
 
 
-def best_of(prompts: Prompts, routes: Tensor) -> Tensor:
-    """[N]: which of the [K, L] routes costs each prompt least."""
-    return torch.stack([prompts.losses(route) for route in routes]).argmin(0)
+@torch.no_grad()
+def pooled_states(model: RouterAugmentedLM, batches: Sequence[Batch]) -> Tensor:
+    """Mean state of each prompt in front of every layer, [N, L · D] fp32; tokens have a root mean square of 1."""
+    found = []
+    for batch in batches:
+        watch = _MeanStates(batch["prompt_mask"].bool())
+        with routing(watch):
+            model.lm.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        found.append(torch.cat(watch.means, dim=1))
+    return torch.cat(found)
+
+
+class _MeanStates:
+    """Routing that runs every layer and keeps the mean state of each prompt in front of it."""
+
+    def __init__(self, prompt_mask: Tensor) -> None:
+        self.prompt_mask = prompt_mask
+        self.means: list[Tensor] = []
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        mask = self.prompt_mask.to(hidden.device)
+        states = rms_normed(hidden.float()).masked_fill(~mask.unsqueeze(-1), 0)
+        self.means.append((states.sum(1) / mask.sum(1, keepdim=True)).cpu())
+        return run()
 
 
 class _PromptStates:
@@ -113,7 +185,7 @@ class _PromptStates:
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         states = hidden[self.prompt_mask.to(hidden.device)].float()
         if self.input_norm == "rms":
-            states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
+            states = rms_normed(states)
         self.states[index].append(states.cpu())
         return run()
 
