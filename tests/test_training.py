@@ -97,6 +97,27 @@ def test_distillation_compares_with_the_dense_base_model(setup: Setup, tmp_path:
     assert kept["val/cross_entropy"] > 0
 
 
+def test_routes_are_held_against_what_lora_does_to_the_prompt(setup: Setup, tmp_path: Path):
+    module = setup.module("lora", replace(OURS, hold_routes=1e4)).eval()
+    batch = next(iter(setup.data.train_dataloader()))
+    assert module._drift(module._routed(batch, None), batch).item() == 0
+    with torch.no_grad():
+        for name, parameter in setup.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    moved = module._drift(module._routed(batch, None), batch).item()
+    kept = fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    module.eval()
+    assert module._drift(module._routed(batch, None), batch).item() < moved
+    assert kept["val/cross_entropy"] > 0
+
+
+@pytest.mark.parametrize("other", ["objective=soft", "one_phase=true"])
+def test_routes_are_held_only_after_a_phase_1_of_the_same_kind(other: str):
+    with pytest.raises(ValueError, match=r"method\.hold_routes=1\.0 holds routes of a phase 1"):
+        composed("method.hold_routes=1.0", f"method.{other}")
+
+
 def test_checkpoints_hold_trainable_weights_only(setup: Setup, tmp_path: Path):
     fit_phase(setup.module("router", OURS), setup.data, settings(), tmp_path, [], resume=True)
     checkpoint = read_checkpoint(tmp_path / "last.ckpt")

@@ -32,6 +32,8 @@ class First(Method):
         codebook_size: K, the number of kinds of prompts (clusters of their states); 1 is the static start.
         fit_prompts: Further training prompts for a codebook: they measure what skipping costs each kind, and the
             routers are fitted to three quarters of them; the last quarter measures the fit.
+        hold_routes: Weight in phase 2 of the squared distance of rho from what it is without LoRA, so that prompts keep
+            the routes of phase 1 while LoRA changes the states that the routers read.
         calibrate_rate: After phase 1, move the threshold so that validation prompts skip exactly target_skip.
         one_phase: Phase 1 only puts the routers at their start; they are trained together with LoRA, for the steps of
             phase 2 and with both learning rates.
@@ -53,12 +55,13 @@ class First(Method):
     calibration_prompts: int = 128
     codebook_size: int = 4
     fit_prompts: int = 256
+    hold_routes: float = 0.0
     calibrate_rate: bool = False
     one_phase: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("alpha", "beta", "lam", "dual_rate", "tolerance"):
+        for option in ("alpha", "beta", "lam", "dual_rate", "tolerance", "hold_routes"):
             value = getattr(self, option)
             if value is not None and value < 0:
                 raise ValueError(f"method.{option}={value} must not be negative")
@@ -83,6 +86,11 @@ class First(Method):
             raise ValueError(
                 "method.calibrate_rate=true moves the threshold after phase 1, and method.one_phase=true trains the "
                 "routers after it: drop one of them"
+            )
+        if self.hold_routes > 0 and (self.objective != "decode_consistent" or self.one_phase):
+            raise ValueError(
+                f"method.hold_routes={self.hold_routes} holds routes of a phase 1 with "
+                "method.objective=decode_consistent and method.one_phase=false: set these, or method.hold_routes=0"
             )
         least_of = {"calibration_prompts": 1, "codebook_size": 1, "fit_prompts": 4}
         for option, least in least_of.items():

@@ -35,6 +35,7 @@ class RoutingObjective:
         tolerance: Distance to the target that "best by validation" forgives.
         lam: λ of the router regulariser.
         distill: Weight of the divergence from the dense model's predictions, added to the cross-entropy.
+        hold_routes: Phase 2: weight of the squared distance between rho with and without LoRA, summed over layers.
     """
 
     objective: str = "soft"
@@ -46,6 +47,7 @@ class RoutingObjective:
     tolerance: float = 0.02
     lam: float = 0.01
     distill: float = 0.0
+    hold_routes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,10 @@ class _Phase(L.LightningModule):
         rows = torch.tensor(len(batch["input_ids"]), device=self.device)
         non_skip = self._global_mean(terms["non_skip"], rows)
         loss = self.loss(fit, non_skip)
+        if self.objective.hold_routes > 0 and routes is None:
+            drift = self._global_mean(self._drift(out, batch), rows)
+            self.log("train/drift", drift.detach(), sync_dist=True)
+            loss = loss + self.objective.hold_routes * drift
         skip_rate = self._hard_skip_rate(out, batch, routes)
         if self.objective.target_skip is not None:
             self._skip_rates.append(self._global_mean(skip_rate, rows))
@@ -156,6 +162,13 @@ class _Phase(L.LightningModule):
             return distillation_losses(head(student), head(teacher))
 
         return in_chunks(losses, self.model.loss_chunk, out.states, dense).sum() / max(1, len(dense))
+
+    def _drift(self, out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
+        """How far LoRA moved what the frozen routers read in the prompts, by the rho that they had without it."""
+        with self.model.lora_disabled():
+            before = self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
+        assert out.rho is not None
+        return (out.rho - before).square().sum(1).mean()
 
     def _global_mean(self, local_mean: Tensor, local_weight: Tensor) -> Tensor:
         """The rank's share of a weighted mean over all ranks, scaled so that averaging over ranks gives that mean."""
