@@ -268,12 +268,12 @@ def test_a_codebook_of_one_is_the_static_start(tiny_model_dir: Path, tmp_path: P
     torch.testing.assert_close(saved[0][0], saved[1][0], rtol=0, atol=0)
 
 
-def test_a_codebook_needs_as_many_prompts_as_routes(tiny_model_dir: Path, tmp_path: Path):
+def test_a_codebook_needs_prompts_to_find_and_prompts_to_measure(tiny_model_dir: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"codebook_size=5 exceeds method\.calibration_prompts=4: lower the one"):
         composed("method.start=codebook", "method.codebook_size=5", "method.calibration_prompts=4")
     few = ("method.start=codebook", "method.codebook_size=5", "method.calibration_prompts=8", "data.train_size=3")
     run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", *few)))
-    with pytest.raises(ValueError, match=r"codebook_size=5 is more than the 3 training prompts"):
+    with pytest.raises(ValueError, match=r"needs at least 4 training prompts behind the first 8, and there are 0"):
         run.run()
 
 
