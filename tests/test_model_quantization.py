@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from firstlab import LoraSettings, RouterAugmentedLM, generate
+from firstlab import RouterAugmentedLM, generate
 from firstlab.benchmark import BenchmarkConfig, measure
 from firstlab.config import ModelConfig, SpeedModelConfig
 from firstlab.experiment import Experiment
-from firstlab.model import quantization
+from firstlab.model import LoraSettings, quantization
 from firstlab.model.engine import DecodeEngine
 from firstlab.model.quantization import is_quantized, quantize, stored_bytes
 from firstlab.speed import read_bytes

@@ -5,7 +5,8 @@
     python -m firstlab.evaluate run=DIR data=parallel data.root=FOLDER    # on your own text
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
 
-Every key of conf/ under data, evaluation, trainer and seed may be given, and model.quantization=int8. Results go to DIR/evaluations/.
+Every key of conf/ under data, evaluation, trainer and seed may be given, and model.quantization=int8. Results
+go to DIR/evaluations/.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def main(arguments: list[str]) -> None:
     refused = [key for key in options if key.split(".")[0] not in free and key != "model.quantization"]
     if refused:
         raise ValueError(
-            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer, seed and model.quantization "
-            "change"
+            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer, seed and "
+            "model.quantization change"
         )
 
     from firstlab import results

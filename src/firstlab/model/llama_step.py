@@ -99,11 +99,11 @@ class Layer:
         quantized = is_quantized(layer)
         self.qkv, self.qkv_bias = (None, None) if quantized else _fuse(self.inputs)
         self.gate_up, self.gate_up_bias = (None, None) if quantized else _fuse(self.gates)
-        self._read = self._stored()  # kept, so that nothing else gets their addresses
         self.out, self.down = attention.o_proj, mlp.down_proj
         self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self.norm_1, self.norm_2 = layer.input_layernorm, layer.post_attention_layernorm
         self.query_norm, self.key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._read = self._stored()  # kept, so that nothing else gets their addresses
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries, keys, values [n, heads + 2 · kv heads, head dim] of the layer's input x [n, D], the former turned.
@@ -147,7 +147,8 @@ class Layer:
         return [each.data_ptr() for each in self._stored()] == [each.data_ptr() for each in self._read]
 
     def _stored(self) -> list[Tensor]:
-        return [each for maps in (self.inputs, self.gates) for each in stored_tensors(maps[0].weight)]
+        # The norm as well: conversion leaves the integers of quantized maps where they are.
+        return [each for part in (self.norm_1, self.inputs[0], self.gates[0]) for each in stored_tensors(part.weight)]
 
 
 @dataclass
