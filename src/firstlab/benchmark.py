@@ -158,7 +158,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
     options = {"dtype": config.model.dtype, "revision": config.model.revision}
-    options |= {"attn_implementation": config.model.attn_implementation}
+    options |= {"attn_implementation": config.model.attn_implementation, "quantization": config.model.quantization}
     given = {key: value for key, value in options.items() if value is not None}
     models = Models.load(
         model_path(config.model.path, config.model.random_init), settings, config.model.random_init, device, **given

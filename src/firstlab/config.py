@@ -73,6 +73,7 @@ class ModelConfig:
         dtype: float32, bfloat16, float16 or auto.
         revision: Hub revision.
         attn_implementation: sdpa, eager, flash_attention_2, or null for transformers' choice.
+        quantization: int8 for decoder layers with 8-bit weights, in benchmark and evaluate alone; or null.
     """
 
     name: str = MISSING
@@ -80,6 +81,7 @@ class ModelConfig:
     dtype: str = "float32"
     revision: str | None = None
     attn_implementation: str | None = None
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         allowed = ("float32", "bfloat16", "float16", "auto")
@@ -89,6 +91,18 @@ class ModelConfig:
         known = self.attn_implementation is None or self.attn_implementation in ATTENTION
         allowed_text = f"choose one of {', '.join(ATTENTION)}, or null"
         _require(known, "model.attn_implementation", self.attn_implementation, allowed_text)
+        if self.quantization is not None:
+            from firstlab.model.quantization import check_quantization
+
+            check_quantization(self.quantization)
+
+    def check_trainable(self) -> None:
+        """Raises ValueError if the weights would be quantized."""
+        if self.quantization is not None:
+            raise ValueError(
+                f"model.quantization={self.quantization!r} is for decoding, and this trains: leave it null, then run "
+                f"python -m firstlab.evaluate run=DIR model.quantization={self.quantization}"
+            )
 
 
 @dataclass
@@ -404,6 +418,8 @@ class ExperimentConfig:
         if config["data"]["bucket"] == 1:
             # Off is what runs were before there was this setting; they stay themselves.
             del config["data"]["bucket"]
+        if config["model"]["quantization"] is None:
+            del config["model"]["quantization"]
         return config
 
     def hash(self) -> str:

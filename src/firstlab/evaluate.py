@@ -5,7 +5,8 @@
     python -m firstlab.evaluate run=DIR data=parallel data.root=FOLDER    # on your own text
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
 
-Every key of conf/ under data, evaluation, trainer and seed may be given. Results go to DIR/evaluations/.
+Every key of conf/ under data, evaluation, trainer and seed may be given, and model.quantization=int8. Results
+go to DIR/evaluations/.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ def main(arguments: list[str]) -> None:
     run, variant = options.pop("run", None), options.pop("variant", None)
     if run is None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
-    refused = [key for key in options if key.split(".")[0] not in ("data", "evaluation", "trainer", "seed")]
+    free = ("data", "evaluation", "trainer", "seed")
+    refused = [key for key in options if key.split(".")[0] not in free and key != "model.quantization"]
     if refused:
         raise ValueError(
-            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer and seed change"
+            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer, seed and "
+            "model.quantization change"
         )
 
     from firstlab import results
     from firstlab.build import build_data, load_run
     from firstlab.evaluation import evaluate_variant, fingerprint
     from firstlab.files import claimed
+    from firstlab.model.quantization import quantize
     from firstlab.routes import decided_routes, static_routes
     from firstlab.training.prompt_set import PromptSet
 
@@ -49,7 +53,7 @@ def main(arguments: list[str]) -> None:
     record = results.read(Path(run)) or {}
     # The text as well: the same files may hold other text the next time.
     directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
-    model.merge_and_unload()
+    quantize(model.merge_and_unload().lm, config.model.quantization)
     with claimed(directory):
         result = evaluate_variant(
             model,

@@ -67,6 +67,7 @@ class Experiment:
     def __init__(self, config: ExperimentConfig, method: Method) -> None:
         self.config, self.method = config, method
         self.directory = config.directory(method)
+        config.model.check_trainable()
         check_device(config.trainer)
         if rank()[0] == 0:
             self._check_directory()

@@ -28,6 +28,7 @@ class GenerateConfig:
         question: The question, for QA runs.
         part: Which task of a mixture the text is for.
         max_new_tokens: Length limit; the run's own by default.
+        quantization: int8 for 8-bit weights in the decoder layers, or null.
         do_sample, temperature, top_k: Sampling instead of greedy decoding.
         seed: For sampling.
     """
@@ -38,6 +39,7 @@ class GenerateConfig:
     question: str = ""
     part: str = ""
     max_new_tokens: int | None = None
+    quantization: str | None = None
     do_sample: bool = False
     temperature: float = 0.8
     top_k: int = 10
@@ -78,9 +80,11 @@ def main(arguments: list[str]) -> None:
     from firstlab.data.encoding import fit_prompt, prompt_ids
     from firstlab.data.task import Example
     from firstlab.model import RouterAugmentedLM, load_tokenizer
+    from firstlab.model.quantization import check_quantization, quantize
     from firstlab.routes import decided_routes
     from firstlab.training.prompt_set import PromptSet
 
+    check_quantization(options.quantization)
     example, routes = Example("input", text, (), options.question, part=options.part), None
     if (Path(options.run) / "config.yaml").is_file():
         config, method, model, variant = load_run(Path(options.run), options.variant)
@@ -115,6 +119,8 @@ def main(arguments: list[str]) -> None:
             f"the prompt has {ids.shape[1]} tokens and max_new_tokens={new_tokens}, but the model has {room} "
             "positions; shorten the text or lower max_new_tokens"
         )
+    if options.quantization is not None:
+        quantize(model.merge_and_unload().lm, options.quantization)
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(

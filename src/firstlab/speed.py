@@ -32,6 +32,7 @@ from firstlab.model import RouterAugmentedLM, RouterSettings
 from firstlab.model.engine import DecodeEngine
 from firstlab.model.graphs import Graphs
 from firstlab.model.layers import find_decoder
+from firstlab.model.quantization import quantize, stored_bytes
 from firstlab.model.storage import load_base
 from firstlab.timing import Stopwatch, synchronize
 
@@ -97,10 +98,10 @@ def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: floa
     elsewhere = {id(parameter) for parameter in layers.parameters()}
     if head.weight is not embedding.weight:
         elsewhere.add(id(embedding.weight))
-    weights = sum(each.nbytes for each in lm.parameters() if id(each) not in elsewhere)
+    weights = sum(stored_bytes(each) for each in lm.parameters() if id(each) not in elsewhere)
     routes = route.expand(batch_size, -1)
     weights += sum(
-        each.nbytes
+        stored_bytes(each)
         for layer, runs in zip(layers, routes.any(0).tolist(), strict=True)
         if runs
         for each in layer.parameters()
@@ -144,12 +145,19 @@ class Models:
 
     @classmethod
     def load(
-        cls, path: str, settings: RouterSettings, random_init: bool, device: torch.device, **options: Any
+        cls,
+        path: str,
+        settings: RouterSettings,
+        random_init: bool,
+        device: torch.device,
+        quantization: str | None = None,
+        **options: Any,
     ) -> Models:
         """Load, or with `random_init` make from the config alone.
 
         Raises:
-            ValueError: Nothing can be loaded from `path`, or random weights do not fit into the device's memory.
+            ValueError: Nothing can be loaded from `path`, random weights do not fit into the device's memory, or
+                `quantization` is impossible.
         """
         if random_init:
             try:
@@ -162,6 +170,7 @@ class Models:
         else:
             lm = load_base(path, **options)
         lm = lm.to(device).eval()
+        quantize(lm, quantization)
         # Random prompts: a row must not end before the others.
         lm.generation_config.eos_token_id = None
         plain = deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})

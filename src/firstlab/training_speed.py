@@ -129,6 +129,7 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     torch.manual_seed(config.seed)
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
+    config.model.check_trainable()
     options = {"dtype": config.model.dtype, "revision": config.model.revision}
     options |= {"attn_implementation": config.model.attn_implementation}
     given = {key: value for key, value in options.items() if value is not None}

@@ -24,6 +24,7 @@ from torch import Tensor
 from firstlab.model.early_exit import EarlyExit
 from firstlab.model.graphs import Body, Graphs
 from firstlab.model.llama_step import Layer, LlamaStep, Plan, Positions
+from firstlab.model.quantization import stored_tensors
 
 SMALLEST_WINDOW = 64
 
@@ -86,7 +87,7 @@ class GraphStep(LlamaStep):
         return super().is_current() and self._current_addresses() == self._addresses
 
     def _current_addresses(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._lm.parameters()]
+        return [each.data_ptr() for parameter in self._lm.parameters() for each in stored_tensors(parameter)]
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from firstlab.model.early_exit import EarlyExit
+from firstlab.model.quantization import is_quantized, stored_tensors
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the angles of the others depend on the length of the text
@@ -63,6 +64,11 @@ def _parts(module: Any, fused: str, apart: Sequence[str]) -> list[Any]:
     return [getattr(module, name) for name in ([fused] if hasattr(module, fused) else apart)]
 
 
+def _apply(x: Tensor, linears: Sequence[Any], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What the maps give, side by side: through their fused weight, or one by one where there is none."""
+    return torch.cat([linear(x) for linear in linears], -1) if weight is None else F.linear(x, weight, bias)
+
+
 def _norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
@@ -89,19 +95,22 @@ class Layer:
         # Phi-3 has them in one map already.
         self.inputs = _parts(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
         self.gates = _parts(mlp, "gate_up_proj", ("gate_proj", "up_proj"))
-        self.qkv, self.qkv_bias = _fuse(self.inputs)
-        self.gate_up, self.gate_up_bias = _fuse(self.gates)
+        # Quantized maps are not fused.
+        quantized = is_quantized(layer)
+        self.qkv, self.qkv_bias = (None, None) if quantized else _fuse(self.inputs)
+        self.gate_up, self.gate_up_bias = (None, None) if quantized else _fuse(self.gates)
         self.out, self.down = attention.o_proj, mlp.down_proj
         self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self.norm_1, self.norm_2 = layer.input_layernorm, layer.post_attention_layernorm
         self.query_norm, self.key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._read = self._stored()  # kept, so that nothing else gets their addresses
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries, keys, values [n, heads + 2 · kv heads, head dim] of the layer's input x [n, D], the former turned.
 
         Angles are [n or 1, 1, head dim].
         """
-        qkv = F.linear(_norm(x, self.norm_1), self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
+        qkv = _apply(_norm(x, self.norm_1), self.inputs, self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
         if self.query_norm is not None:
             queries = qkv[:, : self.heads]
             queries.copy_(_norm(queries, self.query_norm))
@@ -112,8 +121,10 @@ class Layer:
     def project_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The keys and values [n, 2 · kv heads, head dim] of `project` alone."""
         queries = self.heads * self.head_dim
-        bias = None if self.qkv_bias is None else self.qkv_bias[queries:]
-        keys_values = F.linear(_norm(x, self.norm_1), self.qkv[queries:], bias).view(len(x), -1, self.head_dim)
+        weight, bias = (None if each is None else each[queries:] for each in (self.qkv, self.qkv_bias))
+        found = _apply(_norm(x, self.norm_1), self.inputs[1:] or self.inputs, weight, bias)
+        # A single quantized map gives queries as well.
+        keys_values = found[:, -2 * self.kv_heads * self.head_dim :].unflatten(1, (-1, self.head_dim))
         keys = keys_values[:, : self.kv_heads]
         self._norm_keys(keys)
         _rotate(keys, cos, sin)
@@ -129,12 +140,15 @@ class Layer:
         It is written to `out`, which may be x, if that is given.
         """
         after = x + self.out(mixed)
-        gate, up = F.linear(_norm(after, self.norm_2), self.gate_up, self.gate_up_bias).chunk(2, -1)
+        gate, up = _apply(_norm(after, self.norm_2), self.gates, self.gate_up, self.gate_up_bias).chunk(2, -1)
         return torch.add(after, self.down(self.act(gate) * up), out=out)
 
     def is_current(self) -> bool:
-        pairs = ((self.inputs[0], self.qkv), (self.gates[0], self.gate_up))
-        return all(linear.weight.data_ptr() == fused.data_ptr() for linear, fused in pairs)
+        return [each.data_ptr() for each in self._stored()] == [each.data_ptr() for each in self._read]
+
+    def _stored(self) -> list[Tensor]:
+        # The norm as well: conversion leaves the integers of quantized maps where they are.
+        return [each for part in (self.norm_1, self.inputs[0], self.gates[0]) for each in stored_tensors(part.weight)]
 
 
 @dataclass

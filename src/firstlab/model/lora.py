@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from firstlab.model.layers import find_decoder
+from firstlab.model.quantization import is_quantized
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers.
 
     Raises:
-        ValueError: There are LoRA layers already, or `target_modules` matches nothing.
+        ValueError: There are LoRA layers already, the weights are quantized, or `target_modules` matches nothing.
     """
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model already has LoRA layers; merge_and_unload() them first")
+    if is_quantized(model):
+        raise ValueError("the model is quantized, which is for decoding alone; add LoRA to the model before")
     names = linear_names(model)
     if settings.target_modules is not None:
         names = [name for name in names if name.rpartition(".")[2] in settings.target_modules]
