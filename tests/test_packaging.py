@@ -124,7 +124,7 @@ def test_every_import_of_the_package_is_a_declared_dependency() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules = [node.module]
             for name in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"firstlab"}:
-                if declared.isdisjoint(map(canonicalize_name, distributions.get(name, []))):
+                if declared.isdisjoint(map(canonicalize_name, distributions.get(name, [name]))):
                     undeclared.add(f"{path.relative_to(ROOT)}: {name}")
     assert not undeclared
 

@@ -97,8 +97,9 @@ class Layer:
         self.gates = _parts(mlp, "gate_up_proj", ("gate_proj", "up_proj"))
         # Quantized maps are not fused.
         quantized = is_quantized(layer)
-        self.qkv, self.qkv_bias = (None, None) if quantized else _fuse(self.inputs)
-        self.gate_up, self.gate_up_bias = (None, None) if quantized else _fuse(self.gates)
+        unfused: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.qkv, self.qkv_bias = unfused if quantized else _fuse(self.inputs)
+        self.gate_up, self.gate_up_bias = unfused if quantized else _fuse(self.gates)
         self.out, self.down = attention.o_proj, mlp.down_proj
         self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self.norm_1, self.norm_2 = layer.input_layernorm, layer.post_attention_layernorm
