@@ -135,11 +135,13 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         quantize(tiny_model("gpt2"), "int8")
 
 
-def test_lora_on_quantized_layers_is_refused() -> None:
+def test_lora_on_quantized_layers_and_saving_them_are_refused(tmp_path: Path) -> None:
     model = quantized()
     assert is_quantized(model)
     with pytest.raises(ValueError, match="the model is quantized"):
         model.add_lora(LoraSettings())
+    with pytest.raises(ValueError, match="save it before quantizing"):
+        model.save_pretrained(tmp_path, save_base=True)
 
 
 def test_training_is_refused_and_null_is_no_part_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

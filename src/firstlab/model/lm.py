@@ -29,6 +29,7 @@ from firstlab.model.layers import (
 )
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
+from firstlab.model.quantization import is_quantized
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import Routes, check_routes
 from firstlab.model.split import PromptCache, PromptReading, Split
@@ -125,7 +126,13 @@ class RouterAugmentedLM(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path, save_base: bool = False) -> None:
-        """Write config.json, routers.safetensors, the PEFT adapter if there is one, and, if asked, the base model."""
+        """Write config.json, routers.safetensors, the PEFT adapter if there is one, and, if asked, the base model.
+
+        Raises:
+            ValueError: The base is asked for and is quantized.
+        """
+        if save_base and is_quantized(self.lm):
+            raise ValueError("save_base=True: the base is quantized, for decoding alone; save it before quantizing")
         storage.save(self, path, save_base)
 
     # -- properties --
