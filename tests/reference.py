@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -14,6 +15,22 @@ from transformers import PreTrainedModel
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The longest ModuleList of the model."""
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+
+
+def without_layers(model: PreTrainedModel, ran: Tensor) -> PreTrainedModel:
+    """A copy whose other layers are deleted, and the rest renumbered in modules and config."""
+    model = deepcopy(model)
+    layers, config = decoder_layers(model), model.config
+    for index in (~ran).nonzero().flatten().flip(0).tolist():
+        del layers[index]
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [kind for kind, runs in zip(config.layer_types, ran.tolist(), strict=True) if runs]
+    return model
 
 
 def gated_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, gates: Tensor) -> Tensor:

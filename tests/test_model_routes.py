@@ -1,18 +1,27 @@
-"""`StepRoutes` and `EarlyExit` against slow references without a cache, in cached decoding and teacher-forced."""
+"""`StepRoutes`, `EarlyExit` and `PrunedRoutes` against slow references, in cached decoding and teacher-forced."""
 
 from __future__ import annotations
 
 import copy
+from functools import cache as once
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firstlab.model import EarlyExit, StepRoutes, layer_skips, routes_from_json, routes_to_json
+from firstlab.model import (
+    EarlyExit,
+    PrunedRoutes,
+    RouterAugmentedLM,
+    StepRoutes,
+    layer_skips,
+    routes_from_json,
+    routes_to_json,
+)
 from firstlab.model.routes import decode_steps
-from models import LAYERS, pair, prompts, random_routes, routed_model
-from reference import slow_early_exit, slow_scheduled
+from models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model, tiny_model
+from reference import decoder_layers, slow_early_exit, slow_scheduled, without_layers
 
 SOME = ["llama", "gpt2", "gemma2", "mistral", "bloom", "opt", "gptj", "mixtral"]
 some_architectures = pytest.mark.parametrize("architecture", SOME)
@@ -184,6 +193,104 @@ def test_crop_and_copies():
         cache.crop(-3)
 
 
+# -- pruned layers --
+
+# The first layer and two neighbours.
+PRUNED = PrunedRoutes(torch.tensor([0, 1, 0, 0, 1, 1]).bool())
+
+
+@once
+def pruned_pair(architecture):
+    """(the model with the layers deleted, wrapped copy with all its layers that never ran one of those)."""
+    base = tiny_model(architecture)
+    return without_layers(base, PRUNED.ran), RouterAugmentedLM(base)
+
+
+def base_decode(base, ids, mask, new_tokens=8, **options):
+    options = {"do_sample": False, "eos_token_id": None, **options}
+    out = base.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return out.sequences, torch.stack(out.logits, dim=1), out
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_pruned_decoding_is_the_model_with_the_layers_deleted(architecture):
+    smaller, model = pruned_pair(architecture)
+    ids, mask = prompts()
+    expected, expected_logits, _ = base_decode(smaller, ids, mask)
+    for options in ({}, {"prefill_chunk_size": 5}):
+        sequences, logits, cache = decode(model, ids, mask, PRUNED, **options)
+        assert torch.equal(sequences, expected)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=0)
+        assert torch.equal(cache.ran, PRUNED.ran.expand(3, 7, -1))
+        assert [layer.keys.shape[-2] > 0 for layer in cache.layers] == PRUNED.ran.tolist()
+    out = teacher_forced(model, sequences, mask, PRUNED)
+    torch.testing.assert_close(out.logits[:, 11:-1], expected_logits, atol=1e-4, rtol=0)
+    assert torch.equal(out.ran, PRUNED.ran.expand(*sequences.shape, -1))
+    # Layers skipped in decode alone say something else from the first logits on.
+    _, kept_prompt, _ = decode(model, ids, mask, PRUNED.ran)
+    assert (kept_prompt[:, 0] - expected_logits[:, 0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "opt", "mistral"])
+def test_pruned_beams_and_second_turns_are_the_model_with_the_layers_deleted(architecture):
+    smaller, model = pruned_pair(architecture)
+    ids, mask = prompts()
+    beams = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 6}
+    expected = smaller.generate(ids, attention_mask=mask, **beams)
+    assert torch.equal(model.generate(ids, attention_mask=mask, routes=PRUNED, **beams), expected)
+    # A second turn, and one that comes in chunks.
+    for options in ({}, {"prefill_chunk_size": 2}):
+        sequences, _, cache = decode(model, ids, mask, PRUNED)
+        turn = torch.cat([sequences, torch.full((3, 4), 9)], dim=1)
+        turn_mask = torch.cat([mask, mask.new_ones(3, 12)], dim=1)
+        second, logits, same = decode(model, turn, turn_mask, None, 5, past_key_values=cache, **options)
+        expected, expected_logits, _ = base_decode(smaller, turn, turn_mask, 5)
+        assert same is cache and torch.equal(second, expected)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+def test_pruned_layers_are_not_computed_for_the_prompt(architecture):
+    model = RouterAugmentedLM(tiny_model(architecture))
+    ids, mask = prompts()
+    calls = []
+    for index, layer in enumerate(decoder_layers(model.lm)):
+        attention = next(m for name, m in layer.named_children() if "att" in name)
+        attention.register_forward_hook(lambda *_, index=index: calls.append(index))
+    kept = PRUNED.ran.nonzero().flatten().tolist()
+    decode(model, ids, mask, PRUNED, 3)
+    calls.clear()  # the very first pass of a model has to see what its layers return
+    decode(model, ids, mask, PRUNED, 3)
+    assert calls == 3 * kept
+
+
+def test_a_pruned_cache_is_copied_repeated_cropped_and_reset():
+    smaller, model = pruned_pair("gemma2")
+    ids, mask = prompts((7, 7))
+    cache = model.new_cache(routes=PRUNED)
+    more = torch.full((4, 2), 9)
+    with torch.no_grad():
+        expected = smaller(torch.cat([ids.repeat_interleave(2, 0), more], 1)).logits[:, -2:]
+        model(ids[:, :3], past_key_values=cache)
+        cache.reset()
+        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        cache.crop(-1)
+        model(ids[:, 6:], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.arange(4))
+        out = model(more, past_key_values=copy.deepcopy(cache))
+    torch.testing.assert_close(out.logits, expected, atol=1e-4, rtol=0)
+    assert cache.get_seq_length() == 7 and cache.skip_rate.tolist() == [0.5] * 4
+
+
 # -- early exit --
 
 
@@ -290,6 +397,7 @@ def test_routes_survive_json():
     assert torch.equal(routes_from_json(routes_to_json(SCHEDULE)).schedule, SCHEDULE.schedule)
     fixed = random_routes(2)
     assert torch.equal(routes_from_json(routes_to_json(fixed)), fixed)
+    assert torch.equal(routes_from_json(routes_to_json(PRUNED)).ran, PRUNED.ran)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +405,9 @@ def test_routes_survive_json():
     [
         (lambda: StepRoutes(torch.ones(6, dtype=torch.bool)), r"boolean schedule \[steps, layers\]"),
         (lambda: StepRoutes(torch.ones(2, 6)), r"boolean schedule \[steps, layers\]"),
+        (lambda: PrunedRoutes(torch.ones(2, 6, dtype=torch.bool)), r"boolean tensor \[layers\] that runs one layer"),
+        (lambda: PrunedRoutes(torch.ones(6)), r"boolean tensor \[layers\] that runs one layer"),
+        (lambda: PrunedRoutes(torch.zeros(6, dtype=torch.bool)), r"boolean tensor \[layers\] that runs one layer"),
         (lambda: EarlyExit(0.5, "entropy"), "confidence='entropy' is unknown; choose one of softmax, gap, cosine"),
         (lambda: EarlyExit(float("nan")), "threshold=nan must be a finite number"),
         (lambda: EarlyExit(0.5, min_layers=0), "min_layers=0 must be at least 1"),
@@ -313,7 +424,8 @@ def test_bad_rules_are_refused(make, message):
     [
         (StepRoutes(torch.ones(2, 5, dtype=torch.bool)), "schedule of 5 layers; the model has 6"),
         (EarlyExit(0.5, min_layers=7), "min_layers=7 but the model has 6 layers"),
-        ([True] * 6, "routes must be a boolean tensor, StepRoutes or EarlyExit; got list"),
+        (PrunedRoutes(torch.ones(5, dtype=torch.bool)), "PrunedRoutes names 5 layers; the model has 6"),
+        ([True] * 6, "routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got list"),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_refused(routes, message):
@@ -328,6 +440,6 @@ def test_rules_that_do_not_fit_the_model_are_refused(routes, message):
 def test_the_soft_objective_cannot_follow_steps():
     _, model = pair("llama")
     ids, mask = prompts()
-    for routes in (SCHEDULE, EarlyExit(0.5)):
+    for routes in (SCHEDULE, EarlyExit(0.5), PRUNED):
         with pytest.raises(ValueError, match="use objective='decode_consistent'"):
             model(ids, mask, routes=routes)

@@ -420,6 +420,8 @@ class ExperimentConfig:
             del config["data"]["bucket"]
         if config["model"]["quantization"] is None:
             del config["model"]["quantization"]
+        if "skip_prefill" in config["method"] and not config["method"]["skip_prefill"]:
+            del config["method"]["skip_prefill"]
         return config
 
     def hash(self) -> str:

@@ -34,7 +34,7 @@ from firstlab.metrics import (
     evaluate_predictions,
     perplexity,
 )
-from firstlab.model import EarlyExit, RoutedCache, RouterAugmentedLM, StepRoutes
+from firstlab.model import EarlyExit, PrunedRoutes, RoutedCache, RouterAugmentedLM, StepRoutes
 from firstlab.timing import measure_tpot
 
 
@@ -282,8 +282,8 @@ def _adaptivity(predictions: Sequence[Prediction], skipped: np.ndarray, static: 
 
 
 def _routes_of(predictions: Sequence[Prediction], routes: Routes | None, num_layers: int) -> list[Routes]:
-    """What each prompt's decode steps ran: the method's rule, or the route that the prompt got."""
-    if isinstance(routes, StepRoutes | EarlyExit):
+    """What each prompt's tokens ran: the method's rule, or the route that the prompt got."""
+    if isinstance(routes, StepRoutes | EarlyExit | PrunedRoutes):
         return [routes] * len(predictions)
     return [routes_without(num_layers, p.skipped) for p in predictions]
 

@@ -101,7 +101,7 @@ def measure_tpot(
     Args:
         model: The model.
         data: Gives the test prompts.
-        routes: What each prompt's decode steps run.
+        routes: What each prompt runs.
         prompts: How many, evenly spread.
         tokens: New tokens each.
         repetitions: Times each is repeated.
@@ -112,7 +112,7 @@ def measure_tpot(
     indices = np.unique(np.linspace(0, len(routes) - 1, min(prompts, len(routes))).astype(int))
     rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
     dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
-    ttft, dense_tpot, routed_tpot = [], [], []
+    dense_times, routed_times = [], []
     warm = False
     for index in indices:
         batch = collate_prompts([rows[int(index)]], pad=data.pad)
@@ -124,16 +124,17 @@ def measure_tpot(
             time_generation(model, batch, routed, tokens)
             warm = True
         for _ in range(repetitions):
-            first, step = time_generation(model, batch, dense, tokens)
-            ttft.append(first)
-            dense_tpot.append(step)
-            routed_tpot.append(time_generation(model, batch, routed, tokens)[1])
-    ratios = np.array(routed_tpot) / np.array(dense_tpot)
+            dense_times.append(time_generation(model, batch, dense, tokens))
+            routed_times.append(time_generation(model, batch, routed, tokens))
+    dense_ttft, dense_tpot = np.array(dense_times).T
+    routed_ttft, routed_tpot = np.array(routed_times).T
+    ratios = routed_tpot / dense_tpot
     return {
         "batch_size": 1,
         "tokens": tokens,
         "measurements": len(ratios),
-        "ttft_s": float(np.median(ttft)),
+        "ttft_dense_s": float(np.median(dense_ttft)),
+        "ttft_s": float(np.median(routed_ttft)),
         "tpot_dense_s": float(np.median(dense_tpot)),
         "tpot_s": float(np.median(routed_tpot)),
         "tpot_ratio": float(np.median(ratios)),

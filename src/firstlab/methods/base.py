@@ -10,11 +10,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from firstlab.model import EarlyExit, StepRoutes
+from firstlab.model import EarlyExit, PrunedRoutes, StepRoutes
 
 # [L] boolean for every prompt alike, or [N, L] with one row per prompt, true = the layer runs; or a rule that changes
-# from decode step to decode step.
-Routes = Tensor | StepRoutes | EarlyExit
+# from decode step to decode step; or layers that the prompt passes by as well.
+Routes = Tensor | StepRoutes | EarlyExit | PrunedRoutes
 
 
 class Prompts(Protocol):
@@ -39,7 +39,7 @@ class Prompts(Protocol):
     def losses(self, routes: Tensor) -> Tensor:
         """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
 
-    def loss(self, routes: Tensor) -> float:
+    def loss(self, routes: Tensor | PrunedRoutes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L])."""
 
     def new_tokens(self) -> list[int]:
@@ -139,6 +139,34 @@ class FixedCount(Method):
     def free_layers(self, num_layers: int) -> range:
         """Layers that may be skipped."""
         return range(self.protect_first, num_layers - self.protect_last)
+
+
+@dataclass
+class CalibratedSet(FixedCount):
+    """A static set of layers found on training prompts, whose original deletes them from the model.
+
+    Attributes:
+        calibration_prompts: Training prompts that are measured (128 in SLEB's original).
+        skip_prefill: Prompt tokens pass by the skipped layers, too, as in the original; by default prefill runs every
+            layer, as for every other method.
+    """
+
+    calibration_prompts: int = 128
+    skip_prefill: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration_prompts < 1:
+            raise ValueError(f"method.calibration_prompts={self.calibration_prompts} must be at least 1")
+
+    @property
+    def label(self) -> str:
+        """Says so when the prompt skips, too."""
+        return f"{super().label}-prefill" if self.skip_prefill else super().label
+
+    def applied(self, routes: Tensor) -> Tensor | PrunedRoutes:
+        """[L] routes as the method runs them: in decode, or in prefill as well."""
+        return PrunedRoutes(routes) if self.skip_prefill else routes
 
 
 def check_count(count: int, num_layers: int, protect_first: int, protect_last: int) -> int:

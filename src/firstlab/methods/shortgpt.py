@@ -9,33 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from firstlab.methods.base import FixedCount, Prompts, routes_without
+from firstlab.methods.base import CalibratedSet, Prompts, routes_without
+from firstlab.model import PrunedRoutes
 
 
 @dataclass
-class ShortGPT(FixedCount):
-    """The k layers of least block influence; the original protects none.
-
-    Attributes:
-        calibration_prompts: Training prompts, with their responses, whose tokens are measured.
-    """
+class ShortGPT(CalibratedSet):
+    """The k layers of least block influence on prompts and responses; the original protects none."""
 
     name: ClassVar[str] = "shortgpt"
     protect_first: int = 0
     protect_last: int = 0
-    calibration_prompts: int = 128
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibration_prompts < 1:
-            raise ValueError(f"method.calibration_prompts={self.calibration_prompts} must be at least 1")
-
-    def routes(self, prompts: Prompts) -> Tensor:
+    def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
         """[L], without the k least influential of the unprotected layers."""
         layers = prompts.num_layers
         influence = block_influence(prompts.take(self.calibration_prompts)).tolist()
         ranked = sorted(self.free_layers(layers), key=influence.__getitem__)
-        return routes_without(layers, ranked[: self.skipped_layers(layers)])
+        return self.applied(routes_without(layers, ranked[: self.skipped_layers(layers)]))
 
 
 def block_influence(prompts: Prompts) -> Tensor:

@@ -1,4 +1,4 @@
-"""SLEB (Song et al. 2024), decode-only: layers are switched off one by one, each time the one that hurts least."""
+"""SLEB (Song et al. 2024): layers are switched off one by one, each time the one that hurts least."""
 
 from __future__ import annotations
 
@@ -8,31 +8,25 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from firstlab.methods.base import FixedCount, Prompts, check_count, routes_without
+from firstlab.methods.base import CalibratedSet, Prompts, check_count, routes_without
+from firstlab.model import PrunedRoutes
 
 
 @dataclass
-class SLEB(FixedCount):
-    """A static set of skipped layers, found greedily on training prompts; one layer at either end stays by default.
-
-    Attributes:
-        calibration_prompts: Training prompts whose loss decides (128 in the original).
-    """
+class SLEB(CalibratedSet):
+    """Found greedily, by the loss of the calibration prompts; one layer at either end stays by default."""
 
     name: ClassVar[str] = "sleb"
-    calibration_prompts: int = 128
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibration_prompts < 1:
-            raise ValueError(f"method.calibration_prompts={self.calibration_prompts} must be at least 1")
+    def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
+        """[L], greedy elimination of k layers, each measured as it is to be skipped."""
+        layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
 
-    def routes(self, prompts: Prompts) -> Tensor:
-        """Greedy elimination of k layers."""
-        layers = prompts.num_layers
-        loss_of = prompts.take(self.calibration_prompts).loss
+        def loss_of(routes: Tensor) -> float:
+            return measured.loss(self.applied(routes))
+
         order = greedy_order(layers, self.skipped_layers(layers), loss_of, self.protect_first, self.protect_last)
-        return routes_without(layers, order)
+        return self.applied(routes_without(layers, order))
 
 
 def greedy_order(

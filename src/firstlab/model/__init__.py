@@ -5,7 +5,7 @@ from firstlab.model.early_exit import EarlyExit
 from firstlab.model.lm import RouterAugmentedLM, RouterAugmentedOutput
 from firstlab.model.lora import LoraSettings
 from firstlab.model.routers import Routers, RouterSettings
-from firstlab.model.routes import Routes, StepRoutes, layer_skips, routes_from_json, routes_to_json
+from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, layer_skips, routes_from_json, routes_to_json
 from firstlab.model.split import PromptReading
 from firstlab.model.storage import ModelUnavailableError, load_tokenizer
 
@@ -14,6 +14,7 @@ __all__ = [
     "LoraSettings",
     "ModelUnavailableError",
     "PromptReading",
+    "PrunedRoutes",
     "RoutedCache",
     "RouterAugmentedLM",
     "RouterAugmentedOutput",

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from firstlab.model.early_exit import EarlyExit, ExitPass
 from firstlab.model.routers import Routers
-from firstlab.model.routes import Routes, StepRoutes, check_routes, decode_steps, layer_skips
+from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, check_routes, decode_steps, layer_skips
 
 
 class RoutedCache(DynamicCache):
@@ -23,6 +23,7 @@ class RoutedCache(DynamicCache):
 
     Prefill runs every layer. When the whole prompt has been seen, route = (rho >= threshold) and the keys and values
     of layers that no row runs are freed. Every later pass, of one token or many, runs exactly the routed layers.
+    `PrunedRoutes` alone are in force from the first token of the prompt.
 
     Args:
         config: Config of the wrapped model.
@@ -30,11 +31,13 @@ class RoutedCache(DynamicCache):
         prompt_length: Padded length of the prompt, when it arrives in several chunks. None: the first pass is the
             whole prompt.
         routes: [L] or [rows, L] boolean; uses these instead of the routers' decision. Rows are repeated when the
-            batch is a multiple of them (beams, several sequences per prompt). Or `StepRoutes`, or `EarlyExit`.
+            batch is a multiple of them (beams, several sequences per prompt). Or `StepRoutes`, `EarlyExit` or
+            `PrunedRoutes`.
         exit_head: Logits of intermediate states; for `EarlyExit`.
 
     Attributes:
-        routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read.
+        routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read, or
+            for `PrunedRoutes` begun.
         rho: [B, L] fp32, None until then and for forced routes.
     """
 
@@ -94,6 +97,8 @@ class RoutedCache(DynamicCache):
     def begin_pass(self, batch_size: int, tokens: int, attention_mask: Tensor | None) -> None:
         """Called before the decoder runs: `tokens` new tokens per row, mask [B, seen + tokens] or None."""
         self._pass_tokens = tokens
+        if self.routes is None and isinstance(self._forced, PrunedRoutes):
+            self._set_routes(self._forced.ran.to(self._routers.weight.device).expand(batch_size, -1))
         if self.routes is not None:
             if self.routes.shape[0] != batch_size:
                 raise ValueError(
@@ -150,7 +155,7 @@ class RoutedCache(DynamicCache):
     def end_pass(self) -> None:
         """Called after the decoder ran: count the tokens and, after the last prompt chunk, fix the routes."""
         self._seen += self._pass_tokens
-        if self.routes is None:
+        if self._prompt_seen == 0:
             if self._forced is None:
                 self._pool()
             if self._seen >= (self._prompt_length or 0):
@@ -189,7 +194,7 @@ class RoutedCache(DynamicCache):
             assert self._sums is not None and self._counts is not None
             self.rho = self._sums / self._counts.clamp_min(1).unsqueeze(1)
             self._set_routes(self._routers.decide(self.rho))
-        else:
+        elif self.routes is None:
             self._set_routes(self._forced_rows().to(self.layers[0].keys.device))
         self._sums = self._counts = self._pass_mask = None
         self._free_skipped()
@@ -217,11 +222,16 @@ class RoutedCache(DynamicCache):
 
     def _free_skipped(self) -> None:
         # A layer that no row runs now runs never again.
+        filled: Any = next((layer for layer in self.layers if layer.is_initialized), None)
         for layer, any_row in zip(self.layers, self._any_row, strict=True):
             if not any_row:
+                source = layer
+                if not layer.is_initialized:  # the prompt passed it by as well
+                    layer.lazy_initialization(filled.keys, filled.values)
+                    source = filled
                 # Zero length, not deleted: reordering and selecting rows still work on it.
-                layer.keys = layer.keys[..., :0, :].clone()
-                layer.values = layer.values[..., :0, :].clone()
+                layer.keys = source.keys[..., :0, :].clone()
+                layer.values = source.values[..., :0, :].clone()
 
     def _batch_rows(self) -> int:
         return self.layers[0].keys.shape[0]

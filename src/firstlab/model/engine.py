@@ -185,7 +185,7 @@ class DecodeEngine:
         Args:
             prompts: Token ids of each, without padding.
             max_new_tokens: At most, per prompt.
-            routes: [L] or [B, L] boolean, `StepRoutes` or `EarlyExit`; None: the routers decide.
+            routes: [L] or [B, L] boolean, `StepRoutes`, `EarlyExit` or `PrunedRoutes`; None: the routers decide.
             eos: Tokens that end a row; the model's own by default, () for none.
             on_token: Called after prefill and after each decode step, when its tokens are on the host.
             sampling: How tokens are drawn; None: greedy.

@@ -49,8 +49,9 @@ class RoutableLayer(nn.Module):
 
     dense_class: type[nn.Module]
     layer_index: int
-    # Older architectures return (hidden, attention weights); learned from the first call, which always runs the layer.
-    output_length: int | None = None
+    # Older architectures return (hidden, attention weights), newer ones a bare tensor: None. Learned from the first
+    # call, 0 until then.
+    output_length: int | None = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = partial(super().forward, *args, **kwargs)
@@ -65,6 +66,8 @@ class RoutableLayer(nn.Module):
             return output
 
         def skip() -> Any:
+            if self.output_length == 0:
+                run_and_note()  # in vain, once; keys and values that it leaves in a cache are freed behind the prompt
             return hidden if self.output_length is None else (hidden, *[None] * (self.output_length - 1))
 
         return current.run_layer(self.layer_index, hidden, run_and_note, skip)

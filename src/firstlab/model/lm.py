@@ -50,7 +50,8 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
         token_losses: [B, T] fp32, the cross-entropy of every labelled token and 0 elsewhere; None without labels.
         states: [N, D], the decoder's output where it predicts a labelled token, row by row; only with
             `keep_logits=False`.
-        ran: [B, T, L] boolean, the layers each token ran; only for teacher-forced `StepRoutes` and `EarlyExit`.
+        ran: [B, T, L] boolean, the layers each token ran; only for teacher-forced `StepRoutes`, `EarlyExit` and
+            `PrunedRoutes`.
     """
 
     rho: Tensor | None = None
@@ -490,7 +491,7 @@ class RouterAugmentedLM(nn.Module):
             input_ids: [B, T] prompts (or `inputs_embeds=` [B, T, D]).
             attention_mask: [B, T], 0 on padding.
             routes: [L] or [B, L] boolean, forces which layers decode runs; or `StepRoutes` or `EarlyExit`, where that
-                changes from step to step.
+                changes from step to step; or `PrunedRoutes`, which prefill follows, too.
             past_key_values: A cache of an earlier turn; its routes stay in force.
             **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
 

@@ -1,7 +1,8 @@
-"""What `routes=` may be: one decision for the whole response, or one that changes from decode step to decode step.
+"""What `routes=` may be: one decision for the whole response, one that changes from decode step to decode step, or one
+that the prompt follows too.
 
 True means that the layer runs. Decode step t, counted from 0, is the pass over the response token with index t; the
-first response token comes out of prefill, which runs every layer.
+first response token comes out of prefill, which runs every layer unless `PrunedRoutes` say otherwise.
 """
 
 from __future__ import annotations
@@ -62,7 +63,39 @@ class StepRoutes:
         return schedule[steps.clamp(0, len(schedule) - 1)] | (steps < 0).unsqueeze(-1)
 
 
-Routes = Tensor | StepRoutes | EarlyExit
+@dataclass(frozen=True, eq=False)
+class PrunedRoutes:
+    """Layers that no token runs, those of the prompt included: as if the other layers were the whole model.
+
+    Attributes:
+        ran: [L] boolean, shared by all rows.
+
+    Raises:
+        ValueError: Not boolean [L], or without any layer.
+    """
+
+    ran: Tensor
+
+    def __post_init__(self) -> None:
+        ran = self.ran
+        if ran.dtype != torch.bool or ran.ndim != 1 or not ran.any():
+            raise ValueError(
+                f"PrunedRoutes needs a boolean tensor [layers] that runs one layer at least; "
+                f"got {ran.dtype} {list(ran.shape)}"
+            )
+        object.__setattr__(self, "ran", ran.detach().cpu())
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.ran)
+
+    def gates(self, steps: Tensor) -> Tensor:
+        """Which layers each token runs: [...] step indices -> [..., L] boolean, the same everywhere."""
+        return self.ran.to(steps.device).expand(*steps.shape, -1)
+
+
+Routes = Tensor | StepRoutes | EarlyExit | PrunedRoutes
 
 
 def check_routes(routes: Routes, num_layers: int) -> None:
@@ -79,8 +112,14 @@ def check_routes(routes: Routes, num_layers: int) -> None:
         if routes.num_layers != num_layers:
             raise ValueError(f"StepRoutes has a schedule of {routes.num_layers} layers; the model has {num_layers}")
         return
+    if isinstance(routes, PrunedRoutes):
+        if routes.num_layers != num_layers:
+            raise ValueError(f"PrunedRoutes names {routes.num_layers} layers; the model has {num_layers}")
+        return
     if not isinstance(routes, Tensor):
-        raise ValueError(f"routes must be a boolean tensor, StepRoutes or EarlyExit; got {type(routes).__name__}")
+        raise ValueError(
+            f"routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got {type(routes).__name__}"
+        )
     if routes.dtype != torch.bool or routes.ndim not in (1, 2) or routes.shape[-1] != num_layers:
         raise ValueError(
             f"routes must be a boolean tensor [{num_layers}] or [batch, {num_layers}] (true = the layer runs); "
@@ -122,6 +161,8 @@ def routes_to_json(routes: Routes) -> Any:
         return {"early_exit": asdict(routes)}
     if isinstance(routes, StepRoutes):
         return {"schedule": routes.schedule.tolist()}
+    if isinstance(routes, PrunedRoutes):
+        return {"pruned": routes.ran.tolist()}
     return routes.tolist()
 
 
@@ -131,4 +172,6 @@ def routes_from_json(saved: Any) -> Routes:
         return torch.tensor(saved, dtype=torch.bool)
     if "early_exit" in saved:
         return EarlyExit(**saved["early_exit"])
+    if "pruned" in saved:
+        return PrunedRoutes(torch.tensor(saved["pruned"], dtype=torch.bool))
     return StepRoutes(torch.tensor(saved["schedule"], dtype=torch.bool))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from firstlab.model.early_exit import ExitPass
 from firstlab.model.routers import Routers, mix, pool, straight_through
-from firstlab.model.routes import Routes, StepRoutes, decode_steps
+from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, decode_steps
 
 OBJECTIVES = ("soft", "decode_consistent")
 GATES = ("soft", "hard", "bernoulli")
@@ -36,7 +36,7 @@ class TeacherForcedPass:
             probability rho, gradient of rho).
         pooled_tokens: "sequence" (paper) or "prompt" (what inference sees); decode_consistent always pools the prompt.
         routes: [B, L] or [L] boolean gates to use instead of the routers'; or, decode_consistent only, rules that
-            change from response token to response token.
+            change from response token to response token, or `PrunedRoutes`, which gate prompt tokens too.
         exit_head: Logits of intermediate states; for `EarlyExit`.
         checkpoint_layers: Recompute each layer in the backward pass instead of keeping its activations.
     """
@@ -80,7 +80,7 @@ class TeacherForcedPass:
                     f"{type(routes).__name__}; use objective='decode_consistent'"
                 )
             steps = decode_steps(attention_mask & ~prompt_mask)
-            if isinstance(routes, StepRoutes):
+            if isinstance(routes, StepRoutes | PrunedRoutes):
                 self._gates = routes.gates(steps)
             else:
                 assert exit_head is not None
@@ -95,7 +95,7 @@ class TeacherForcedPass:
 
     @property
     def ran(self) -> Tensor | None:
-        """[B, T, L] boolean, the layers that each token ran, where that changes from token to token."""
+        """[B, T, L] boolean, the layers that each token ran, where a rule says it for each."""
         return self._gates if self._exits is None else self._exits.ran
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from firstlab.methods.base import routes_without, rows_of
-from firstlab.model import PromptReading, RouterAugmentedLM
+from firstlab.model import PromptReading, PrunedRoutes, RouterAugmentedLM
 from firstlab.model.layers import routing
 from firstlab.model.routers import pool, probabilities_of, token_readings
 
@@ -27,7 +27,7 @@ _BISECTIONS = 12
 def losses_under_routes(
     model: RouterAugmentedLM,
     batches: Sequence[Batch],
-    routes: Tensor,
+    routes: Tensor | PrunedRoutes,
     readings: Iterable[PromptReading | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Response cross-entropy of every prompt when decode runs exactly `routes`.
@@ -35,14 +35,19 @@ def losses_under_routes(
     Args:
         model: The model.
         batches: Teacher-forced batches, N rows in all.
-        routes: [L] boolean, or [N, L] with one row per prompt.
-        readings: The prompts of each batch as the model read them earlier; by default they are read here.
+        routes: [L] boolean, or [N, L] with one row per prompt; or layers that the prompts do not run either.
+        readings: The prompts of each batch as the model read them earlier, with every layer; by default they are read
+            here. Of no use to `PrunedRoutes`.
 
     Returns:
         (summed over response tokens [N], number of response tokens [N]), on the CPU.
     """
     sums, counts, seen = [], [], 0
-    for batch, reading in zip(batches, read_prompts(model, batches) if readings is None else readings, strict=True):
+    if isinstance(routes, PrunedRoutes):
+        readings = [None] * len(batches)
+    elif readings is None:
+        readings = read_prompts(model, batches)
+    for batch, reading in zip(batches, readings, strict=True):
         rows = range(seen, seen + len(batch["input_ids"]))
         seen = rows.stop
         labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
