@@ -114,6 +114,14 @@ def test_identity_of_runs_from_before_there_were_buckets():
     assert composed("data.bucket=8")[0].identity()["data"]["bucket"] == 8
 
 
+@pytest.mark.parametrize("method", ["sleb", "shortgpt"])
+def test_skipping_in_prefill_names_another_run(method: str):
+    config, decode_only = composed(f"method={method}")
+    assert "skip_prefill" not in config.identity()["method"] and decode_only.label == f"{method}-skip0.15"
+    config, pruned = composed(f"method={method}", "method.skip_prefill=true")
+    assert config.identity()["method"]["skip_prefill"] and pruned.label == f"{method}-skip0.15-prefill"
+
+
 @pytest.mark.parametrize("option", ["data.bucket", "trainer.loss_chunk"])
 def test_sizes_of_nothing(option):
     with pytest.raises(ValueError, match=f"{option}=0 is not allowed: at least 1"):

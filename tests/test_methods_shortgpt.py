@@ -27,6 +27,7 @@ def test_values_by_hand():
     assert skipped(ShortGPT(0.34).routes(prompts)) == [2]
     assert skipped(ShortGPT(0.67).routes(prompts)) == [0, 2]
     assert skipped(ShortGPT(0.34, protect_last=1).routes(prompts)) == [0]
+    assert skipped(ShortGPT(0.34, skip_prefill=True).routes(prompts).ran) == [2]
 
 
 def test_states_of_a_model_without_padding_and_before_the_final_norm(tiny_model_dir: Path, tmp_path: Path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fake_prompts import FakePrompts, skipped
 from firstlab.methods.sleb import SLEB, greedy_order
+from firstlab.model import PrunedRoutes
 
 ALONE = [0.0, 0.5, 0.1, 0.3, 0.2, 0.0]
 
@@ -33,6 +35,22 @@ def test_only_calibration_prompts_are_measured():
 
     SLEB(0.2, calibration_prompts=2).routes(FakePrompts(6, loss_of=noting))
     assert seen == {"a", "b"}
+
+
+def test_each_step_is_measured_as_the_layers_are_skipped_later():
+    class Told(FakePrompts):
+        """In decode layer 2 hurts least, in prefill layer 4."""
+
+        def take(self, count):
+            return self
+
+        def loss(self, routes):
+            pruned = isinstance(routes, PrunedRoutes)
+            return float(routes.ran[4] if pruned else routes[2])
+
+    assert skipped(SLEB(0.17).routes(Told(6))) == [2]
+    found = SLEB(0.17, skip_prefill=True).routes(Told(6))
+    assert isinstance(found, PrunedRoutes) and torch.equal(found.ran, torch.tensor([1, 1, 1, 1, 0, 1]).bool())
 
 
 def test_more_than_may_be_skipped():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from firstlab.model import EarlyExit, LoraSettings, RouterAugmentedLM, StepRoutes
+from firstlab.model import EarlyExit, LoraSettings, PrunedRoutes, RouterAugmentedLM, StepRoutes
 from firstlab.model.engine import DecodeEngine, EngineOutput
 from firstlab.model.graph_step import GraphStep
 from firstlab.model.llama_step import LlamaStep
@@ -88,6 +88,16 @@ def test_tokens_of_generate(prompts, tied, biased, batch_size, data) -> None:
         assert out.tokens[index] == expected(model, prompt, own)
     assert out.kv_bytes <= out.kv_bytes_dense
     assert torch.equal(out.layer_skips, 1 - out.routes.float())
+
+
+def test_layers_that_the_prompt_passed_by() -> None:
+    model, prompts = llama(True), [list(range(3, 12)), [5, 6], [70, 8, 33]]
+    routes = PrunedRoutes(torch.tensor([0, 1, 0, 0, 1, 1]).bool())
+    out = DecodeEngine(model, 32, 2).generate(prompts, NEW, routes, ())
+    assert out.tokens == [
+        alone(model, prompt, routes, eos_token_id=None).sequences[0, len(prompt) :].tolist() for prompt in prompts
+    ]
+    assert out.skip_rate.tolist() == [0.5] * 3 and 2 * out.kv_bytes == out.kv_bytes_dense
 
 
 @settings(max_examples=8, deadline=None)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from firstlab.build import build_data, load_model
-from firstlab.model import RouterAugmentedLM
+from firstlab.model import PrunedRoutes, RouterAugmentedLM
 from firstlab.training.prompt_set import PromptSet
+from reference import without_layers
 from tiny_run import composed, overrides
 
 COUNT = 11
@@ -54,6 +55,26 @@ def test_losses_are_those_of_each_prompt_alone(prompts: PromptSet, batches: floa
     mixed = torch.rand(COUNT, layers, generator=torch.Generator().manual_seed(0)) < 0.6
     for routes in (every, mixed, ~every, mixed):
         torch.testing.assert_close(prompts.losses(routes), alone(prompts, routes), atol=1e-5, rtol=1e-5)
+
+
+def test_losses_without_layers_are_those_of_a_model_that_lacks_them(prompts: PromptSet):
+    prompts.cache_bytes = room_for(prompts, 3)
+    every = torch.ones(prompts.num_layers, dtype=torch.bool)
+    dense = prompts.loss(every)  # keeps prompts as every layer reads them
+    kept = every.clone()
+    kept[[0, 2]] = False
+    pruned = prompts.loss(PrunedRoutes(kept))
+    assert prompts.loss(every) == dense
+    smaller = without_layers(prompts.model.unwrap(), kept)
+    losses, tokens = 0.0, 0
+    for batch in prompts.batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            with torch.no_grad():
+                logits = smaller(ids[None, mask.bool()]).logits[0, :-1]
+            wanted = labels[mask.bool()][1:]
+            losses += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            tokens += int((wanted != -100).sum())
+    assert pruned == pytest.approx(losses / tokens, abs=1e-5)
 
 
 @pytest.mark.parametrize(("batches", "again"), [(0, 3), (1.5, 2), (3, 0)])
