@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from firstlab.config import ModelConfig, SpeedModelConfig, conf_dir
 from firstlab.experiment import Experiment
 from firstlab.model import LoraSettings, quantization
 from firstlab.model.engine import DecodeEngine
-from firstlab.model.quantization import Int8Linear, int8_linear, is_quantized, quantize, stored_bytes
+from firstlab.model.quantization import Int8Linear, is_quantized, quantize, stored_bytes
 from firstlab.speed import Models, read_bytes
 from models import random_routes, routed_model, tiny_model
 from tape import Tape
@@ -83,21 +84,25 @@ def test_product_with_integers(dtype: torch.dtype, biased: bool) -> None:
     scales = torch.rand(7, generator=generator) + 0.1
     x = torch.randn(2, 9, 48, generator=generator).to(dtype)
     bias = torch.randn(7, generator=generator).to(dtype) if biased else None
-    out = int8_linear(x, integers, scales, bias)
+    weight: Any = torch.zeros(7, 48)
+    weight.qdata, weight.scale = integers, scales.unsqueeze(1)  # as torchao's tensor names them
+    linear: Any = SimpleNamespace(weight=weight, bias=bias)
+    module = Int8Linear(linear)
+    out = module(x)
     assert out.dtype == dtype
-    rows, weight = x.to(torch.bfloat16).double(), integers.double() * scales.double().unsqueeze(1)
-    expected = rows @ weight.T
+    rows, expanded = x.to(torch.bfloat16).double(), integers.double() * scales.double().unsqueeze(1)
+    expected = rows @ expanded.T
     # Rounding to bfloat16 and to the type, and that of float32 sums.
-    allowed = expected.abs() * (2**-8 + 2 * torch.finfo(dtype).eps) + 1e-5 * (rows.abs() @ weight.abs().T)
+    allowed = expected.abs() * (2**-8 + 2 * torch.finfo(dtype).eps) + 1e-5 * (rows.abs() @ expanded.abs().T)
     if bias is not None:
         expected = expected + bias.double()
         allowed = allowed + expected.abs() * torch.finfo(dtype).eps
     assert ((out.double() - expected).abs() <= allowed).all()
     # A row's result depends neither on its neighbours nor on how it lies in memory.
-    apart = [int8_linear(row.unsqueeze(0), integers, scales, bias) for row in x.view(18, 48)]
+    apart = [module(row.unsqueeze(0)) for row in x.view(18, 48)]
     assert torch.equal(torch.cat(apart).view_as(out), out)
-    assert torch.equal(int8_linear(x.transpose(0, 1), integers, scales, bias), out.transpose(0, 1))
-    assert torch.equal(int8_linear(x.mT.contiguous().mT, integers, scales, bias), out)
+    assert torch.equal(module(x.transpose(0, 1)), out.transpose(0, 1))
+    assert torch.equal(module(x.mT.contiguous().mT), out)
 
 
 def test_rows_of_blocks_take_the_kernel_and_others_stay() -> None:

@@ -59,44 +59,33 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
                 parent.set_submodule(child, Int8Linear(module))
 
 
-def int8_linear(x: Tensor, integers: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x · (scales · integers)ᵀ + bias on a CPU. x is rounded to bfloat16, and so is the sum, which is float32's.
-
-    Args:
-        x: [..., K] of any floating type, K a multiple of 16.
-        integers: [N, K] int8.
-        scales: [N] float32.
-        bias: [N].
-
-    Returns:
-        [..., N] of the type of x.
-    """
-    # With many rows of float32, expanding the weights would be faster, but a prompt's numbers would depend on how
-    # many prompts are beside it.
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-    # The kernel wants scales in bfloat16, which would cost half a step of the integers: they are applied after it.
-    ones = torch.ones(len(integers), dtype=torch.bfloat16)
-    out = (torch._weight_int8pack_mm(rows, integers, ones) * scales).to(x.dtype).view(*x.shape[:-1], len(integers))
-    return out if bias is None else out + bias
-
-
 class Int8Linear(nn.Module):
     """A linear map with torchao's 8-bit weight, which on a CPU is read as it is.
 
+    There x is rounded to bfloat16, and so is its product with the integers, which is summed in float32.
+
     Args:
-        linear: Quantized already, with a scale per row and zero points of zero.
+        linear: Quantized already, with a scale per row and zero points of zero; its inputs are a multiple of 16.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        # The kernel takes scales in bfloat16, whose rounding would cost up to half a step of the integers. Therefore
+        # it gets these, and the scales come after it. No buffer: `to` must not convert them.
+        self._ones = torch.ones(len(linear.weight), dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., N] of [..., K]."""
+        """[..., N] of [..., K], in the type of x."""
         stored: Any = self.weight
-        if x.device.type == "cpu":
-            return int8_linear(x, stored.qdata, stored.scale.view(-1), self.bias)
-        return F.linear(x, stored, self.bias)
+        if x.device.type != "cpu":
+            return F.linear(x, stored, self.bias)
+        # With many rows of float32, expanding the weights would be faster, but a prompt's numbers would depend on how
+        # many prompts are beside it.
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+        out = torch._weight_int8pack_mm(rows, stored.qdata, self._ones) * stored.scale.view(-1)
+        out = out.to(x.dtype).view(*x.shape[:-1], len(self._ones))
+        return out if self.bias is None else out + self.bias
 
 
 def is_quantized(module: nn.Module) -> bool:
