@@ -1,20 +1,25 @@
 """Quantized layers: the engine's tokens are those of `generate`, the bytes are those stored, training is refused."""
 
+import json
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 from firstlab import RouterAugmentedLM, generate
-from firstlab.benchmark import BenchmarkConfig, measure
-from firstlab.config import ModelConfig, SpeedModelConfig
+from firstlab.benchmark import BenchmarkConfig, load, run
+from firstlab.config import ModelConfig, SpeedModelConfig, conf_dir
 from firstlab.experiment import Experiment
 from firstlab.model import LoraSettings, quantization
 from firstlab.model.engine import DecodeEngine
-from firstlab.model.quantization import is_quantized, quantize, stored_bytes
-from firstlab.speed import read_bytes
+from firstlab.model.quantization import Int8Linear, is_quantized, quantize, stored_bytes
+from firstlab.speed import Models, read_bytes
 from models import random_routes, routed_model, tiny_model
 from tape import Tape
 from tiny_run import composed, overrides
@@ -71,6 +76,52 @@ def test_engine_made_before_quantizing_is_refused(mode: str) -> None:
         engine.generate(PROMPTS, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_product_with_integers(dtype: torch.dtype, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-128, 128, (7, 48), dtype=torch.int8, generator=generator)
+    scales = torch.rand(7, generator=generator) + 0.1
+    x = torch.randn(2, 9, 48, generator=generator).to(dtype)
+    bias = torch.randn(7, generator=generator).to(dtype) if biased else None
+    weight: Any = torch.zeros(7, 48)
+    weight.qdata, weight.scale = integers, scales.unsqueeze(1)  # as torchao's tensor names them
+    linear: Any = SimpleNamespace(weight=weight, bias=bias)
+    module = Int8Linear(linear)
+    out = module(x)
+    assert out.dtype == dtype
+    rows, expanded = x.to(torch.bfloat16).double(), integers.double() * scales.double().unsqueeze(1)
+    expected = rows @ expanded.T
+    # Rounding to bfloat16 and to the type, and that of float32 sums.
+    allowed = expected.abs() * (2**-8 + 2 * torch.finfo(dtype).eps) + 1e-5 * (rows.abs() @ expanded.abs().T)
+    if bias is not None:
+        expected = expected + bias.double()
+        allowed = allowed + expected.abs() * torch.finfo(dtype).eps
+    assert ((out.double() - expected).abs() <= allowed).all()
+    # A row's result depends neither on its neighbours nor on how it lies in memory.
+    apart = [module(row.unsqueeze(0)) for row in x.view(18, 48)]
+    assert torch.equal(torch.cat(apart).view_as(out), out)
+    assert torch.equal(module(x.transpose(0, 1)), out.transpose(0, 1))
+    assert torch.equal(module(x.mT.contiguous().mT), out)
+
+
+def test_rows_of_blocks_take_the_kernel_and_others_stay() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    lm: Any = tiny_model("llama")
+    mlp = lm.model.layers[0].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Linear(32, 36), nn.Linear(32, 36), nn.Linear(36, 32)
+    plain = {name: module for name, module in lm.model.layers.named_modules() if isinstance(module, nn.Linear)}
+    quantize(lm, "int8")
+    for name, old in plain.items():
+        new: Any = lm.model.layers.get_submodule(name)
+        assert type(new) is (nn.Linear if old.in_features == 36 else Int8Linear)
+        x, weight = torch.randn(5, old.in_features), new.weight.dequantize()
+        with torch.no_grad():
+            expected, out = nn.functional.linear(x, weight, old.bias), new(x)
+        # Inputs, expanded weights and the result may each be rounded to bfloat16.
+        assert ((out - expected).abs() <= 2**-8 * (x.abs() @ weight.abs().T) + 2**-8 * expected.abs()).all()
+
+
 def test_only_the_layers_linear_maps_change_and_by_rounding_alone() -> None:
     before, model = routed_model(), quantized()
     after = dict(model.named_modules())
@@ -95,26 +146,73 @@ def test_bytes_of_a_step_count_integers_and_scales() -> None:
     without[2] = False
     plain, small = ([read_bytes(lm, each, 1, 0) for each in (route, without)] for lm in (tiny_model("llama"), model.lm))
     layer = model.lm.model.layers[2]
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    numbers, rows = sum(each.weight.numel() for each in linears), sum(each.out_features for each in linears)
+    weights = [module.weight for module in layer.modules() if isinstance(module, Int8Linear)]
+    numbers, rows = sum(each.numel() for each in weights), sum(len(each) for each in weights)
+    assert len(weights) == 7
     # One byte a number instead of four; a scale a row, and torchao's zero point, of at most four bytes each.
     assert plain[0] - plain[1] - 3 * numbers + 4 * rows <= small[0] - small[1]
     assert small[0] - small[1] <= plain[0] - plain[1] - 3 * numbers + 8 * rows
 
 
-def test_benchmark_of_quantized_layers(tmp_path: Path) -> None:
+def benchmark_settings(folder: Path, **given: Any) -> BenchmarkConfig:
+    small: dict[str, Any] = {"batch_sizes": [1], "prompt_lengths": [6], "tokens": 3, "skip_rates": [0.33]}
+    model = SpeedModelConfig("tiny", str(folder), quantization=given.pop("quantization", None))
+    return BenchmarkConfig(model=model, device="cpu", repetitions=2, copy_mib=1, **{**small, **given})
+
+
+def test_benchmark_of_quantized_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchao", reason=WITHOUT)
-    tiny_model("llama").save_pretrained(tmp_path)
+    lm = tiny_model("llama")
+    lm.save_pretrained(tmp_path)
+    settings = {"quantizations": [None, "int8"], "mixed_routes": [2], "mixed_batch_size": 3, "out": str(tmp_path)}
+    run(benchmark_settings(tmp_path, **settings))
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    printed = capsys.readouterr().out
+    assert "engine int8" in printed and "(int8)" in printed and "2 routes, int8, batch 3" in printed
+    assert [row["quantization"] for row in record["mixed_routes"]] == [None, "int8"]
+    variants = record["cells"][0]["variants"]
+    rows = {(row["quantization"], row["decoder"], row["skip_rate_asked"]): row for row in variants}
+    ways = [("transformers", 0), *((decoder, rate) for decoder in ("generate", "engine") for rate in (0, 0.33))]
+    assert set(rows) == {(name, *way) for name in (None, "int8") for way in ways}
+    quantize(lm, "int8")
+    for way in ways:
+        large, small = (rows[(name, *way)] for name in (None, "int8"))
+        assert small["bytes_per_step"] < 0.6 * large["bytes_per_step"]
+        route = torch.tensor([layer not in small["skipped_layers"] for layer in range(6)])
+        assert small["bytes_per_step"] == read_bytes(lm, route, 1, 7.5)
+        assert small["limit_ratio"] == read_bytes(lm, route, 1, 7.5) / read_bytes(lm, torch.ones_like(route), 1, 7.5)
+        plain, both, whole = (
+            np.array(row["tpot_mean_s_of_repetitions"]) for row in (large, small, rows["int8", way[0], 0])
+        )
+        assert small["tpot_ratio"] == np.median(both / whole)
+        assert small["speedup_over_unquantized"] == np.median(plain / both)
+        assert large["speedup_over_unquantized"] == 1
 
-    def row(name: str | None) -> dict[str, Any]:
-        model = SpeedModelConfig("tiny", str(tmp_path), quantization=name)
-        small: dict[str, Any] = {"batch_sizes": [1], "prompt_lengths": [6], "tokens": 3, "skip_rates": [0.33]}
-        config = BenchmarkConfig(model=model, device="cpu", repetitions=1, copy_mib=1, **small)
-        rows = measure(config)["cells"][0]["variants"]
-        assert {each["decoder"] for each in rows} == {"transformers", "generate", "engine"}
-        return rows[-1]
 
-    assert row("int8")["bytes_per_step"] < 0.6 * row(None)["bytes_per_step"]
+def test_models_share_what_is_not_quantized() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    lm = tiny_model("llama")
+    models = Models(deepcopy(lm), RouterAugmentedLM(lm))
+    assert models.quantized(None) is models
+    before = {name: parameter.clone() for name, parameter in models.plain.named_parameters()}
+    smaller = models.quantized("int8")
+    assert not is_quantized(models.plain) and is_quantized(smaller.plain) and is_quantized(smaller.routed)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in models.plain.named_parameters())
+    own = {id(parameter) for parameter in models.plain.parameters()}
+    for name, parameter in smaller.plain.named_parameters():
+        assert (id(parameter) in own) == ("_proj" not in name)
+
+
+def test_benchmark_settings_for_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda name: object())
+    with pytest.raises(ValueError, match=r"quantizations=\[\] is not allowed"):
+        benchmark_settings(tmp_path, quantizations=[]).check()
+    with pytest.raises(ValueError, match="quantization='int3' is unknown"):
+        benchmark_settings(tmp_path, quantizations=[None, "int3"]).check()
+    with pytest.raises(ValueError, match=r"model.quantization='int8'.*use quantizations=\[null,int8\]"):
+        benchmark_settings(tmp_path, quantization="int8").check()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        assert load(compose("benchmark", ["quantizations=[null,int8]"])).quantizations == [None, "int8"]
 
 
 def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ class BenchmarkConfig:
         decoders: Of transformers (`generate` of the plain model), transformers_static (the same with its static cache,
             compiled), generate (`RouterAugmentedLM.generate`), engine (`DecodeEngine`: CUDA graphs on a GPU),
             engine_eager (the same without graphs) and engine_compiled (the same with compiled layers).
+        quantizations: Of the decoder layers' weights, all measured in turn: null for none, int8.
         routes: Which layers are skipped: spread evenly at each of `skip_rates`, or those that most prompts skip in the
             paper's Table 15 (of a model with 32 layers).
         skip_rates: Shares of layers to skip; 0 is always measured too.
@@ -56,6 +57,7 @@ class BenchmarkConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     device: str = "auto"
     decoders: list[str] = field(default_factory=lambda: ["transformers", "generate", "engine"])
+    quantizations: list[str | None] = field(default_factory=lambda: [None])
     routes: str = "spread"
     skip_rates: list[float] = field(default_factory=lambda: [0.15, 0.25, 0.35])
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
@@ -80,6 +82,15 @@ class BenchmarkConfig:
         require(self.device in ("auto", "cpu", "cuda"), "device", "choose one of auto, cpu, cuda")
         known = bool(self.decoders) and set(self.decoders) <= set(DECODERS)
         require(known, "decoders", f"choose from {', '.join(DECODERS)}")
+        require(bool(self.quantizations), "quantizations", "one or more, null for none")
+        for name in self.quantizations:
+            if name is not None:
+                from firstlab.model.quantization import check_quantization
+
+                check_quantization(name)
+        if self.model.quantization is not None:
+            given = self.model.quantization
+            raise ValueError(f"model.quantization={given!r} is not for the benchmark; use quantizations=[null,{given}]")
         require(self.routes in ROUTES, "routes", f"choose one of {', '.join(ROUTES)}")
         require(all(0 <= rate < 1 for rate in self.skip_rates), "skip_rates", "each at least 0 and below 1")
         for option in ("batch_sizes", "prompt_lengths"):
@@ -158,31 +169,35 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
     options = {"dtype": config.model.dtype, "revision": config.model.revision}
-    options |= {"attn_implementation": config.model.attn_implementation, "quantization": config.model.quantization}
+    options |= {"attn_implementation": config.model.attn_implementation}
     given = {key: value for key, value in options.items() if value is not None}
-    models = Models.load(
+    loaded = Models.load(
         model_path(config.model.path, config.model.random_init), settings, config.model.random_init, device, **given
     )
     longest = max(config.prompt_lengths) + config.tokens
-    allowed = getattr(models.plain.config, "max_position_embeddings", longest)
+    allowed = getattr(loaded.plain.config, "max_position_embeddings", longest)
     if longest > allowed:
         raise ValueError(
             f"prompt_lengths={config.prompt_lengths} with tokens={config.tokens} needs {longest} positions, and "
             f"model={config.model.name} has {allowed}; shorten one of them"
         )
-    routes = chosen_routes(config, models.routed.num_layers)
+    routes = chosen_routes(config, loaded.routed.num_layers)
+    models = {name: loaded.quantized(name) for name in config.quantizations}
     # Made before anything is measured: there may be too few different routes.
     mixed = [
         MixedRoutes(
-            models, config.mixed_routes, config.skip_rates, config.mixed_batch_size, length, config.tokens, config.seed
+            *(each, name, config.mixed_routes, config.skip_rates),
+            *(config.mixed_batch_size, length, config.tokens, config.seed),
         )
         for length in (config.prompt_lengths if config.mixed_routes else [])
+        for name, each in models.items()
     ]
     bandwidth = copy_bandwidth(device, config.copy_mib << 20)
     cells = []
     for batch_size, prompt_length in product(config.batch_sizes, config.prompt_lengths):
         variants = [
-            Variant(decoder, rate, route)
+            Variant(decoder, rate, route, name)
+            for name in models
             for decoder in config.decoders
             for rate, route in routes.items()
             if decoder not in PLAIN or rate == 0
@@ -192,8 +207,8 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         cells.append(cell.summary(bandwidth))
     return {
         "model": config.model.name,
-        "layers": models.routed.num_layers,
-        "parameters": sum(each.numel() for each in models.plain.parameters()),
+        "layers": loaded.routed.num_layers,
+        "parameters": sum(each.numel() for each in loaded.plain.parameters()),
         "settings": asdict(config),
         "copy_bandwidth_bytes_per_s": bandwidth,
         "cells": cells,
@@ -201,6 +216,11 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         **results.provenance(),
         "device": torch.cuda.get_device_name() if name == "cuda" else results.processor_name(),
     }
+
+
+def way_of(row: dict[str, Any]) -> str:
+    """Decoder and quantization of a row of the record."""
+    return " ".join(filter(None, (row["decoder"], row["quantization"])))
 
 
 def print_tables(record: dict[str, Any]) -> None:
@@ -213,14 +233,17 @@ def print_tables(record: dict[str, Any]) -> None:
         title = f"{record['model']}, batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens"
         view = Table(title=title, title_justify="left")
         view.add_column("", no_wrap=True)
-        columns = ("skipped", "TTFT ms", "TPOT ms", "median", "p95", "tokens/s", "speed-up", "TPOT ratio", "limit")
+        columns = ["skipped", "TTFT ms", "TPOT ms", "median", "p95", "tokens/s", "speed-up", "TPOT ratio", "limit"]
+        smaller = any(row["quantization"] for row in cell["variants"])
         energy = any(row["joules_per_token"] is not None for row in cell["variants"])
+        columns += ["× plain weights"] if smaller else []
         for name in (*columns, "KV MiB", "saved", "peak MiB", "CPU", *(["J/token"] if energy else [])):
             view.add_column(name, justify="right")
         for row in cell["variants"]:
             faster, saved = row["speedup_over_transformers"], row["kv_bytes_saved"]
+            larger = row["speedup_over_unquantized"]
             view.add_row(
-                row["decoder"],
+                way_of(row),
                 f"{100 * row['skip_rate']:.1f} %",
                 f"{1000 * row['ttft_s']:.1f}",
                 f"{1000 * row['tpot_mean_s']:.2f}",
@@ -230,6 +253,7 @@ def print_tables(record: dict[str, Any]) -> None:
                 "-" if faster is None else f"{faster:.2f}",
                 f"{row['tpot_ratio']:.2f}x",
                 f"{row['limit_ratio']:.2f}x",
+                *(["-" if larger is None else f"{larger:.2f}"] if smaller else []),
                 f"{row['kv_bytes'] / 2**20:.2f}",
                 f"{100 * saved / (row['kv_bytes'] + saved):.0f} %",
                 f"{row['peak_memory_bytes'] / 2**20:.0f}",
@@ -237,16 +261,18 @@ def print_tables(record: dict[str, Any]) -> None:
                 *([f"{row['joules_per_token']:.3g}"] if energy else []),
             )
         console.print(view)
-        least = min(row["limit_tpot_s"] for row in cell["variants"] if row["skip_rate"] == 0)
+        least = {row["quantization"]: row["limit_tpot_s"] for row in cell["variants"] if row["skip_rate"] == 0}
+        limits = (f"{1000 * seconds:.2f} ms" + (f" ({name})" if name else "") for name, seconds in least.items())
         print(
             f"routers: {1000 * cell['router_s']:.2f} ms, {100 * cell['router_share_of_prefill']:.2f} % of prefill; "
-            f"TPOT of the bytes read without skipping: {1000 * least:.2f} ms "
+            f"TPOT of the bytes read without skipping: {', '.join(limits)} "
             f"(copies run at {record['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)"
         )
     for row in record["mixed_routes"]:
+        routes = ", ".join(filter(None, (f"{row['routes']} routes", row["quantization"])))
         print(
             f"mixed routes: {100 * row['throughput_ratio']:.0f} % of the throughput of one shared route "
-            f"({row['routes']} routes, batch {row['batch_size']}, prompt of {row['prompt_length']} tokens, "
+            f"({routes}, batch {row['batch_size']}, prompt of {row['prompt_length']} tokens, "
             f"{100 * row['skip_rate']:.1f} % skipped, {row['tokens_per_s']:.0f} tokens/s; "
             f"by the bytes read {100 * row['limit_ratio']:.0f} %)"
         )

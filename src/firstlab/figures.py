@@ -52,7 +52,7 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
 
 
 def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: Path) -> None:
-    """TPOT ratio of each decoder against the skip rate, a panel per batch size and prompt length.
+    """TPOT ratio of each decoder and quantization against the skip rate, a panel per batch size and prompt length.
 
     Args:
         record: What `firstlab.benchmark.measure` gives.
@@ -65,18 +65,23 @@ def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: 
     fig, axes = plt.subplots(down, across, figsize=(1 + 4.6 * across, 3.8 * down), squeeze=False, sharey=True)
     for axis, cell in zip(axes.flat, cells, strict=False):
         rows = sorted(cell["variants"], key=lambda row: row["skip_rate"])
-        rates = [100 * row["skip_rate"] for row in rows]
-        axis.plot(rates, [row["limit_ratio"] for row in rows], color="black", linestyle="--", label="limit: bytes read")
-        for decoder, colour, marker in (
-            ("generate", "#0072b2", "s"),
-            ("engine", "#d55e00", "o"),
-            ("engine_eager", "#cc79a7", "v"),
-            ("engine_compiled", "#009e73", "^"),
-        ):
-            own = [row for row in rows if row["decoder"] == decoder]
-            points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]
-            if own:
-                axis.plot(*points, color=colour, marker=marker, label=decoder)
+        for quantization in dict.fromkeys(row["quantization"] for row in rows):
+            alike = [row for row in rows if row["quantization"] == quantization]
+            after, fill = (f", {quantization}", "none") if quantization else ("", "full")
+            limits = [100 * row["skip_rate"] for row in alike], [row["limit_ratio"] for row in alike]
+            line = ":" if quantization else "--"
+            axis.plot(*limits, color="black", linestyle=line, label=f"limit: bytes read{after}")
+            for decoder, colour, marker in (
+                ("generate", "#0072b2", "s"),
+                ("engine", "#d55e00", "o"),
+                ("engine_eager", "#cc79a7", "v"),
+                ("engine_compiled", "#009e73", "^"),
+            ):
+                own = [row for row in alike if row["decoder"] == decoder]
+                points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]
+                if own:
+                    style = {"color": colour, "marker": marker, "linestyle": ":" if quantization else "-"}
+                    axis.plot(*points, **style, fillstyle=fill, label=decoder + after)
         axis.scatter(
             list(paper), list(paper.values()), color="#555555", marker="x", label="paper, Llama-3-8B", zorder=3
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,14 +150,12 @@ class Models:
         settings: RouterSettings,
         random_init: bool,
         device: torch.device,
-        quantization: str | None = None,
         **options: Any,
     ) -> Models:
         """Load, or with `random_init` make from the config alone.
 
         Raises:
-            ValueError: Nothing can be loaded from `path`, random weights do not fit into the device's memory, or
-                `quantization` is impossible.
+            ValueError: Nothing can be loaded from `path`, or random weights do not fit into the device's memory.
         """
         if random_init:
             try:
@@ -170,11 +168,26 @@ class Models:
         else:
             lm = load_base(path, **options)
         lm = lm.to(device).eval()
-        quantize(lm, quantization)
         # Random prompts: a row must not end before the others.
         lm.generation_config.eos_token_id = None
-        plain = deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
-        return cls(plain, RouterAugmentedLM(lm, settings))
+        return cls(_twin(lm), RouterAugmentedLM(lm, settings))
+
+    def quantized(self, name: str | None) -> Models:
+        """These models for None, else others with weights of `QUANTIZATIONS`, which share what is not quantized.
+
+        Raises:
+            ValueError: The model cannot be quantized.
+        """
+        if name is None:
+            return self
+        lm = _twin(self.plain)
+        quantize(lm, name)
+        return Models(_twin(lm), RouterAugmentedLM(lm, self.routed.routers.settings))
+
+
+def _twin(lm: PreTrainedModel) -> PreTrainedModel:
+    """Other modules with the same weights."""
+    return deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
 
 
 def check_memory(config: Any, device: torch.device, **options: Any) -> None:
@@ -202,6 +215,7 @@ class Variant:
             compiled), generate (`RouterAugmentedLM.generate`) or one of `ENGINES`.
         skip_rate: As asked for.
         route: [L] boolean, or of each row [B, L].
+        quantization: One of `QUANTIZATIONS`, or None.
         ttft_s: Until the first token's logits are there.
         steps_s: Each decode step.
         cpu_share: CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
@@ -213,12 +227,18 @@ class Variant:
     decoder: str
     skip_rate: float
     route: Tensor
+    quantization: str | None = None
     ttft_s: list[float] = field(default_factory=list)
     steps_s: list[np.ndarray] = field(default_factory=list)
     cpu_share: list[float] = field(default_factory=list)
     kv_bytes: int = 0
     peak_memory_bytes: int = 0
     joules: list[float] = field(default_factory=list)
+
+    @property
+    def way(self) -> tuple[str, str | None]:
+        """Decoder and quantization."""
+        return self.decoder, self.quantization
 
     @property
     def tpot_s(self) -> np.ndarray:
@@ -241,7 +261,7 @@ class Cell:
     """All variants at one batch size and prompt length.
 
     Args:
-        models: What decodes.
+        models: What decodes, by quantization.
         variants: To be measured, in turn.
         batch_size, prompt_length, tokens: Rows, tokens of each prompt, new tokens of each.
         seed: Of the random prompts.
@@ -251,24 +271,31 @@ class Cell:
     """
 
     def __init__(
-        self, models: Models, variants: Sequence[Variant], batch_size: int, prompt_length: int, tokens: int, seed: int
+        self,
+        models: Mapping[str | None, Models],
+        variants: Sequence[Variant],
+        batch_size: int,
+        prompt_length: int,
+        tokens: int,
+        seed: int,
     ) -> None:
         self.models, self.variants, self.tokens = models, variants, tokens
         self.batch_size, self.prompt_length = batch_size, prompt_length
         generator = torch.Generator().manual_seed(seed)
-        vocabulary = models.plain.config.get_text_config(decoder=True).vocab_size
+        self.some = next(iter(models.values()))  # for what does not depend on the weights
+        vocabulary = self.some.plain.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(0, vocabulary, (batch_size, prompt_length), generator=generator)
-        self.ids, self.prompts = ids.to(models.routed.device), ids.tolist()
+        self.ids, self.prompts = ids.to(self.some.routed.device), ids.tolist()
         self.router_s: list[float] = []
-        self.joules = joules_counter(models.routed.device)
+        self.joules = joules_counter(self.some.routed.device)
         if any(variant.decoder in COMPILED for variant in variants):
             torch.compiler.reset()  # shapes of an earlier cell would make what is compiled now general, and slower
-        self.static: StaticCache | None = None
-        self.engines: dict[str, DecodeEngine] = {}
-        for decoder in {variant.decoder: None for variant in variants if variant.decoder in ENGINES}:
+        self.static: dict[str | None, StaticCache] = {}
+        self.engines: dict[tuple[str, str | None], DecodeEngine] = {}
+        for key in dict.fromkeys(variant.way for variant in variants if variant.decoder in ENGINES):
+            routed, mode = models[key[1]].routed, ENGINES[key[0]]
             try:
-                engine = DecodeEngine(models.routed, prompt_length + tokens, batch_size, ENGINES[decoder])
-                self.engines[decoder] = engine
+                self.engines[key] = DecodeEngine(routed, prompt_length + tokens, batch_size, mode)
             except ValueError as error:
                 raise ValueError(f"decoders: {error}, so leave engine out: decoders=[transformers,generate]") from error
 
@@ -282,9 +309,9 @@ class Cell:
                 self.router_s.append(seconds)
 
     def _run(self, variant: Variant, keep: bool) -> None:
-        device, engine = self.ids.device, self.engines.get(variant.decoder)
-        if self.static is not None:
-            self.static.reset()
+        device, engine = self.ids.device, self.engines.get(variant.way)
+        for static in self.static.values():
+            static.reset()
         results.reset_peak_memory(device)
         joules = None if self.joules is None else self.joules()
         watch = Stopwatch(device)
@@ -309,15 +336,18 @@ class Cell:
 
     def _generate(self, variant: Variant, watch: Stopwatch) -> int:
         """Bytes of keys and values in the cache at the end."""
-        plain = variant.decoder in PLAIN
-        model: Any = self.models.plain if plain else self.models.routed
+        plain, models = variant.decoder in PLAIN, self.models[variant.quantization]
+        model: Any = models.plain if plain else models.routed
         given: dict[str, Any] = {} if plain else {"routes": variant.route.to(self.ids.device)}
         if variant.decoder == "transformers_static":
-            if self.static is None:
+            if variant.quantization not in self.static:
                 # One for all repetitions: its compiled graphs know the addresses of keys and values.
                 length = self.prompt_length + self.tokens - 1  # the last token is not read
-                self.static = StaticCache(config=self.models.plain.config, max_cache_len=length)
-            given = {"past_key_values": self.static, "compile_config": compile_everywhere()}
+                self.static[variant.quantization] = StaticCache(config=models.plain.config, max_cache_len=length)
+            given = {
+                "past_key_values": self.static[variant.quantization],
+                "compile_config": compile_everywhere(),
+            }
         out = model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -333,7 +363,7 @@ class Cell:
     @torch.no_grad()
     def _time_routers(self) -> float:
         """Seconds that the routers of all layers take for the prompts: dot products, means, decision."""
-        routers, weight = self.models.routed.routers, self.models.plain.get_input_embeddings().weight
+        routers, weight = self.some.routed.routers, self.some.plain.get_input_embeddings().weight
         hidden = torch.randn(self.batch_size, self.prompt_length, routers.weight.shape[1], device=self.ids.device)
         hidden = hidden.to(weight.dtype)  # type: ignore[arg-type]
         pooled = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
@@ -354,19 +384,26 @@ class Cell:
     def summary(self, bandwidth: float) -> dict[str, Any]:
         """Everything measured, with the limits at `bandwidth` bytes per second.
 
-        Ratios are medians over the repetitions; each compares the mean decode steps of one repetition.
+        Ratios are medians over the repetitions; each compares the mean decode steps of one repetition. `tpot_ratio` is
+        to the same weights without skipping, `speedup_over_unquantized` over the same route with plain weights: where
+        quantization and skipping multiply, the latter is the same at every route.
         """
-        dense = {variant.decoder: variant for variant in self.variants if variant.route.all()}
+        dense = {variant.way: variant for variant in self.variants if variant.route.all()}
+        unquantized = {
+            (variant.decoder, variant.skip_rate): variant for variant in self.variants if variant.quantization is None
+        }
         # The first decode step attends to the prompt and one token more, the last to all but the last token.
         length = self.prompt_length + self.tokens / 2
-        least = read_bytes(self.models.plain, torch.ones_like(self.variants[0].route), self.batch_size, length)
         rows = []
         for each in self.variants:
-            steps, whole = np.concatenate(each.steps_s), dense[each.decoder]
-            needed = read_bytes(self.models.plain, each.route, self.batch_size, length)
+            steps, whole, lm = np.concatenate(each.steps_s), dense[each.way], self.models[each.quantization].plain
+            needed, least = (read_bytes(lm, route, self.batch_size, length) for route in (each.route, whole.route))
+            transformers = dense.get(("transformers", each.quantization))
+            larger = unquantized.get((each.decoder, each.skip_rate))
             rows.append(
                 {
                     "decoder": each.decoder,
+                    "quantization": each.quantization,
                     "skip_rate_asked": each.skip_rate,
                     "skip_rate": 1 - each.route.float().mean().item(),
                     "skipped_layers": (~each.route).nonzero().flatten().tolist(),
@@ -381,11 +418,8 @@ class Cell:
                     "limit_ratio": needed / least,
                     "bytes_per_step": needed,
                     "limit_tpot_s": needed / bandwidth,
-                    "speedup_over_transformers": (
-                        float(np.median(dense["transformers"].tpot_s / each.tpot_s))
-                        if "transformers" in dense
-                        else None
-                    ),
+                    "speedup_over_transformers": _speedup(each, transformers),
+                    "speedup_over_unquantized": _speedup(each, larger),
                     "kv_bytes": each.kv_bytes,
                     "kv_bytes_saved": whole.kv_bytes - each.kv_bytes,
                     "peak_memory_bytes": each.peak_memory_bytes,
@@ -407,11 +441,16 @@ class Cell:
         }
 
 
+def _speedup(variant: Variant, other: Variant | None) -> float | None:
+    return None if other is None else float(np.median(other.tpot_s / variant.tpot_s))
+
+
 class MixedRoutes:
     """Rows of different routes in one batch of the engine, beside the same rows with one route of as many layers.
 
     Args:
         models: What decodes.
+        quantization: Of its weights.
         counts: How many different routes the rows have, in turn; rows share them evenly.
         skip_rates: Of every route; those that skip no layer are left out.
         batch_size, prompt_length, tokens: Rows, tokens of each prompt, new tokens of each.
@@ -425,6 +464,7 @@ class MixedRoutes:
     def __init__(
         self,
         models: Models,
+        quantization: str | None,
         counts: Sequence[int],
         skip_rates: Sequence[float],
         batch_size: int,
@@ -441,20 +481,20 @@ class MixedRoutes:
                 f"mixed_routes: skip_rates={list(skip_rates)} skip none of {layers} layers; give larger ones"
             )
         for rate in skipping:
-            shared = Variant("engine", rate, spread_route(layers, rate))
+            shared = Variant("engine", rate, spread_route(layers, rate), quantization)
             variants.append(shared)
             for count in counts:
-                mixed = Variant("engine", rate, distinct_routes(layers, rate, count, seed)[rows % count])
+                mixed = Variant("engine", rate, distinct_routes(layers, rate, count, seed)[rows % count], quantization)
                 variants.append(mixed)
                 self.pairs.append((count, mixed, shared))
-        self.cell = Cell(models, variants, batch_size, prompt_length, tokens, seed)
+        self.cell = Cell({quantization: models}, variants, batch_size, prompt_length, tokens, seed)
 
     def measure(self, warmup: int, repetitions: int) -> list[dict[str, Any]]:
         """A record per skip rate and number of routes; the ratio is the median over the repetitions.
 
         Its limit is that of the bytes read: rows of different routes need the weights of more layers.
         """
-        cell, lm = self.cell, self.cell.models.plain
+        cell, lm = self.cell, self.cell.some.plain
         cell.measure(warmup, repetitions)
         length = cell.prompt_length + cell.tokens / 2
 
@@ -466,6 +506,7 @@ class MixedRoutes:
                 "batch_size": cell.batch_size,
                 "prompt_length": cell.prompt_length,
                 "routes": count,
+                "quantization": mixed.quantization,
                 "skip_rate_asked": mixed.skip_rate,
                 "skip_rate": 1 - mixed.route.float().mean().item(),
                 "tokens_per_s": cell.batch_size / float(np.median(mixed.tpot_s)),
