@@ -141,6 +141,16 @@ def test_no_test_across_different_test_sets_or_without_per_prompt_scores(config:
         assert score is not None and score.low is not None and score.p_value is None and score.mark == ""
 
 
+def test_a_seed_counts_once_and_the_first_folder_wins(config: TablesConfig, tmp_path: Path):
+    run = cell_run(config, "first", 15)
+    save(tmp_path / "recorded", "a", record(run, quality=60))
+    save(tmp_path / "recorded", "b", record(run, quality=62, seed=1))
+    save(tmp_path / "local", "a", record(run, quality=20))
+    match, _ = Cells(config, read([str(tmp_path / "recorded"), str(tmp_path / "local")])).find(run, False)
+    assert match is not None and [each.file.parts[-3] for each in match.records] == ["recorded", "recorded"]
+    assert [each.seed for each in match.records] == [0, 1]
+
+
 def test_torn_and_foreign_files_are_named_and_left_out(config: TablesConfig, tmp_path: Path):
     good = record(cell_run(config, "first", 15))
     text = save(tmp_path, "good", good).read_text()

@@ -102,15 +102,16 @@ class Cells:
         variant = variant_name(run.method, lora)
         if run.method not in self._known:
             return None, f"this version has no conf/method/{run.method}.yaml"
-        groups: dict[str, list[Record]] = defaultdict(list)
+        groups: dict[str, dict[int, Record]] = defaultdict(dict)
         for record in self._records(run):
             if record.variant(variant) is not None:
-                groups[record.level].append(record)
+                # A seed counts once, however often it was run (with other sizes of the test set, say).
+                groups[record.level].setdefault(record.seed, record)
         if not groups:
             return None, "no run"
         matches = []
-        for group in groups.values():
-            group.sort(key=lambda record: record.seed)
+        for of_seed in groups.values():
+            group = [of_seed[seed] for seed in sorted(of_seed)]
             rates = [record.node["variants"][variant]["skip"]["skip_rate"] for record in group]
             matches.append(Match(tuple(group), variant, fmean(rates)))
         wanted = run.level
