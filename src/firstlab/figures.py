@@ -35,9 +35,10 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
         metric = row["metrics"][row["metric"]]["value"]
+        routes = row["skip"]["unique_routes"]
         axis.set_title(
             f"{row_title(row)}: {100 * row['skip']['skip_rate']:.1f} % of layers skipped, "
-            f"{row['metric']} {metric:.1f}, {row['skip']['unique_routes']} different routes",
+            f"{row['metric']} {metric:.1f}, {routes} {'route' if routes == 1 else 'routes'}",
             fontsize=9,
             loc="left",
         )
