@@ -134,7 +134,7 @@ class _Phase(L.LightningModule):
         if self.objective.target_skip is not None:
             self._skip_rates.append(self._global_mean(skip_rate, rows))
         self.log("train/loss", loss.detach(), sync_dist=True)
-        # In the progress bar, because the loss with its driven penalty can fall, and below zero, while the fit gets worse.
+        # In the progress bar: the loss with its driven penalty can fall, below zero even, while the fit gets worse.
         self.log("train/cross_entropy", cross_entropy.detach(), prog_bar=True, sync_dist=True)
         self.log("train/skip_rate", skip_rate, prog_bar=True, sync_dist=True)
         self.log("train/multiplier", self.multiplier, rank_zero_only=True)
