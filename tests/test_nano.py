@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import firstlab.nano.training as training
 from firstlab.config import conf_dir
 from firstlab.data.mini_qa import MiniQA
+from firstlab.data.mini_recall import MiniRecall
 from firstlab.data.mini_translation import MiniTranslation
 from firstlab.data.squad import Squad
 from firstlab.data.task import Task
@@ -213,6 +214,15 @@ def test_corpus_holds_prompts_and_closed_responses(corpus: Corpus, tokenizer: Pr
     assert corpus.sizes.tolist() == [60, 40]
 
 
+def test_the_tokenizer_learns_from_scored_tasks_alone(tmp_path: Path, prepared: Path) -> None:
+    config = tiny(tmp_path)
+    config.tasks["recall"] = TaskConfig(task={}, count=50, scored=False)
+    prepare(config, {**TASKS, "recall": MiniRecall()}, tmp_path)
+    name = "tokenizer/tokenizer.json"
+    assert (tmp_path / name).read_bytes() == (prepared / name).read_bytes()
+    assert Corpus.load(tmp_path / "corpus.npz").sizes.tolist() == [60, 40, 50]
+
+
 def test_further_questions_follow_the_first_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     task = MiniQA(more_questions=3)
     [example] = task.generate(1, seed=4)
@@ -320,6 +330,23 @@ def test_muon_finds_a_minimum() -> None:
         ((weight - target) ** 2).sum().backward()
         optimizer.step()
     assert ((weight - target) ** 2).sum() < 1e-2
+
+
+def test_a_stage_of_fewer_layers_trains_these_and_the_others_join_as_the_identity(work: Path) -> None:
+    config = tiny(work, steps=2)
+    config.training.stages = {
+        "shallow": replace(config.training.stages["all"], layers=1),
+        "deep": config.training.stages["all"],
+    }
+    start = build_model(config.model, PreTrainedTokenizerFast.from_pretrained(work / "tokenizer"), 0).state_dict()
+    shallow = replace(config, training=replace(config.training, stages=dict([*config.training.stages.items()][:1])))
+    train(0, 1, shallow, work)
+    after = weights_of(work)
+    for name in start:
+        changes = not torch.equal(start[name], after[name])
+        assert changes == (not name.startswith("model.layers.1.")), name
+    train(0, 1, config, work)
+    assert all(not torch.equal(after[name], value) for name, value in weights_of(work).items() if name in start)
 
 
 def test_learning_rate_warms_up_stays_and_falls() -> None:

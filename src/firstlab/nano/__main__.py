@@ -48,8 +48,8 @@ def prepare(config: NanoConfig, tasks: dict[str, Task], work: Path) -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     pools = {name: training_examples(task, config.tasks[name].count, config.seed) for name, task in tasks.items()}
-    first_stage = next(iter(config.training.stages.values()))
-    seen = [example for name in first_stage.weights for example in pools[name][: config.tokenizer_examples]]
+    scored = [name for name in tasks if config.tasks[name].scored]
+    seen = [example for name in scored for example in pools[name][: config.tokenizer_examples]]
     tokenizer = train_tokenizer(
         (text for e in seen for text in (e.source, e.question, e.references[0]) if text),
         (line for task in tasks.values() for line in frame_lines(task)),

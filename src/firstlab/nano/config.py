@@ -42,6 +42,9 @@ class StageConfig:
     """A part of the run with its own mixture of tasks and its own schedule."""
 
     steps: int = MISSING
+    layers: int | None = None
+    """Only so many layers, from the first, run and learn: the others, which start as the identity, join in a later
+    stage. None: all."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share of each task in the examples, relative to the others; tasks without one do not take part."""
     prompt_steps: int = MISSING
@@ -112,7 +115,7 @@ class NanoConfig:
     compile: bool = MISSING
     """Fuse the layers with torch.compile, which needs a C++ compiler."""
     tokenizer_examples: int = MISSING
-    """Examples of each task of the first stage that the tokenizer learns from."""
+    """Examples of each scored task that the tokenizer learns from."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -144,6 +147,13 @@ def check(config: NanoConfig) -> None:
         raise ValueError("training.stages is empty: give at least one stage")
     for name, stage in training.stages.items():
         _check_stage(f"training.stages.{name}", stage, config.tasks)
+        if stage.layers is not None and not 1 <= stage.layers <= model.num_hidden_layers:
+            raise ValueError(
+                f"training.stages.{name}.layers={stage.layers} must be from 1 to model.num_hidden_layers="
+                f"{model.num_hidden_layers}, or null for all"
+            )
+    if not any(task.scored for task in config.tasks.values()):
+        raise ValueError("tasks: none of them is scored, so that the tokenizer has nothing to learn from")
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={config.device} must be auto, cpu or cuda")
     if config.precision not in ("auto", "fp32", "bf16"):

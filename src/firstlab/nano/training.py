@@ -156,6 +156,7 @@ def train(rank: int, world: int, config: NanoConfig, work: Path) -> None:
     response_loss, response_tokens = 0.0, 0
     for stage, step, batches in itertools.islice(schedule(config, corpus), start.step, None):
         scale = set_rates(optimizers, stage, step)
+        model.config.num_hidden_layers = stage.layers or config.model.num_hidden_layers  # Llama runs so many
         prompt_weight = training.prompt_weight if step < stage.prompt_steps else 0.0
         collated = [collate(corpus, rows, prompt_weight) for rows in batches]
         total = sum(float(weights.sum()) for _, weights, _ in collated)
