@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_recall import MiniRecall
+from firstlab.data.prompts import qa_prompt
 
 
 @pytest.mark.parametrize(("words", "words_asked"), [(0, 0), (0, 3), (3, 3)])
@@ -38,6 +40,15 @@ def test_all_relations_take_part_and_every_answer_stands_in_its_text() -> None:
     assert all(answer in e.source for e in examples for answer in (e.references[0], *(a for _, a in e.more)))
     for value in ("the violin", "metres", " and Sons", "on Monday", "coins"):
         assert any(value in e.source + e.question for e in examples), value
+
+
+def test_whole_questions_have_the_form_of_the_task_that_they_prepare_for() -> None:
+    task = MiniRecall(whole=True, questions=5)
+    for example in task.generate(50, seed=1):
+        prompt = task.prompt(example)
+        assert prompt == qa_prompt(example.source, example.question) == MiniQA().prompt(example)
+        for question, answer in [(example.question, example.references[0]), *example.more]:
+            assert question.endswith("?") and answer in example.source
 
 
 def test_training_and_test_share_no_text() -> None:

@@ -293,6 +293,15 @@ def test_stages_follow_each_other_with_their_own_mixture(corpus: Corpus) -> None
     assert not all((rows >= 60).all() for step in batches[:9] for rows in step)
 
 
+def test_a_stage_may_have_smaller_batches(corpus: Corpus) -> None:
+    config = tiny(Path(), steps=4)
+    config.training.stages["small"] = replace(config.training.stages["all"], tokens_per_batch=300)
+    sizes = [
+        [len(rows) * corpus.lengths()[rows].max() for rows in step] for _, _, step in training.schedule(config, corpus)
+    ]
+    assert max(max(step) for step in sizes[:4]) > 300 >= max(max(step) for step in sizes[4:])
+
+
 def test_collate_weights_prompt_and_response(corpus: Corpus) -> None:
     rows = np.array([0, 99])
     ids, weights, response = collate(corpus, rows, prompt_weight=0.1)

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 
 from firstlab.data import mini_world as world
 from firstlab.data.generated import Built, GeneratedTask, Split
-from firstlab.data.mini_facts import KINDS, draw_entities, settle
+from firstlab.data.mini_facts import KINDS, Entity, draw_entities, say, settle
+from firstlab.data.prompts import qa_prompt
 from firstlab.data.task import Example
 
 
 class MiniRecall(GeneratedTask):
-    """Subjects with a value each of one relation, and their beginnings to be completed; a training text, no task.
+    """Subjects with a value each of one relation, and the sentences' beginnings to be completed: a training text.
 
     Args:
         relations: Names of the relations of `firstlab.data.mini_facts` to draw from; None: all.
@@ -31,6 +32,8 @@ class MiniRecall(GeneratedTask):
         words: Words between a subject and its value where it is told: none to so many.
         words_asked: The same where it is asked for.
         questions: How many times a subject is asked for, subjects drawn anew each time.
+        whole: Whole sentences, and whole questions in the form of `MiniQA`, instead of beginnings; `words` are not
+            counted then.
         pool_size: Examples in `train_pool`.
         test_size: Examples in `test`.
         seed: Chooses the training pool.
@@ -49,6 +52,7 @@ class MiniRecall(GeneratedTask):
         words: int = 3,
         words_asked: int = 3,
         questions: int = 24,
+        whole: bool = False,
         pool_size: int = 6000,
         test_size: int = 500,
         seed: int = 0,
@@ -70,7 +74,8 @@ class MiniRecall(GeneratedTask):
         self.relations = [
             (kind, relation) for kind in KINDS for relation in kind if relations is None or relation.name in relations
         ]
-        self.subjects, self.words, self.words_asked, self.questions = subjects, words, words_asked, questions
+        self.subjects, self.words, self.words_asked = subjects, words, words_asked
+        self.questions, self.whole = questions, whole
 
     def build(self, rng: random.Random, level: int, split: Split) -> Built:
         """A text and what is asked about it."""
@@ -78,17 +83,26 @@ class MiniRecall(GeneratedTask):
         entities = draw_entities(rng, kind, rng.randint(2, self.subjects))
         settle(rng, entities, relation)
 
-        def begin(name: str, words: int) -> str:
+        def value(entity: Entity) -> str:
+            return entity.facts[relation.name].text
+
+        def begin(entity: Entity, words: int) -> str:
             statement, _ = rng.choice(relation.direct)
             between = statement.partition("{s}")[2].partition("{v}")[0].split()
             kept = rng.randint(0, min(words, len(between)))
-            return world.sentence(" ".join((name, *between[len(between) - kept :])))
+            return world.sentence(" ".join((entity.name, *between[len(between) - kept :])))
 
-        told = [f"{begin(entity.name, self.words)} {entity.facts[relation.name].text}." for entity in entities]
         asked = rng.choices(entities, k=self.questions)
-        turns = [(begin(entity.name, self.words_asked), entity.facts[relation.name].text) for entity in asked]
+        if self.whole:
+            statement, question = rng.choice(relation.direct)
+            told = [world.sentence(say(statement, entity, relation, entity.name)) + "." for entity in entities]
+            turns = [(question.format(s=entity.name), value(entity)) for entity in asked]
+        else:
+            told = [f"{begin(entity, self.words)} {value(entity)}." for entity in entities]
+            turns = [(begin(entity, self.words_asked), value(entity)) for entity in asked]
         return Built(" ".join(told), turns[0][0], (turns[0][1],), tuple(turns[1:]))
 
     def prompt(self, example: Example, source: str | None = None) -> str:
-        """The text and the beginning to be completed, each on a line."""
-        return f"{example.source if source is None else source}\n{example.question}"
+        """The text and the beginning to be completed, each on a line, or the prompt of a whole question."""
+        text = example.source if source is None else source
+        return qa_prompt(text, example.question) if self.whole else f"{text}\n{example.question}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,8 @@ class StageConfig:
     layers: int | None = None
     """Only so many layers, from the first, run and learn: the others, which start as the identity, join in a later
     stage. None: all."""
+    tokens_per_batch: int | None = None
+    """Instead of the run's."""
     weights: dict[str, float] = field(default_factory=dict)
     """Share of each task in the examples, relative to the others; tasks without one do not take part."""
     prompt_steps: int = MISSING
@@ -158,10 +161,11 @@ def check(config: NanoConfig) -> None:
         raise ValueError(f"device={config.device} must be auto, cpu or cuda")
     if config.precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision={config.precision} must be auto, fp32 or bf16")
-    if training.max_length > min(training.tokens_per_batch, model.max_position_embeddings):
+    smallest = min([training.tokens_per_batch, *(s.tokens_per_batch or math.inf for s in training.stages.values())])
+    if training.max_length > min(smallest, model.max_position_embeddings):
         raise ValueError(
-            f"training.max_length={training.max_length} must not exceed training.tokens_per_batch="
-            f"{training.tokens_per_batch} and model.max_position_embeddings={model.max_position_embeddings}"
+            f"training.max_length={training.max_length} must not exceed training.tokens_per_batch={smallest} (of the "
+            f"run or of a stage) and model.max_position_embeddings={model.max_position_embeddings}"
         )
     if config.compile and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError("compile=true needs a C++ compiler: install g++, or pass compile=false (half the speed)")

@@ -124,7 +124,9 @@ def schedule(config: NanoConfig, corpus: Corpus) -> Iterator[tuple[StageConfig, 
     """For every step of the run: its stage, its number in the stage (from 0), its batches."""
     for number, stage in enumerate(config.training.stages.values()):
         weights = [stage.weights.get(task, 0.0) for task in config.tasks]
-        plan = plan_steps(corpus, weights, config.training, (config.seed, number))
+        tokens = stage.tokens_per_batch or config.training.tokens_per_batch
+        training = replace(config.training, tokens_per_batch=tokens)
+        plan = plan_steps(corpus, weights, training, (config.seed, number))
         yield from ((stage, step, batches) for step, batches in zip(range(stage.steps), plan, strict=False))
 
 
