@@ -41,7 +41,7 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"interrupted; {way_out}", file=sys.stderr)
+            print(f"\ninterrupted; {way_out}", file=sys.stderr)  # on a line of its own, below a progress bar
             sys.exit(130)
 
     return run
