@@ -327,6 +327,10 @@ class RoutedCache(DynamicCache):
     def reset(self) -> None:
         """Forget prompt and routes; forced routes stay."""
         super().reset()
+        for layer in self.layers:
+            # Older transformers only zero the states, which further tokens would be appended to.
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.routes = self.rho = self._sums = self._counts = self._pass_mask = None
         self._readings, self._any_row, self._all_rows = [], [], []
         self._seen = self._prompt_seen = 0
