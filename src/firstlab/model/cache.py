@@ -52,7 +52,13 @@ class RoutedCache(DynamicCache):
         exit_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(config=config)
-        if len(self.layers) != routers.num_layers or not all(hasattr(x, "get_mask_sizes") for x in self.layers):
+        # Older transformers give every layer of RecurrentGemma an attention cache, used or not.
+        blocks = set(getattr(config, "layers_block_type", None) or ())
+        if (
+            len(self.layers) != routers.num_layers
+            or not all(hasattr(x, "get_mask_sizes") for x in self.layers)
+            or not blocks <= {"attention"}
+        ):
             raise ValueError(
                 f"{type(config).__name__}: routed decoding needs one attention cache per decoder layer; state-space, "
                 "recurrent and KV-sharing layers are not supported"
