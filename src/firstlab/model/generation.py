@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import GenerationConfig
+
+# Before 5.23 `prefill_chunk_size` cuts the tokens that a given cache already holds into chunks again.
+CHUNKS_REPEAT_THE_CACHE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
 
 # Option -> (values that mean "off", reason and way out).
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {

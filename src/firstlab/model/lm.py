@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from firstlab.model import storage
 from firstlab.model.cache import RoutedCache
 from firstlab.model.early_exit import EarlyExit
-from firstlab.model.generation import check_generation_options, option_value
+from firstlab.model.generation import CHUNKS_REPEAT_THE_CACHE, check_generation_options, option_value
 from firstlab.model.layers import (
     IntermediateHead,
     check_decoder,
@@ -531,6 +531,9 @@ class RouterAugmentedLM(nn.Module):
             raise ValueError("the new tokens after past_key_values are padded on the right; pad them on the left")
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
+        # New tokens behind a cache are then one piece, which gives the same tokens.
+        if cache.get_seq_length() and CHUNKS_REPEAT_THE_CACHE:
+            kwargs["prefill_chunk_size"] = None
         generate: Any = self.lm.generate  # transformers types its receiver more narrowly than PreTrainedModel
         return generate(input_ids, past_key_values=cache, **kwargs)
 
