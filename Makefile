@@ -26,9 +26,9 @@ setup: $(INSTALLED) ## install firstlab and its locked dependencies into .venv
 
 demo test: export HF_HUB_OFFLINE := 1
 
-demo: setup ## train, evaluate and plot the bundled model twice: default settings, and 25 % of layers skipped
-	$(PY) -m firstlab.train
-	$(PY) -m firstlab.train method.target_skip=0.25
+demo: setup ## train, evaluate and plot the bundled model twice: 15 % and 25 % of layers skipped
+	$(PY) -m firstlab.train +experiment=demo
+	$(PY) -m firstlab.train +experiment=demo method.target_skip=0.25
 
 test: export OMP_NUM_THREADS := 1
 test: lint ## lint, then run the test suite

@@ -11,7 +11,7 @@ from firstlab.config import ExperimentConfig, conf_dir, load_dict, read
 from firstlab.entry import check_command_line
 from tiny_run import composed
 
-EXPERIMENTS = sorted(p.stem for p in (Path(conf_dir()) / "experiment").glob("*.yaml") if not p.stem.startswith("_"))
+PAPER = sorted(p.stem for p in (Path(conf_dir()) / "experiment").glob("*_a*.yaml") if not p.stem.startswith("_"))
 GROUPS = {
     group: sorted(p.stem for p in (Path(conf_dir()) / group).glob("*.yaml"))
     for group in ("model", "data", "method", "trainer", "logger")
@@ -20,10 +20,10 @@ GROUPS = {
 
 def test_there_is_an_experiment_for_every_task_and_alpha_of_the_paper():
     wanted = {f"{d}_a{a}" for d in ("wmt_ende", "wmt_enzh", "cnn_dm", "squad") for a in ("0.005", "0.01", "0.025")}
-    assert wanted <= set(EXPERIMENTS)
+    assert wanted <= set(PAPER)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("model", ["llama3_8b", "llama32_3b"])
 def test_experiments_compose_to_the_papers_settings(name: str, model: str):
     config, method = composed(f"+experiment={name}", f"model={model}")
@@ -34,6 +34,14 @@ def test_experiments_compose_to_the_papers_settings(name: str, model: str):
     assert (config.lora.rank, config.lora.lora_alpha, config.lora.dropout) == (8, 32, 0.1)
     assert (config.router_phase.loss_on, config.lora_phase.loss_on) == ("all", "response")
     assert config.evaluation.do_sample and (config.evaluation.temperature, config.evaluation.top_k) == (0.8, 10)
+
+
+def test_the_demo_is_the_defaults_with_fewer_steps_and_prompts():
+    (demo, method), (default, expected) = composed("+experiment=demo"), composed()
+    assert method == expected and (demo.model, demo.data) == (default.model, default.data)
+    assert demo.note == "demo" and default.note is None  # its runs do not stand in the way of the defaults'
+    assert demo.lora_phase.max_steps < default.lora_phase.max_steps
+    assert demo.evaluation.limit < default.evaluation.limit
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g, names in GROUPS.items() for n in names])
