@@ -15,6 +15,8 @@ LAYERS = (
         "sweep",
         "report",
         "experiment",
+        "run_directory",
+        "start",
         "build",
         "routes",
         "evaluation",

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,27 +18,18 @@ from torch import Tensor
 
 from firstlab import results, targets
 from firstlab.build import build_data, check_device, load_model, model_path
-from firstlab.config import ExperimentConfig, PhaseConfig, load_dict
+from firstlab.config import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
 from firstlab.evaluation import barrier, check_metrics, evaluate_variant, rank
 from firstlab.files import claimed, write_atomically
 from firstlab.methods.base import Method, Routes
 from firstlab.methods.first import First
-from firstlab.methods.sleb import greedy_order
 from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
-from firstlab.routes import CODEBOOK, STATIC_ORDER, prompt_routes, shared_routes, static_routes
+from firstlab.routes import prompt_routes, shared_routes, static_routes
+from firstlab.run_directory import CONFIG, check_directory, variant_names, wanted_variants
+from firstlab.start import calibrate_rate, start_phase_1
 from firstlab.tracking import JsonLinesLogger, log_evaluation, logger_options
-from firstlab.training.calibration import start_routers
-from firstlab.training.codebook import (
-    cluster,
-    constant_accuracy,
-    find_codebook,
-    fit_to_routes,
-    nearest,
-    pooled_states,
-    threshold_at,
-)
 from firstlab.training.modules import (
     LoRACompensationModule,
     OnePhaseModule,
@@ -49,8 +39,6 @@ from firstlab.training.modules import (
 )
 from firstlab.training.prompt_set import PromptSet
 from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
-
-CONFIG = "config.yaml"
 
 
 class Experiment:
@@ -70,26 +58,12 @@ class Experiment:
         config.model.check_trainable()
         check_device(config.trainer)
         if rank()[0] == 0:
-            self._check_directory()
-
-    # -- before anything expensive --
-
-    def _check_directory(self) -> None:
-        if _is_run(self.directory):
-            if not self.config.overwrite:
-                check_same(self.directory, self.config)
-        elif self.directory.is_file():
-            raise ValueError(f"run_dir={self.directory} is a file; choose another run_dir")
-        elif has_begun(self.directory):
-            raise ValueError(
-                f"run_dir={self.directory} is not empty and holds no {CONFIG} of a run, so firstlab did not make "
-                "it and leaves it alone; choose another run_dir"
-            )
+            check_directory(self.directory, self.config)
 
     def _prepare_directory(self) -> None:
         """Again what was checked at first: another process may have been here in between."""
         if rank()[0] == 0:
-            self._check_directory()
+            check_directory(self.directory, self.config)
             if self.config.overwrite and self.directory.exists():
                 shutil.rmtree(self.directory)
             text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -219,75 +193,6 @@ class Experiment:
         room = self.config.trainer.prompt_cache_mib * 2**20
         return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room)
 
-    def _start_routers(self) -> dict[str, float]:
-        """Put the routers where phase 1 begins; returns what is to be recorded about that."""
-        method = self.method
-        if not isinstance(method, First) or method.start == "random":
-            return {}
-        _say(f"calibrating the routers' start ({method.start}) on {method.calibration_prompts} training prompts")
-        prompts = self._prompts(self.data.train[: method.calibration_prompts])
-        if method.start == "codebook" and method.codebook_size > 1:
-            return self._start_from_codebook(method)
-        rate, order = 0.0, []
-        if method.start != "dense":
-            rate = method.target_skip or 0.0
-            order = self._static_order(prompts, math.ceil(rate * prompts.num_layers))
-        start_routers(self.model, prompts.batches, order, rate, method.start_margin)
-        return {}
-
-    def _start_from_codebook(self, method: First) -> dict[str, float]:
-        """Find the codebook's routes once, kept in the run directory with the fit to them; then fit the routers."""
-        assert method.target_skip is not None
-        first, last = method.calibration_prompts, method.calibration_prompts + method.fit_prompts
-        prompts, others = self._prompts(self.data.train[:first]), self._prompts(self.data.train[first:last])
-        if len(others) < 4:
-            raise ValueError(
-                f"method.start=codebook needs at least 4 training prompts behind the first {first}, and there are "
-                f"{len(others)}: lower method.calibration_prompts, or raise data.train_size"
-            )
-        states = pooled_states(self.model, prompts.batches)
-        centres = cluster(states, method.codebook_size)
-        measured = nearest(pooled_states(self.model, others.batches), centres)
-        file = self.directory / CODEBOOK
-        if not file.is_file() and rank()[0] == 0:
-            found = find_codebook(prompts, nearest(states, centres), others, measured, method.target_skip)
-            write_atomically(file, json.dumps({"routes": found.tolist()}) + "\n")
-        barrier()
-        routes = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["routes"])
-        wanted = routes[measured]
-        trained = math.ceil(len(others) * 3 / 4)
-        accuracy = fit_to_routes(self.model, others.batches, wanted, method.start_margin, trained)
-        constant = constant_accuracy(wanted, trained)
-        started = {"start_accuracy": float(accuracy.mean()), "start_constant_accuracy": float(constant.mean())}
-        _say(
-            f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
-            f"{100 * started['start_accuracy']:.1f} % of decisions right on held-out prompts, "
-            f"{100 * started['start_constant_accuracy']:.1f} % by constant ones"
-        )
-        if rank()[0] == 0:
-            record = {"routes": routes.tolist(), "held_out_accuracy": accuracy.tolist()}
-            write_atomically(file, json.dumps(record) + "\n")
-        return started
-
-    def _calibrate_rate(self) -> None:
-        """Move the routers' threshold so that validation prompts skip the target rate."""
-        method = self.method
-        if not isinstance(method, First) or not method.calibrate_rate or method.target_skip is None:
-            return
-        batches = self._prompts(self.data.val).batches
-        rho = torch.cat([self.model.prompt_rho(b["input_ids"], b["prompt_mask"]) for b in batches])
-        settings = self.model.routers.settings
-        self.model.routers.settings = replace(settings, threshold=threshold_at(rho.cpu(), method.target_skip))
-        _say(f"threshold {self.model.routers.settings.threshold:.4f} for a skip rate of {method.target_skip:g}")
-
-    def _static_order(self, prompts: PromptSet, count: int) -> list[int]:
-        """The SLEB order that the routers start from, found once and kept in the run directory."""
-        file = self.directory / STATIC_ORDER
-        if not file.is_file() and rank()[0] == 0:
-            write_atomically(file, json.dumps(greedy_order(prompts.num_layers, count, prompts.loss)) + "\n")
-        barrier()
-        return json.loads(file.read_text(encoding="utf-8"))
-
     def _phase(self, name: str, loggers: list[Logger]) -> None:
         """Train a phase unless its product is there, and load the product; without either the model stays as it is."""
         product = self.directory / name
@@ -297,8 +202,10 @@ class Experiment:
             self._train(name, loggers)
             if self.config.trainer.strategy == "fsdp":
                 self._load_best(name)
-            if name == "router":
-                self._calibrate_rate()
+            method = self.method
+            if name == "router" and isinstance(method, First) and method.calibrate_rate and method.target_skip:
+                threshold = calibrate_rate(self._prompts(self.data.val), method.target_skip)
+                _say(f"threshold {threshold:.4f} for a skip rate of {method.target_skip:g}")
             if rank()[0] == 0:
                 temporary = self.directory / f".{name}.tmp"
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -342,7 +249,10 @@ class Experiment:
         started: dict[str, float] = {}
         one_phase = isinstance(method, First) and method.one_phase
         if name == "router":
-            started = self._start_routers()
+            if isinstance(method, First) and method.start != "random":
+                count = method.calibration_prompts
+                _say(f"calibrating the routers' start ({method.start}) on {count} training prompts")
+                started = start_phase_1(self.directory, method, self._prompts(data.train))
             if one_phase:
                 self._record_phase(name, {"steps": 0, "multiplier": objective.multiplier, "seconds": 0.0, **started})
                 return
@@ -433,76 +343,6 @@ class Experiment:
                 write_atomically(file, yaml.safe_dump(variant, sort_keys=False))
             barrier()
         return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def variant_names(method: Method) -> tuple[str, str]:
-    """The variants of a method: before and after LoRA."""
-    return ("base", "base_lora") if method.name == "none" else ("router", "router_lora")
-
-
-def wanted_variants(config: ExperimentConfig, method: Method) -> list[str]:
-    """What the requested phases, together with what is on disk, let us evaluate."""
-    if "evaluate" not in config.phases:
-        return []
-    before, after = variant_names(method)
-    trained = "lora" in config.phases or (config.directory(method) / "lora").is_dir()
-    return [before, after] if trained else [before]
-
-
-def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] | None:
-    """The record of a run that has nothing left to do, or None.
-
-    Raises:
-        ValueError: The run directory belongs to another configuration, or its record cannot be read.
-    """
-    directory = config.directory(method)
-    if config.overwrite or not (directory / CONFIG).is_file():
-        return None
-    check_same(directory, config)
-    record = results.read(directory)
-    wanted = set(wanted_variants(config, method))
-    return record if record is not None and wanted <= set(record["variants"]) else None
-
-
-def _is_run(directory: Path) -> bool:
-    """Whether a directory holds the settings of a run; other programs have a config.yaml, too."""
-    file = directory / CONFIG
-    try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False
-    return isinstance(saved, dict) and {"model", "method", "router_phase"} <= saved.keys()
-
-
-def has_begun(directory: Path) -> bool:
-    """Whether a run directory holds more than its settings and why the last try failed."""
-    if not directory.is_dir():
-        return False
-    names = {each.name for each in directory.iterdir() if not each.name.startswith(f".{CONFIG}.")}
-    return bool(names - {CONFIG, results.FAILURE})
-
-
-def check_same(directory: Path, config: ExperimentConfig) -> None:
-    """Raises ValueError if the run directory belongs to a configuration that gives other numbers.
-
-    One where nothing has been done yet belongs to none: a wrong `data.root` must not block the right one.
-    """
-    if not has_begun(directory):
-        return
-    saved = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-    old, new = _flat(load_dict(saved).identity()), _flat(config.identity())
-    changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
-    if changed:
-        raise ValueError(
-            f"run directory {directory} belongs to another configuration ({'; '.join(changed[:6])}); give this run a "
-            "note or choose another run_dir, or pass overwrite=true to delete it"
-        )
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix.rstrip("."): node}
-    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
 
 
 def _say(message: str) -> None:

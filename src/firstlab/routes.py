@@ -23,8 +23,6 @@ from firstlab.training.prompt_set import PromptSet
 
 # The SLEB order that routers with a calibrated start begin from: layers, best skipped first.
 STATIC_ORDER = "start.json"
-# The routes of a codebook that they begin from, and how well they were fitted to it.
-CODEBOOK = "codebook.json"
 
 
 def shared_routes(directory: Path, method: Method, training: PromptSet) -> Routes | None:

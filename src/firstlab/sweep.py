@@ -177,7 +177,7 @@ def _recorded(folder: Path | None) -> list[tuple[str, Record]]:
 def _look_up(run: PlannedRun, recorded: Record | None) -> None:
     """Set the state of a run from its directory, or from a recorded result."""
     from firstlab import results
-    from firstlab.experiment import finished_record, wanted_variants
+    from firstlab.run_directory import finished_record, wanted_variants
 
     record = finished_record(run.config, run.method)
     if record is None and recorded is not None and not run.config.overwrite:

@@ -58,7 +58,11 @@ class PromptSet:
 
     def take(self, count: int) -> PromptSet:
         """The first `count` of them."""
-        return PromptSet(self.model, self.data, self.examples[:count], self.batch_size, self.cache_bytes)
+        return self.slice(0, count)
+
+    def slice(self, start: int, stop: int) -> PromptSet:
+        """Those from `start` up to `stop`, as in a list."""
+        return PromptSet(self.model, self.data, self.examples[start:stop], self.batch_size, self.cache_bytes)
 
     @cached_property
     def batches(self) -> list[Batch]:
