@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from firstlab.model import LoraSettings, RouterAugmentedLM
 from firstlab.model.lora import linear_names, lora_layers
@@ -115,6 +116,46 @@ def test_target_modules_choose_a_part():
 def test_target_modules_that_match_nothing_are_named():
     with pytest.raises(ValueError, match=r"lora.target_modules=\('lm_head',\) matches no linear map"):
         routed_model().add_lora(LoraSettings(target_modules=("lm_head",)))
+
+
+@pytest.mark.parametrize(("architecture", "maps"), [("phimoe", 4), ("falcon", 4), ("ctrl", 6)])
+def test_linear_maps_of_unusual_layers(architecture: str, maps: int):
+    """Routers of experts that give a tuple, maps with their own forward, and maps of a numbered list."""
+    small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= (
+        {"n_embd": 32, "dff": 16} if architecture == "ctrl" else {"intermediate_size": 16, "num_key_value_heads": 4}
+    )
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **small))
+    model = RouterAugmentedLM(lm.eval())
+    model.add_lora()
+    assert len(list(lora_layers(lm))) == 2 * maps
+    ids = torch.randint(3, 97, (2, 6))
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    model.merge_and_unload()
+    assert torch.allclose(model(input_ids=ids).logits, out.logits, atol=1e-5)
+
+
+def test_maps_outside_the_decoder_layers_stay():
+    lm = tiny_model("llama")
+    lm.tower = torch.nn.Module()
+    lm.tower.q_proj = torch.nn.Linear(4, 4)
+    model = RouterAugmentedLM(lm)
+    model.add_lora(LoraSettings(target_modules=("q_proj",)))
+    assert len(list(lora_layers(lm))) == LAYERS and type(lm.tower.q_proj) is torch.nn.Linear
+
+
+def test_experts_that_peft_adapts_only_without_dropout():
+    config = AutoConfig.for_model(
+        "dots1", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config.update({"n_routed_experts": 2, "moe_intermediate_size": 16, "intermediate_size": 48, "head_dim": 8})
+    config.update({"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1})
+    with pytest.raises(ValueError, match=r"lora\.dropout=0\.1: PEFT adapts the stacked experts .* set lora\.dropout=0"):
+        RouterAugmentedLM(AutoModelForCausalLM.from_config(config)).add_lora()
+    model = RouterAugmentedLM(AutoModelForCausalLM.from_config(config))
+    model.add_lora(LoraSettings(dropout=0.0))
+    assert model.has_lora
 
 
 def test_second_lora_is_refused():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,17 +36,38 @@ class LoraSettings:
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
-    """Full names of all linear maps inside the decoder layers."""
+    """Full names of all linear maps inside the decoder layers, but for those that give more than their product."""
     _, layers = find_decoder(model)
-    inside = {id(m) for m in layers.modules() if isinstance(m, nn.Linear | Conv1D)}
+    inside = {id(m) for m in layers.modules() if isinstance(m, nn.Linear | Conv1D) and _gives_a_tensor(m)}
     return [name for name, module in model.named_modules() if id(module) in inside]
+
+
+def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
+    """Routers of experts are linear maps that give a tuple."""
+    if not isinstance(linear, nn.Linear) or type(linear).forward is nn.Linear.forward:
+        return True
+    with torch.no_grad():
+        return isinstance(linear(linear.weight.new_zeros(1, linear.in_features)), Tensor)
+
+
+def target_pattern(model: PreTrainedModel, names: Sequence[str]) -> str:
+    """The regular expression by which PEFT finds linear maps of the decoder layers.
+
+    The last part of a name would also match maps elsewhere (of a vision tower, say), and of a model with experts PEFT
+    takes it for theirs.
+    """
+    _, layers = find_decoder(model)
+    path = next(name for name, module in model.named_modules() if module is layers)
+    inside = sorted({name.removeprefix(f"{path}.").partition(".")[2] for name in names})
+    return rf"{re.escape(path)}\.\d+\.({'|'.join(map(re.escape, inside))})"
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers.
 
     Raises:
-        ValueError: There are LoRA layers already, the weights are quantized, or `target_modules` matches nothing.
+        ValueError: There are LoRA layers already, the weights are quantized, `target_modules` matches nothing, or
+            PEFT cannot give these experts dropout.
     """
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model already has LoRA layers; merge_and_unload() them first")
@@ -59,12 +82,20 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         r=settings.rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.dropout,
-        target_modules=sorted({name.rpartition(".")[2] for name in names}),
+        target_modules=target_pattern(model, names),
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
         base_model_name_or_path=model.config._name_or_path or None,
     )
-    inject_adapter_in_model(config, model, "default")
+    try:
+        inject_adapter_in_model(config, model, "default")
+    except ValueError as error:
+        if settings.dropout and "lora_dropout" in str(error):
+            raise ValueError(
+                f"lora.dropout={settings.dropout}: PEFT adapts the stacked experts of {type(model).__name__} as well, "
+                "and can do that without dropout only; set lora.dropout=0"
+            ) from error
+        raise
 
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
