@@ -68,12 +68,13 @@ def main(arguments: list[str]) -> None:
         )
         earlier = (results.read(directory) or {"variants": {}})["variants"]
         full = {
-            **{key: record.get(key) for key in ("method", "label", "level", "model")},
+            **{key: record.get(key) for key in ("method", "label", "level", "rounding", "model", "phases")},
             "data": config.data.name,
             "directory": str(directory),
             "config_hash": config.hash(),
             "config": config.identity(),
             "seed": config.seed,
+            "num_layers": model.num_layers,
             "variants": earlier | {variant: result},
             **results.provenance(),
         }
