@@ -1,11 +1,13 @@
-"""JSON without numbers that JSON does not know."""
+"""JSON without numbers that JSON does not know, and directories that cannot be had."""
 
 import json
 import math
 from pathlib import Path
 
+import pytest
+
 from firstlab import results
-from firstlab.files import json_text
+from firstlab.files import claimed, json_text
 
 
 def test_what_is_not_finite_is_null():
@@ -22,3 +24,13 @@ def test_a_record_is_strict_json(tmp_path: Path):
     text = (tmp_path / results.RESULT).read_text(encoding="utf-8")
     assert json.loads(text, parse_constant=refuse) == {"perplexity": None, "loss": None}
     assert [file.name for file in tmp_path.iterdir()] == [results.RESULT]
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    wanted = tmp_path / "file" / "runs" / "first"
+    with (
+        pytest.raises(ValueError, match=rf"{wanted} cannot be written \(Not a directory\); choose another"),
+        claimed(wanted),
+    ):
+        pass

@@ -47,10 +47,14 @@ def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
         wait: Wait for another owner to finish.
 
     Raises:
-        ValueError: Another process holds it, and `wait` is false.
+        ValueError: Another process holds it, and `wait` is false; or nothing can be written there.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f".{directory.name}.lock").open("a+", encoding="utf-8") as lock:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        opened = (directory.parent / f".{directory.name}.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be written ({error.strerror}); choose another directory") from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
