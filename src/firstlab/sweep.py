@@ -184,7 +184,7 @@ def _look_up(run: PlannedRun, recorded: Record | None) -> None:
         record = recorded if set(wanted_variants(run.config, run.method)) <= set(recorded["variants"]) else None
     failure = results.read_failure(run.directory)
     if record is not None:
-        run.state, run.seconds, run.error = "finished", record["wall_s"], None
+        run.state, run.seconds, run.error = "finished", record.get("wall_s"), None
     elif failure is not None:
         run.state, run.error = "failed earlier", failure["error"]
     elif (run.directory / "config.yaml").is_file():
@@ -196,7 +196,8 @@ def _estimate(planned: list[PlannedRun], records: list[Record]) -> None:
     times: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for record in records:
         for kind in ((record["data"], record["model"], record["method"]), (record["data"], record["model"])):
-            times[kind].append(record["wall_s"])
+            if "wall_s" in record:  # an evaluation of another run has none
+                times[kind].append(record["wall_s"])
     for run in planned:
         place = (run.config.data.name, run.config.model.name)
         measured = times.get((*place, run.method.name)) or times.get(place)
