@@ -167,6 +167,10 @@ def test_a_plan_knows_what_is_finished_and_estimates_the_rest(tmp_path: Path):
     recorded.mkdir(parents=True)
     (planned[0].directory / "result.json").rename(recorded / "a.json")
     assert plan(runs, make, tmp_path / "recorded")[0].state == "finished"
+    record = json.loads((recorded / "a.json").read_text())
+    del record["wall_s"]  # as the evaluation of another run
+    (recorded / "a.json").write_text(json.dumps(record))
+    assert [run.seconds for run in plan(runs, make, tmp_path / "recorded")] == [None] * 4
     assert plan(runs, make, None)[0].state == "interrupted"
     assert (duration(59), duration(600), duration(7260)) == ("59 s", "10 min", "2 h 01 min")
 
