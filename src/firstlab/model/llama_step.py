@@ -66,7 +66,9 @@ def _parts(module: Any, fused: str, apart: Sequence[str]) -> list[Any]:
 
 def _apply(x: Tensor, linears: Sequence[Any], weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """What the maps give, side by side: through their fused weight, or one by one where there is none."""
-    return torch.cat([linear(x) for linear in linears], -1) if weight is None else F.linear(x, weight, bias)
+    if weight is not None:
+        return F.linear(x, weight, bias)
+    return linears[0](x) if len(linears) == 1 else torch.cat([linear(x) for linear in linears], -1)
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:
@@ -100,7 +102,10 @@ class Layer:
         unfused: tuple[Tensor | None, Tensor | None] = (None, None)
         self.qkv, self.qkv_bias = unfused if quantized else _fuse(self.inputs)
         self.gate_up, self.gate_up_bias = unfused if quantized else _fuse(self.gates)
-        self.out, self.down = attention.o_proj, mlp.down_proj
+        # Not fused with anything, but read like the others: calling a module takes longer than a small product.
+        self.outputs, self.downs = [attention.o_proj], [mlp.down_proj]
+        self.out, self.out_bias = unfused if quantized else _fuse(self.outputs)
+        self.down, self.down_bias = unfused if quantized else _fuse(self.downs)
         self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self.norm_1, self.norm_2 = layer.input_layernorm, layer.post_attention_layernorm
         self.query_norm, self.key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
@@ -140,9 +145,9 @@ class Layer:
 
         It is written to `out`, which may be x, if that is given.
         """
-        after = x + self.out(mixed)
+        after = x + _apply(mixed, self.outputs, self.out, self.out_bias)
         gate, up = _apply(_norm(after, self.norm_2), self.gates, self.gate_up, self.gate_up_bias).chunk(2, -1)
-        return torch.add(after, self.down(self.act(gate) * up), out=out)
+        return torch.add(after, _apply(self.act(gate) * up, self.downs, self.down, self.down_bias), out=out)
 
     def is_current(self) -> bool:
         return [each.data_ptr() for each in self._stored()] == [each.data_ptr() for each in self._read]
@@ -378,7 +383,7 @@ class LlamaStep:
         self._write(kv, qkv[:, self.heads :], here)
         # The query heads of a group stand where query positions would: grouped attention without repeated keys.
         query = qkv[:, : self.heads].reshape(rows, self.kv_heads, -1, self.head_dim)
-        keys, values = kv[0, :rows, :, : here.end], kv[1, :rows, :, : here.end]
+        keys, values = kv[:, :rows, :, : here.end].unbind()
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=here.mask).reshape(rows, -1)
 
     def _pass_on(self, index: int, x: Tensor, here: Positions) -> None:
