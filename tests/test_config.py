@@ -40,7 +40,7 @@ def test_experiments_compose_to_the_papers_settings(name: str, model: str):
 def test_the_demo_is_the_defaults_with_fewer_steps_and_prompts():
     (demo, method), (default, expected) = composed("+experiment=demo"), composed()
     assert (demo.model, demo.data) == (default.model, default.data)
-    assert replace(method, calibration_prompts=expected.calibration_prompts, hold_routes=0.0) == expected
+    assert replace(method, calibration_prompts=expected.calibration_prompts) == expected
     assert demo.note == "demo" and default.note is None  # its runs do not stand in the way of the defaults'
     assert demo.lora_phase.max_steps < default.lora_phase.max_steps
     assert demo.evaluation.limit < default.evaluation.limit

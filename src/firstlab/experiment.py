@@ -316,7 +316,7 @@ class Experiment:
             method.dual_rate,
             method.tolerance,
             method.lam,
-            hold_routes=method.hold_routes if name == "lora" else 0.0,
+            hold_routes=method.route_weight if name == "lora" else 0.0,
         )
 
     def _phase_record(self, name: str) -> dict[str, Any] | None:

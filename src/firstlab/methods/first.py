@@ -10,6 +10,8 @@ from torch import Tensor
 from firstlab.methods.base import Method, Prompts
 
 STARTS = ("random", "dense", "static", "codebook")
+# Chosen on validation prompts: without it LoRA scatters the routes of prompts near the threshold.
+_HOLD = 10.0
 
 
 @dataclass
@@ -33,7 +35,8 @@ class First(Method):
         fit_prompts: Further training prompts for a codebook: they measure what skipping costs each kind, and the
             routers are fitted to three quarters of them; the last quarter measures the fit.
         hold_routes: Weight in phase 2 of the squared distance of rho from what it is without LoRA, so that prompts keep
-            the routes of phase 1 while LoRA changes the states that the routers read.
+            the routes of phase 1 while LoRA changes the states that the routers read. None: 10 where phase 1 decides
+            routes as inference does, else 0.
         calibrate_rate: After phase 1, move the threshold so that validation prompts skip exactly target_skip.
         one_phase: Phase 1 only puts the routers at their start; they are trained together with LoRA, for the steps of
             phase 2 and with both learning rates.
@@ -55,7 +58,7 @@ class First(Method):
     calibration_prompts: int = 128
     codebook_size: int = 4
     fit_prompts: int = 256
-    hold_routes: float = 0.0
+    hold_routes: float | None = None
     calibrate_rate: bool = False
     one_phase: bool = False
 
@@ -87,7 +90,7 @@ class First(Method):
                 "method.calibrate_rate=true moves the threshold after phase 1, and method.one_phase=true trains the "
                 "routers after it: drop one of them"
             )
-        if self.hold_routes > 0 and (self.objective != "decode_consistent" or self.one_phase):
+        if self.hold_routes and not self._decides_before_lora:
             raise ValueError(
                 f"method.hold_routes={self.hold_routes} holds routes of a phase 1 with "
                 "method.objective=decode_consistent and method.one_phase=false: set these, or method.hold_routes=0"
@@ -101,6 +104,17 @@ class First(Method):
                 f"method.codebook_size={self.codebook_size} exceeds method.calibration_prompts="
                 f"{self.calibration_prompts}: lower the one or raise the other"
             )
+
+    @property
+    def route_weight(self) -> float:
+        """`hold_routes`, or what None stands for."""
+        if self.hold_routes is not None:
+            return self.hold_routes
+        return _HOLD if self._decides_before_lora else 0.0
+
+    @property
+    def _decides_before_lora(self) -> bool:
+        return self.objective == "decode_consistent" and not self.one_phase
 
     @property
     def label(self) -> str:
