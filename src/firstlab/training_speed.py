@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ class TrainingSpeedConfig:
         lora: Of phase 2 and of the plain step.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         objective, gate: Of both phases; see `firstlab.model.teacher_forcing.TeacherForcedPass`.
+        hold_routes: Of phase 2 under the decode-consistent objective; above 0 it reads the prompts once more.
         batch_size: Rows of a step.
         prompt_length, response_length: Tokens of each row, drawn at random; responses are labelled.
         gradient_checkpointing: In all variants.
@@ -61,6 +62,7 @@ class TrainingSpeedConfig:
     device: str = "auto"
     objective: str = "decode_consistent"
     gate: str = "hard"
+    hold_routes: float = 10.0
     batch_size: int = 8
     prompt_length: int = 128
     response_length: int = 64
@@ -90,7 +92,8 @@ class TrainingSpeedConfig:
             require(getattr(self, option) >= 1, option, "at least 1")
         for option in ("learning_rate", "gradient_clip"):
             require(getattr(self, option) > 0, option, "greater than 0")
-        require(self.warmup >= 0, "warmup", "at least 0")
+        for option in ("hold_routes", "warmup"):
+            require(getattr(self, option) >= 0, option, "at least 0")
 
 
 ConfigStore.instance().store(name="training_speed_schema", node=TrainingSpeedConfig)
@@ -237,11 +240,12 @@ def _variants(
         # Adapters in the dtype of the model, as in phase 2.
         plain = get_peft_model(models.plain, peft_config, autocast_adapter_dtype=False)
     objective = RoutingObjective(config.objective, config.gate, "prompt", multiplier=0.01)
+    held = config.hold_routes if config.objective == "decode_consistent" else 0.0
     total = config.warmup + config.steps
     optimizer = OptimizerSettings(config.learning_rate, 0.0, 0.0, total)
     modules: dict[str, RouterModule | LoRACompensationModule] = {
         "phase_1": RouterModule(models.routed, objective, optimizer, config.seed),
-        "phase_2": LoRACompensationModule(second, objective, optimizer, config.seed),
+        "phase_2": LoRACompensationModule(second, replace(objective, hold_routes=held), optimizer, config.seed),
     }
     for module in modules.values():
         module.model.gradient_checkpointing = config.gradient_checkpointing
