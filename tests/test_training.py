@@ -100,7 +100,7 @@ def test_distillation_compares_with_the_dense_base_model(setup: Setup, tmp_path:
 def test_routes_are_held_against_what_lora_does_to_the_prompt(setup: Setup, tmp_path: Path):
     module = setup.module("lora", replace(OURS, hold_routes=1e4)).eval()
     batch = next(iter(setup.data.train_dataloader()))
-    assert module._drift(module._routed(batch, None), batch).item() == 0
+    assert module._drift(module._routed(batch, None), batch).item() < 1e-12
     with torch.no_grad():
         for name, parameter in setup.model.named_parameters():
             if "lora_B" in name:

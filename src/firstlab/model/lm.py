@@ -437,6 +437,9 @@ class RouterAugmentedLM(nn.Module):
         if attention_mask is None:
             attention_mask = self._mask_of(input_ids, self.lm.generation_config.pad_token_id)
         _check_prompt(input_ids, attention_mask)
+        # What stands behind every prompt's last token, such as responses, cannot matter.
+        end = int(attention_mask.any(0).nonzero()[-1]) + 1
+        input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
         current = PromptPass(self.routers, attention_mask.bool())
         with routing(current):
             self.lm.base_model(
