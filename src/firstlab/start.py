@@ -34,7 +34,7 @@ CODEBOOK = "codebook.json"
 
 
 def start_phase_1(directory: Path, method: First, training: PromptSet) -> dict[str, float]:
-    """Put the routers of the prompts' model where phase 1 begins (`method.start`).
+    """Put the routers of the prompts' model where phase 1 begins: `method.start`, if that is not random.
 
     Args:
         directory: Run directory.
@@ -48,8 +48,6 @@ def start_phase_1(directory: Path, method: First, training: PromptSet) -> dict[s
     Raises:
         ValueError: Too few prompts for a codebook.
     """
-    if method.start == "random":
-        return {}
     if method.start == "codebook" and method.codebook_size > 1:
         return _from_codebook(directory, method, training)
     prompts = training.slice(0, method.calibration_prompts)

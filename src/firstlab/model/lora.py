@@ -43,9 +43,11 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
-    """Routers of experts are linear maps that give a tuple."""
-    if not isinstance(linear, nn.Linear) or type(linear).forward is nn.Linear.forward:
+    """Some routers of experts in transformers are linear maps that give a tuple."""
+    kind = type(linear)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith("transformers.models."):
         return True
+    assert isinstance(linear, nn.Linear)
     with torch.no_grad():
         return isinstance(linear(linear.weight.new_zeros(1, linear.in_features)), Tensor)
 
@@ -53,8 +55,7 @@ def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
 def target_pattern(model: PreTrainedModel, names: Sequence[str]) -> str:
     """The regular expression by which PEFT finds linear maps of the decoder layers.
 
-    The last part of a name would also match maps elsewhere (of a vision tower, say), and of a model with experts PEFT
-    takes it for theirs.
+    The last part of a name would also match what is elsewhere (in a vision tower, say) or is no linear map.
     """
     _, layers = find_decoder(model)
     path = next(name for name, module in model.named_modules() if module is layers)
