@@ -98,6 +98,15 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8").strip()
 
 
+class _NotT5(str):
+    """The name of an encoder in which bert-score, which takes any path with "t5" in it for a T5 model, sees none."""
+
+    __slots__ = ()
+
+    def __contains__(self, part: object) -> bool:
+        return part != "t5" and str(part) in str(self)
+
+
 def _load_scorer(config: BertScoreConfig) -> tuple[BERTScorer, int]:
     """The scorer and the layer it uses."""
     # Slow to import, and of use here alone.
@@ -107,16 +116,12 @@ def _load_scorer(config: BertScoreConfig) -> tuple[BERTScorer, int]:
 
     try:
         encoder = AutoConfig.from_pretrained(config.encoder)
-        if "t5" in config.encoder and "t5" not in encoder.model_type:
-            raise ValueError(
-                f"bertscore.encoder={config.encoder!r}: bert-score takes any path with 't5' in it for a T5 "
-                "model; move the encoder to another path"
-            )
         depth: int = encoder.num_hidden_layers
         num_layers = config.num_layers or model2layers.get(config.encoder, depth)
         if num_layers > depth:
             raise ValueError(f"bertscore.num_layers={num_layers}: {config.encoder!r} has {depth} layers")
-        scorer = BERTScorer(model_type=config.encoder, num_layers=num_layers, device=config.device)
+        name = config.encoder if "t5" in encoder.model_type else _NotT5(config.encoder)
+        scorer = BERTScorer(model_type=name, num_layers=num_layers, device=config.device)
     except OSError as error:
         raise MetricUnavailableError(
             f"bertscore.encoder={config.encoder!r} is no local encoder directory, is not in the hub cache and "
