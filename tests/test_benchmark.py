@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from firstlab.benchmark import BenchmarkConfig, chosen_routes, load, measure, print_tables, run
 from firstlab.build import ARCHITECTURES
 from firstlab.config import SpeedModelConfig, conf_dir
-from firstlab.speed import Variant, check_memory, copy_bandwidth, distinct_routes, read_bytes, spread_route
+from firstlab.model import RouterSettings
+from firstlab.model.engine import DecodeEngine
+from firstlab.speed import Models, Variant, check_memory, copy_bandwidth, distinct_routes, read_bytes, spread_route
 from models import tiny_model
 
 
@@ -49,6 +51,14 @@ def test_distinct_routes(layers: int, rate: float, count: int, seed: int) -> Non
     assert len(set(map(tuple, routes.tolist()))) == count
     assert routes[:, [0, -1]].all() and ((~routes).sum(1) == skipped).all()
     assert torch.equal(routes, distinct_routes(layers, rate, count, seed))
+
+
+def test_the_engine_orders_no_weights_but_its_own(folder: Path) -> None:
+    models = Models.load(str(folder), RouterSettings(), False, torch.device("cpu"))
+    DecodeEngine(models.for_engine, 16)
+    assert not models.for_engine.lm.model.layers[0].mlp.down_proj.weight.is_contiguous()
+    for lm in (models.plain, models.routed.lm):
+        assert all(weight.is_contiguous() for weight in lm.parameters())
 
 
 def test_mixed_routes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,11 +181,11 @@ def test_a_layer_holds_the_rows_that_run_it_and_no_others() -> None:
     step.join({layer: kv[layer] for layer in (0, 2)}, 5)
     step.join({layer: kv[layer] + 10 for layer in (0, 3)}, 5)
     step.join({layer: kv[layer] + 20 for layer in (2, 3)}, 5)
-    held = [[] if each is None else each[0, :, 0, 0, 0].tolist() for each in step.kv]
+    held = [[] if each is None else each[:, 0, 0, 0].tolist() for each in step.kv]
     assert held == [[0, 10, 0], [], [2, 22, 0], [13, 23, 0], [], []]
     step.leave(0)  # the last row is number 0 now, and its keys and values close the gap
     assert step._slots == [[1], [], [0], [1, 0], [], []]
-    assert [step.kv[layer][0, 0, 0, 0, 0].item() for layer in (0, 2, 3)] == [10, 22, 13]
+    assert [step.kv[layer][0, 0, 0, 0].item() for layer in (0, 2, 3)] == [10, 22, 13]
     assert step.lengths == [5, 5]
 
 
@@ -350,6 +350,19 @@ def test_saved_model_is_whole(tmp_path: Path) -> None:
     again = RouterAugmentedLM.from_pretrained(tmp_path).lm.state_dict()
     assert set(again) == set(before)
     assert all(torch.equal(again[name], weight) for name, weight in before.items())
+
+
+def test_weights_in_the_order_that_products_are_fast_in() -> None:
+    model = routed_model()
+    layer = DecodeEngine(model, 16).step.layers[0]
+    for fused, maps in ((layer.qkv, layer.inputs), (layer.gate_up, layer.gates), (layer.down, layer.downs)):
+        assert fused.stride() == (1, len(fused))
+        storages = {each.weight.untyped_storage().data_ptr() for each in maps}
+        assert storages == {fused.untyped_storage().data_ptr()}  # nothing is stored twice
+    assert all(weight.is_contiguous() for weight in model.lm.state_dict().values())
+    halved = DecodeEngine(model.to(torch.bfloat16), 16).step.layers[0]
+    assert halved.qkv.is_contiguous() and halved.down.is_contiguous()
+    assert torch.equal(halved.qkv, torch.cat([each.weight for each in halved.inputs]))
 
 
 def test_engines_of_one_model_share_its_weights() -> None:

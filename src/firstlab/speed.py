@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from firstlab.model import RouterAugmentedLM, RouterSettings
 from firstlab.model.engine import DecodeEngine
 from firstlab.model.graphs import Graphs
 from firstlab.model.layers import find_decoder
-from firstlab.model.quantization import quantize, stored_bytes
+from firstlab.model.quantization import is_quantized, quantize, stored_bytes
 from firstlab.model.storage import load_base
 from firstlab.timing import Stopwatch, synchronize
 
@@ -172,6 +173,13 @@ class Models:
         lm.generation_config.eos_token_id = None
         return cls(_twin(lm), RouterAugmentedLM(lm, settings))
 
+    @cached_property
+    def for_engine(self) -> RouterAugmentedLM:
+        """`routed`, with weights of its own where the engine orders them anew: the ways beside it keep theirs."""
+        if self.plain.device.type != "cpu" or self.plain.dtype != torch.float32 or is_quantized(self.plain):
+            return self.routed
+        return RouterAugmentedLM(deepcopy(self.plain), self.routed.routers.settings)
+
     def quantized(self, name: str | None) -> Models:
         """These models for None, else others with weights of `QUANTIZATIONS`, which share what is not quantized.
 
@@ -293,7 +301,7 @@ class Cell:
         self.static: dict[str | None, StaticCache] = {}
         self.engines: dict[tuple[str, str | None], DecodeEngine] = {}
         for key in dict.fromkeys(variant.way for variant in variants if variant.decoder in ENGINES):
-            routed, mode = models[key[1]].routed, ENGINES[key[0]]
+            routed, mode = models[key[1]].for_engine, ENGINES[key[0]]
             try:
                 self.engines[key] = DecodeEngine(routed, prompt_length + tokens, batch_size, mode)
             except ValueError as error:

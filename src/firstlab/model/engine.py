@@ -129,8 +129,9 @@ class DecodeEngine:
     """Routed decoding over static keys and values, greedy or sampled.
 
     Args:
-        model: Llama-like, without unmerged LoRA. Its fused projections are views of shared storage from now on, which
-            saving, copying and further engines do not mind. A model moved or converted by `to` needs a new engine.
+        model: Llama-like, without unmerged LoRA. Its fused projections are views of shared storage from now on (of
+            columns, where that is faster), which saving, copying and further engines do not mind. A model moved or
+            converted by `to` needs a new engine.
         max_length: Tokens of prompt and response.
         max_batch_size: Rows decoded together, and prompts prefilled together.
         mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them), "compiled"
