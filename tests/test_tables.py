@@ -100,6 +100,36 @@ def test_a_mark_that_unequal_skip_rates_may_explain_says_so(
     assert ("skips more" in score_cell(score, "", sleb).note) == mark.startswith("(")
 
 
+def test_static_sets_meet_the_rate_in_between(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    layer = 1 / record(first)["num_layers"]
+    save(tmp_path, "first", record(first, quality=70, rate=0.15))
+    cells = Cells(config, read([str(tmp_path)]))
+    assert cells.at_rate_of(first, sleb, True, "f1") == (None, (None, None))
+    low, high = 0.15 - 0.25 * layer, 0.15 + 0.75 * layer
+    save(tmp_path, "less", {**record(sleb, quality=66, rate=low), "level": "less"})
+    save(tmp_path, "far", {**record(sleb, quality=90, rate=0.15 + 1.1 * layer), "level": "far"})
+    cells = Cells(config, read([str(tmp_path)]))
+    found, sets = cells.at_rate_of(first, sleb, True, "f1")
+    assert found is None and sets[0] is not None and sets[0].skip_rate == low and sets[1] is None
+    save(tmp_path, "more", {**record(sleb, quality=50, rate=high), "level": "more"})
+    cells = Cells(config, read([str(tmp_path)]))
+    found, sets = cells.at_rate_of(first, sleb, True, "f1")
+    assert found is not None and [each.skip_rate for each in sets if each] == [low, high]
+    values = {
+        name: _node(tmp_path / "results" / f"{name}.json")["variants"]["router_lora"]["metrics"]["f1"]["value"]
+        for name in ("first", "less", "more")
+    }
+    assert found.skip_rate == 0.15 and found.value == pytest.approx(values["first"])
+    assert found.other == pytest.approx(0.75 * values["less"] + 0.25 * values["more"])
+    assert found.test.difference == pytest.approx(found.value - found.other)
+    assert 0 < found.test.p_value < 0.05 and found.test.low > 0
+    # A set at the very rate stands alone.
+    save(tmp_path, "same", {**record(sleb, quality=60, rate=0.151), "level": "same"})
+    found, sets = Cells(config, read([str(tmp_path)])).at_rate_of(first, sleb, True, "f1")
+    assert found is not None and sets[0] is sets[1] and sets[0] is not None and sets[0].skip_rate == 0.151
+
+
 def test_an_ablation_without_a_level_takes_whatever_its_settings_skip(config: TablesConfig, tmp_path: Path):
     rows = {(group, name): run for group, name, run in ablation_runs(config)}
     none, some = (rows["β (paper's form, α = 0.01)", beta] for beta in ("0.0", "0.003"))

@@ -91,6 +91,17 @@ class Scores:
 
         return cls(np.concatenate([part.rows for part in parts], axis=1), aggregate, parts[0].signature)
 
+    @classmethod
+    def blend(cls, a: Scores, b: Scores, share: float) -> Scores:
+        """What one metric expects of a system that answers `share` of the examples as B does, the others as A does.
+
+        Raises:
+            ValueError: Different sizes.
+        """
+        if len(a) != len(b):
+            raise ValueError(f"a blend needs scores of the same examples; sizes: {[len(a), len(b)]}")
+        return cls((1 - share) * a.rows + share * b.rows, a.aggregate, a.signature)
+
 
 def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     """Raise ValueError unless there is at least one prediction and each has at least one reference."""

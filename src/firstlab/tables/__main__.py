@@ -27,7 +27,8 @@ FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "csv": csv_text, "
 def build(config: TablesConfig, library: Library) -> list[Table]:
     """Every table, in reading order."""
     cells = Cells(config, library)
-    tables = [quality.overview(cells), analysis.pareto(cells), *quality.quality_tables(cells)]
+    tables = [quality.overview(cells), analysis.equal_rates(cells), analysis.pareto(cells)]
+    tables += quality.quality_tables(cells)
     tables += [
         *speed.tpot_tables(cells),
         speed.overhead_table(cells),

@@ -8,11 +8,13 @@ import numpy as np
 
 from firstlab.results import ROW_NAMES
 from firstlab.tables import pictures
-from firstlab.tables.cells import Cells, Match, Score, column
-from firstlab.tables.grid import ablation_runs, known_methods, run_of
+from firstlab.tables.cells import BETTER, WORSE, Cells, Match, Score, column
+from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, run_of
 from firstlab.tables.quality import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
 from firstlab.tables.table import Cell, Column, Table
 
+#: Methods that skip one set of layers whatever the prompt.
+STATIC = ("random_skip", "unified_skip", "sleb")
 #: Groups of equally many prompts in the table of lengths.
 _LENGTH_GROUPS = 4
 
@@ -53,6 +55,69 @@ def _pareto_row(task: str, method: str, lora: bool, score: Score) -> list[Cell]:
     rate = Cell(f"{100 * score.skip_rate:.1f} %", 100 * score.skip_rate)
     value = Cell(f"{score.value:.1f}", score.value, detail, kind="ours")
     return [Cell(task), Cell(method_title(method)), Cell("+ LoRA" if lora else "–"), rate, value]
+
+
+def equal_rates(cells: Cells) -> Table:
+    """The reference beside each static set at exactly the rate that it skips."""
+    scale, reference = cells.config.scale, cells.config.reference
+    model = next(iter(scale.models))
+    columns = [Column(name) for name in ("Task", "Level", "LoRA", "Other method")]
+    columns += [Column("skip", "both"), Column("value", method_title(reference)), Column("value", "other method")]
+    columns += [Column("difference"), Column("p"), Column("sets of the other method")]
+    rows = []
+    for task, ours in scale.tasks.items():
+        for level in _levels(cells):
+            run = run_of(scale, task, model, reference, level)
+            for lora in (False, True):
+                for method in (each for each in STATIC if each in known_methods(scale)):
+                    other = run_of(scale, task, model, method, level)
+                    found, sets = cells.at_rate_of(run, other, lora, HEADLINE[task])
+                    rate = Cell(f"{100 * scale.levels[level]:g} %", 100 * scale.levels[level])
+                    row = [Cell(ours), rate, Cell("+ LoRA" if lora else "–"), Cell(method_title(method))]
+                    if found is None:
+                        rows.append([*row, *_absent(cells, task, model, run, other, lora, sets)])
+                        continue
+                    low, high = found.test.low, found.test.high
+                    mark = (
+                        ""
+                        if found.test.p_value >= cells.config.significance
+                        else BETTER
+                        if found.test.difference > 0
+                        else WORSE
+                    )
+                    seeds = "" if found.seeds == 1 else f"{found.seeds} seeds"
+                    made_of = dict.fromkeys(f"{100 * each.skip_rate:.1f} %" for each in sets if each is not None)
+                    row += [
+                        Cell(f"{100 * found.skip_rate:.1f} %", 100 * found.skip_rate, kind="rate"),
+                        Cell(f"{found.value:.1f}", found.value, seeds, kind="ours"),
+                        Cell(f"{found.other:.1f}", found.other, kind="ours"),
+                        Cell(
+                            f"{found.test.difference:+.1f}", found.test.difference, f"[{low:+.1f}, {high:+.1f}]", mark
+                        ),
+                        Cell(f"{found.test.p_value:.3f}", found.test.p_value),
+                        Cell(" and ".join(made_of)),
+                    ]
+                    rows.append(row)
+    caption = (
+        "A static set skips whole layers for every prompt, so it meets a rate in between by taking one layer more for "
+        f"a share of the prompts: that is what {method_title(reference)} is compared with here, by its measured rate. "
+        "Differences are paired over test prompts; marks are theirs."
+    )
+    return Table("equal_rates", "At equal skip rates", columns, rows, caption, section="Overview")
+
+
+def _absent(
+    cells: Cells, task: str, model: str, run: Run, other: Run, lora: bool, sets: tuple[Match | None, Match | None]
+) -> list[Cell]:
+    """Cells of a comparison that lacks a run: the reference's own, or the set next to its rate."""
+    match, reason = cells.find(run, lora)
+    if match is None:
+        return [Cell(), missing_cell(reason, run), *[Cell()] * 4]
+    layers = match.records[0].node["num_layers"]
+    whole = int(match.skip_rate * layers + 1e-9)
+    missing = at_rate(cells.config.scale, task, model, other.method, (whole + (sets[0] is not None)) / layers)
+    rate = Cell(f"{100 * match.skip_rate:.1f} %", 100 * match.skip_rate, kind="rate")
+    return [rate, Cell(), missing_cell("no run", missing), *[Cell()] * 3]
 
 
 def ablations(cells: Cells) -> Table:

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from firstlab import results
-from firstlab.metrics import Scores, bootstrap_interval, from_rows, paired_test
+from firstlab.metrics import PairedTest, Scores, bootstrap_interval, from_rows, paired_test
 from firstlab.tables.config import TablesConfig
 from firstlab.tables.grid import Run, known_methods, level_keys
 from firstlab.tables.records import Library, Record
@@ -17,6 +17,8 @@ from firstlab.tables.records import Library, Record
 BETTER, WORSE = "▲", "▼"
 #: Why a cell is empty whose run exists: running it again would not fill it.
 OFF_LEVEL = "off level"
+#: Skip rates that are nearer to each other count as equal.
+_SAME_RATE = 0.0025
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,25 @@ class Score:
     mark: str = ""
 
 
+@dataclass(frozen=True)
+class EqualRate:
+    """Two methods at one skip rate.
+
+    Attributes:
+        skip_rate: What the reference skips, measured.
+        value: The reference's score, mean over the seeds that both have.
+        other: The other method's.
+        seeds: How many.
+        test: The reference minus the other method, paired.
+    """
+
+    skip_rate: float
+    value: float
+    other: float
+    seeds: int
+    test: PairedTest
+
+
 def variant_name(method: str, lora: bool) -> str:
     """The variant of a run that a row shows."""
     return ("base" if method == "none" else "router") + ("_lora" if lora else "")
@@ -102,18 +123,9 @@ class Cells:
         variant = variant_name(run.method, lora)
         if run.method not in self._known:
             return None, f"this version has no conf/method/{run.method}.yaml"
-        groups: dict[str, dict[int, Record]] = defaultdict(dict)
-        for record in self._records(run):
-            if record.variant(variant) is not None:
-                # A seed counts once, however often it was run (with other sizes of the test set, say).
-                groups[record.level].setdefault(record.seed, record)
-        if not groups:
+        matches = self._matches(run, variant)
+        if not matches:
             return None, "no run"
-        matches = []
-        for of_seed in groups.values():
-            group = [of_seed[seed] for seed in sorted(of_seed)]
-            rates = [record.node["variants"][variant]["skip"]["skip_rate"] for record in group]
-            matches.append(Match(tuple(group), variant, fmean(rates)))
         wanted = run.level
         nearest = matches[0] if wanted is None else min(matches, key=lambda match: abs(match.skip_rate - wanted))
         if wanted is not None and abs(nearest.skip_rate - wanted) > self.config.tolerance + 1e-9:
@@ -155,6 +167,56 @@ class Cells:
             Score(score.value, low, high, score.seeds, deviation, match.skip_rate, difference, p_value, mark),
             "",
         )
+
+    def at_rate_of(
+        self, reference: Run, run: Run, lora: bool, metric: str
+    ) -> tuple[EqualRate | None, tuple[Match | None, Match | None]]:
+        """The method of `run` at exactly the rate that the reference skips, beside the reference.
+
+        A method that skips whole layers, the same for every prompt, meets a rate between two of its sets by taking the
+        larger one for a share of the prompts; that is what it is given here.
+
+        Returns:
+            The comparison, or None where one of the two sets has no run; and the two sets, the smaller one first.
+        """
+        ours, _ = self.find(reference, lora)
+        if ours is None:
+            return None, (None, None)
+        rate, layer = ours.skip_rate, 1 / ours.records[0].node["num_layers"]
+        matches = sorted(self._matches(run, variant_name(run.method, lora)), key=lambda match: match.skip_rate)
+        below = next((m for m in reversed(matches) if rate - layer < m.skip_rate <= rate + _SAME_RATE), None)
+        above = next((m for m in matches if rate - _SAME_RATE <= m.skip_rate < rate + layer), None)
+        if below is None or above is None:
+            return None, (below, above)
+        gap = above.skip_rate - below.skip_rate
+        share = min(max((rate - below.skip_rate) / gap, 0.0), 1.0) if gap > 0 else 0.0
+        by_seed = [{each.seed: each for each in match.records} for match in (ours, below, above)]
+        seeds = sorted(set.intersection(*map(set, by_seed)))
+        records = [each[seed] for each in by_seed for seed in seeds]
+        scores = [_scores(record, ours.variant, metric) for record in records]
+        kept = [each for each in scores if each is not None]
+        if not seeds or len(kept) < len(scores) or len(_test_sets(records, ours.variant)) > 1:
+            return None, (below, above)
+        own, less, more = (kept[i * len(seeds) : (i + 1) * len(seeds)] for i in range(3))
+        theirs = Scores.average([Scores.blend(a, b, share) for a, b in zip(less, more, strict=True)])
+        mean = Scores.average(own)
+        test = paired_test(mean, theirs, confidence=self.config.confidence, resamples=self.config.resamples)
+        self.used.update(records)
+        return EqualRate(rate, mean.value, theirs.value, len(seeds), test), (below, above)
+
+    def _matches(self, run: Run, variant: str) -> list[Match]:
+        """Every level that the run's method was recorded at."""
+        groups: dict[str, dict[int, Record]] = defaultdict(dict)
+        for record in self._records(run):
+            if record.variant(variant) is not None:
+                # A seed counts once, however often it was run (with other sizes of the test set, say).
+                groups[record.level].setdefault(record.seed, record)
+        matches = []
+        for of_seed in groups.values():
+            group = [of_seed[seed] for seed in sorted(of_seed)]
+            rates = [record.node["variants"][variant]["skip"]["skip_rate"] for record in group]
+            matches.append(Match(tuple(group), variant, fmean(rates)))
+        return matches
 
     def _asked_for(self, record: Record, run: Run) -> bool:
         """Whether the record is this very run, however much it skipped."""

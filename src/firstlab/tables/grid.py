@@ -67,7 +67,18 @@ def run_of(scale: ScaleConfig, task: str, model: str, method: str, level: int, c
     if method not in scale.methods:
         raise ValueError(f"scale.methods has no entry for {method!r}; it has {', '.join(scale.methods)}")
     rate = scale.levels[level] if level else 0.0
-    fill = {"level": f"{rate:g}", "alpha": f"{scale.alphas.get(level, 0):g}"}
+    return _run_at(scale, task, model, method, rate, scale.alphas.get(level, 0), changes)
+
+
+def at_rate(scale: ScaleConfig, task: str, model: str, method: str, rate: float) -> Run:
+    """As `run_of`, at any skip rate of a method that takes one."""
+    return _run_at(scale, task, model, method, rate, 0, ())
+
+
+def _run_at(
+    scale: ScaleConfig, task: str, model: str, method: str, rate: float, alpha: float, changes: tuple[str, ...]
+) -> Run:
+    fill = {"level": f"{rate:g}", "alpha": f"{alpha:g}"}
     named = [f"model={scale.models[model]}", f"data={scale.tasks[task]}"]
     own = [each.format_map(fill) for each in scale.methods[method]]
     overrides = (*scale.base, *named, *own, *changes)
