@@ -189,6 +189,18 @@ def test_benchmark_of_quantized_layers(tmp_path: Path, capsys: pytest.CaptureFix
         assert large["speedup_over_unquantized"] == 1
 
 
+def test_quantized_after_an_engine_was_made() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    lm = tiny_model("llama")
+    plain = deepcopy(lm)
+    DecodeEngine(RouterAugmentedLM(lm), 16)
+    quantize(lm, "int8")
+    quantize(plain, "int8")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(lm(ids).logits, plain(ids).logits)
+    assert len(lm.state_dict()) == len(plain.state_dict())
+
+
 def test_models_share_what_is_not_quantized() -> None:
     pytest.importorskip("torchao", reason=WITHOUT)
     lm = tiny_model("llama")

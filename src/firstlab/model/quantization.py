@@ -52,6 +52,9 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
         raise ValueError(f"quantization={name!r}: the layers of {type(lm).__name__} have no nn.Linear; leave it null")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+    for module in layers.modules():
+        if isinstance(module, nn.Linear) and not module.weight.is_contiguous():  # ordered anew by a decode engine
+            module.weight = nn.Parameter(module.weight.detach().contiguous(), requires_grad=False)
     quantize_(layers, Int8WeightOnlyConfig())
     for parent in list(layers.modules()):
         for child, module in parent.named_children():
