@@ -61,6 +61,16 @@ def test_cells_take_the_run_nearest_by_measured_rate_of_the_right_method(config:
     assert cells.find(cell_run(config, "first_soft", 10), False) == (None, "no run")
 
 
+def test_of_equally_near_runs_the_one_asked_for_the_level_stands_for_it(config: TablesConfig, tmp_path: Path):
+    asked, other = cell_run(config, "first", 25), cell_run(config, "first", 15)
+    save(tmp_path, "asked", record(asked, rate=0.253))
+    save(tmp_path, "drifted", {**record(other, rate=0.251), "level": "target 15 %"})
+    for rate, file in ((0.253, "asked"), (0.27, "drifted")):
+        save(tmp_path, "asked", record(asked, rate=rate))
+        match, _ = Cells(config, read([str(tmp_path)])).find(asked, True)
+        assert match is not None and [each.file.stem for each in match.records] == [file]
+
+
 def test_a_run_that_missed_its_level_is_not_asked_for_again(config: TablesConfig, tmp_path: Path):
     unified = cell_run(config, "unified_skip", 15)
     save(tmp_path, "unified", record(unified, rate=0.2))

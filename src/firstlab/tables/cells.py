@@ -127,7 +127,17 @@ class Cells:
         if not matches:
             return None, "no run"
         wanted = run.level
-        nearest = matches[0] if wanted is None else min(matches, key=lambda match: abs(match.skip_rate - wanted))
+        # Of runs that are equally near, to a point, the one that was asked for the level stands for it.
+        nearest = matches[0]
+        if wanted is not None:
+            nearest = min(
+                matches,
+                key=lambda match: (
+                    round(abs(match.skip_rate - wanted), 2),
+                    not self._asked_for(match.records[0], run),
+                    abs(match.skip_rate - wanted),
+                ),
+            )
         if wanted is not None and abs(nearest.skip_rate - wanted) > self.config.tolerance + 1e-9:
             asked = next((match for match in matches if self._asked_for(match.records[0], run)), None)
             if asked is not None:
