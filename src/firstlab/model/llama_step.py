@@ -63,7 +63,9 @@ def _fuse(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
 
 def _save_by_row(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Files hold weights row by row, and what writes them asks for that."""
-    state[prefix + "weight"] = state[prefix + "weight"].contiguous()
+    weight = state[prefix + "weight"]
+    if not weight.is_contiguous():
+        state[prefix + "weight"] = weight.contiguous()
 
 
 def _is_fused(weights: Sequence[Tensor], by_column: bool) -> bool:
