@@ -37,6 +37,12 @@ def test_experiments_compose_to_the_papers_settings(name: str, model: str):
     assert config.evaluation.do_sample and (config.evaluation.temperature, config.evaluation.top_k) == (0.8, 10)
 
 
+def test_whole_numbers_and_floats_are_one_setting():
+    hashes = {composed(f"method.hold_routes={value}", "method.alpha=1")[0].hash() for value in ("0", "0.0")}
+    assert hashes == {composed("method.hold_routes=0.0", "method.alpha=1.0")[0].hash()}
+    assert composed("method.calibration_prompts=64")[0].identity()["method"]["calibration_prompts"] == 64
+
+
 def test_the_demo_is_the_defaults_with_fewer_steps_and_prompts():
     (demo, method), (default, expected) = composed("+experiment=demo"), composed()
     assert (demo.model, demo.data) == (default.model, default.data)

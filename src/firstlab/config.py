@@ -409,7 +409,8 @@ class ExperimentConfig:
         """What decides the run's numbers: everything but where it runs, where it writes and how it starts."""
         config = self.to_dict()
         # With every setting of the method, so that a run stays itself when the method gets a new one.
-        config["method"] |= asdict(targets.build(self.method, "method"))
+        method = targets.build(self.method, "method")
+        config["method"] = targets.with_floats(type(method), config["method"] | asdict(method))
         for key in ("logger", "run_dir", "note", "runs", "phases", "init_from", "compare_with_base", "ckpt"):
             del config[key]
         del config["overwrite"], config["sweep"]
