@@ -70,9 +70,7 @@ def with_floats(target: type, values: dict[str, Any]) -> dict[str, Any]:
     """`values` with whole numbers as floats where the target's parameters are floats: 1 and 1.0 are one setting."""
     hints = _hints(target)
     takes_float = {key for key, hint in hints.items() if float in (hint, *get_args(hint))}
-    return {
-        key: float(value) if key in takes_float and type(value) is int else value for key, value in values.items()
-    }
+    return {key: float(value) if key in takes_float and type(value) is int else value for key, value in values.items()}
 
 
 def _hints(target: type) -> dict[str, Any]:
