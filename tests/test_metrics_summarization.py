@@ -150,7 +150,7 @@ def test_bertscore_bad_settings(encoder):
 
 def test_bertscore_reads_encoders_from_any_path(encoder, tmp_path):
     # bert-score itself takes a path with "t5" in it for a T5 model.
-    link = tmp_path / "last5" / "encoder"
+    link = tmp_path / "part5" / "encoder"
     link.parent.mkdir()
     link.symlink_to(encoder.encoder)
     texts, references = ["the old dog"], [("the small dog",)]
