@@ -63,14 +63,16 @@ def test_no_two_runs_of_a_sweep_share_a_directory(name: str):
     assert len({run.directory for run in planned}) == len(runs)
 
 
-@pytest.mark.parametrize(("scale", "name"), [("nano", "tables"), ("llama", "llama/tables")])
-def test_sweeps_run_what_the_tables_show(scale: str, name: str):
-    implied = ("model=nano", "+experiment=_paper")
+@pytest.mark.parametrize(
+    ("scale", "name", "least"), [("nano", "tables", 100), ("llama", "llama/tables", 100), ("multi30k", "multi30k", 14)]
+)
+def test_sweeps_run_what_the_tables_show(scale: str, name: str, least: int):
+    implied = ("model=nano", "+experiment=_paper", "model=nano_parallel", "data=multi30k")
     swept = {frozenset(o for o in run if not o.startswith("seed=")) for run in expand(grids_of(name), {})}
     tables.config.register()
     plan = planned_runs(tables.config.load(compose("tables", [f"scale={scale}"])))
     wanted = [run.overrides for run, names in plan.items() if names != ["ablations"]]
-    assert len(wanted) > 100
+    assert len(wanted) > least
     runs = {run - frozenset(implied) for run in swept}
     missing = [overrides for overrides in wanted if frozenset(overrides) - frozenset(implied) not in runs]
     assert not missing

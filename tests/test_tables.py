@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,8 +23,8 @@ from firstlab.tables.cells import WORSE, Cells
 from firstlab.tables.config import TablesConfig, load, register
 from firstlab.tables.grid import Run, ablation_runs, known_methods, planned_runs, run_of
 from firstlab.tables.quality import missing_cell, score_cell
-from firstlab.tables.records import read
-from firstlab.tables.speed import overhead_table
+from firstlab.tables.records import Library, read
+from firstlab.tables.speed import overhead_table, tpot_tables
 from firstlab.tables.table import Cell, Column, Table, csv_text, latex, markdown
 from made_records import record, save
 
@@ -212,7 +213,9 @@ def test_torn_and_foreign_files_are_named_and_left_out(config: TablesConfig, tmp
     [("tolerance=0", "tolerance=0.0 is not allowed"), ("resamples=5", "at least 100"), ("results=[]", "at least one"),
      ("reference=nothing", "choose one of none"), ("ablation_level=17", "not one of scale.levels"),
      ("scale.levels={15: 1.5}", "not a skip rate"), ("rate_gap=0", "rate_gap=0.0 is not allowed"),
-     ("scale.ablation_model=gpt", "choose one of llama3_8b, llama32_3b")],
+     ("scale.ablation_model=gpt", "choose one of llama3_8b, llama32_3b"),
+     ("+scale.tasks.wmt_enfr=mini_ende", "'wmt_enfr' is not the paper's; say what stands for any of wmt_ende"),
+     ("+scale.models.gpt=nano", "'gpt' is not the paper's"), ("~scale.methods.none", "no entry for 'none'")],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(override: str, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -240,6 +243,28 @@ def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
         if "target_skip" in str(run.overrides):
             assert node["method"]["target_skip"] == pytest.approx(run.level)
         assert f"data={run.task}" in run.command(3) and run.command(3).endswith("seed=3")
+
+
+def test_a_scale_may_stand_for_a_part_of_the_paper(tmp_path: Path):
+    config = settings("scale=multi30k", f"results=[{tmp_path}]")
+    save(tmp_path, "none", record(run_of(config.scale, "wmt_ende", "llama3_8b", "none", 0), quality=30.0))
+    tables = {table.key: table for table in build(config, read(config.results))}
+    printed = {key for key in tables if key.startswith(("table", "figure"))}
+    assert printed == {"table1", "table5", "table8", "table10", "table15", "figure3"} and "ablations" not in tables
+    assert {row[0].text for row in tables["table10"].rows} == {"0 %", "15 %", "25 %"}  # the paper also has 35 %
+    assert len(tables["table5"].rows) == 2 * 2 and len(tables["table8"].rows) == 1
+    assert {run.task for run in planned_runs(config)} == {"multi30k"}
+    narrow = replace(config, scale=replace(config.scale, levels={25: 0.25}), ablation_level=25)
+    assert "figure3" not in {table.key for table in build(narrow, read(narrow.results))}
+
+
+def test_tables_of_times_leave_gaps_where_tasks_have_fewer_levels(config: TablesConfig):
+    """The paper times summaries at 15, 20 and 27 %."""
+    levels = {level: rate for level, rate in config.scale.levels.items() if level not in (20, 27)}
+    cells = Cells(replace(config, scale=replace(config.scale, levels=levels)), Library())
+    [table] = [each for each in tpot_tables(cells) if each.key == "table5"]
+    assert [cell.text for cell in table.rows[1]][2::4] == ["25 %", "25 %", ""]
+    assert all(len(row) == len(table.columns) for row in table.rows)
 
 
 class Page(HTMLParser):

@@ -35,12 +35,9 @@ def build(config: TablesConfig, library: Library) -> list[Table]:
         speed.per_layer_table(cells),
         *speed.figures(cells),
     ]
-    tables += [
-        analysis.ablations(cells),
-        analysis.adaptivity(cells),
-        analysis.difficulty(cells),
-        analysis.length(cells),
-    ]
+    if config.scale.ablation_model is not None:
+        tables.append(analysis.ablations(cells))
+    tables += [analysis.adaptivity(cells), analysis.difficulty(cells), analysis.length(cells)]
     tables += [speed.splits_table(cells), analysis.every_run(cells)]
     order = ("Overview", "Quality", "Speed", "Routing", "Analysis", "Setting", "Quality in detail")
     return sorted(tables, key=lambda table: order.index(table.section))

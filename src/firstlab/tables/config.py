@@ -8,14 +8,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from firstlab.config import settings
+from firstlab.tables import paper
 
 
 @dataclass
 class ScaleConfig:
-    """What stands for the paper's models, tasks and levels.
+    """What stands for the paper's models, tasks and levels; tables of those that it lacks are left out.
 
     Attributes:
-        name: nano or llama.
+        name: The file's; also the folder of its tables.
         base: Overrides that every run of the scale starts with.
         models: Paper's model to ours (conf/model).
         tasks: Paper's task to ours (conf/data).
@@ -23,7 +24,7 @@ class ScaleConfig:
         alphas: Paper's skip level in percent to α, for methods that take α.
         seeds: Seeds of every cell.
         methods: Overrides per method; {level} and {alpha} are filled in.
-        ablation_model: Which of the paper's models the ablations are made with.
+        ablation_model: Which of the paper's models the ablations are made with, on the first task; null for none.
         all_steps: Overrides that give the LoRA phase the steps of both phases.
     """
 
@@ -35,12 +36,24 @@ class ScaleConfig:
     alphas: dict[int, float] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     methods: dict[str, list[str]] = MISSING
-    ablation_model: str = MISSING
-    all_steps: list[str] = MISSING
+    ablation_model: str | None = None
+    all_steps: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raises ValueError with the option's full name."""
-        if self.ablation_model not in self.models:
+        for option, ours, theirs in (
+            ("models", self.models, paper.models()),
+            ("tasks", self.tasks, paper.tasks()),
+        ):
+            unknown = sorted(set(ours) - set(theirs))
+            if unknown or not ours:
+                wrong = f"{unknown[0]!r} is not the paper's" if unknown else "it is empty"
+                raise ValueError(
+                    f"scale.{option}={dict(ours)}: {wrong}; say what stands for any of {', '.join(theirs)}"
+                )
+        if "none" not in self.methods:
+            raise ValueError("scale.methods has no entry for 'none': every table compares with the dense model")
+        if self.ablation_model is not None and self.ablation_model not in self.models:
             raise ValueError(f"scale.ablation_model={self.ablation_model!r}: choose one of {', '.join(self.models)}")
         for level, rate in self.levels.items():
             if not 0 < rate < 1:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from firstlab.config import conf_dir
 from firstlab.tables import paper
 from firstlab.tables.config import ScaleConfig, TablesConfig
+from firstlab.tables.paper import QualityTable
 
 #: Further methods for the detailed tables, behind the paper's own.
 PAPER_METHODS = ("none", "skip_decode", "random_skip", "unified_skip", "first_soft", "first")
+#: FiRST, the paper's form and ours: the rows of the paper's tables of times and layers.
+FIRST = ("first_soft", "first")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,31 @@ class Run:
 def known_methods(scale: ScaleConfig) -> list[str]:
     """Methods of the scale that this version has, in order."""
     return [name for name in scale.methods if (Path(conf_dir()) / "method" / f"{name}.yaml").is_file()]
+
+
+def quality_of(scale: ScaleConfig) -> list[QualityTable]:
+    """The paper's quality tables: what the scale stands for of them, their models, tasks and levels."""
+    tables = []
+    for table in paper.quality_tables().values():
+        tasks = tuple(task for task in table.tasks if task in scale.tasks)
+        rows = {key: row for key, row in table.rows.items() if key[0] in (0, *scale.levels)}
+        if table.model in scale.models and tasks:
+            tables.append(replace(table, tasks=tasks, rows=rows))
+    return tables
+
+
+def tpot_of(scale: ScaleConfig) -> dict[str, dict[str, Any]]:
+    """The paper's tables of times, as `quality_of`: number to title, model and the ratios of each task and level."""
+    tables = {}
+    for number, node in paper.read()["tpot"].items():
+        tasks = {
+            task: {level: ratio for level, ratio in ratios.items() if level in scale.levels}
+            for task, ratios in node["tasks"].items()
+            if task in scale.tasks
+        }
+        if node["model"] in scale.models and any(tasks.values()):
+            tables[number] = {**node, "tasks": tasks}
+    return tables
 
 
 def run_of(scale: ScaleConfig, task: str, model: str, method: str, level: int, changes: tuple[str, ...] = ()) -> Run:
@@ -98,8 +127,10 @@ def methods_of(number: str, scale: ScaleConfig) -> list[str]:
 
 
 def ablation_runs(config: TablesConfig) -> list[tuple[str, str, Run]]:
-    """(group, name, run) of every ablation; the unchanged method first."""
+    """(group, name, run) of every ablation, the unchanged method first; none if the scale makes none."""
     scale, task, model = config.scale, next(iter(config.scale.tasks)), config.scale.ablation_model
+    if model is None:
+        return []
 
     def run(changes: tuple[str, ...] = (), method: str | None = None) -> Run:
         if method is None:
@@ -129,14 +160,14 @@ def planned_runs(config: TablesConfig) -> dict[Run, list[str]]:
 
 def _needs(config: TablesConfig) -> Iterator[tuple[str, Run]]:
     scale = config.scale
-    for number, table in paper.quality_tables().items():
+    for table in quality_of(scale):
         for task in table.tasks:
-            for method in methods_of(number, scale):
+            for method in methods_of(table.number, scale):
                 for level in [0] if method == "none" else table.levels:
-                    yield f"table{number}", run_of(scale, task, table.model, method, level)
-    for number, node in paper.read()["tpot"].items():
+                    yield f"table{table.number}", run_of(scale, task, table.model, method, level)
+    for number, node in tpot_of(scale).items():
         for task, ratios in node["tasks"].items():
-            for method in ("first_soft", "first"):
+            for method in (name for name in FIRST if name in scale.methods):
                 for level in ratios:
                     yield f"table{number}", run_of(scale, task, node["model"], method, level)
     for _, _, run in ablation_runs(config):

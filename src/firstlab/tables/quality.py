@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from firstlab.tables import paper
 from firstlab.tables.cells import OFF_LEVEL, Cells, Score
-from firstlab.tables.grid import Run, known_methods, methods_of, run_of
+from firstlab.tables.grid import Run, known_methods, methods_of, quality_of, run_of
 from firstlab.tables.paper import Printed, QualityTable
 from firstlab.tables.table import Cell, Column, Table
 
@@ -82,7 +82,7 @@ def rate_cell(cells: Cells, run: Run, lora: bool) -> Cell:
 
 def quality_tables(cells: Cells) -> list[Table]:
     """Tables 1 to 4, then 9 to 14."""
-    return [quality_table(cells, each) for each in paper.quality_tables().values()]
+    return [quality_table(cells, each) for each in quality_of(cells.config.scale)]
 
 
 def quality_table(cells: Cells, printed: QualityTable) -> Table:

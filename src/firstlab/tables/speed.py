@@ -9,19 +9,19 @@ import yaml
 from firstlab.config import conf_dir
 from firstlab.tables import paper, pictures
 from firstlab.tables.cells import Cells
-from firstlab.tables.grid import known_methods, run_of
+from firstlab.tables.grid import FIRST, known_methods, run_of, tpot_of
 from firstlab.tables.quality import TASKS, method_title, missing_cell, paper_cell, rate_cell
 from firstlab.tables.table import Cell, Column, Table
 
 
 def tpot_tables(cells: Cells) -> list[Table]:
     """Tables 5 to 7: time per output token of Router + LoRA, routed ÷ dense."""
-    return [_tpot_table(cells, number, node) for number, node in paper.read()["tpot"].items()]
+    return [_tpot_table(cells, number, node) for number, node in tpot_of(cells.config.scale).items()]
 
 
 def _tpot_table(cells: Cells, number: str, node: dict[str, Any]) -> Table:
     scale = cells.config.scale
-    methods = [name for name in ("first_soft", "first") if name in known_methods(scale)]
+    methods = [name for name in FIRST if name in known_methods(scale)]
     columns, rows = [Column("Method"), Column("Level")], []
     for task in node["tasks"]:
         group = f"{TASKS[task]}, {scale.tasks[task]}"
@@ -32,6 +32,9 @@ def _tpot_table(cells: Cells, number: str, node: dict[str, Any]) -> Table:
         for step in range(depth):
             row = [Cell(method_title(method) + " + LoRA"), Cell(str(step + 1), step + 1)]
             for task, ratios in node["tasks"].items():
+                if step >= len(ratios):
+                    row += [Cell() for _ in range(4)]
+                    continue
                 level = sorted(ratios)[step]
                 run = run_of(scale, task, node["model"], method, level)
                 match, reason = cells.find(run, True)
@@ -63,6 +66,8 @@ def splits_table(cells: Cells) -> Table:
     columns += [Column(name, group) for group in ("ours", "paper") for name in ("train", "validation", "test")]
     rows = []
     for task, theirs in paper.read()["splits"].items():
+        if task not in cells.config.scale.tasks:
+            continue
         name = cells.config.scale.tasks[task]
         with open(f"{conf_dir()}/data/{name}.yaml", encoding="utf-8") as file:
             node = yaml.safe_load(file)
@@ -93,8 +98,10 @@ def per_layer_table(cells: Cells) -> Table:
         columns.append(Column(which, f"paper, α = {column['alpha']:g}"))
         data.append([*paper.per_layer_shares(column, node["layers"]), column["average"]])
     theirs = len(data)
-    for method in ("first_soft", "first"):
-        for level in (15, 25, 35):
+    ours = node["model"] in scale.models and node["task"] in scale.tasks
+    levels = [level for level in (15, 25, 35) if ours and level in scale.levels]
+    for method in (name for name in FIRST if name in known_methods(scale)):
+        for level in levels:
             run = run_of(scale, node["task"], node["model"], method, level)
             for lora in (False, True):
                 match, _ = cells.find(run, lora)
@@ -116,24 +123,29 @@ def per_layer_table(cells: Cells) -> Table:
         rows.append(row)
     notes = [f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if each["where"] == "Table 15"]
     caption = (
-        "Percent of prompts that skip a layer; R: routers, R + L: after LoRA. Paper: LLaMA-3-8B, 32 layers, en-de. "
-        f"Ours: {scale.models[node['model']]} on {scale.tasks[node['task']]}; columns appear as runs do."
+        "Percent of prompts that skip a layer; R: routers, R + L: after LoRA. Paper: LLaMA-3-8B, 32 layers, en-de."
     )
+    if ours:
+        caption += f" Ours: {scale.models[node['model']]} on {scale.tasks[node['task']]}; columns appear as runs do."
     title = "Table 15. Skipped layers against α"
     return Table("table15", title, columns, rows, caption, notes, "Routing", pictures.heatmap(columns, data))
 
 
 def figures(cells: Cells) -> list[Table]:
     """Figures 3 to 6: bars of skipped layers at 15 %; the table beside says the same in words."""
-    found = []
+    found: list[Table] = []
+    scale, level = cells.config.scale, 15
+    if level not in scale.levels:
+        return found
     for number, node in paper.read()["figures"].items():
-        scale, level = cells.config.scale, 15
+        if node["task"] not in scale.tasks:
+            continue
         panels, rows = [], []
         if node["task"] == paper.read()["per_layer"]["task"]:
             column = paper.read()["per_layer"]["columns"][1]
             panels.append(("Paper, LLaMA-3-8B, Table 15", paper.per_layer_shares(column, 32)))
         rows.append([Cell("paper, LLaMA-3-8B (text)"), _layers(node["fully"]), _layers(node["partly"])])
-        for method in ("first_soft", "first"):
+        for method in (name for name in FIRST if name in known_methods(scale)):
             run = run_of(scale, node["task"], next(iter(scale.models)), method, level)
             for lora in (False, True):
                 name = f"{method_title(method)}{' + LoRA' if lora else ''}, {scale.tasks[node['task']]}"
