@@ -8,6 +8,7 @@ SCALE ?= nano
 # Recorded, so that it takes seconds: quality (all four tasks, 15 and 25 %). Every table: tables, hours.
 SWEEP_nano ?= quality
 SWEEP_llama ?= llama/tables
+SWEEP_multi30k ?= multi30k
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -20,7 +21,7 @@ COMET_INSTALLED := $(COMET_VENV)/.installed
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' Makefile
-	@echo "Options: PYTHON=$(PYTHON)  VENV=$(VENV)  WORKERS=$(WORKERS) (parallel test processes)  SCALE=$(SCALE) (tables: nano or llama)"
+	@echo "Options: PYTHON=$(PYTHON)  VENV=$(VENV)  WORKERS=$(WORKERS) (parallel test processes)  SCALE=$(SCALE) (tables: nano, llama or multi30k)"
 
 setup: $(INSTALLED) ## install firstlab and its locked dependencies into .venv
 

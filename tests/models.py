@@ -52,6 +52,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bloom": {**_SMALL, "n_layer": 6, "n_head": 4},
     "gptj": {**_GPT, "rotary_dim": 4},
     "mixtral": {**_SMALL, "num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": None},
+    "gpt_oss": {**_SMALL, "head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "falcon": {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"},
+    "olmo2": _SMALL,
+    "cohere2": {**_SMALL, "sliding_window": 8},
 }
 
 
