@@ -248,7 +248,9 @@ def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
 def test_a_scale_may_stand_for_a_part_of_the_paper(tmp_path: Path):
     config = settings("scale=multi30k", f"results=[{tmp_path}]")
     save(tmp_path, "none", record(run_of(config.scale, "wmt_ende", "llama3_8b", "none", 0), quality=30.0))
+    save(tmp_path, "of_another_scale", record(cell_run(settings(), "none", 0)))
     tables = {table.key: table for table in build(config, read(config.results))}
+    assert {row[0].text for row in tables["runs"].rows} == {"nano_parallel"}
     printed = {key for key in tables if key.startswith(("table", "figure"))}
     assert printed == {"table1", "table5", "table8", "table10", "table15", "figure3"} and "ablations" not in tables
     assert {row[0].text for row in tables["table10"].rows} == {"0 %", "15 %", "25 %"}  # the paper also has 35 %

@@ -274,7 +274,8 @@ def _perplexity(value: float | None) -> Cell:
 
 
 def every_run(cells: Cells) -> Table:
-    """All recorded runs, also those that stand for no cell: other models, other tasks, other settings."""
+    """All recorded runs of the scale's models, also those that stand for no cell: other tasks, other settings."""
+    models = set(cells.config.scale.models.values())
     columns = [Column(name) for name in ("Model", "Task", "Method", "Variant", "Level asked for", "Seed", "skip")]
     columns += [
         Column("Metric"),
@@ -284,9 +285,8 @@ def every_run(cells: Cells) -> Table:
         Column("In the tables above"),
     ]
     rows = []
-    for record in sorted(
-        cells.library.records, key=lambda each: (each.node["model"], each.node["data"], str(each.file))
-    ):
+    records = [each for each in cells.library.records if each.node["model"] in models]
+    for record in sorted(records, key=lambda each: (each.node["model"], each.node["data"], str(each.file))):
         node = record.node
         for name, part in node["variants"].items():
             metric = part.get("primary_metric") or next(iter(part["metrics"]))
