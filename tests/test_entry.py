@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from firstlab.config import register
-from firstlab.entry import check_command_line
+from firstlab.entry import check_command_line, guarded
 
 
 @pytest.mark.parametrize(
@@ -25,3 +29,26 @@ def test_a_word_that_is_almost_right_is_answered_with_what_is_right(
     with pytest.raises(SystemExit) as stopped:
         check_command_line("train", [argument])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_say_how_to_go_on(number: signal.Signals, capsys: pytest.CaptureFixture[str]):
+    def stopped(_: None) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        guarded(stopped)(None)
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_launchers_own_use_of_sigterm_stays():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("launcher"))
+    try:
+        guarded(lambda _: os.kill(os.getpid(), signal.SIGTERM))(None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["launcher"]

@@ -6,8 +6,10 @@ import functools
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,9 @@ Options = TypeVar("Options")
 
 
 def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
-    """Print a `ValueError` as one message and exit with 2; on Ctrl-C say how to go on and exit with 130.
+    """Print a `ValueError` as one message and exit with 2; on Ctrl-C or SIGTERM say how to go on and exit with 130.
+
+    SIGTERM counts as Ctrl-C because the default would leave the processes of a sweep running.
 
     Args:
         main: The command.
@@ -35,6 +39,11 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
     @functools.wraps(main)
     def run(given: Input) -> None:
         _quiet()
+        # Not where a launcher or a library has a use of its own for it, nor in a thread, which may not.
+        ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        ours = ours and threading.current_thread() is threading.main_thread()
+        if ours:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             main(given)
         except ValueError as error:
@@ -43,6 +52,9 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
         except KeyboardInterrupt:
             print(f"\ninterrupted; {way_out}", file=sys.stderr)  # on a line of its own, below a progress bar
             sys.exit(130)
+        finally:
+            if ours:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return run
 
