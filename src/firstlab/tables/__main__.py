@@ -56,7 +56,8 @@ def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
         else:
             picture.unlink(missing_ok=True)  # of other results
     index = out / "index.html"
-    write_atomically(index, page.render(config, tables, library.warnings, len(library.records)))
+    records = sum(each.node["model"] in config.scale.models.values() for each in library.records)
+    write_atomically(index, page.render(config, tables, library.warnings, records))
     return index
 
 

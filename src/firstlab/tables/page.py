@@ -22,7 +22,7 @@ def render(config: TablesConfig, tables: Sequence[Table], warnings: Sequence[str
         config: Settings, for the legend.
         tables: In reading order.
         warnings: Result files that were left out.
-        records: Number of runs read.
+        records: Number of runs of the scale's models.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     sections: dict[str, list[Table]] = defaultdict(list)
