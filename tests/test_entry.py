@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -31,17 +32,26 @@ def test_a_word_that_is_almost_right_is_answered_with_what_is_right(
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """As in a terminal: a job in the background may have been started with signals ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupts_say_how_to_go_on(number: signal.Signals, capsys: pytest.CaptureFixture[str]):
+def test_interrupts_say_how_to_go_on(number: signal.Signals, default_signals: None, capsys: pytest.CaptureFixture[str]):
     def stopped(_: None) -> None:
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         guarded(stopped)(None)
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_launchers_own_use_of_sigterm_stays():
