@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from firstlab.config import register
-from firstlab.entry import check_command_line, guarded
+from firstlab.entry import _finish, check_command_line, guarded
 
 
 @pytest.mark.parametrize(
@@ -62,3 +65,28 @@ def test_a_launchers_own_use_of_sigterm_stays():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == ["launcher"]
+
+
+def test_a_stopped_launcher_stops_its_own_processes(default_signals: None, tmp_path: Path):
+    ready, stopped = tmp_path / "ready", tmp_path / "stopped"
+    child = f"""
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(0.5)
+    pathlib.Path({str(stopped)!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path({str(ready)!r}).touch()
+time.sleep(60)
+"""
+
+    def interrupt() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        _finish([sys.executable, "-c", child], patience_s=0.1)
+    assert stopped.exists()
+    assert _finish([sys.executable, "-c", "raise SystemExit(3)"]) == 3

@@ -159,6 +159,23 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch.*")
 
 
+def _finish(command: list[str], patience_s: float = 1.0) -> int:
+    """The exit status of a launcher of processes, which is stopped with us and given the time to stop its own.
+
+    `subprocess.run` would kill it, and leave its processes running. On Ctrl-C a terminal has told it already.
+    """
+    with subprocess.Popen(command) as launcher:
+        try:
+            return launcher.wait()
+        except KeyboardInterrupt:
+            try:
+                launcher.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                launcher.terminate()
+                launcher.wait()
+            raise
+
+
 def in_processes(module: str, trainer: TrainerConfig) -> bool:
     """Start `module` again under torchrun when several processes are asked for and this is not one of them.
 
@@ -183,7 +200,7 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
-    code = subprocess.run([*launcher, "-m", module, *overrides], check=False).returncode
+    code = _finish([*launcher, "-m", module, *overrides])
     if code:
         sys.exit(code)
     return True

@@ -56,8 +56,9 @@ def quality_of(scale: ScaleConfig) -> list[QualityTable]:
     for table in paper.quality_tables().values():
         tasks = tuple(task for task in table.tasks if task in scale.tasks)
         rows = {key: row for key, row in table.rows.items() if key[0] in (0, *scale.levels)}
-        if table.model in scale.models and tasks:
-            tables.append(replace(table, tasks=tasks, rows=rows))
+        narrowed = replace(table, tasks=tasks, rows=rows)
+        if table.model in scale.models and tasks and narrowed.levels:
+            tables.append(narrowed)
     return tables
 
 
