@@ -1,4 +1,4 @@
-"""`python -m firstlab.generate` on texts and lengths that cannot work."""
+"""`python -m firstlab.generate`: both decoders, and texts and lengths that cannot work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from firstlab import generate
-from models import tiny_model
+from firstlab.model import RouterAugmentedLM, load_tokenizer
+from models import random_routers, tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -17,6 +18,8 @@ from tiny_tokenizer import tiny_tokenizer
         (["word " * 200], "max_new_tokens=2, but the model has 128 positions; shorten the text"),
         (["max_new_tokens=500", "word"], "max_new_tokens=500, but the model has 128 positions; shorten the text"),
         (["half a pair \ud83d"], "the text is not valid UTF-8"),
+        (["decoder=engine", "word"], "decoder=engine: GPT2LMHeadModel: the decode engine knows LlamaForCausalLM"),
+        (["decoder=fast", "word"], "decoder='fast' is not allowed: choose one of generate, engine"),
     ],
 )
 def test_what_cannot_work_is_one_message(
@@ -27,3 +30,18 @@ def test_what_cannot_work_is_one_message(
     with pytest.raises(SystemExit, match="2"):
         generate.main([f"run={tmp_path}", "prompt=raw", "max_new_tokens=2", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["do_sample=true", "seed=4"]])
+def test_both_decoders_say_the_same(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+):
+    model = RouterAugmentedLM.from_pretrained(tiny_model_dir)
+    random_routers(model)
+    model.save_pretrained(tmp_path)
+    load_tokenizer(tiny_model_dir).save_pretrained(tmp_path)
+    said = []
+    for decoder in ("generate", "engine"):
+        generate.main([f"run={tmp_path}", "prompt=raw", "max_new_tokens=12", "a word", f"decoder={decoder}", *options])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(said[0]) > 60 and "skipped" in said[0]

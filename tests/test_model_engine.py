@@ -118,14 +118,14 @@ def test_reading_tokens_late_changes_nothing(lookahead: int, recording: bool) ->
     model, eos, times = llama(True), list(range(2, 97, 9)), []
     prompts = [[5 + row, 40 - row, 3] for row in range(7)]
     engine = recorded(model, 32, 3, lookahead) if recording else DecodeEngine(model, 32, 3, lookahead=lookahead)
-    out = engine.generate(prompts, 20, None, eos, on_token=lambda: times.append(1))
+    out = engine.generate(prompts, 20, None, eos, on_step=lambda _: times.append(1))
     for prompt, tokens in zip(prompts, out.tokens, strict=True):
         assert tokens == alone(model, prompt, None, 20, eos_token_id=eos).sequences[0, 3:].tolist()
     assert len({len(tokens) for tokens in out.tokens}) > 1
     per_token = 2 * 2 * 8 * 4
     kept = ((3 + len(tokens) - 1) * int(route.sum()) for tokens, route in zip(out.tokens, out.routes, strict=True))
     assert out.kv_bytes == sum(kept) * per_token
-    one = engine.generate([prompts[0]], 6, None, (), on_token=lambda: times.append(2))
+    one = engine.generate([prompts[0]], 6, None, (), on_step=lambda _: times.append(2))
     assert times.count(2) == len(one.tokens[0]) == 6  # as often as there are tokens
 
 
@@ -140,7 +140,7 @@ def test_one_row_ahead_reads_steps_in_order() -> None:
             return super().__call__(tokens)
 
     step.__class__ = Told
-    engine.generate([[5, 6, 7]], 6, eos=(), on_token=lambda: steps.append("read"))
+    engine.generate([[5, 6, 7]], 6, eos=(), on_step=lambda _: steps.append("read"))
     assert steps == ["read", "given", "given", "given", "read", "given", "read", "given", "read", "read", "read"]
 
 
@@ -173,6 +173,39 @@ def test_rows_of_different_routes_lengths_and_ends(batch_size: int, different: s
         kept += (len(prompt) + len(tokens) - 1) * int(route.sum()) * per_token
     assert len({len(tokens) for tokens in out.tokens}) > 3
     assert out.kv_bytes == kept
+
+
+@pytest.mark.parametrize("rule", [None, StepRoutes(torch.ones(2, 6, dtype=torch.bool)), EarlyExit(0.3)])
+def test_prompts_are_given_as_they_end_each_with_its_own_limit(rule: Any) -> None:
+    engine = DecodeEngine(llama(True), 40, 2)
+    prompts, limits = [[5 + row, 3] for row in range(5)], [9, 1, 4, 2, 30]
+    read: dict[int, list[int]] = {place: [] for place in range(5)}
+    order = []
+
+    def take(tokens: dict[int, int]) -> None:
+        for place, token in tokens.items():
+            read[place].append(token)
+
+    whole = engine.generate(prompts, limits, rule, eos=())
+    for place, out in engine.as_completed(prompts, limits, rule, (), take):
+        order.append(place)
+        assert out.tokens == [read[place]] == [whole.tokens[place]] and len(read[place]) == limits[place]
+        assert torch.equal(out.layer_skips[0], whole.layer_skips[place])
+        assert torch.equal(out.routes[0], whole.routes[place])
+    assert order == [1, 2, 3, 0, 4]
+    for prompt, limit, tokens in zip(prompts, limits, whole.tokens, strict=True):
+        assert tokens == alone(llama(True), prompt, rule, limit, eos_token_id=None).sequences[0, 2:].tolist()
+
+
+def test_a_caller_may_stop_listening() -> None:
+    engine = DecodeEngine(llama(True), 40, 2)
+    prompts = [[5 + row, 3] for row in range(5)]
+    before = engine.generate(prompts, 6, eos=()).tokens
+    place, _ = next(engine.as_completed(prompts, [9, 2, 9, 9, 9], eos=()))
+    assert place == 1
+    assert engine.generate(prompts, 6, eos=()).tokens == before
+    with pytest.raises(ValueError, match="at least one token"):
+        engine.as_completed([[]], 4)  # before anything is asked for
 
 
 def test_a_layer_holds_the_rows_that_run_it_and_no_others() -> None:
@@ -309,6 +342,9 @@ def test_skipped_layers_have_no_keys_and_values() -> None:
         ([[5], []], 4, None, "at least one token"),
         ([[5]], 0, None, "max_new_tokens=0"),
         ([[5]] * 2, 40, None, "raise max_length"),
+        ([[5]] * 2, [3, 40], None, "max_new_tokens=40 takes 41 tokens; raise max_length"),
+        ([[5]] * 2, [3], None, "max_new_tokens has 1 values for 2 prompts"),
+        ([[5]] * 2, [3, 0], None, "max_new_tokens=0"),
         ([[5]], 4, torch.ones(5, dtype=torch.bool), "boolean tensor"),
         ([[5]], 4, torch.ones(2, 6, dtype=torch.bool), "2 rows for 1 prompts"),
         ([[5]], 4, EarlyExit(0.5, min_layers=7), "min_layers=7"),

@@ -247,6 +247,8 @@ class EvaluationConfig:
     Attributes:
         limit: Test examples to use (evenly spread), or null for all.
         batch_size: Rows generated together.
+        decoder: "generate" (transformers') or "engine" (the decode engine): what writes the responses and is timed. In
+            float32 both write the same, greedy; drawn tokens differ.
         do_sample, temperature, top_k: Sampling as in the paper (0.8, top-k 10), or greedy.
         num_beams: Beam search when greater than 1.
         confidence, resamples: Of the bootstrap intervals.
@@ -258,6 +260,7 @@ class EvaluationConfig:
 
     limit: int | None = None
     batch_size: int = 32
+    decoder: str = "generate"
     do_sample: bool = False
     temperature: float = 0.8
     top_k: int = 10
@@ -273,6 +276,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "at least 1, or null for all")
+        decoders = ("generate", "engine")
+        _require(self.decoder in decoders, "evaluation.decoder", self.decoder, f"choose one of {', '.join(decoders)}")
+        fits = self.decoder == "generate" or self.num_beams == 1
+        _require(fits, "evaluation.num_beams", self.num_beams, "1 with evaluation.decoder=engine; generate has beams")
         _require(0 < self.temperature < math.inf, "evaluation.temperature", self.temperature, "greater than 0")
         _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
         least = {"batch_size": 1, "top_k": 1, "num_beams": 1, "resamples": 100}
@@ -422,6 +429,8 @@ class ExperimentConfig:
             del config["data"]["bucket"]
         if config["model"]["quantization"] is None:
             del config["model"]["quantization"]
+        if config["evaluation"]["decoder"] == "generate":
+            del config["evaluation"]["decoder"]
         if "skip_prefill" in config["method"] and not config["method"]["skip_prefill"]:
             del config["method"]["skip_prefill"]
         return config

@@ -35,6 +35,9 @@ from firstlab.metrics import (
     perplexity,
 )
 from firstlab.model import EarlyExit, PrunedRoutes, RoutedCache, RouterAugmentedLM, StepRoutes
+from firstlab.model.engine import engine_for
+from firstlab.model.llama_step import check_supported
+from firstlab.model.sampling import Sampling
 from firstlab.timing import measure_tpot
 
 
@@ -103,53 +106,108 @@ def generate_predictions(
         title: For the progress bar.
         progress_bar: Show one.
     """
-    examples, tokenizer = data.test, data.tokenizer
+    examples = data.test
     my_rank, world = rank()
     done = {p.index: p for part in _parts(file) for p in _read(part)}
-    rows = PromptRows(data.task, examples, tokenizer, data.max_prompt_length, data.prompt_option)
+    rows = PromptRows(data.task, examples, data.tokenizer, data.max_prompt_length, data.prompt_option)
     # Batches are cut before finished ones are left out, so that a resumed run pads and samples as an uninterrupted one.
+    # What the engine says, greedy, does not depend on the batch.
+    whole = config.decoder == "generate" or config.do_sample
     batches = [
-        batch
+        batch if whole else [i for i in batch if i not in done]
         for batch in shard_batches(len(examples), config.batch_size, my_rank, world)
         if not all(i in done for i in batch)
     ]
     part = file.with_name(f"{file.stem}.{my_rank}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(part)
-    options: dict[str, Any] = {
-        "max_new_tokens": data.max_new_tokens,
-        "do_sample": config.do_sample,
-        "num_beams": config.num_beams,
-        "pad_token_id": data.pad,
-        "eos_token_id": tokenizer.eos_token_id,
-        "return_dict_in_generate": True,
-    }
-    if config.do_sample:
-        options |= {"temperature": config.temperature, "top_k": config.top_k}
+    decode = _by_engine if config.decoder == "engine" else _by_generate
+    responses = decode(model, data, config, rows, batches, routes, seed)
     with part.open("a", encoding="utf-8") as out:
-        for indices in tqdm(batches, desc=title, unit="batch", disable=not progress_bar or my_rank > 0):
-            batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
-            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-            torch.manual_seed(seed * 1_000_003 + indices[0])
-            result = model.generate(ids, mask, routes=rows_of(routes, indices, model.device), **options)
-            responses = result.sequences[:, ids.shape[1] :].cpu()
-            answers = [
-                _decode(tokenizer, tokens[: examples[i].max_new_tokens], data.pad)
-                for i, tokens in zip(indices, responses, strict=True)
-            ]
-            skips = _skips(result.past_key_values, routes, [count for _, count in answers], config.num_beams)
-            for i, (text, count), shares in zip(indices, answers, skips, strict=True):
-                skipped = [layer for layer, share in enumerate(shares) if share == 1]
-                by_step = shares if isinstance(routes, StepRoutes | EarlyExit) else None
-                example = examples[i]
-                prediction = Prediction(i, example.id, text, count, skipped, example.difficulty, by_step, example.part)
-                done[i] = prediction
-                out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+        quiet, count = not progress_bar or my_rank > 0, sum(map(len, batches))
+        for i, tokens, shares in tqdm(responses, desc=title, unit="prompt", total=count, disable=quiet):
+            text: Any = data.tokenizer.decode(tokens, skip_special_tokens=True)
+            skipped = [layer for layer, share in enumerate(shares) if share == 1]
+            by_step = shares if isinstance(routes, StepRoutes | EarlyExit) else None
+            example = examples[i]
+            done[i] = Prediction(
+                i, example.id, text.strip(), len(tokens), skipped, example.difficulty, by_step, example.part
+            )
+            out.write(json.dumps(asdict(done[i]), ensure_ascii=False) + "\n")
             out.flush()
     if world > 1:
         dist.barrier()
         done = {p.index: p for part in _parts(file) for p in _read(part)}
     return [done[i] for i in range(len(examples))]
+
+
+#: A prompt's place in the test set, its response with the EOS token, and of each layer the share of its decode steps
+#: that skipped it.
+_Response = tuple[int, list[int], list[float]]
+
+
+def _by_generate(
+    model: RouterAugmentedLM,
+    data: PromptDataModule,
+    config: EvaluationConfig,
+    rows: PromptRows,
+    batches: Sequence[Sequence[int]],
+    routes: Routes | None,
+    seed: int,
+) -> Iterator[_Response]:
+    """Through transformers' `generate`, batch by batch."""
+    options: dict[str, Any] = {
+        "max_new_tokens": data.max_new_tokens,
+        "do_sample": config.do_sample,
+        "num_beams": config.num_beams,
+        "pad_token_id": data.pad,
+        "eos_token_id": data.tokenizer.eos_token_id,
+        "return_dict_in_generate": True,
+    }
+    if config.do_sample:
+        options |= {"temperature": config.temperature, "top_k": config.top_k}
+    for indices in batches:
+        batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        torch.manual_seed(seed * 1_000_003 + indices[0])
+        result = model.generate(ids, mask, routes=rows_of(routes, indices, model.device), **options)
+        responses = [
+            _until_end(tokens[: data.test[i].max_new_tokens], data)
+            for i, tokens in zip(indices, result.sequences[:, ids.shape[1] :].tolist(), strict=True)
+        ]
+        skips = _skips(result.past_key_values, routes, [len(tokens) for tokens in responses], config.num_beams)
+        yield from zip(indices, responses, skips, strict=True)
+
+
+def _by_engine(
+    model: RouterAugmentedLM,
+    data: PromptDataModule,
+    config: EvaluationConfig,
+    rows: PromptRows,
+    batches: Sequence[Sequence[int]],
+    routes: Routes | None,
+    seed: int,
+) -> Iterator[_Response]:
+    """Through the decode engine: a prompt that waits takes the place of one that has ended."""
+    if not batches:
+        return
+    prompts = {i: rows[i].prompt for batch in batches for i in batch}
+    limits = {i: min(data.max_new_tokens, data.test[i].max_new_tokens or data.max_new_tokens) for i in prompts}
+    longest = max(len(prompts[i]) + limits[i] for i in prompts)
+    engine = engine_for(model, longest, min(config.batch_size, len(prompts)))
+    # Drawn tokens depend on the prompts beside them: a batch stays what it is, also in a run that goes on. Greedy ones
+    # do not: long prompts first, so that none is left alone at the end, and those read together are of one length.
+    groups = batches if config.do_sample else [sorted(prompts, key=lambda i: (-len(prompts[i]), i))]
+    for group in groups:
+        drawn = Sampling(config.temperature, config.top_k, seed=seed * 1_000_003 + group[0])
+        for place, out in engine.as_completed(
+            [prompts[i] for i in group],
+            [limits[i] for i in group],
+            rows_of(routes, group, torch.device("cpu")),
+            [] if data.tokenizer.eos_token_id is None else [data.tokenizer.eos_token_id],
+            sampling=drawn if config.do_sample else None,
+        ):
+            yield group[place], _until_end(out.tokens[0], data), out.layer_skips[0].tolist()
 
 
 def _skips(cache: RoutedCache, routes: Routes | None, new_tokens: Sequence[int], beams: int) -> list[list[float]]:
@@ -161,14 +219,24 @@ def _skips(cache: RoutedCache, routes: Routes | None, new_tokens: Sequence[int],
     return (~cache.routes[::beams]).float().tolist()
 
 
-def _decode(tokenizer: Any, tokens: Tensor, pad: int) -> tuple[str, int]:
-    ids = tokens.tolist()
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
-    else:
-        while ids and ids[-1] == pad:
-            ids.pop()
-    return tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids)
+def _until_end(tokens: list[int], data: PromptDataModule) -> list[int]:
+    """A response up to its EOS token; without one, without the padding behind it."""
+    end = data.tokenizer.eos_token_id
+    if end in tokens:
+        return tokens[: tokens.index(end) + 1]
+    length = len(tokens)
+    while length and tokens[length - 1] == data.pad:
+        length -= 1
+    return tokens[:length]
+
+
+def check_decoder(model: RouterAugmentedLM, option: str, decoder: str) -> None:
+    """Raises ValueError, with the option's name, if the decode engine is wanted and does not know the model."""
+    if decoder == "engine":
+        try:
+            check_supported(model.lm)
+        except ValueError as error:
+            raise ValueError(f"{option}={decoder}: {error} ({option}=generate)") from error
 
 
 def _parts(file: Path) -> list[Path]:
@@ -368,6 +436,7 @@ def evaluate_variant(
         static: See `skip_statistics`.
         Others: As in `generate_predictions`.
     """
+    check_decoder(model, "evaluation.decoder", config.decoder)
     model.eval()
     file = directory / f"{name}.jsonl"
     predictions = generate_predictions(model, data, config, file, routes, seed, f"generate ({name})", progress_bar)
@@ -395,6 +464,7 @@ def evaluate_variant(
                 config.tpot_prompts,
                 config.tpot_tokens,
                 config.tpot_repetitions,
+                config.decoder == "engine",
             )
         examples["scores"] = {key: results.pack(score.rows) for key, score in scores.items() if len(score.rows)}
         result["examples"] = examples

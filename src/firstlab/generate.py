@@ -12,9 +12,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from firstlab.entry import guarded, parse_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from firstlab.model import RouterAugmentedLM, Routes
 
 
 @dataclass
@@ -28,6 +33,7 @@ class GenerateConfig:
         question: The question, for QA runs.
         part: Which task of a mixture the text is for.
         max_new_tokens: Length limit; the run's own by default.
+        decoder: "generate" (transformers'), or "engine": the same text, greedy in float32, and faster.
         quantization: int8 for 8-bit weights in the decoder layers, or null.
         do_sample, temperature, top_k: Sampling instead of greedy decoding.
         seed: For sampling.
@@ -39,6 +45,7 @@ class GenerateConfig:
     question: str = ""
     part: str = ""
     max_new_tokens: int | None = None
+    decoder: str = "generate"
     quantization: str | None = None
     do_sample: bool = False
     temperature: float = 0.8
@@ -67,6 +74,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
     if options.prompt not in ("task", "raw"):
         raise ValueError(f"prompt={options.prompt!r} is not allowed: choose one of task, raw")
+    if options.decoder not in ("generate", "engine"):
+        raise ValueError(f"decoder={options.decoder!r} is not allowed: choose one of generate, engine")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={options.max_new_tokens} must be at least 1")
     text = " ".join(words) if words else sys.stdin.read().strip()
@@ -74,11 +83,11 @@ def main(arguments: list[str]) -> None:
         raise ValueError("the text is not valid UTF-8; convert it")
 
     import torch
-    from transformers import TextStreamer
 
     from firstlab.build import build_data, load_run
     from firstlab.data.encoding import fit_prompt, prompt_ids
     from firstlab.data.task import Example
+    from firstlab.evaluation import check_decoder
     from firstlab.model import RouterAugmentedLM, load_tokenizer
     from firstlab.model.quantization import check_quantization, quantize
     from firstlab.routes import decided_routes
@@ -105,6 +114,7 @@ def main(arguments: list[str]) -> None:
             routes = torch.ones(model.num_layers, dtype=torch.bool)
         tokenizer = load_tokenizer(options.run)
         limit, new_tokens = 0, options.max_new_tokens or 80
+    check_decoder(model, "decoder", options.decoder)
     if options.prompt == "task":
         assert task is not None
         if task.parts.get(options.part, task).kind == "qa" and not options.question:
@@ -121,12 +131,26 @@ def main(arguments: list[str]) -> None:
         )
     if options.quantization is not None:
         quantize(model.merge_and_unload().lm, options.quantization)
+    if options.decoder == "engine":
+        skips = _by_engine(model, tokenizer, ids[0].tolist(), routes, new_tokens, options)
+    else:
+        skips = _by_generate(model, tokenizer, ids, routes, new_tokens, options)
+    print(layer_map(skips))
+
+
+def _by_generate(
+    model: RouterAugmentedLM, tokenizer: Any, ids: Tensor, routes: Routes | None, limit: int, options: GenerateConfig
+) -> list[float]:
+    """Stream through transformers' `generate`; of each layer, the share of decode steps that skipped it."""
+    import torch
+    from transformers import TextStreamer
+
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(
         ids,
         routes=routes.to(model.device) if isinstance(routes, torch.Tensor) else routes,
-        max_new_tokens=new_tokens,
+        max_new_tokens=limit,
         do_sample=options.do_sample,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -134,7 +158,37 @@ def main(arguments: list[str]) -> None:
         return_dict_in_generate=True,
         **sampling,
     )
-    print(layer_map(result.past_key_values.layer_skips()[0].tolist()))
+    shares: list[float] = result.past_key_values.layer_skips()[0].tolist()
+    return shares
+
+
+def _by_engine(
+    model: RouterAugmentedLM,
+    tokenizer: Any,
+    prompt: list[int],
+    routes: Routes | None,
+    limit: int,
+    options: GenerateConfig,
+) -> list[float]:
+    """Stream through the decode engine; of each layer, the share of decode steps that skipped it."""
+    import torch
+    from transformers import TextStreamer
+
+    from firstlab.model.engine import DecodeEngine
+    from firstlab.model.sampling import Sampling
+
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    out = DecodeEngine(model.merge_and_unload(), len(prompt) + limit).generate(
+        [prompt],
+        limit,
+        routes,
+        [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+        on_step=lambda read: streamer.put(torch.tensor(list(read.values()))),
+        sampling=Sampling(options.temperature, options.top_k, seed=options.seed) if options.do_sample else None,
+    )
+    streamer.end()
+    shares: list[float] = out.layer_skips[0].tolist()
+    return shares
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from firstlab.model import RouterAugmentedLM, RouterSettings
 from firstlab.model.engine import DecodeEngine
 from firstlab.model.graphs import Graphs
 from firstlab.model.layers import find_decoder
-from firstlab.model.quantization import is_quantized, quantize, stored_bytes
+from firstlab.model.llama_step import orders_anew
+from firstlab.model.quantization import quantize, stored_bytes
 from firstlab.model.storage import load_base
 from firstlab.timing import Stopwatch, synchronize
 
@@ -176,7 +177,7 @@ class Models:
     @cached_property
     def for_engine(self) -> RouterAugmentedLM:
         """`routed`, with weights of its own where the engine orders them anew: the ways beside it keep theirs."""
-        if self.plain.device.type != "cpu" or self.plain.dtype != torch.float32 or is_quantized(self.plain):
+        if not orders_anew(self.plain):
             return self.routed
         return RouterAugmentedLM(deepcopy(self.plain), self.routed.routers.settings)
 
@@ -325,7 +326,7 @@ class Cell:
         watch = Stopwatch(device)
         start, cpu = time.perf_counter(), time.thread_time()
         if engine is not None:
-            out = engine.generate(self.prompts, self.tokens, variant.route, eos=(), on_token=watch.note)
+            out = engine.generate(self.prompts, self.tokens, variant.route, eos=(), on_step=lambda _: watch.note())
             kv_bytes = out.kv_bytes
         else:
             kv_bytes = self._generate(variant, watch)

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.data.encoding import PromptRows, collate_prompts
+from firstlab.data.encoding import PromptRows
 from firstlab.model import RouterAugmentedLM, Routes
+from firstlab.model.engine import DecodeEngine, engine_for
 
 
 def synchronize(device: torch.device) -> None:
@@ -62,26 +63,31 @@ class Stopwatch(LogitsProcessor):
 
 
 def time_generation(
-    model: RouterAugmentedLM, batch: dict[str, Tensor], routes: Routes, tokens: int
+    decoder: RouterAugmentedLM | DecodeEngine, prompt: Sequence[int], routes: Routes, tokens: int
 ) -> tuple[float, float]:
     """(TTFT, TPOT) in seconds of one greedy generation of exactly `tokens` tokens; TPOT is the median decode step.
 
     Args:
-        model: The model.
-        batch: input_ids and attention_mask [1, T].
+        decoder: The model, which decodes through transformers' `generate`, or the engine.
+        prompt: Token ids.
         routes: [L] boolean, or a rule for each step.
         tokens: New tokens, at least 2.
     """
-    watch = Stopwatch(batch["input_ids"].device)
-    model.generate(
-        batch["input_ids"],
-        batch["attention_mask"],
-        routes=routes,
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([watch]),
-    )
+    if isinstance(decoder, DecodeEngine):
+        watch = Stopwatch(decoder.model.device)
+        decoder.generate([prompt], tokens, routes, eos=(), on_step=lambda _: watch.note())
+    else:
+        ids = torch.tensor([prompt], device=decoder.device)
+        watch = Stopwatch(decoder.device)
+        decoder.generate(
+            ids,
+            torch.ones_like(ids),
+            routes=routes,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([watch]),
+        )
     times = watch.times
     return times[0], float(np.median(np.diff(times)))
 
@@ -93,8 +99,9 @@ def measure_tpot(
     prompts: int,
     tokens: int,
     repetitions: int,
+    engine: bool = False,
 ) -> dict[str, Any]:
-    """TPOT ratio routed ÷ dense at batch size 1, through transformers' generate.
+    """TPOT ratio routed ÷ dense at batch size 1.
 
     Each prompt is decoded with every layer and with the route it got, one right after the other, after a warm-up.
 
@@ -105,31 +112,32 @@ def measure_tpot(
         prompts: How many, evenly spread.
         tokens: New tokens each.
         repetitions: Times each is repeated.
+        engine: Through the decode engine instead of transformers' `generate`.
 
     Returns:
         Medians in seconds, the median ratio and its quartiles.
     """
     indices = np.unique(np.linspace(0, len(routes) - 1, min(prompts, len(routes))).astype(int))
     rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    chosen = [rows[int(index)].prompt for index in indices]
+    decoder: RouterAugmentedLM | DecodeEngine = model
+    if engine:
+        decoder = engine_for(model, max(map(len, chosen)) + tokens, 1)
     dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
     dense_times, routed_times = [], []
-    warm = False
-    for index in indices:
-        batch = collate_prompts([rows[int(index)]], pad=data.pad)
-        batch = {k: v.to(model.device) for k, v in batch.items()}
+    for place, (index, prompt) in enumerate(zip(indices, chosen, strict=True)):
         routed = routes[int(index)]
         routed = routed.to(model.device) if isinstance(routed, Tensor) else routed
-        if not warm:
-            time_generation(model, batch, dense, tokens)
-            time_generation(model, batch, routed, tokens)
-            warm = True
-        for _ in range(repetitions):
-            dense_times.append(time_generation(model, batch, dense, tokens))
-            routed_times.append(time_generation(model, batch, routed, tokens))
+        for repetition in range(repetitions + (place == 0)):
+            times = [time_generation(decoder, prompt, each, tokens) for each in (dense, routed)]
+            if place or repetition:  # the first pair is a warm-up
+                dense_times.append(times[0])
+                routed_times.append(times[1])
     dense_ttft, dense_tpot = np.array(dense_times).T
     routed_ttft, routed_tpot = np.array(routed_times).T
     ratios = routed_tpot / dense_tpot
     return {
+        "decoder": "engine" if engine else "generate",
         "batch_size": 1,
         "tokens": tokens,
         "measurements": len(ratios),

@@ -10,7 +10,8 @@ read while the next step runs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from firstlab.model.early_exit import EarlyExit
 from firstlab.model.graph_step import GraphStep
 from firstlab.model.graphs import Graphs
-from firstlab.model.llama_step import LlamaStep
+from firstlab.model.llama_step import LlamaStep, orders_anew
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import Routes, StepRoutes, check_routes, layer_skips
 from firstlab.model.sampling import Sampling, chooser
@@ -88,28 +89,28 @@ class _Task:
     Attributes:
         routes: As given.
         choose: Next tokens [B] of logits [B, V].
-        max_new_tokens: Of every row.
+        limits: New tokens of each prompt, at most.
         ends: Tokens that end a row.
         lookahead: Steps given to the device before the first of them is read.
-        notify: Called when tokens have been read.
+        notify: Called with what has been read, prompt to token.
         dropped: Decode step to the layers that the step before still ran.
     """
 
     routes: Routes | None
     choose: Callable[[Tensor], Tensor]
-    max_new_tokens: int
+    limits: Sequence[int]
     ends: set[int]
     lookahead: int
-    notify: Callable[[], None]
+    notify: Callable[[dict[int, int]], None]
     dropped: dict[int, list[int]]
 
     def has_ended(self, row: _Row) -> bool:
-        return len(row.tokens) >= self.max_new_tokens or row.tokens[-1] in self.ends
+        return len(row.tokens) >= self.limits[row.index] or row.tokens[-1] in self.ends
 
     def safe_steps(self, rows: list[_Row]) -> int:
         """How many steps no row is too long for, and none runs other layers than now."""
         until_drops = (step - len(row.tokens) + 1 for step in self.dropped for row in rows)
-        return min([self.max_new_tokens - len(row.tokens) for row in rows] + [n for n in until_drops if n > 0])
+        return min([self.limits[row.index] - len(row.tokens) for row in rows] + [n for n in until_drops if n > 0])
 
 
 class _Reading:
@@ -171,48 +172,77 @@ class DecodeEngine:
             else GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device), self.mode == "compiled")
         )
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         routes: Routes | None = None,
         eos: Sequence[int] | None = None,
-        on_token: Callable[[], None] | None = None,
+        on_step: Callable[[dict[int, int]], None] | None = None,
         sampling: Sampling | None = None,
     ) -> EngineOutput:
         """Decode every prompt.
 
         Args:
             prompts: Token ids of each, without padding.
-            max_new_tokens: At most, per prompt.
+            max_new_tokens: At most, for all prompts or for each.
             routes: [L] or [B, L] boolean, `StepRoutes`, `EarlyExit` or `PrunedRoutes`; None: the routers decide.
             eos: Tokens that end a row; the model's own by default, () for none.
-            on_token: Called after prefill and after each decode step, when its tokens are on the host.
+            on_step: Called after prefill and after each decode step, when its tokens are on the host: prompt to token.
             sampling: How tokens are drawn; None: greedy.
 
         Raises:
             ValueError: No or empty prompts, too long for `max_length`, routes that do not fit, or a model that was
                 moved or converted after the engine was made.
         """
-        self._check(prompts, max_new_tokens, routes)
+        rows = list(self._rows(prompts, max_new_tokens, routes, eos, on_step, sampling))
+        return self._output(sorted(rows, key=lambda row: row.index), routes)
+
+    def as_completed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        routes: Routes | None = None,
+        eos: Sequence[int] | None = None,
+        on_step: Callable[[dict[int, int]], None] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[tuple[int, EngineOutput]]:
+        """As `generate`, but each prompt as soon as it has ended: its place among `prompts`, and its output (B = 1)."""
+        rows = self._rows(prompts, max_new_tokens, routes, eos, on_step, sampling)
+        return ((row.index, self._output([row], routes)) for row in rows)
+
+    def _rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        routes: Routes | None,
+        eos: Sequence[int] | None,
+        on_step: Callable[[dict[int, int]], None] | None,
+        sampling: Sampling | None,
+    ) -> Iterator[_Row]:
+        """Every prompt's row, as they end. What cannot work is refused here, not when the first row is asked for."""
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        self._check(prompts, limits, routes)
         if eos is None:
             given = self.model.lm.generation_config.eos_token_id
             eos = [] if given is None else given if isinstance(given, list) else [given]
         task = _Task(
             routes,
             chooser(sampling, self.model.device),
-            max_new_tokens,
+            limits,
             set(eos),
             # A step in vain would draw for the other rows, too.
             0 if sampling is not None or isinstance(routes, EarlyExit) else self.lookahead,
-            on_token or (lambda: None),
+            on_step or (lambda tokens: None),
             _dropped(routes) if isinstance(routes, StepRoutes) else {},
         )
+        return self._decode(prompts, task)
+
+    @torch.no_grad()
+    def _decode(self, prompts: Sequence[Sequence[int]], task: _Task) -> Iterator[_Row]:
         waiting = deque(range(len(prompts)))
         ready: deque[_Row] = deque()
         active: list[_Row] = []  # as numbered by the step
-        done: list[_Row] = []
         self.step.clear()
 
         while waiting or ready or active:
@@ -224,23 +254,25 @@ class DecodeEngine:
                 active.append(row)
             elif free and waiting:
                 batch = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch_size))]
-                for row in self._prefill(prompts, batch, task):
-                    (done if task.has_ended(row) else ready).append(row)
-                task.notify()
+                rows = self._prefill(prompts, batch, task)
+                task.notify({row.index: row.tokens[0] for row in rows})
+                for row in rows:
+                    if task.has_ended(row):
+                        yield row
+                    else:
+                        ready.append(row)
             else:
                 self._advance(active, task)
                 for place in reversed(range(len(active))):
                     row = active[place]
                     if task.has_ended(row):
-                        done.append(row)
                         self.step.leave(place)
                         last = active.pop()
                         if last is not row:
                             active[place] = last
+                        yield row
                     elif layers := task.dropped.get(len(row.tokens) - 1):
                         self.step.drop(place, layers)
-        done.sort(key=lambda row: row.index)
-        return self._output(done, routes)
 
     def _output(self, rows: list[_Row], routes: Routes | None) -> EngineOutput:
         fixed = not isinstance(routes, StepRoutes | EarlyExit)
@@ -258,16 +290,18 @@ class DecodeEngine:
             [row.tokens for row in rows], every_route, torch.stack(skips), kept * per_token, dense * per_token
         )
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, routes: Routes | None) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], routes: Routes | None) -> None:
         if not self.step.is_current():
             raise ValueError("the model was moved or converted after its engine was made; make a new DecodeEngine")
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("every prompt needs at least one token (for instance the BOS token)")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        needed = max(map(len, prompts)) + max_new_tokens
+        if len(limits) != len(prompts):
+            raise ValueError(f"max_new_tokens has {len(limits)} values for {len(prompts)} prompts; give one per prompt")
+        if min(limits) < 1:
+            raise ValueError(f"max_new_tokens={min(limits)} must be at least 1")
+        needed, limit = max((len(prompt) + limit, limit) for prompt, limit in zip(prompts, limits, strict=True))
         if needed > self.max_length:
-            raise ValueError(f"a prompt with max_new_tokens={max_new_tokens} takes {needed} tokens; raise max_length")
+            raise ValueError(f"a prompt with max_new_tokens={limit} takes {needed} tokens; raise max_length")
         if routes is not None:
             check_routes(routes, self.model.num_layers)
             if isinstance(routes, Tensor) and routes.ndim == 2 and len(routes) != len(prompts):
@@ -309,11 +343,13 @@ class DecodeEngine:
                 left -= 1
                 if left and len(on_the_way) <= task.lookahead:
                     continue
+            read = {}
             for row, token in zip(active, on_the_way.popleft().tolist(), strict=True):
                 if not task.has_ended(row):  # else the step was in vain
                     row.tokens.append(token)
                     row.length += 1
-            task.notify()
+                    read[row.index] = token
+            task.notify(read)
             if any(map(task.has_ended, active)):
                 left = 0
 
@@ -326,6 +362,14 @@ class DecodeEngine:
         for row, depth in zip(active, depths.tolist(), strict=True):
             row.depths.append(depth)
         return logits
+
+
+def engine_for(model: RouterAugmentedLM, max_length: int, max_batch_size: int) -> DecodeEngine:
+    """An engine for a model that other work goes on with: what it computes stays the same to the last bit.
+
+    Where an engine would order the weights anew, which rounds differently, it gets a copy of the model.
+    """
+    return DecodeEngine(deepcopy(model) if orders_anew(model.lm) else model, max_length, max_batch_size)
 
 
 def _dropped(schedule: StepRoutes) -> dict[int, list[int]]:

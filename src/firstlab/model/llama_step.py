@@ -39,6 +39,12 @@ def check_supported(lm: nn.Module) -> None:
         raise ValueError(f"{name} with partial_rotary_factor={share}: the decode engine turns whole heads; {way_out}")
 
 
+def orders_anew(lm: nn.Module) -> bool:
+    """Whether a step keeps the weights of this model column by column: a CPU reads float32 up to a third faster so."""
+    weight = next(lm.parameters())
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and not is_quantized(lm)
+
+
 def _fuse(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
     """One weight for several maps of one input. The modules become views of it, so nothing is stored twice.
 

@@ -21,7 +21,7 @@ from firstlab.tables.grid import Run, level_keys
 
 #: Settings that decide what a run is, beside its level; where one ran and what was measured does not.
 _SECTIONS = ("method", "router", "lora", "router_phase", "lora_phase")
-_DECODING = ("do_sample", "temperature", "top_k", "num_beams")
+_DECODING = ("decoder", "do_sample", "temperature", "top_k", "num_beams")
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +156,7 @@ def _record(file: Path) -> Record:
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     chosen: dict[str, Any] = {section: config.get(section, {}) for section in _SECTIONS}
     decoding = {key: value for key, value in config.get("evaluation", {}).items() if key in _DECODING}
+    decoding = {"decoder": "generate"} | decoding  # as recorded before there was a choice
     if decoding.get("do_sample") is False:
         decoding = {key: value for key, value in decoding.items() if key not in ("temperature", "top_k")}
     chosen["evaluation"] = decoding
