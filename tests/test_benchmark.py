@@ -77,6 +77,19 @@ def test_mixed_routes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"mixed routes: {percent} % of the throughput of one shared route ({row['routes']} routes" in printed
 
 
+def test_a_queue(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"decoders": ["engine"], "batch_sizes": [1], "skip_rates": [0.33]}
+    record = measure(settings(folder, queue=7, queue_batch_size=3, **options))
+    print_tables(record)
+    rows = record["queues"]
+    assert [(row["prompts"], row["batch_size"], row["skip_rate_asked"]) for row in rows] == [(7, 3, 0.0), (7, 3, 0.33)]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert len(row["speedup_of_repetitions"]) == 2
+        assert row["speedup_over_generate"] == pytest.approx(np.median(row["speedup_of_repetitions"]))
+        assert f"{100 * row['skip_rate']:.1f} % skipped: {row['tokens_per_s']:.0f} tokens/s" in printed
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_bytes_by_hand(tied: bool) -> None:
     config = LlamaConfig(
@@ -242,6 +255,8 @@ def test_weights_larger_than_the_memory_are_refused() -> None:
         ({"mixed_routes": [8], "mixed_batch_size": 4}, r"mixed_routes=\[8\].*mixed_batch_size=4"),
         ({"mixed_routes": [8], "decoders": ["generate"]}, r"mixed_routes=\[8\].*decoders=\['generate'\]"),
         ({"mixed_batch_size": 1}, "mixed_batch_size=1"),
+        ({"queue": -1}, "queue=-1"),
+        ({"queue_batch_size": 0}, "queue_batch_size=0"),
         ({"warmup": -1}, "warmup=-1"),
         ({"repetitions": 0}, "repetitions=0"),
         ({"routes": "random"}, "routes='random'.*spread, paper"),
@@ -277,6 +292,8 @@ def test_model_that_the_engine_does_not_know(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"decoders: GPT2LMHeadModel.*decoders=\[transformers,generate\]"):
         measure(settings(tmp_path))
+    with pytest.raises(ValueError, match="queue: GPT2LMHeadModel.*so set queue=0"):
+        measure(settings(tmp_path, decoders=["transformers", "generate"], queue=3))
     record = measure(settings(tmp_path, decoders=["transformers", "generate"]))
     assert {row["decoder"] for row in record["cells"][0]["variants"]} == {"transformers", "generate"}
 

@@ -22,6 +22,7 @@ LAYERS = (
         "evaluation",
         "timing",
         "speed",
+        "throughput",
         "tracking",
         "config",
         "targets",

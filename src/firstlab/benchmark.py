@@ -44,6 +44,9 @@ class BenchmarkConfig:
         mixed_routes: Numbers of different routes in one batch of the engine, compared with one route that all rows
             share; empty for none.
         mixed_batch_size: Rows of such a batch.
+        queue: Prompts of different lengths, with responses of different lengths, that wait for a place in a batch:
+            throughput of the engine beside `generate` batch by batch; 0 for none.
+        queue_batch_size: Rows of such a batch.
         tokens: New tokens per row.
         warmup: Rounds of all variants before the first that counts.
         repetitions: Rounds that count.
@@ -64,6 +67,8 @@ class BenchmarkConfig:
     prompt_lengths: list[int] = field(default_factory=lambda: [128])
     mixed_routes: list[int] = field(default_factory=list)
     mixed_batch_size: int = 32
+    queue: int = 0
+    queue_batch_size: int = 8
     tokens: int = 32
     warmup: int = 1
     repetitions: int = 5
@@ -101,6 +106,8 @@ class BenchmarkConfig:
         require(fits, "mixed_routes", f"each from 2 to mixed_batch_size={self.mixed_batch_size}")
         needs = not self.mixed_routes or "engine" in self.decoders
         require(needs, "mixed_routes", f"they run on the engine, which decoders={self.decoders} leaves out; add it")
+        require(self.queue >= 0, "queue", "at least 1, or 0 for none")
+        require(self.queue_batch_size >= 1, "queue_batch_size", "at least 1")
         require(self.tokens >= 2, "tokens", "at least 2, one from prefill and one from decode")
         require(0 <= self.least_cpu_share <= 1, "least_cpu_share", "between 0 and 1")
         require(self.warmup >= 0, "warmup", "at least 0")
@@ -160,7 +167,8 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from firstlab import results
     from firstlab.build import model_path
     from firstlab.model import RouterSettings
-    from firstlab.speed import PLAIN, Cell, MixedRoutes, Models, Variant, copy_bandwidth
+    from firstlab.speed import PLAIN, Cell, Models, Variant, copy_bandwidth
+    from firstlab.throughput import MixedRoutes, Queue
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
@@ -192,6 +200,14 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         for length in (config.prompt_lengths if config.mixed_routes else [])
         for name, each in models.items()
     ]
+    queues = [
+        Queue(
+            *(each, name, config.skip_rates, config.queue, config.queue_batch_size),
+            *(length, config.tokens, config.seed),
+        )
+        for length in (config.prompt_lengths if config.queue else [])
+        for name, each in models.items()
+    ]
     bandwidth = copy_bandwidth(device, config.copy_mib << 20)
     cells = []
     for batch_size, prompt_length in product(config.batch_sizes, config.prompt_lengths):
@@ -213,6 +229,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         "copy_bandwidth_bytes_per_s": bandwidth,
         "cells": cells,
         "mixed_routes": [row for each in mixed for row in each.measure(config.warmup, config.repetitions)],
+        "queues": [row for each in queues for row in each.measure(config.warmup, config.repetitions)],
         **results.provenance(),
         "device": torch.cuda.get_device_name() if name == "cuda" else results.processor_name(),
     }
@@ -275,6 +292,14 @@ def print_tables(record: dict[str, Any]) -> None:
             f"({routes}, batch {row['batch_size']}, prompt of {row['prompt_length']} tokens, "
             f"{100 * row['skip_rate']:.1f} % skipped, {row['tokens_per_s']:.0f} tokens/s; "
             f"by the bytes read {100 * row['limit_ratio']:.0f} %)"
+        )
+    for row in record["queues"]:
+        weights = f", {row['quantization']}" if row["quantization"] else ""
+        print(
+            f"queue of {row['prompts']} prompts of different lengths, batch {row['batch_size']}{weights}, "
+            f"{100 * row['skip_rate']:.1f} % skipped: {row['tokens_per_s']:.0f} tokens/s, "
+            f"{row['speedup_over_generate']:.2f} times those of generate, batch by batch "
+            f"({row['tokens_per_s_generate']:.0f})"
         )
     share = min(row["cpu_share"] for cell in record["cells"] for row in cell["variants"])
     if share < record["settings"]["least_cpu_share"]:
