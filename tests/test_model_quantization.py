@@ -18,7 +18,7 @@ from firstlab.config import ModelConfig, SpeedModelConfig, conf_dir
 from firstlab.experiment import Experiment
 from firstlab.model import LoraSettings, quantization
 from firstlab.model.engine import DecodeEngine
-from firstlab.model.quantization import Int8Linear, is_quantized, quantize, stored_bytes
+from firstlab.model.quantization import Int4Linear, Int8Linear, is_quantized, quantize, stored_bytes
 from firstlab.speed import Models, read_bytes
 from models import random_routes, routed_model, tiny_model
 from tape import Tape
@@ -28,10 +28,13 @@ WITHOUT = "torchao is not installed: pip install 'firstlab[quantization]'"
 PROMPTS = [[5, 9, 33], [8, 41, 7, 60, 3, 12], [90], [4, 4, 17, 22]]
 
 
-def quantized(architecture: str = "llama") -> RouterAugmentedLM:
+BOTH = pytest.mark.parametrize("name", ["int8", "int4"])
+
+
+def quantized(name: str, architecture: str = "llama") -> RouterAugmentedLM:
     pytest.importorskip("torchao", reason=WITHOUT)
     model = routed_model(architecture)
-    quantize(model.lm, "int8")
+    quantize(model.lm, name)
     return model
 
 
@@ -40,10 +43,11 @@ def expected(model: RouterAugmentedLM, prompt: list[int], route: Any) -> list[in
     return out[0, len(prompt) :].tolist()
 
 
+@BOTH
 @pytest.mark.parametrize("mode", ["eager", "graphs"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
-def test_engine_gives_the_tokens_of_generate(architecture: str, mode: str) -> None:
-    model = quantized(architecture)
+def test_engine_gives_the_tokens_of_generate(architecture: str, mode: str, name: str) -> None:
+    model = quantized(name, architecture)
     engine: Any = DecodeEngine(model, 20, 3, mode)
     if mode == "graphs":
         engine.step._graphs = Tape()  # after the first time it reads fixed memory only
@@ -53,21 +57,23 @@ def test_engine_gives_the_tokens_of_generate(architecture: str, mode: str) -> No
             assert out.tokens[row] == expected(model, prompt, None if routes is None else routes[row])
 
 
+@BOTH
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
-def test_keys_and_values_alone_are_those_of_the_whole_projection(architecture: str) -> None:
-    step: Any = DecodeEngine(quantized(architecture), 20, 3, "eager").step
+def test_keys_and_values_alone_are_those_of_the_whole_projection(architecture: str, name: str) -> None:
+    step: Any = DecodeEngine(quantized(name, architecture), 20, 3, "eager").step
     x, layer = torch.randn(3, 32), step.layers[1]
     with torch.no_grad():
         whole = layer.project(x, step.cos[4:5], step.sin[4:5])
         torch.testing.assert_close(layer.project_keys_values(x, step.cos[4:5], step.sin[4:5]), whole[:, step.heads :])
 
 
+@BOTH
 @pytest.mark.parametrize("mode", ["eager", "graphs"])
-def test_engine_made_before_quantizing_is_refused(mode: str) -> None:
+def test_engine_made_before_quantizing_is_refused(mode: str, name: str) -> None:
     pytest.importorskip("torchao", reason=WITHOUT)
     model = routed_model()
     engine = DecodeEngine(model, 20, 3, mode)
-    quantize(model.lm, "int8")
+    quantize(model.lm, name)
     with pytest.raises(ValueError, match="make a new DecodeEngine"):
         engine.generate(PROMPTS, 8)
     engine = DecodeEngine(model, 20, 3, mode)
@@ -105,6 +111,52 @@ def test_product_with_integers(dtype: torch.dtype, biased: bool) -> None:
     assert torch.equal(module(x.mT.contiguous().mT), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_product_with_four_bits(dtype: torch.dtype, biased: bool) -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 48, biased, dtype=dtype)
+    module, x = Int4Linear(linear), torch.randn(2, 9, 96).to(dtype)
+    # By hand: 16 steps from the least to the largest number of a group, each number at the nearest.
+    groups = linear.weight.detach().double().view(48, 3, 32)
+    least, largest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = (largest - least) / 15
+    expanded = (least + ((groups - least) / step).round() * step).view(48, 96)
+    with torch.no_grad():
+        out = module(x)
+        identity = module(torch.eye(96, dtype=dtype)).T
+    if biased:
+        identity = identity - linear.bias[:, None]
+    eps = torch.finfo(dtype).eps
+    # Scales and zeros are rounded to the type, too, which may move a number that lies between two steps.
+    off = (identity.double() - expanded).abs() - 40 * eps * groups.abs().amax()
+    assert (off <= step.repeat_interleave(32, -1).view(48, 96)).all() and (off <= 0).double().mean() > 0.9
+    expected = x.double() @ identity.double().T + (linear.bias.double() if biased else 0)
+    allowed = 4 * eps * (x.double().abs() @ identity.double().abs().T + 1)
+    assert out.dtype == dtype and ((out.double() - expected).abs() <= allowed).all()
+    # A row's result depends neither on its neighbours nor on how it lies in memory.
+    with torch.no_grad():
+        apart = [module(row.unsqueeze(0)) for row in x.view(18, 96)]
+        assert torch.equal(torch.cat(apart).view_as(out), out)
+        assert torch.equal(module(x.transpose(0, 1)), out.transpose(0, 1))
+        assert torch.equal(module(x.mT.contiguous().mT), out)
+    assert stored_bytes(module.weight) + stored_bytes(module.scales_and_zeros) == 48 * 96 // 2 + 48 * 3 * 2 * x.itemsize
+
+
+def test_maps_that_do_not_fit_four_bits_stay_whole() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    lm: Any = tiny_model("llama")
+    mlp = lm.model.layers[0].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = nn.Linear(32, 40), nn.Linear(32, 40), nn.Linear(40, 32)
+    before = lm.state_dict()
+    quantize(lm, "int4")
+    for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        assert type(each) is nn.Linear
+    assert isinstance(lm.model.layers[0].self_attn.q_proj, Int4Linear)
+    assert torch.equal(mlp.gate_proj.weight, before["model.layers.0.mlp.gate_proj.weight"])
+
+
 def test_rows_of_blocks_take_the_kernel_and_others_stay() -> None:
     pytest.importorskip("torchao", reason=WITHOUT)
     lm: Any = tiny_model("llama")
@@ -123,7 +175,7 @@ def test_rows_of_blocks_take_the_kernel_and_others_stay() -> None:
 
 
 def test_only_the_layers_linear_maps_change_and_by_rounding_alone() -> None:
-    before, model = routed_model(), quantized()
+    before, model = routed_model(), quantized("int8")
     after = dict(model.named_modules())
     for name, module in before.named_modules():
         if not isinstance(module, nn.Linear):
@@ -141,7 +193,7 @@ def test_only_the_layers_linear_maps_change_and_by_rounding_alone() -> None:
 
 
 def test_bytes_of_a_step_count_integers_and_scales() -> None:
-    model, route = quantized(), torch.ones(6, dtype=torch.bool)
+    model, route = quantized("int8"), torch.ones(6, dtype=torch.bool)
     without = route.clone()
     without[2] = False
     plain, small = ([read_bytes(lm, each, 1, 0) for each in (route, without)] for lm in (tiny_model("llama"), model.lm))
@@ -164,16 +216,20 @@ def test_benchmark_of_quantized_layers(tmp_path: Path, capsys: pytest.CaptureFix
     pytest.importorskip("torchao", reason=WITHOUT)
     lm = tiny_model("llama")
     lm.save_pretrained(tmp_path)
-    settings = {"quantizations": [None, "int8"], "mixed_routes": [2], "mixed_batch_size": 3, "out": str(tmp_path)}
+    every = [None, "int8", "int4"]
+    settings = {"quantizations": every, "mixed_routes": [2], "mixed_batch_size": 3, "queue": 4, "out": str(tmp_path)}
     run(benchmark_settings(tmp_path, **settings))
     record = json.loads((tmp_path / "benchmark.json").read_text())
     printed = capsys.readouterr().out
     assert "engine int8" in printed and "(int8)" in printed and "2 routes, int8, batch 3" in printed
-    assert [row["quantization"] for row in record["mixed_routes"]] == [None, "int8"]
+    assert "batch 8, int4, 33.3 % skipped" in printed
+    assert [row["quantization"] for row in record["mixed_routes"]] == every
     variants = record["cells"][0]["variants"]
     rows = {(row["quantization"], row["decoder"], row["skip_rate_asked"]): row for row in variants}
     ways = [("transformers", 0), *((decoder, rate) for decoder in ("generate", "engine") for rate in (0, 0.33))]
-    assert set(rows) == {(name, *way) for name in (None, "int8") for way in ways}
+    assert set(rows) == {(name, *way) for name in every for way in ways}
+    for way in ways:
+        assert rows[("int4", *way)]["bytes_per_step"] < 0.7 * rows[(None, *way)]["bytes_per_step"]
     quantize(lm, "int8")
     for way in ways:
         large, small = (rows[(name, *way)] for name in (None, "int8"))
@@ -189,30 +245,34 @@ def test_benchmark_of_quantized_layers(tmp_path: Path, capsys: pytest.CaptureFix
         assert large["speedup_over_unquantized"] == 1
 
 
-def test_quantized_after_an_engine_was_made() -> None:
+@BOTH
+def test_quantized_after_an_engine_was_made(name: str) -> None:
     pytest.importorskip("torchao", reason=WITHOUT)
     lm = tiny_model("llama")
     plain = deepcopy(lm)
     DecodeEngine(RouterAugmentedLM(lm), 16)
-    quantize(lm, "int8")
-    quantize(plain, "int8")
+    quantize(lm, name)
+    quantize(plain, name)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(lm(ids).logits, plain(ids).logits)
     assert len(lm.state_dict()) == len(plain.state_dict())
 
 
-def test_models_share_what_is_not_quantized() -> None:
+@BOTH
+def test_models_share_what_is_not_quantized(name: str) -> None:
     pytest.importorskip("torchao", reason=WITHOUT)
     lm = tiny_model("llama")
     models = Models(deepcopy(lm), RouterAugmentedLM(lm))
     assert models.quantized(None) is models
     before = {name: parameter.clone() for name, parameter in models.plain.named_parameters()}
-    smaller = models.quantized("int8")
+    smaller = models.quantized(name)
     assert not is_quantized(models.plain) and is_quantized(smaller.plain) and is_quantized(smaller.routed)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in models.plain.named_parameters())
+    assert all(torch.equal(parameter, before[key]) for key, parameter in models.plain.named_parameters())
     own = {id(parameter) for parameter in models.plain.parameters()}
-    for name, parameter in smaller.plain.named_parameters():
-        assert (id(parameter) in own) == ("_proj" not in name)
+    for key, parameter in smaller.plain.named_parameters():
+        # Its 48 inputs are no whole groups of 4-bit numbers.
+        stays = "_proj" not in key or (name == "int4" and "down_proj" in key)
+        assert (id(parameter) in own) == stays
 
 
 def test_benchmark_settings_for_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +288,7 @@ def test_benchmark_settings_for_quantization(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match=r"quantization='int3' is unknown: choose one of int8, or null"):
+    with pytest.raises(ValueError, match=r"quantization='int3' is unknown: choose one of int8, int4, or null"):
         ModelConfig("tiny", "somewhere", quantization="int3")
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'firstlab\[quantization\]'"):
@@ -245,8 +305,9 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         quantize(tiny_model("gpt2"), "int8")
 
 
-def test_lora_on_quantized_layers_and_saving_them_are_refused(tmp_path: Path) -> None:
-    model = quantized()
+@BOTH
+def test_lora_on_quantized_layers_and_saving_them_are_refused(tmp_path: Path, name: str) -> None:
+    model = quantized(name)
     assert is_quantized(model)
     with pytest.raises(ValueError, match="the model is quantized"):
         model.add_lora(LoraSettings())

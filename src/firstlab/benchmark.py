@@ -36,7 +36,7 @@ class BenchmarkConfig:
         decoders: Of transformers (`generate` of the plain model), transformers_static (the same with its static cache,
             compiled), generate (`RouterAugmentedLM.generate`), engine (`DecodeEngine`: CUDA graphs on a GPU),
             engine_eager (the same without graphs) and engine_compiled (the same with compiled layers).
-        quantizations: Of the decoder layers' weights, all measured in turn: null for none, int8.
+        quantizations: Of the decoder layers' weights, all measured in turn: null for none, int8, int4.
         routes: Which layers are skipped: spread evenly at each of `skip_rates`, or those that most prompts skip in the
             paper's Table 15 (of a model with 32 layers).
         skip_rates: Shares of layers to skip; 0 is always measured too.

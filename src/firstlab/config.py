@@ -73,7 +73,7 @@ class ModelConfig:
         dtype: float32, bfloat16, float16 or auto.
         revision: Hub revision.
         attn_implementation: sdpa, eager, flash_attention_2, or null for transformers' choice.
-        quantization: int8 for decoder layers with 8-bit weights, in evaluate alone, or null. The benchmark has
+        quantization: int8 or int4 for decoder layers with such weights, in evaluate alone, or null. The benchmark has
             `quantizations` instead.
     """
 

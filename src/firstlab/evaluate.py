@@ -5,7 +5,7 @@
     python -m firstlab.evaluate run=DIR data=parallel data.root=FOLDER    # on your own text
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
 
-Every key of conf/ under data, evaluation, trainer and seed may be given, and model.quantization=int8. Results
+Every key of conf/ under data, evaluation, trainer and seed may be given, and model.quantization (int8, int4). Results
 go to DIR/evaluations/.
 """
 

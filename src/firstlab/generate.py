@@ -34,7 +34,7 @@ class GenerateConfig:
         part: Which task of a mixture the text is for.
         max_new_tokens: Length limit; the run's own by default.
         decoder: "generate" (transformers'), or "engine": the same text, greedy in float32, and faster.
-        quantization: int8 for 8-bit weights in the decoder layers, or null.
+        quantization: int8 or int4 for such weights in the decoder layers, or null.
         do_sample, temperature, top_k: Sampling instead of greedy decoding.
         seed: For sampling.
     """

@@ -1,12 +1,13 @@
 """Weight-only quantization of the decoder layers through torchao, for decoding alone.
 
 A decode step at a small batch takes the time of reading the weights, so smaller weights and skipped layers multiply.
-On a GPU torchao's own products are for compiled layers. On a CPU they expand the weights at every call, so torch's
-kernel for such weights takes their place; the weights stay torchao's.
+On a GPU torchao's own products are for compiled layers. On a CPU they expand the weights at every call or do not exist,
+so torch's kernels for such weights take their place; the integers, scales and zeros are torchao's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,9 +18,12 @@ from transformers import PreTrainedModel
 
 from firstlab.model.layers import find_decoder
 
-QUANTIZATIONS = ("int8",)
-#: The CPU kernel reads blocks of as many numbers, also behind the end of a row.
+QUANTIZATIONS = ("int8", "int4")
+#: The CPU kernel of 8-bit weights reads blocks of as many numbers, also behind the end of a row; that of 4-bit weights
+#: computes blocks of as many outputs.
 _BLOCK = 16
+#: Numbers of a row that share a scale and a zero in 4-bit weights.
+_GROUP = 32
 
 
 def check_quantization(name: str | None) -> None:
@@ -48,18 +52,42 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
     if any("lora_" in each for each, _ in lm.named_parameters()):
         raise ValueError(f"quantization={name!r} is for merged weights: call merge_and_unload() first")
     _, layers = find_decoder(lm)
-    if not any(isinstance(module, nn.Linear) for module in layers.modules()):
+    linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    if not linears:
         raise ValueError(f"quantization={name!r}: the layers of {type(lm).__name__} have no nn.Linear; leave it null")
+    for module in linears:
+        if not module.weight.is_contiguous():  # ordered anew by a decode engine
+            module.weight = nn.Parameter(module.weight.detach().contiguous(), requires_grad=False)
+    (_to_int8 if name == "int8" else _to_int4)(layers, linears[0].weight)
+
+
+def _to_int8(layers: nn.Module, one: Tensor) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    for module in layers.modules():
-        if isinstance(module, nn.Linear) and not module.weight.is_contiguous():  # ordered anew by a decode engine
-            module.weight = nn.Parameter(module.weight.detach().contiguous(), requires_grad=False)
     quantize_(layers, Int8WeightOnlyConfig())
+    if one.device.type == "cpu":
+        _exchange(layers, Int8Linear, lambda linear: not linear.in_features % _BLOCK)
+
+
+def _to_int4(layers: nn.Module, one: Tensor) -> None:
+    """Maps whose sizes do not fit stay as they are."""
+    if one.device.type == "cpu":
+        _exchange(layers, Int4Linear, lambda linear: not (linear.in_features % _GROUP or linear.out_features % _BLOCK))
+        return
+    if one.dtype != torch.bfloat16:
+        raise ValueError(f"quantization='int4' on {one.device.type} is for bfloat16, not {one.dtype}; set model.dtype")
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+    quantize_(layers, Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D))
+
+
+def _exchange(layers: nn.Module, kind: Callable[[nn.Linear], nn.Module], fits: Callable[[nn.Linear], bool]) -> None:
+    """Every linear map that fits becomes one of this kind."""
     for parent in list(layers.modules()):
         for child, module in parent.named_children():
-            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and not module.in_features % _BLOCK:
-                parent.set_submodule(child, Int8Linear(module))
+            if isinstance(module, nn.Linear) and fits(module):
+                parent.set_submodule(child, kind(module))
 
 
 class Int8Linear(nn.Module):
@@ -91,9 +119,35 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+class Int4Linear(nn.Module):
+    """A linear map with 4-bit weights on a CPU, computed in the type of the model.
+
+    Args:
+        linear: Not quantized yet; its inputs are a multiple of 32, its outputs of 16.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        from torchao.quantization.utils import groupwise_affine_quantize_tensor
+
+        old = linear.weight.detach()
+        integers, scales_and_zeros = groupwise_affine_quantize_tensor(old, 4, _GROUP, old.dtype)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
+        self.weight = nn.Parameter(packed, requires_grad=False)  # two numbers a byte
+        self.scales_and_zeros = nn.Parameter(scales_and_zeros, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., N] of [..., K], in the type of x."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, _GROUP, self.scales_and_zeros)
+        out = out.view(*x.shape[:-1], out.shape[-1])
+        return out if self.bias is None else out + self.bias
+
+
 def is_quantized(module: nn.Module) -> bool:
-    """Whether some weight is not a plain tensor."""
-    return any(hasattr(each, "__tensor_flatten__") for each in module.parameters())
+    """Whether some weight is not a plain tensor of floating-point numbers."""
+    return any(hasattr(each, "__tensor_flatten__") or not each.is_floating_point() for each in module.parameters())
 
 
 def stored_tensors(weight: Tensor) -> list[Tensor]:
