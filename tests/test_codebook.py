@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fake_prompts import FakePrompts, skipped
 from firstlab.build import build_data, load_model
 from firstlab.experiment import Experiment
-from firstlab.methods.sleb import greedy_order
+from firstlab.methods.sleb import elimination
 from firstlab.training.codebook import (
     allocate,
     cluster,
@@ -48,7 +48,7 @@ def test_one_kind_has_the_greedy_static_set():
     prompts = FakePrompts(6, ("a1", "a2", "b1"), lambda text, out: loss_of(text, out) + 0.01 * sum(out))
     alike = torch.zeros(3, dtype=torch.long)
     [route] = find_codebook(prompts, alike, prompts, alike, 3 / 6)
-    assert skipped(route) == sorted(greedy_order(6, 3, prompts.loss))
+    assert skipped(route) == sorted(elimination(6, 3, prompts.loss))
 
 
 def test_layers_are_skipped_where_other_prompts_say_that_it_costs_least():

@@ -324,3 +324,24 @@ def test_training_is_refused_and_null_is_no_part_of_a_run(tmp_path: Path, monkey
     assert smaller.identity()["model"]["quantization"] == "int8" and smaller.hash() != config.hash()
     with pytest.raises(ValueError, match="model.quantization='int8' is for decoding, and this trains"):
         Experiment(smaller, method)
+
+
+@pytest.mark.gpu
+@BOTH
+def test_gpu_weights_change_little(name: str) -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    plain = routed_model().to("cuda", torch.bfloat16)
+    model = deepcopy(plain)
+    quantize(model.lm, name)
+    ids = torch.tensor([[5, 6, 7, 8]], device="cuda")
+    with torch.no_grad():
+        before, after = plain.lm(ids).logits.float(), model.lm(ids).logits.float()
+    assert is_quantized(model) and 0 < (after - before).norm() < (0.1 if name == "int8" else 0.6) * before.norm()
+    assert len(DecodeEngine(model, 16).generate([[5, 6, 7]], 4, eos=()).tokens[0]) == 4
+
+
+@pytest.mark.gpu
+def test_gpu_four_bits_are_for_bfloat16() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    with pytest.raises(ValueError, match="quantization='int4' on cuda is for bfloat16, not torch.float32"):
+        quantize(routed_model().to("cuda").lm, "int4")

@@ -431,8 +431,9 @@ class ExperimentConfig:
             del config["model"]["quantization"]
         if config["evaluation"]["decoder"] == "generate":
             del config["evaluation"]["decoder"]
-        if "skip_prefill" in config["method"] and not config["method"]["skip_prefill"]:
-            del config["method"]["skip_prefill"]
+        for key, former in (("skip_prefill", False), ("search_width", 1)):
+            if config["method"].get(key) == former:
+                del config["method"][key]
         return config
 
     def hash(self) -> str:

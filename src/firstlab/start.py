@@ -15,7 +15,7 @@ import torch
 from firstlab.evaluation import barrier, rank
 from firstlab.files import write_atomically
 from firstlab.methods.first import First
-from firstlab.methods.sleb import greedy_order
+from firstlab.methods.sleb import elimination
 from firstlab.routes import STATIC_ORDER
 from firstlab.training.calibration import start_routers
 from firstlab.training.codebook import (
@@ -54,15 +54,20 @@ def start_phase_1(directory: Path, method: First, training: PromptSet) -> dict[s
     rate, order = 0.0, []
     if method.start != "dense":
         rate = method.target_skip or 0.0
-        order = _static_order(directory, prompts, math.ceil(rate * prompts.num_layers))
+        order = _static_order(directory, prompts, rate * prompts.num_layers, method.search_width)
     start_routers(prompts.model, prompts.batches, order, rate, method.start_margin)
     return {}
 
 
-def _static_order(directory: Path, prompts: PromptSet, count: int) -> list[int]:
+def _static_order(directory: Path, prompts: PromptSet, count: float, width: int) -> list[int]:
+    """Layers to skip, the last of them for a share of the prompts if the count is not whole."""
     file = directory / STATIC_ORDER
     if not file.is_file() and rank()[0] == 0:
-        write_atomically(file, json.dumps(greedy_order(prompts.num_layers, count, prompts.loss)) + "\n")
+        layers = prompts.num_layers
+        # The whole layers first, by themselves: with the last one in the search their set need not be the best.
+        order = elimination(layers, math.floor(count), prompts.loss, width=width)
+        order = elimination(layers, math.ceil(count), prompts.loss, first=order)
+        write_atomically(file, json.dumps(order) + "\n")
     barrier()
     return json.loads(file.read_text(encoding="utf-8"))
 

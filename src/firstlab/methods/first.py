@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from firstlab.methods.base import Method, Prompts
+from firstlab.methods.sleb import check_width
 
 STARTS = ("random", "dense", "static", "codebook")
 # Chosen on validation prompts: without it LoRA scatters the routes of prompts near the threshold.
@@ -31,6 +32,7 @@ class First(Method):
         dual_rate: Step size of the dual ascent on α and β towards target_skip.
         tolerance: Distance to the target that model selection forgives.
         calibration_prompts: Training prompts for a calibrated start.
+        search_width: Of the search for the static set, see `SLEB`; 1 is greedy.
         codebook_size: K, the number of kinds of prompts (clusters of their states); 1 is the static start.
         fit_prompts: Further training prompts for a codebook: they measure what skipping costs each kind, and the
             routers are fitted to three quarters of them; the last quarter measures the fit.
@@ -56,6 +58,7 @@ class First(Method):
     dual_rate: float = 0.1
     tolerance: float = 0.02
     calibration_prompts: int = 128
+    search_width: int = 1
     codebook_size: int = 4
     fit_prompts: int = 256
     hold_routes: float | None = None
@@ -99,6 +102,12 @@ class First(Method):
         for option, least in least_of.items():
             if getattr(self, option) < least:
                 raise ValueError(f"method.{option}={getattr(self, option)} must be at least {least}")
+        check_width(self.search_width)
+        if self.search_width > 1 and self.start != "static":
+            raise ValueError(
+                f"method.search_width={self.search_width} searches the static set, and method.start={self.start}: "
+                "set method.start=static, or method.search_width=1"
+            )
         if self.start == "codebook" and self.codebook_size > self.calibration_prompts:
             raise ValueError(
                 f"method.codebook_size={self.codebook_size} exceeds method.calibration_prompts="

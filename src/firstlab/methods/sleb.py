@@ -1,8 +1,11 @@
-"""SLEB (Song et al. 2024): layers are switched off one by one, each time the one that hurts least."""
+"""SLEB (Song et al. 2024): layers are switched off one by one, each time the one that hurts least.
+
+Layers that hurt least alone need not hurt least together: a beam keeps several sets of every size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,33 +17,65 @@ from firstlab.model import PrunedRoutes
 
 @dataclass
 class SLEB(CalibratedSet):
-    """Found greedily, by the loss of the calibration prompts; one layer at either end stays by default."""
+    """Found by the loss of the calibration prompts; one layer at either end stays by default.
+
+    Attributes:
+        search_width: Sets kept at every size; 1 is greedy elimination, as published.
+    """
 
     name: ClassVar[str] = "sleb"
+    search_width: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_width(self.search_width)
 
     def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
-        """[L], greedy elimination of k layers, each measured as it is to be skipped."""
+        """[L], k layers switched off, each set measured as it is to be skipped."""
         layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
 
         def loss_of(routes: Tensor) -> float:
             return measured.loss(self.applied(routes))
 
-        order = greedy_order(layers, self.skipped_layers(layers), loss_of, self.protect_first, self.protect_last)
+        ends = self.protect_first, self.protect_last
+        order = elimination(layers, self.skipped_layers(layers), loss_of, *ends, width=self.search_width)
         return self.applied(routes_without(layers, order))
 
 
-def greedy_order(
-    num_layers: int, count: int, loss_of: Callable[[Tensor], float], protect_first: int = 1, protect_last: int = 1
+def check_width(width: int) -> None:
+    """Raises ValueError for a search that keeps no set."""
+    if width < 1:
+        raise ValueError(f"method.search_width={width} must be at least 1")
+
+
+def elimination(
+    num_layers: int,
+    count: int,
+    loss_of: Callable[[Tensor], float],
+    protect_first: int = 1,
+    protect_last: int = 1,
+    width: int = 1,
+    first: Sequence[int] = (),
 ) -> list[int]:
-    """`count` layers in the order in which they are switched off for good, each the one with the least loss.
+    """`count` layers in the order in which they are switched off for good: a beam search by the loss.
+
+    Args:
+        num_layers: L.
+        count: Layers to switch off.
+        loss_of: Of routes [L].
+        protect_first, protect_last: Layers at the ends that stay.
+        width: Sets kept at every size, those with the least loss; 1 switches off the layer with the least loss each
+            time.
+        first: Layers that are off already; the others follow.
 
     Raises:
         ValueError: More layers to remove than may be removed.
     """
     check_count(count, num_layers, protect_first, protect_last)
     free = range(protect_first, num_layers - protect_last)
-    order: list[int] = []
-    for _ in range(count):
-        losses = {i: loss_of(routes_without(num_layers, [*order, i])) for i in free if i not in order}
-        order.append(min(losses, key=losses.__getitem__))
-    return order
+    kept = [list(first)]
+    for _ in range(count - len(first)):
+        orders = {frozenset([*order, i]): [*order, i] for order in kept for i in free if i not in order}
+        losses = {each: loss_of(routes_without(num_layers, order)) for each, order in orders.items()}
+        kept = [orders[each] for each in sorted(losses, key=losses.__getitem__)[:width]]
+    return kept[0]
