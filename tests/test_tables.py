@@ -192,6 +192,20 @@ def test_a_seed_counts_once_and_the_first_folder_wins(config: TablesConfig, tmp_
     assert [each.seed for each in match.records] == [0, 1]
 
 
+def test_what_a_run_does_not_say_is_what_runs_did_before_there_was_a_choice(config: TablesConfig, tmp_path: Path):
+    run = cell_run(config, "sleb", 15)
+    node = record(run)
+    del node["config"]["method"]["search_width"], node["config"]["evaluation"]["decoder"]
+    save(tmp_path, "former", node)
+    assert "search_width=1" in " ".join(f"{k}={v}" for k, v in read([str(tmp_path)]).records[0].settings.items())
+    wide, engine = (
+        replace(run, overrides=(*run.overrides, each))
+        for each in ("method.search_width=4", "evaluation.decoder=engine")
+    )
+    for each, found in ((run, 1), (wide, 0), (engine, 0)):
+        assert len(read([str(tmp_path)]).of(each, config.scale)) == found
+
+
 def test_torn_and_foreign_files_are_named_and_left_out(config: TablesConfig, tmp_path: Path):
     good = record(cell_run(config, "first", 15))
     text = save(tmp_path, "good", good).read_text()

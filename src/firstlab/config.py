@@ -39,6 +39,10 @@ def conf_dir() -> str:
 Settings = TypeVar("Settings")
 
 
+#: Settings of methods that runs did not have at first, with what they then did: runs that do so leave them out.
+UNSAID = {"skip_prefill": False, "search_width": 1}
+
+
 def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{option}={value!r} is not allowed: {allowed}")
@@ -431,9 +435,7 @@ class ExperimentConfig:
             del config["model"]["quantization"]
         if config["evaluation"]["decoder"] == "generate":
             del config["evaluation"]["decoder"]
-        for key, former in (("skip_prefill", False), ("search_width", 1)):
-            if config["method"].get(key) == former:
-                del config["method"][key]
+        config["method"] = {key: value for key, value in config["method"].items() if UNSAID.get(key, ...) != value}
         return config
 
     def hash(self) -> str:

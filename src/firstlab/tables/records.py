@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from firstlab import results
-from firstlab.config import conf_dir, register
+from firstlab.config import UNSAID, conf_dir, register
 from firstlab.tables.config import ScaleConfig
 from firstlab.tables.grid import Run, level_keys
 
@@ -155,6 +155,7 @@ def _record(file: Path) -> Record:
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     chosen: dict[str, Any] = {section: config.get(section, {}) for section in _SECTIONS}
+    chosen["method"] = UNSAID | chosen["method"]
     decoding = {key: value for key, value in config.get("evaluation", {}).items() if key in _DECODING}
     decoding = {"decoder": "generate"} | decoding  # as recorded before there was a choice
     if decoding.get("do_sample") is False:
