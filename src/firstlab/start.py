@@ -14,6 +14,7 @@ import torch
 
 from firstlab.evaluation import barrier, rank
 from firstlab.files import write_atomically
+from firstlab.methods.base import check_count
 from firstlab.methods.first import First
 from firstlab.methods.sleb import elimination
 from firstlab.routes import STATIC_ORDER
@@ -64,6 +65,7 @@ def _static_order(directory: Path, prompts: PromptSet, count: float, width: int)
     file = directory / STATIC_ORDER
     if not file.is_file() and rank()[0] == 0:
         layers = prompts.num_layers
+        check_count(math.ceil(count), layers, 1, 1)
         # The whole layers first, by themselves: with the last one in the search their set need not be the best.
         order = elimination(layers, math.floor(count), prompts.loss, width=width)
         order = elimination(layers, math.ceil(count), prompts.loss, first=order)
