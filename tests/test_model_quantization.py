@@ -157,6 +157,17 @@ def test_maps_that_do_not_fit_four_bits_stay_whole() -> None:
     assert torch.equal(mlp.gate_proj.weight, before["model.layers.0.mlp.gate_proj.weight"])
 
 
+def test_four_bits_for_no_map_at_all_are_refused() -> None:
+    pytest.importorskip("torchao", reason=WITHOUT)
+    lm: Any = tiny_model("llama")
+    for parent in list(lm.model.layers.modules()):
+        for child, module in parent.named_children():
+            if isinstance(module, nn.Linear):
+                parent.set_submodule(child, nn.Linear(40, 40))
+    with pytest.raises(ValueError, match="quantization='int4': no linear map has inputs in groups of 32.*use int8"):
+        quantize(lm, "int4")
+
+
 def test_rows_of_blocks_take_the_kernel_and_others_stay() -> None:
     pytest.importorskip("torchao", reason=WITHOUT)
     lm: Any = tiny_model("llama")

@@ -73,6 +73,11 @@ def _to_int4(layers: nn.Module, one: Tensor) -> None:
     """Maps whose sizes do not fit stay as they are."""
     if one.device.type == "cpu":
         _exchange(layers, Int4Linear, lambda linear: not (linear.in_features % _GROUP or linear.out_features % _BLOCK))
+        if not any(isinstance(module, Int4Linear) for module in layers.modules()):
+            raise ValueError(
+                f"quantization='int4': no linear map has inputs in groups of {_GROUP} and outputs in blocks of "
+                f"{_BLOCK}; use int8, or leave it null"
+            )
         return
     if one.dtype != torch.bfloat16:
         raise ValueError(f"quantization='int4' on {one.device.type} is for bfloat16, not {one.dtype}; set model.dtype")
