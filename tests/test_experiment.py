@@ -48,6 +48,10 @@ def test_a_run_leaves_everything_a_reader_needs(finished: Path):
         assert set(variant["metrics"]) == {"bleu1", "bleu2", "bleu", "chrf"}
         for metric in variant["metrics"].values():
             assert metric["low"] <= metric["value"] <= metric["high"]
+        examples = {key: results.unpack(variant["examples"][key]) for key in ("skip_rate", "response_tokens")}
+        assert variant["skip"]["skip_rate_by_token"] == pytest.approx(
+            results.rate_by_token(*examples.values()), abs=1e-6
+        )
         assert 0 <= variant["skip"]["skip_rate"] <= 1 and len(variant["skip"]["per_layer"]) == 4
         assert variant["perplexity"] > 1
         assert variant["timing"]["tpot_ratio"] > 0

@@ -141,6 +141,29 @@ def test_static_sets_meet_the_rate_in_between(config: TablesConfig, tmp_path: Pa
     assert found is not None and sets[0] is sets[1] and sets[0] is not None and sets[0].skip_rate == 0.151
 
 
+def test_static_sets_meet_the_rate_over_tokens_too(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    # Half of the prompts do all the skipping; their responses have 5 tokens, the others' 9.
+    node = record(first, quality=70, rate=0.15)
+    for variant in node["variants"].values():
+        count = variant["n"]
+        variant["examples"]["skip_rate"] = results.pack([0.3, 0.0] * (count // 2))
+        variant["examples"]["response_tokens"] = results.pack([5, 9] * (count // 2))
+    save(tmp_path, "first", node)
+    for name, quality, rate in (("less", 66, 0.0625), ("more", 50, 0.125)):
+        save(tmp_path, name, {**record(sleb, quality=quality, rate=rate), "level": name})
+    cells = Cells(config, read([str(tmp_path)]))
+    assert cells.at_rate_of(first, sleb, True, "f1")[0] is None  # nothing above 15 %
+    found, sets = cells.at_rate_of(first, sleb, True, "f1", by_token=True)
+    assert found is not None and [each.skip_rate for each in sets if each] == [0.0625, 0.125]
+    assert found.skip_rate == pytest.approx(0.3 * 4 / (4 + 8))
+    # Without the references' lengths nothing is made up.
+    del node["variants"]["router_lora"]["examples"]["response_tokens"]
+    save(tmp_path, "first", node)
+    cells = Cells(config, read([str(tmp_path)]))
+    assert cells.at_rate_of(first, sleb, True, "f1", by_token=True) == (None, (None, None))
+
+
 def test_an_ablation_without_a_level_takes_whatever_its_settings_skip(config: TablesConfig, tmp_path: Path):
     rows = {(group, name): run for group, name, run in ablation_runs(config)}
     none, some = (rows["β (paper's form, α = 0.01)", beta] for beta in ("0.0", "0.003"))

@@ -230,7 +230,7 @@ def _until_end(tokens: list[int], data: PromptDataModule) -> list[int]:
     return tokens[:length]
 
 
-def check_decoder(model: RouterAugmentedLM, option: str, decoder: str) -> None:
+def check_engine(model: RouterAugmentedLM, option: str, decoder: str) -> None:
     """Raises ValueError, with the option's name, if the decode engine is wanted and does not know the model."""
     if decoder == "engine":
         try:
@@ -277,12 +277,21 @@ def response_nll(
     return totals.numpy()
 
 
-def example_columns(data: PromptDataModule, predictions: Sequence[Prediction], num_layers: int) -> dict[str, str]:
+def response_tokens(data: PromptDataModule) -> list[int]:
+    """[N] lengths of the test prompts' first references, the EOS token included, as training would cut them."""
+    rows = TrainingRows(data.task, data.test, data.tokenizer, data.max_length)
+    return [len(rows[i].response) for i in range(len(rows))]
+
+
+def example_columns(
+    data: PromptDataModule, predictions: Sequence[Prediction], tokens: Sequence[int], num_layers: int
+) -> dict[str, str]:
     """What tables need to know about each test prompt, packed (`firstlab.results.pack`): [N] each."""
     rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
     return {
         "difficulty": results.pack([p.difficulty for p in predictions]),
         "prompt_tokens": results.pack([len(rows[i].prompt) for i in range(len(predictions))]),
+        "response_tokens": results.pack(tokens),
         "skip_rate": results.pack([float(np.mean(p.skip_shares(num_layers))) for p in predictions]),
     }
 
@@ -293,11 +302,14 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:12]
 
 
-def skip_statistics(predictions: Sequence[Prediction], num_layers: int, static: Tensor | None = None) -> dict[str, Any]:
+def skip_statistics(
+    predictions: Sequence[Prediction], tokens: Sequence[int], num_layers: int, static: Tensor | None = None
+) -> dict[str, Any]:
     """Skip rate (skipped ÷ L, mean over prompts), per layer, by difficulty, and how adaptive the routes are.
 
     Args:
         predictions: One per prompt.
+        tokens: Of each prompt, the length of its reference, for the rate by token.
         num_layers: L.
         static: [L], a static set to compare the routes with.
 
@@ -306,6 +318,8 @@ def skip_statistics(predictions: Sequence[Prediction], num_layers: int, static: 
         ones, the entropy of their distribution, and the agreement (share of layers decided alike, mean over prompts)
         with the most frequent route and with the static set. None of it where each decode step decides.
     """
+    all_rates = np.array([np.mean(p.skip_shares(num_layers)) for p in predictions])
+    by_token = results.rate_by_token(all_rates, np.array(tokens))
     # Without a decode step, a method that decides at each of them decides nothing.
     predictions = [p for p in predictions if p.shares is None or p.new_tokens > 1] or predictions
     skipped = np.array([p.skip_shares(num_layers) for p in predictions])
@@ -313,6 +327,7 @@ def skip_statistics(predictions: Sequence[Prediction], num_layers: int, static: 
     margin = 1.96 * float(rates.std(ddof=1)) / math.sqrt(len(rates)) if len(rates) > 1 else 0.0
     return {
         "skip_rate": float(rates.mean()),
+        "skip_rate_by_token": by_token,
         "skip_rate_interval": [max(0.0, float(rates.mean()) - margin), min(1.0, float(rates.mean()) + margin)],
         "per_layer": skipped.mean(0).tolist(),
         "by_difficulty": _by_group(skipped, [p.difficulty for p in predictions]),
@@ -436,19 +451,20 @@ def evaluate_variant(
         static: See `skip_statistics`.
         Others: As in `generate_predictions`.
     """
-    check_decoder(model, "evaluation.decoder", config.decoder)
+    check_engine(model, "evaluation.decoder", config.decoder)
     model.eval()
     file = directory / f"{name}.jsonl"
     predictions = generate_predictions(model, data, config, file, routes, seed, f"generate ({name})", progress_bar)
-    skip = skip_statistics(predictions, model.num_layers, static)
+    tokens = response_tokens(data)
+    skip = skip_statistics(predictions, tokens, model.num_layers, static)
     result: dict[str, Any] = {"n": len(predictions), "skip": skip}
     result["new_tokens"] = float(np.mean([p.new_tokens for p in predictions]))
     examples: dict[str, Any] = {"test_set": fingerprint(data.test)}
-    examples |= example_columns(data, predictions, model.num_layers)
+    examples |= example_columns(data, predictions, tokens, model.num_layers)
     if config.perplexity:
         nll = response_nll(model, data, routes, config.batch_size)
         result["perplexity"] = perplexity(float(nll[:, 0].sum()), int(nll[:, 1].sum()))
-        examples |= {"nll": results.pack(nll[:, 0]), "response_tokens": results.pack(nll[:, 1])}
+        examples["nll"] = results.pack(nll[:, 0])
         for part, group in skip["by_part"].items():
             total, tokens = nll[[example.part == part for example in data.test]].sum(0)
             group["perplexity"] = perplexity(float(total), int(tokens))

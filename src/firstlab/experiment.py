@@ -21,7 +21,7 @@ from firstlab.build import build_data, check_device, load_model, model_path
 from firstlab.config import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
-from firstlab.evaluation import barrier, check_decoder, check_metrics, evaluate_variant, rank
+from firstlab.evaluation import barrier, check_engine, check_metrics, evaluate_variant, rank
 from firstlab.files import claimed, write_atomically
 from firstlab.methods.base import Method, Routes
 from firstlab.methods.first import First
@@ -98,7 +98,7 @@ class Experiment:
         _say(f"data {self.config.data.name}: {sizes}")
         self.model = self._load_model()
         if "evaluate" in self.config.phases:
-            check_decoder(self.model, "evaluation.decoder", self.config.evaluation.decoder)
+            check_engine(self.model, "evaluation.decoder", self.config.evaluation.decoder)
         loggers = self._loggers()
         variants: dict[str, Any] = {}
         before, after = variant_names(self.method)

@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     from firstlab.build import build_data, load_run
     from firstlab.data.encoding import fit_prompt, prompt_ids
     from firstlab.data.task import Example
-    from firstlab.evaluation import check_decoder
+    from firstlab.evaluation import check_engine
     from firstlab.model import RouterAugmentedLM, load_tokenizer
     from firstlab.model.quantization import check_quantization, quantize
     from firstlab.routes import decided_routes
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> None:
             routes = torch.ones(model.num_layers, dtype=torch.bool)
         tokenizer = load_tokenizer(options.run)
         limit, new_tokens = 0, options.max_new_tokens or 80
-    check_decoder(model, "decoder", options.decoder)
+    check_engine(model, "decoder", options.decoder)
     if options.prompt == "task":
         assert task is not None
         if task.parts.get(options.part, task).kind == "qa" and not options.question:

@@ -58,12 +58,14 @@ def _pareto_row(task: str, method: str, lora: bool, score: Score) -> list[Cell]:
 
 
 def equal_rates(cells: Cells) -> Table:
-    """The reference beside each static set at exactly the rate that it skips."""
+    """The reference beside each static set at exactly the rate that it skips, over prompts and over tokens."""
     scale, reference = cells.config.scale, cells.config.reference
     model = next(iter(scale.models))
     columns = [Column(name) for name in ("Task", "Level", "LoRA", "Other method")]
-    columns += [Column("skip", "both"), Column("value", method_title(reference)), Column("value", "other method")]
-    columns += [Column("difference"), Column("p"), Column("sets of the other method")]
+    columns += [Column("value", method_title(reference))]
+    for group in ("rate over prompts", "rate over tokens"):
+        columns += [Column(name, group) for name in ("both skip", "other method", "difference", "p")]
+    columns += [Column("sets of the other method")]
     rows = []
     for task, ours in scale.tasks.items():
         for level in _levels(cells):
@@ -71,53 +73,62 @@ def equal_rates(cells: Cells) -> Table:
             for lora in (False, True):
                 for method in (each for each in STATIC if each in known_methods(scale)):
                     other = run_of(scale, task, model, method, level)
-                    found, sets = cells.at_rate_of(run, other, lora, HEADLINE[task])
                     rate = Cell(f"{100 * scale.levels[level]:g} %", 100 * scale.levels[level])
                     row = [Cell(ours), rate, Cell("+ LoRA" if lora else "–"), Cell(method_title(method))]
-                    if found is None:
-                        rows.append([*row, *_absent(cells, task, model, run, other, lora, sets)])
-                        continue
-                    low, high = found.test.low, found.test.high
-                    mark = (
-                        ""
-                        if found.test.p_value >= cells.config.significance
-                        else BETTER
-                        if found.test.difference > 0
-                        else WORSE
-                    )
-                    seeds = "" if found.seeds == 1 else f"{found.seeds} seeds"
-                    made_of = dict.fromkeys(f"{100 * each.skip_rate:.1f} %" for each in sets if each is not None)
-                    row += [
-                        Cell(f"{100 * found.skip_rate:.1f} %", 100 * found.skip_rate, kind="rate"),
-                        Cell(f"{found.value:.1f}", found.value, seeds, kind="ours"),
-                        Cell(f"{found.other:.1f}", found.other, kind="ours"),
-                        Cell(
-                            f"{found.test.difference:+.1f}", found.test.difference, f"[{low:+.1f}, {high:+.1f}]", mark
-                        ),
-                        Cell(f"{found.test.p_value:.3f}", found.test.p_value),
-                        Cell(" and ".join(made_of)),
-                    ]
-                    rows.append(row)
+                    rows.append([*row, *_compared(cells, task, model, run, other, lora)])
     caption = (
         "A static set skips whole layers for every prompt, so it meets a rate in between by taking one layer more for "
         f"a share of the prompts: that is what {method_title(reference)} is compared with here, by its measured rate. "
+        "Over tokens, prompts with long responses weigh more: decode time follows that rate, and the comparison is "
+        f"stricter where {method_title(reference)} skips less for them. "
         "Differences are paired over test prompts; marks are theirs."
     )
     return Table("equal_rates", "At equal skip rates", columns, rows, caption, section="Overview")
 
 
+def _compared(cells: Cells, task: str, model: str, run: Run, other: Run, lora: bool) -> list[Cell]:
+    """The reference's value, the comparison at either of its rates, and the sets that the other method needed."""
+    value, groups, made_of = Cell(), [], dict[str, None]()
+    for by_token in (False, True):
+        found, sets = cells.at_rate_of(run, other, lora, HEADLINE[task], by_token)
+        if found is None:
+            groups += _absent(cells, task, model, run, other, lora, sets, by_token)
+            continue
+        seeds = "" if found.seeds == 1 else f"{found.seeds} seeds"
+        value = Cell(f"{found.value:.1f}", found.value, seeds, kind="ours")
+        test = found.test
+        certain = test.p_value < cells.config.significance
+        mark = "" if not certain else BETTER if test.difference > 0 else WORSE
+        groups += [
+            Cell(f"{100 * found.skip_rate:.1f} %", 100 * found.skip_rate, kind="rate"),
+            Cell(f"{found.other:.1f}", found.other, kind="ours"),
+            Cell(f"{test.difference:+.1f}", test.difference, f"[{test.low:+.1f}, {test.high:+.1f}]", mark),
+            Cell(f"{test.p_value:.3f}", test.p_value),
+        ]
+        made_of |= dict.fromkeys(f"{100 * each.skip_rate:.1f} %" for each in sets if each is not None)
+    return [value, *groups, Cell(" and ".join(sorted(made_of, key=lambda each: float(each[:-2]))))]
+
+
 def _absent(
-    cells: Cells, task: str, model: str, run: Run, other: Run, lora: bool, sets: tuple[Match | None, Match | None]
+    cells: Cells,
+    task: str,
+    model: str,
+    run: Run,
+    other: Run,
+    lora: bool,
+    sets: tuple[Match | None, Match | None],
+    by_token: bool,
 ) -> list[Cell]:
     """Cells of a comparison that lacks a run: the reference's own, or the set next to its rate."""
     match, reason = cells.find(run, lora)
-    if match is None:
-        return [Cell(), missing_cell(reason, run), *[Cell()] * 4]
+    measured = None if match is None else match.rate_by_token if by_token else match.skip_rate
+    if match is None or measured is None:
+        return [missing_cell(reason or "not measured", run), *[Cell()] * 3]
     layers = match.records[0].node["num_layers"]
-    whole = int(match.skip_rate * layers + 1e-9)
+    whole = int(measured * layers + 1e-9)
     missing = at_rate(cells.config.scale, task, model, other.method, (whole + (sets[0] is not None)) / layers)
-    rate = Cell(f"{100 * match.skip_rate:.1f} %", 100 * match.skip_rate, kind="rate")
-    return [rate, Cell(), missing_cell("no run", missing), *[Cell()] * 3]
+    rate = Cell(f"{100 * measured:.1f} %", 100 * measured, kind="rate")
+    return [rate, missing_cell("no run", missing), *[Cell()] * 2]
 
 
 def ablations(cells: Cells) -> Table:
@@ -153,7 +164,7 @@ def adaptivity(cells: Cells) -> Table:
     """How much the routes differ between prompts, and what that is worth."""
     scale = cells.config.scale
     model = next(iter(scale.models))
-    columns = [Column(name) for name in ("Task", "Level", "Method", "LoRA", "skip")]
+    columns = [Column(name) for name in ("Task", "Level", "Method", "LoRA", "skip", "skip, over tokens")]
     columns += [Column("different routes", "routes"), Column("entropy, bits", "routes")]
     columns += [Column("like most frequent", "routes"), Column("like static set", "routes")]
     columns += [Column("value", "headline metric"), Column("gap to oracle", "headline metric")]
@@ -172,8 +183,14 @@ def adaptivity(cells: Cells) -> Table:
                     row = [Cell(ours), rate, Cell(method_title(method)), Cell("+ LoRA" if lora else "–")]
                     row.append(rate_cell(cells, run, lora))
                     if match is None:
-                        rows.append([*row, missing_cell(reason, run), *[Cell()] * 5])
+                        rows.append([*row, missing_cell(reason, run), *[Cell()] * 6])
                         continue
+                    by_token = match.rate_by_token
+                    row.append(
+                        Cell(note="not measured")
+                        if by_token is None
+                        else Cell(f"{100 * by_token:.1f} %", 100 * by_token, kind="rate")
+                    )
                     row += [_number(match, "unique_routes", 0), _number(match, "route_entropy_bits", 2)]
                     row += [_number(match, "mode_agreement", 3), _number(match, "static_agreement", 3)]
                     score, reason = cells.score(run, lora, HEADLINE[task])
@@ -182,6 +199,7 @@ def adaptivity(cells: Cells) -> Table:
                     gap = best.value - score.value if best and score and method != "oracle" else None
                     rows.append([*row, Cell() if gap is None else Cell(f"{gap:.1f}", gap)])
     caption = (
+        "Skip rates are means over prompts; over tokens, prompts with long references weigh more. "
         "Agreement: share of layers decided alike, mean over prompts; the static set is the greedily calibrated one. "
         "The oracle chooses each prompt's layers with the reference in hand: no router can know them."
     )

@@ -28,12 +28,18 @@ class Match:
     Attributes:
         records: One per seed, by seed.
         variant: Name of the variant in each.
-        skip_rate: Measured, mean over seeds.
+        skip_rate: Measured, mean over prompts and seeds.
     """
 
     records: tuple[Record, ...]
     variant: str
     skip_rate: float
+
+    @functools.cached_property
+    def rate_by_token(self) -> float | None:
+        """As `skip_rate`, over the tokens of the references; None where a record does not know them."""
+        rates = [_rate_by_token(record, self.variant) for record in self.records]
+        return None if None in rates else fmean(rate for rate in rates if rate is not None)
 
     @property
     def parts(self) -> list[dict[str, Any]]:
@@ -179,20 +185,26 @@ class Cells:
         )
 
     def at_rate_of(
-        self, reference: Run, run: Run, lora: bool, metric: str
+        self, reference: Run, run: Run, lora: bool, metric: str, by_token: bool = False
     ) -> tuple[EqualRate | None, tuple[Match | None, Match | None]]:
         """The method of `run` at exactly the rate that the reference skips, beside the reference.
 
         A method that skips whole layers, the same for every prompt, meets a rate between two of its sets by taking the
         larger one for a share of the prompts; that is what it is given here.
 
+        Args:
+            reference, run, lora, metric: As for `score`.
+            by_token: Whether the rate is the mean over the references' tokens instead of prompts. A static set has the
+                same either way; a method that skips less for long responses has less.
+
         Returns:
             The comparison, or None where one of the two sets has no run; and the two sets, the smaller one first.
         """
         ours, _ = self.find(reference, lora)
-        if ours is None:
+        rate = None if ours is None else ours.rate_by_token if by_token else ours.skip_rate
+        if ours is None or rate is None:
             return None, (None, None)
-        rate, layer = ours.skip_rate, 1 / ours.records[0].node["num_layers"]
+        layer = 1 / ours.records[0].node["num_layers"]
         matches = sorted(self._matches(run, variant_name(run.method, lora)), key=lambda match: match.skip_rate)
         below = next((m for m in reversed(matches) if rate - layer < m.skip_rate <= rate + _SAME_RATE), None)
         above = next((m for m in matches if rate - _SAME_RATE <= m.skip_rate < rate + layer), None)
@@ -269,6 +281,11 @@ class Cells:
             resamples=self.config.resamples,
         )
         return test.difference, test.p_value
+
+
+def _rate_by_token(record: Record, variant: str) -> float | None:
+    rates, tokens = column(record, variant, "skip_rate"), column(record, variant, "response_tokens")
+    return None if rates is None or tokens is None else results.rate_by_token(rates, tokens)
 
 
 def column(record: Record, variant: str, name: str) -> Any:
