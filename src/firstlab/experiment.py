@@ -38,6 +38,7 @@ from firstlab.training.modules import (
     RoutingObjective,
 )
 from firstlab.training.prompt_set import PromptSet
+from firstlab.training.repair import LoraPhase
 from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
 
 
@@ -192,8 +193,18 @@ class Experiment:
         return routes
 
     def _prompts(self, examples: Sequence[Example]) -> PromptSet:
-        room = self.config.trainer.prompt_cache_mib * 2**20
-        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room)
+        config, phase = self.config, self.config.lora_phase
+        room = config.trainer.prompt_cache_mib * 2**20
+        lora = LoraPhase(
+            self._lora_settings(),
+            phase.learning_rate,
+            phase.weight_decay,
+            phase.warmup_fraction,
+            phase.gradient_clip,
+            phase.batch_size,
+            config.seed,
+        )
+        return PromptSet(self.model, self.data, examples, config.evaluation.batch_size, room, lora)
 
     def _phase(self, name: str, loggers: list[Logger]) -> None:
         """Train a phase unless its product is there, and load the product; without either the model stays as it is."""
@@ -229,11 +240,14 @@ class Experiment:
         best = read_checkpoint(file)["state_dict"]
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)
 
-    def _add_lora(self) -> None:
+    def _lora_settings(self) -> LoraSettings:
         lora = self.config.lora
         targets = None if lora.target_modules is None else tuple(lora.target_modules)
+        return LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets)
+
+    def _add_lora(self) -> None:
         torch.manual_seed(self.config.seed)
-        self.model.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
+        self.model.add_lora(self._lora_settings())
 
     def _train(self, name: str, loggers: list[Logger]) -> None:
         config, method = self.config, self.method
