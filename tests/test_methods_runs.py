@@ -27,8 +27,6 @@ RUNS = [
     ("unified_skip", [], 1, False),
     ("shortgpt", ["method.calibration_prompts=4"], 1, False),
     ("sleb", ["method.calibration_prompts=4"], 1, False),
-    ("sleb", ["method.calibration_prompts=4", "method.search_width=2", "method.repair_steps=2"], 1, False),
-    ("static_first", ["method.vote_prompts=8", "method.search_width=2", "method.repair_steps=2"], None, False),
 ]
 
 

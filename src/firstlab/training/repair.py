@@ -54,8 +54,7 @@ def repaired(
     """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(phase.seed)
         model.add_lora(phase.lora)
         try:
