@@ -40,7 +40,7 @@ Settings = TypeVar("Settings")
 
 
 #: Settings of methods that runs did not have at first, with what they then did: runs that do so leave them out.
-UNSAID = {"skip_prefill": False, "search_width": 1, "repair_steps": 0}
+UNSAID = {"skip_prefill": False, "search_width": 1}
 
 
 def _require(condition: bool, option: str, value: Any, allowed: str) -> None:

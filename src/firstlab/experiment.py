@@ -38,7 +38,6 @@ from firstlab.training.modules import (
     RoutingObjective,
 )
 from firstlab.training.prompt_set import PromptSet
-from firstlab.training.repair import LoraPhase
 from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
 
 
@@ -193,18 +192,8 @@ class Experiment:
         return routes
 
     def _prompts(self, examples: Sequence[Example]) -> PromptSet:
-        config, phase = self.config, self.config.lora_phase
-        room = config.trainer.prompt_cache_mib * 2**20
-        lora = LoraPhase(
-            self._lora_settings(),
-            phase.learning_rate,
-            phase.weight_decay,
-            phase.warmup_fraction,
-            phase.gradient_clip,
-            phase.batch_size,
-            config.seed,
-        )
-        return PromptSet(self.model, self.data, examples, config.evaluation.batch_size, room, lora)
+        room = self.config.trainer.prompt_cache_mib * 2**20
+        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room)
 
     def _phase(self, name: str, loggers: list[Logger]) -> None:
         """Train a phase unless its product is there, and load the product; without either the model stays as it is."""
@@ -240,14 +229,11 @@ class Experiment:
         best = read_checkpoint(file)["state_dict"]
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)
 
-    def _lora_settings(self) -> LoraSettings:
+    def _add_lora(self) -> None:
         lora = self.config.lora
         targets = None if lora.target_modules is None else tuple(lora.target_modules)
-        return LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets)
-
-    def _add_lora(self) -> None:
         torch.manual_seed(self.config.seed)
-        self.model.add_lora(self._lora_settings())
+        self.model.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
 
     def _train(self, name: str, loggers: list[Logger]) -> None:
         config, method = self.config, self.method

@@ -59,7 +59,7 @@ def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_
         for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=not progress_bar):
             chunk = left[start : start + size]
             examples = [each for _, each in chunk]
-            routes = method.routes(prompts.of(examples))
+            routes = method.routes(PromptSet(prompts.model, prompts.data, examples, size, prompts.cache_bytes))
             assert isinstance(routes, Tensor)
             with file.open("a", encoding="utf-8") as out:
                 for (key, _), route in zip(chunk, routes, strict=True):

@@ -16,7 +16,7 @@ from firstlab.evaluation import barrier, rank
 from firstlab.files import write_atomically
 from firstlab.methods.base import check_count
 from firstlab.methods.first import First
-from firstlab.methods.sleb import elimination, most_repairable
+from firstlab.methods.sleb import elimination
 from firstlab.routes import STATIC_ORDER
 from firstlab.training.calibration import start_routers
 from firstlab.training.codebook import (
@@ -55,22 +55,20 @@ def start_phase_1(directory: Path, method: First, training: PromptSet) -> dict[s
     rate, order = 0.0, []
     if method.start != "dense":
         rate = method.target_skip or 0.0
-        order = _static_order(directory, prompts, rate * prompts.num_layers, method)
+        order = _static_order(directory, prompts, rate * prompts.num_layers, method.search_width)
     start_routers(prompts.model, prompts.batches, order, rate, method.start_margin)
     return {}
 
 
-def _static_order(directory: Path, prompts: PromptSet, count: float, method: First) -> list[int]:
+def _static_order(directory: Path, prompts: PromptSet, count: float, width: int) -> list[int]:
     """Layers to skip, the last of them for a share of the prompts if the count is not whole."""
     file = directory / STATIC_ORDER
     if not file.is_file() and rank()[0] == 0:
         layers = prompts.num_layers
         check_count(math.ceil(count), layers, 1, 1)
         # The whole layers first, by themselves: with the last one in the search their set need not be the best.
-        orders = elimination(layers, math.floor(count), prompts.loss, width=method.search_width)
-        if method.repair_steps:
-            orders = [most_repairable(layers, orders, lambda x: prompts.repaired_loss(x, method.repair_steps))]
-        [order] = elimination(layers, math.ceil(count), prompts.loss, first=orders[0])
+        order = elimination(layers, math.floor(count), prompts.loss, width=width)
+        order = elimination(layers, math.ceil(count), prompts.loss, first=order)
         write_atomically(file, json.dumps(order) + "\n")
     barrier()
     return json.loads(file.read_text(encoding="utf-8"))

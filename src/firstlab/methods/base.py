@@ -42,9 +42,6 @@ class Prompts(Protocol):
     def loss(self, routes: Tensor | PrunedRoutes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L])."""
 
-    def repaired_loss(self, routes: Tensor | PrunedRoutes, steps: int) -> float:
-        """As `loss`, after so many steps of LoRA under the routes on other training prompts."""
-
     def new_tokens(self) -> list[int]:
         """[N] lengths of the references in tokens."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from firstlab.methods.base import Method, Prompts
-from firstlab.methods.sleb import check_search
+from firstlab.methods.sleb import check_width
 
 STARTS = ("random", "dense", "static", "codebook")
 # Chosen on validation prompts: without it LoRA scatters the routes of prompts near the threshold.
@@ -32,8 +32,7 @@ class First(Method):
         dual_rate: Step size of the dual ascent on α and β towards target_skip.
         tolerance: Distance to the target that model selection forgives.
         calibration_prompts: Training prompts for a calibrated start.
-        search_width, repair_steps: Of the search for the static set, see `SLEB`; 1 is greedy, and 0 tries no set with
-            LoRA.
+        search_width: Of the search for the static set, see `SLEB`; 1 is greedy.
         codebook_size: K, the number of kinds of prompts (clusters of their states); 1 is the static start.
         fit_prompts: Further training prompts for a codebook: they measure what skipping costs each kind, and the
             routers are fitted to three quarters of them; the last quarter measures the fit.
@@ -60,7 +59,6 @@ class First(Method):
     tolerance: float = 0.02
     calibration_prompts: int = 128
     search_width: int = 1
-    repair_steps: int = 0
     codebook_size: int = 4
     fit_prompts: int = 256
     hold_routes: float | None = None
@@ -104,7 +102,7 @@ class First(Method):
         for option, least in least_of.items():
             if getattr(self, option) < least:
                 raise ValueError(f"method.{option}={getattr(self, option)} must be at least {least}")
-        check_search(self.search_width, self.repair_steps)
+        check_width(self.search_width)
         if self.search_width > 1 and self.start != "static":
             raise ValueError(
                 f"method.search_width={self.search_width} searches the static set, and method.start={self.start}: "

@@ -1,7 +1,6 @@
 """SLEB (Song et al. 2024): layers are switched off one by one, each time the one that hurts least.
 
-Layers that hurt least alone need not hurt least together: a beam keeps several sets of every size. And the set that
-hurts least need not be the one that LoRA repairs best: a few steps of LoRA under each of the beam's sets tell.
+Layers that hurt least alone need not hurt least together: a beam keeps several sets of every size.
 """
 
 from __future__ import annotations
@@ -22,65 +21,31 @@ class SLEB(CalibratedSet):
 
     Attributes:
         search_width: Sets kept at every size; 1 is greedy elimination, as published.
-        repair_steps: LoRA steps under each of the sets that the search ends with, after which the one with the least
-            loss is taken; 0 takes the one with the least loss without LoRA.
     """
 
     name: ClassVar[str] = "sleb"
     search_width: int = 1
-    repair_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_search(self.search_width, self.repair_steps)
+        check_width(self.search_width)
 
     def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
         """[L], k layers switched off, each set measured as it is to be skipped."""
         layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
-        found = elimination(
-            layers,
-            self.skipped_layers(layers),
-            lambda routes: measured.loss(self.applied(routes)),
-            self.protect_first,
-            self.protect_last,
-            width=self.search_width,
-        )
-        order = (
-            most_repairable(
-                layers, found, lambda routes: measured.repaired_loss(self.applied(routes), self.repair_steps)
-            )
-            if self.repair_steps
-            else found[0]
-        )
+
+        def loss_of(routes: Tensor) -> float:
+            return measured.loss(self.applied(routes))
+
+        ends = self.protect_first, self.protect_last
+        order = elimination(layers, self.skipped_layers(layers), loss_of, *ends, width=self.search_width)
         return self.applied(routes_without(layers, order))
 
 
-def check_search(width: int, repair_steps: int) -> None:
-    """Raises ValueError for a search that keeps no set, or one whose only set is to be compared with others."""
-    for option, value, least in (("search_width", width, 1), ("repair_steps", repair_steps, 0)):
-        if value < least:
-            raise ValueError(f"method.{option}={value} must be at least {least}")
-    if repair_steps and width == 1:
-        raise ValueError(
-            f"method.repair_steps={repair_steps} compares the sets that the search ends with, and "
-            "method.search_width=1 leaves one: set method.search_width=8, say, or method.repair_steps=0"
-        )
-
-
-def most_repairable(
-    num_layers: int, orders: Sequence[list[int]], repaired_loss_of: Callable[[Tensor], float]
-) -> list[int]:
-    """The set of layers that LoRA repairs best.
-
-    Args:
-        num_layers: L.
-        orders: The sets, each in the order in which its layers were switched off.
-        repaired_loss_of: Of routes [L], after some steps of LoRA under them.
-    """
-    losses = [repaired_loss_of(routes_without(num_layers, order)) for order in orders]
-    for order, loss in zip(orders, losses, strict=True):
-        print(f"without layers {', '.join(map(str, sorted(order)))}, repaired: {loss:.4f}", flush=True)
-    return orders[losses.index(min(losses))]
+def check_width(width: int) -> None:
+    """Raises ValueError for a search that keeps no set."""
+    if width < 1:
+        raise ValueError(f"method.search_width={width} must be at least 1")
 
 
 def elimination(
@@ -91,8 +56,8 @@ def elimination(
     protect_last: int = 1,
     width: int = 1,
     first: Sequence[int] = (),
-) -> list[list[int]]:
-    """Sets of `count` layers, each in the order in which they are switched off for good: a beam search by the loss.
+) -> list[int]:
+    """`count` layers in the order in which they are switched off for good: a beam search by the loss.
 
     Args:
         num_layers: L.
@@ -102,9 +67,6 @@ def elimination(
         width: Sets kept at every size, those with the least loss; 1 switches off the layer with the least loss each
             time.
         first: Layers that are off already; the others follow.
-
-    Returns:
-        At most `width` sets, the one with the least loss first.
 
     Raises:
         ValueError: More layers to remove than may be removed.
@@ -116,4 +78,4 @@ def elimination(
         orders = {frozenset([*order, i]): [*order, i] for order in kept for i in free if i not in order}
         losses = {each: loss_of(routes_without(num_layers, order)) for each, order in orders.items()}
         kept = [orders[each] for each in sorted(losses, key=losses.__getitem__)[:width]]
-    return kept
+    return kept[0]

@@ -27,7 +27,7 @@ from firstlab.model.layers import (
     make_routable,
     routing,
 )
-from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora, remove_lora
+from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
 from firstlab.model.quantization import is_quantized
 from firstlab.model.routers import Routers, RouterSettings
@@ -207,11 +207,6 @@ class RouterAugmentedLM(nn.Module):
     def merge_and_unload(self) -> RouterAugmentedLM:
         """Fold LoRA into the base weights; returns self."""
         merge_lora(self.lm)
-        return self
-
-    def remove_lora(self) -> RouterAugmentedLM:
-        """Drop LoRA without folding it in; returns self."""
-        remove_lora(self.lm)
         return self
 
     def freeze_all_but(self, *trainable: str) -> None:

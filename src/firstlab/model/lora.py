@@ -106,21 +106,12 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 def merge_lora(model: PreTrainedModel) -> None:
     """Add every adapter to its base weight and put the base layer back in its place."""
-    had_lora = False
-    for module in lora_layers(model):
-        module.merge(safe_merge=True)
-        had_lora = True
-    remove_lora(model)
-    if had_lora:
-        # No folder or hub id holds these weights any more; saving asks for them.
-        model.config._name_or_path = ""
-
-
-def remove_lora(model: PreTrainedModel) -> None:
-    """Put every base layer back in the place of its adapter."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+        # No folder or hub id holds these weights any more; saving asks for them.
+        model.config._name_or_path = ""

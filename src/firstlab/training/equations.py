@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,16 +54,3 @@ def selection_score(
     if target is None:
         return cross_entropy
     return cross_entropy + weight * max(0.0, abs(skip_rate - target) - tolerance)
-
-
-def warmup_cosine(warmup_fraction: float, steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate at each of `steps` optimizer steps: linear warm-up, then cosine decay to zero."""
-    warmup = max(1, round(warmup_fraction * steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor

@@ -18,14 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from firstlab.methods.base import Routes, rows_of
 from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, layer_skips
 from firstlab.model.loss import in_chunks
-from firstlab.training.equations import (
-    distillation_losses,
-    dual_step,
-    lora_loss,
-    router_loss,
-    selection_score,
-    warmup_cosine,
-)
+from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
 
 
 @dataclass(frozen=True)
@@ -284,8 +277,15 @@ class _Phase(L.LightningModule):
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=rate, weight_decay=settings.weight_decay
         )
-        schedule = LambdaLR(optimizer, warmup_cosine(settings.warmup_fraction, settings.total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        warmup = max(1, round(settings.warmup_fraction * settings.total_steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            progress = (step - warmup) / max(1, settings.total_steps - warmup)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         named = ((name.replace("_fsdp_wrapped_module.", ""), p) for name, p in self.named_parameters())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from firstlab.methods.early_exit import teacher_forced_skip_rates
 from firstlab.model import EarlyExit, PromptReading, PrunedRoutes, RouterAugmentedLM
 from firstlab.model.layers import routing
 from firstlab.training.calibration import Batch, losses_under_routes, read_prompts
-from firstlab.training.repair import LoraPhase, repaired
 
 
 class PromptSet:
@@ -28,7 +26,6 @@ class PromptSet:
         data: Gives the task, tokenizer and lengths.
         examples: The prompts and their references.
         batch_size: Prompts in one pass.
-        phase: How LoRA would be trained, for `repaired_loss`.
         cache_bytes: Room for the prompts' keys and values, so that measuring losses again under other routes computes
             the responses only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
     """
@@ -40,10 +37,9 @@ class PromptSet:
         examples: Sequence[Example],
         batch_size: int,
         cache_bytes: int = 0,
-        phase: LoraPhase | None = None,
     ) -> None:
         self.model, self.data, self.examples, self.batch_size = model, data, examples, batch_size
-        self.cache_bytes, self.phase = cache_bytes, phase
+        self.cache_bytes = cache_bytes
         self._readings: list[PromptReading | None] = []
         self.texts: Sequence[str] = [data.task.prompt(example) for example in examples]
 
@@ -66,11 +62,7 @@ class PromptSet:
 
     def slice(self, start: int, stop: int) -> PromptSet:
         """Those from `start` up to `stop`, as in a list."""
-        return self.of(self.examples[start:stop])
-
-    def of(self, examples: Sequence[Example]) -> PromptSet:
-        """Other examples, read alike."""
-        return PromptSet(self.model, self.data, examples, self.batch_size, self.cache_bytes, self.phase)
+        return PromptSet(self.model, self.data, self.examples[start:stop], self.batch_size, self.cache_bytes)
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -88,18 +80,15 @@ class PromptSet:
 
     @cached_property
     def _rows(self) -> list[Row]:
-        return self._encode(self.examples)
-
-    def _encode(self, examples: Sequence[Example]) -> list[Row]:
-        if not all(example.references for example in examples):
+        if not all(example.references for example in self.examples):
             raise ValueError("a prompt without a reference cannot be routed by a method that measures its loss")
-        rows = TrainingRows(self.data.task, examples, self.data.tokenizer, self.data.max_length)
+        rows = TrainingRows(self.data.task, self.examples, self.data.tokenizer, self.data.max_length)
         return [rows[i] for i in range(len(rows))]
 
-    def _collate(self, rows: Sequence[Row], size: int | None = None) -> list[Batch]:
-        batches, size = [], size or self.batch_size
-        for start in range(0, len(rows), size):
-            batch = collate_training(rows[start : start + size], pad=self.data.pad, loss_on="response")
+    def _collate(self, rows: Sequence[Row]) -> list[Batch]:
+        batches = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = collate_training(rows[start : start + self.batch_size], pad=self.data.pad, loss_on="response")
             batches.append({k: v.to(self.model.device) for k, v in batch.items()})
         return batches
 
@@ -111,24 +100,6 @@ class PromptSet:
     def loss(self, routes: Tensor | PrunedRoutes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L] or [N, L])."""
         sums, counts = self._sums(routes)
-        return float(sums.sum() / counts.sum())
-
-    def repaired_loss(self, routes: Tensor | PrunedRoutes, steps: int) -> float:
-        """As `loss`, after so many steps of LoRA under the routes on other training prompts.
-
-        Raises:
-            ValueError: Nothing is known about LoRA here.
-        """
-        if self.phase is None:
-            raise ValueError("a set can be tried with LoRA where a run is trained, and its routes are decided there")
-        own = {id(example) for example in self.examples}
-        others = [example for example in self.data.train if id(example) not in own] or list(self.data.train)
-        wanted = steps * self.phase.batch_size
-        rows = self._encode(others[:wanted])
-        rows = list(islice(cycle(rows), wanted))
-        batches = self._collate(rows, self.phase.batch_size)
-        with repaired(self.model, batches, steps, routes, self.phase):
-            sums, counts = losses_under_routes(self.model, self._by_length, routes)
         return float(sums.sum() / counts.sum())
 
     def _sums(self, routes: Tensor | PrunedRoutes) -> tuple[Tensor, Tensor]:
