@@ -22,7 +22,7 @@ from firstlab import results
 from firstlab.config import EvaluationConfig
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.data.encoding import PromptRows, TrainingRows, collate_prompts, collate_training
+from firstlab.data.encoding import PromptRows, TrainingRows, collate_prompts, collate_training, response_ids
 from firstlab.data.task import Example, Task
 from firstlab.files import write_atomically
 from firstlab.methods.base import Routes, routes_without, rows_of
@@ -277,12 +277,6 @@ def response_nll(
     return totals.numpy()
 
 
-def response_tokens(data: PromptDataModule) -> list[int]:
-    """[N] lengths of the test prompts' first references, the EOS token included, as training would cut them."""
-    rows = TrainingRows(data.task, data.test, data.tokenizer, data.max_length)
-    return [len(rows[i].response) for i in range(len(rows))]
-
-
 def example_columns(
     data: PromptDataModule, predictions: Sequence[Prediction], tokens: Sequence[int], num_layers: int
 ) -> dict[str, str]:
@@ -455,19 +449,22 @@ def evaluate_variant(
     model.eval()
     file = directory / f"{name}.jsonl"
     predictions = generate_predictions(model, data, config, file, routes, seed, f"generate ({name})", progress_bar)
-    tokens = response_tokens(data)
+    nll = response_nll(model, data, routes, config.batch_size) if config.perplexity else None
+    if nll is None:
+        tokens = [len(response_ids(data.tokenizer, example.references[0])) for example in data.test]
+    else:
+        tokens = nll[:, 1].astype(int).tolist()
     skip = skip_statistics(predictions, tokens, model.num_layers, static)
     result: dict[str, Any] = {"n": len(predictions), "skip": skip}
     result["new_tokens"] = float(np.mean([p.new_tokens for p in predictions]))
     examples: dict[str, Any] = {"test_set": fingerprint(data.test)}
     examples |= example_columns(data, predictions, tokens, model.num_layers)
-    if config.perplexity:
-        nll = response_nll(model, data, routes, config.batch_size)
+    if nll is not None:
         result["perplexity"] = perplexity(float(nll[:, 0].sum()), int(nll[:, 1].sum()))
         examples["nll"] = results.pack(nll[:, 0])
         for part, group in skip["by_part"].items():
-            total, tokens = nll[[example.part == part for example in data.test]].sum(0)
-            group["perplexity"] = perplexity(float(total), int(tokens))
+            total, count = nll[[example.part == part for example in data.test]].sum(0)
+            group["perplexity"] = perplexity(float(total), int(count))
     if rank()[0] == 0:
         scores = score_texts(data.task, data.test, [p.text for p in predictions], config)
         result["metrics"] = {key: score.to_dict() for key, score in scores.items()}
