@@ -15,6 +15,7 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.evaluation import Prediction, evaluate_variant, generate_predictions
 from firstlab.experiment import Experiment
 from firstlab.model import EarlyExit, PrunedRoutes, RouterAugmentedLM, Routes, StepRoutes
+from firstlab.results import unpack
 from models import random_routers, tiny_model
 from tiny_run import composed, overrides
 
@@ -98,6 +99,18 @@ def test_what_times_a_variant_is_recorded(setting, tmp_path: Path) -> None:
         assert timing["decoder"] == decoder and timing["tpot_s"] > 0 and timing["measurements"] == 1
     assert found["generate"]["metrics"] == found["engine"]["metrics"]
     assert found["generate"]["perplexity"] == found["engine"]["perplexity"]
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_references_weigh_the_rate_by_token_with_or_without_perplexity(setting, tmp_path: Path, measured: bool) -> None:
+    config, data, model = setting
+    options = replace(config.evaluation, perplexity=measured, tpot_prompts=0)
+    record = evaluate_variant(model, data, options, tmp_path, "router", RULES["each"], 5, False)
+    lengths = [len(data.tokenizer(each.references[0], add_special_tokens=False)["input_ids"]) for each in data.test]
+    steps, skipped = torch.tensor(lengths), (~RULES["each"]).float().mean(1)  # the first token is prefill's, EOS is one
+    assert record["skip"]["skip_rate_by_token"] == pytest.approx(float((skipped * steps).sum() / steps.sum()))
+    assert unpack(record["examples"]["response_tokens"]).tolist() == [length + 1 for length in lengths]
+    assert ("perplexity" in record) is measured
 
 
 def test_a_model_that_the_engine_does_not_know_stops_before_training(tmp_path: Path, tiny_model_dir: Path) -> None:
