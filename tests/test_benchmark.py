@@ -12,13 +12,21 @@ import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from firstlab.benchmark import BenchmarkConfig, chosen_routes, load, measure, print_tables, run
 from firstlab.build import ARCHITECTURES
 from firstlab.config import SpeedModelConfig, conf_dir
 from firstlab.model import RouterSettings
 from firstlab.model.engine import DecodeEngine
+from firstlab.model.sampling import Sampling
 from firstlab.speed import Models, Variant, check_memory, copy_bandwidth, distinct_routes, read_bytes, spread_route
 from models import tiny_model
 
@@ -203,11 +211,40 @@ def test_every_engine_and_a_static_cache(folder: Path, monkeypatch: pytest.Monke
     assert len(caches) == 1  # the same in every repetition
 
 
+def test_drawn_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[object]] = {"generate": set(), "engine": set()}
+    generate, decode = GenerationMixin.generate, DecodeEngine.generate
+
+    def spy_on_generate(lm, *given, **options):
+        seen["generate"].add((options["do_sample"], options["temperature"], options["top_k"]))
+        return generate(lm, *given, **options)
+
+    def spy_on_engine(engine, *given, sampling, **options):
+        seen["engine"].add(sampling)
+        return decode(engine, *given, sampling=sampling, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", spy_on_generate)
+    monkeypatch.setattr(DecodeEngine, "generate", spy_on_engine)
+    options = {"batch_sizes": [2], "skip_rates": [0.33], "queue": 3, "mixed_routes": [2], "mixed_batch_size": 4}
+    record = measure(settings(folder, do_sample=True, temperature=0.5, top_k=7, **options))
+    assert seen == {"generate": {(True, 0.5, 7)}, "engine": {Sampling(0.5, 7)}}
+    assert record["settings"]["do_sample"] and {len(record[each]) for each in ("mixed_routes", "queues")} == {1, 2}
+
+
 def test_architecture_alone(tmp_path: Path) -> None:
     tiny_model("llama").config.save_pretrained(tmp_path)
     record = measure(settings(tmp_path, random_init=True, decoders=["engine"], skip_rates=[], batch_sizes=[1]))
     [row] = record["cells"][0]["variants"]
     assert row["decoder"] == "engine" and row["speedup_over_transformers"] is None
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(torch.bfloat16, torch.bfloat16), (None, torch.float32)])
+def test_architecture_alone_in_its_own_dtype(tmp_path: Path, saved: torch.dtype | None, expected: torch.dtype) -> None:
+    config = tiny_model("llama").config
+    config.dtype = saved
+    config.save_pretrained(tmp_path)
+    models = Models.load(str(tmp_path), RouterSettings(), True, torch.device("cpu"), dtype="auto", revision="main")
+    assert {weight.dtype for weight in models.plain.parameters()} == {expected}
 
 
 @pytest.mark.parametrize(
@@ -251,6 +288,8 @@ def test_weights_larger_than_the_memory_are_refused() -> None:
         ({"prompt_lengths": [0]}, r"prompt_lengths=\[0\]"),
         ({"least_cpu_share": 2.0}, "least_cpu_share=2.0"),
         ({"tokens": 1}, "tokens=1"),
+        ({"temperature": 0.0}, "temperature=0.0.*do_sample=false"),
+        ({"top_k": -1}, "top_k=-1"),
         ({"mixed_routes": [1]}, r"mixed_routes=\[1\].*mixed_batch_size=32"),
         ({"mixed_routes": [8], "mixed_batch_size": 4}, r"mixed_routes=\[8\].*mixed_batch_size=4"),
         ({"mixed_routes": [8], "decoders": ["generate"]}, r"mixed_routes=\[8\].*decoders=\['generate'\]"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from firstlab.model import RouterSettings
-from firstlab.speed import Models
+from firstlab.speed import Models, Workload
 from firstlab.throughput import Queue
 from models import tiny_model
 
@@ -19,7 +19,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def test_both_ways_decode_every_prompt_to_its_length(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = Queue(models, None, [0.33], 11, 4, 20, 8, seed=3)
+    queue = Queue(models, None, [0.33], 11, Workload(4, 20, 8, seed=3))
     assert min(map(len, queue.prompts)) >= 5 and max(map(len, queue.prompts)) <= 20
     assert min(queue.limits) >= 2 and max(queue.limits) <= 8
     assert len(set(map(len, queue.prompts))) > 3 and len(set(queue.limits)) > 3

@@ -7,6 +7,7 @@ python -m firstlab.benchmark model=llama3_8b model.random_init=true model.dtype=
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -48,6 +49,8 @@ class BenchmarkConfig:
             throughput of the engine beside `generate` batch by batch; 0 for none.
         queue_batch_size: Rows of such a batch.
         tokens: New tokens per row.
+        do_sample: Draw tokens instead of greedy decoding.
+        temperature, top_k: Of drawn tokens; see `firstlab.model.sampling.Sampling`.
         warmup: Rounds of all variants before the first that counts.
         repetitions: Rounds that count.
         least_cpu_share: A warning is printed if a variant got less of the CPU than this share of its time.
@@ -70,6 +73,9 @@ class BenchmarkConfig:
     queue: int = 0
     queue_batch_size: int = 8
     tokens: int = 32
+    do_sample: bool = False
+    temperature: float = 0.8
+    top_k: int = 10
     warmup: int = 1
     repetitions: int = 5
     least_cpu_share: float = 0.9
@@ -109,6 +115,8 @@ class BenchmarkConfig:
         require(self.queue >= 0, "queue", "at least 1, or 0 for none")
         require(self.queue_batch_size >= 1, "queue_batch_size", "at least 1")
         require(self.tokens >= 2, "tokens", "at least 2, one from prefill and one from decode")
+        require(0 < self.temperature < math.inf, "temperature", "above 0; do_sample=false decodes greedily")
+        require(self.top_k >= 0, "top_k", "at least 0, which keeps all tokens")
         require(0 <= self.least_cpu_share <= 1, "least_cpu_share", "between 0 and 1")
         require(self.warmup >= 0, "warmup", "at least 0")
         for option in ("repetitions", "copy_mib"):
@@ -167,7 +175,8 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from firstlab import results
     from firstlab.build import model_path
     from firstlab.model import RouterSettings
-    from firstlab.speed import PLAIN, Cell, Models, Variant, copy_bandwidth
+    from firstlab.model.sampling import Sampling
+    from firstlab.speed import PLAIN, Cell, Models, Variant, Workload, copy_bandwidth
     from firstlab.throughput import MixedRoutes, Queue
 
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -191,20 +200,19 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         )
     routes = chosen_routes(config, loaded.routed.num_layers)
     models = {name: loaded.quantized(name) for name in config.quantizations}
+    sampling = Sampling(config.temperature, config.top_k, seed=config.seed) if config.do_sample else None
+
+    def workload(batch_size: int, prompt_length: int) -> Workload:
+        return Workload(batch_size, prompt_length, config.tokens, sampling, config.seed)
+
     # Made before anything is measured: there may be too few different routes.
     mixed = [
-        MixedRoutes(
-            *(each, name, config.mixed_routes, config.skip_rates),
-            *(config.mixed_batch_size, length, config.tokens, config.seed),
-        )
+        MixedRoutes(*(each, name, config.mixed_routes, config.skip_rates), workload(config.mixed_batch_size, length))
         for length in (config.prompt_lengths if config.mixed_routes else [])
         for name, each in models.items()
     ]
     queues = [
-        Queue(
-            *(each, name, config.skip_rates, config.queue, config.queue_batch_size),
-            *(length, config.tokens, config.seed),
-        )
+        Queue(each, name, config.skip_rates, config.queue, workload(config.queue_batch_size, length))
         for length in (config.prompt_lengths if config.queue else [])
         for name, each in models.items()
     ]
@@ -218,7 +226,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
             for rate, route in routes.items()
             if decoder not in PLAIN or rate == 0
         ]
-        cell = Cell(models, variants, batch_size, prompt_length, config.tokens, config.seed)
+        cell = Cell(models, variants, workload(batch_size, prompt_length))
         cell.measure(config.warmup, config.repetitions)
         cells.append(cell.summary(bandwidth))
     return {

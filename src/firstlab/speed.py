@@ -35,6 +35,7 @@ from firstlab.model.graphs import Graphs
 from firstlab.model.layers import find_decoder
 from firstlab.model.llama_step import orders_anew
 from firstlab.model.quantization import quantize, stored_bytes
+from firstlab.model.sampling import Sampling
 from firstlab.model.storage import load_base
 from firstlab.timing import Stopwatch, synchronize
 
@@ -161,9 +162,11 @@ class Models:
         """
         if random_init:
             try:
-                config = AutoConfig.from_pretrained(path)
+                config = AutoConfig.from_pretrained(path, revision=options.pop("revision", None))
             except (OSError, ValueError, KeyError) as error:
                 raise ValueError(f"model.path={path!r} has no config that transformers can read: {error}") from error
+            if options.get("dtype") == "auto":
+                options["dtype"] = config.dtype or torch.float32
             check_memory(config, device, **options)
             with device:
                 lm = AutoModelForCausalLM.from_config(config, **options)
@@ -213,6 +216,41 @@ def check_memory(config: Any, device: torch.device, **options: Any) -> None:
             f"model.random_init=true: the weights take {needed / 2**30:.1f} GiB in {lm.dtype}, {device.type} has "
             f"{available / 2**30:.1f} GiB; use model.dtype=bfloat16, a smaller model or a larger device"
         )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is decoded: random prompts, each to the same number of tokens.
+
+    Attributes:
+        batch_size: Rows.
+        prompt_length: Tokens of each prompt.
+        tokens: New tokens of each row.
+        sampling: How tokens are drawn; None for greedy decoding.
+        seed: Of the prompts, and of routes that are drawn.
+    """
+
+    batch_size: int
+    prompt_length: int
+    tokens: int
+    sampling: Sampling | None = None
+    seed: int = 0
+
+    @property
+    def attended(self) -> float:
+        """Tokens of a row that attention reads in a decode step, on average.
+
+        The first step attends to the prompt and one token more, the last to all but the last token.
+        """
+        return self.prompt_length + self.tokens / 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For transformers' `generate`: exactly `tokens` tokens of each row."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.tokens, "do_sample": self.sampling is not None}
+        if self.sampling is not None:
+            chosen |= {name: getattr(self.sampling, name) for name in ("temperature", "top_k", "top_p")}
+        return chosen | {"pad_token_id": 0}
 
 
 @dataclass(eq=False)
@@ -267,33 +305,23 @@ def compile_everywhere() -> Any:
 
 
 class Cell:
-    """All variants at one batch size and prompt length.
+    """All variants on one workload.
 
     Args:
         models: What decodes, by quantization.
         variants: To be measured, in turn.
-        batch_size, prompt_length, tokens: Rows, tokens of each prompt, new tokens of each.
-        seed: Of the random prompts.
+        workload: What they decode.
 
     Raises:
         ValueError: The engine does not know the model.
     """
 
-    def __init__(
-        self,
-        models: Mapping[str | None, Models],
-        variants: Sequence[Variant],
-        batch_size: int,
-        prompt_length: int,
-        tokens: int,
-        seed: int,
-    ) -> None:
-        self.models, self.variants, self.tokens = models, variants, tokens
-        self.batch_size, self.prompt_length = batch_size, prompt_length
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, models: Mapping[str | None, Models], variants: Sequence[Variant], workload: Workload) -> None:
+        self.models, self.variants, self.workload = models, variants, workload
+        generator = torch.Generator().manual_seed(workload.seed)
         self.some = next(iter(models.values()))  # for what does not depend on the weights
         vocabulary = self.some.plain.config.get_text_config(decoder=True).vocab_size
-        ids = torch.randint(0, vocabulary, (batch_size, prompt_length), generator=generator)
+        ids = torch.randint(0, vocabulary, (workload.batch_size, workload.prompt_length), generator=generator)
         self.ids, self.prompts = ids.to(self.some.routed.device), ids.tolist()
         self.router_s: list[float] = []
         self.joules = joules_counter(self.some.routed.device)
@@ -304,7 +332,8 @@ class Cell:
         for key in dict.fromkeys(variant.way for variant in variants if variant.decoder in ENGINES):
             routed, mode = models[key[1]].for_engine, ENGINES[key[0]]
             try:
-                self.engines[key] = DecodeEngine(routed, prompt_length + tokens, batch_size, mode)
+                longest = workload.prompt_length + workload.tokens
+                self.engines[key] = DecodeEngine(routed, longest, workload.batch_size, mode)
             except ValueError as error:
                 raise ValueError(f"decoders: {error}, so leave engine out: decoders=[transformers,generate]") from error
 
@@ -326,7 +355,12 @@ class Cell:
         watch = Stopwatch(device)
         start, cpu = time.perf_counter(), time.thread_time()
         if engine is not None:
-            out = engine.generate(self.prompts, self.tokens, variant.route, eos=(), on_step=lambda _: watch.note())
+            out = engine.generate(
+                *(self.prompts, self.workload.tokens, variant.route),
+                eos=(),
+                on_step=lambda _: watch.note(),
+                sampling=self.workload.sampling,
+            )
             kv_bytes = out.kv_bytes
         else:
             kv_bytes = self._generate(variant, watch)
@@ -351,7 +385,7 @@ class Cell:
         if variant.decoder == "transformers_static":
             if variant.quantization not in self.static:
                 # One for all repetitions: its compiled graphs know the addresses of keys and values.
-                length = self.prompt_length + self.tokens - 1  # the last token is not read
+                length = self.workload.prompt_length + self.workload.tokens - 1  # the last token is not read
                 self.static[variant.quantization] = StaticCache(config=models.plain.config, max_cache_len=length)
             given = {
                 "past_key_values": self.static[variant.quantization],
@@ -360,11 +394,9 @@ class Cell:
         out = model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            max_new_tokens=self.tokens,
-            do_sample=False,
-            pad_token_id=0,
             logits_processor=LogitsProcessorList([watch]),
             return_dict_in_generate=True,
+            **self.workload.options,
             **given,
         )
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
@@ -373,13 +405,13 @@ class Cell:
     def _time_routers(self) -> float:
         """Seconds that the routers of all layers take for the prompts: dot products, means, decision."""
         routers, weight = self.some.routed.routers, self.some.plain.get_input_embeddings().weight
-        hidden = torch.randn(self.batch_size, self.prompt_length, routers.weight.shape[1], device=self.ids.device)
+        hidden = torch.randn(*self.ids.shape, routers.weight.shape[1], device=self.ids.device)
         hidden = hidden.to(weight.dtype)  # type: ignore[arg-type]
         pooled = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
         def route() -> None:
             readings = [routers.readings(hidden, layer) for layer in range(routers.num_layers)]
-            routers.decide(routers.sums(readings, pooled) / self.prompt_length)
+            routers.decide(routers.sums(readings, pooled) / self.workload.prompt_length)
 
         # On a GPU as one graph: in a prefill, the work of the layers hides how long the host takes to start these.
         replay = Graphs(hidden.device)("routers", route)
@@ -401,12 +433,11 @@ class Cell:
         unquantized = {
             (variant.decoder, variant.skip_rate): variant for variant in self.variants if variant.quantization is None
         }
-        # The first decode step attends to the prompt and one token more, the last to all but the last token.
-        length = self.prompt_length + self.tokens / 2
+        batch_size, length = self.workload.batch_size, self.workload.attended
         rows = []
         for each in self.variants:
             steps, whole, lm = np.concatenate(each.steps_s), dense[each.way], self.models[each.quantization].plain
-            needed, least = (read_bytes(lm, route, self.batch_size, length) for route in (each.route, whole.route))
+            needed, least = (read_bytes(lm, route, batch_size, length) for route in (each.route, whole.route))
             transformers = dense.get(("transformers", each.quantization))
             larger = unquantized.get((each.decoder, each.skip_rate))
             rows.append(
@@ -421,7 +452,7 @@ class Cell:
                     "tpot_mean_s": float(steps.mean()),
                     "tpot_p95_s": float(np.quantile(steps, 0.95)),
                     "tpot_mean_s_of_repetitions": each.tpot_s.tolist(),
-                    "tokens_per_s": float(self.batch_size / steps.mean()),
+                    "tokens_per_s": float(batch_size / steps.mean()),
                     "tpot_ratio": float(np.median(each.tpot_s / whole.tpot_s)),
                     "tpot_ratio_of_medians": float(np.median(steps) / np.median(np.concatenate(whole.steps_s))),
                     "limit_ratio": needed / least,
@@ -433,7 +464,7 @@ class Cell:
                     "kv_bytes_saved": whole.kv_bytes - each.kv_bytes,
                     "peak_memory_bytes": each.peak_memory_bytes,
                     "joules_per_token": (
-                        float(np.median(each.joules)) / (self.batch_size * self.tokens) if each.joules else None
+                        float(np.median(each.joules)) / (batch_size * self.workload.tokens) if each.joules else None
                     ),
                     "cpu_share": float(np.median(each.cpu_share)),
                 }
@@ -441,8 +472,8 @@ class Cell:
         prefill = float(np.median([seconds for each in self.variants for seconds in each.ttft_s]))
         router = float(np.median(self.router_s))
         return {
-            "batch_size": self.batch_size,
-            "prompt_length": self.prompt_length,
+            "batch_size": batch_size,
+            "prompt_length": self.workload.prompt_length,
             "prefill_s": prefill,
             "router_s": router,
             "router_share_of_prefill": router / prefill,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from firstlab.model.engine import DecodeEngine
-from firstlab.speed import Cell, Models, Variant, distinct_routes, read_bytes, spread_route
+from firstlab.speed import Cell, Models, Variant, Workload, distinct_routes, read_bytes, spread_route
 from firstlab.timing import synchronize
 
 
@@ -23,8 +23,7 @@ class MixedRoutes:
         quantization: Of its weights.
         counts: How many different routes the rows have, in turn; rows share them evenly.
         skip_rates: Of every route; those that skip no layer are left out.
-        batch_size, prompt_length, tokens: Rows, tokens of each prompt, new tokens of each.
-        seed: Of prompts and routes.
+        workload: What they decode.
 
     Raises:
         ValueError: Fewer different routes exist than asked for, no rate skips a layer, or the engine does not know the
@@ -37,12 +36,9 @@ class MixedRoutes:
         quantization: str | None,
         counts: Sequence[int],
         skip_rates: Sequence[float],
-        batch_size: int,
-        prompt_length: int,
-        tokens: int,
-        seed: int,
+        workload: Workload,
     ) -> None:
-        layers, rows = models.routed.num_layers, torch.arange(batch_size)
+        layers, rows = models.routed.num_layers, torch.arange(workload.batch_size)
         self.pairs: list[tuple[int, Variant, Variant]] = []
         variants = []
         skipping = sorted({rate for rate in skip_rates if round(rate * layers)})
@@ -54,33 +50,33 @@ class MixedRoutes:
             shared = Variant("engine", rate, spread_route(layers, rate), quantization)
             variants.append(shared)
             for count in counts:
-                mixed = Variant("engine", rate, distinct_routes(layers, rate, count, seed)[rows % count], quantization)
+                routes = distinct_routes(layers, rate, count, workload.seed)[rows % count]
+                mixed = Variant("engine", rate, routes, quantization)
                 variants.append(mixed)
                 self.pairs.append((count, mixed, shared))
-        self.cell = Cell({quantization: models}, variants, batch_size, prompt_length, tokens, seed)
+        self.cell = Cell({quantization: models}, variants, workload)
 
     def measure(self, warmup: int, repetitions: int) -> list[dict[str, Any]]:
         """A record per skip rate and number of routes; the ratio is the median over the repetitions.
 
         Its limit is that of the bytes read: rows of different routes need the weights of more layers.
         """
-        cell, lm = self.cell, self.cell.some.plain
+        cell, lm, workload = self.cell, self.cell.some.plain, self.cell.workload
         cell.measure(warmup, repetitions)
-        length = cell.prompt_length + cell.tokens / 2
 
         def needed(variant: Variant) -> float:
-            return read_bytes(lm, variant.route, cell.batch_size, length)
+            return read_bytes(lm, variant.route, workload.batch_size, workload.attended)
 
         return [
             {
-                "batch_size": cell.batch_size,
-                "prompt_length": cell.prompt_length,
+                "batch_size": workload.batch_size,
+                "prompt_length": workload.prompt_length,
                 "routes": count,
                 "quantization": mixed.quantization,
                 "skip_rate_asked": mixed.skip_rate,
                 "skip_rate": 1 - mixed.route.float().mean().item(),
-                "tokens_per_s": cell.batch_size / float(np.median(mixed.tpot_s)),
-                "tokens_per_s_shared": cell.batch_size / float(np.median(shared.tpot_s)),
+                "tokens_per_s": workload.batch_size / float(np.median(mixed.tpot_s)),
+                "tokens_per_s_shared": workload.batch_size / float(np.median(shared.tpot_s)),
                 "throughput_ratio": float(np.median(shared.tpot_s / mixed.tpot_s)),
                 "limit_ratio": needed(shared) / needed(mixed),
                 "throughput_ratio_of_repetitions": (shared.tpot_s / mixed.tpot_s).tolist(),
@@ -101,9 +97,8 @@ class Queue:
         models: What decodes.
         quantization: Of its weights.
         skip_rates: Of the route that all prompts share, 0 included.
-        prompts, batch_size: How many there are, and rows decoded together.
-        prompt_length, tokens: The longest prompt and response.
-        seed: Of prompts and lengths.
+        prompts: How many there are.
+        workload: Rows decoded together, the longest prompt and the longest response.
 
     Raises:
         ValueError: The engine does not know the model.
@@ -115,26 +110,25 @@ class Queue:
         quantization: str | None,
         skip_rates: Sequence[float],
         prompts: int,
-        batch_size: int,
-        prompt_length: int,
-        tokens: int,
-        seed: int,
+        workload: Workload,
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(workload.seed)
 
         def lengths(longest: int) -> list[int]:
             return torch.randint(-(-longest // 4), longest + 1, (prompts,), generator=generator).tolist()
 
         vocabulary = models.plain.config.get_text_config(decoder=True).vocab_size
-        self.models, self.quantization, self.batch_size = models, quantization, batch_size
+        self.models, self.quantization, self.workload = models, quantization, workload
         self.prompts = [
-            torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths(prompt_length)
+            torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+            for length in lengths(workload.prompt_length)
         ]
-        self.limits = lengths(tokens)
+        self.limits = lengths(workload.tokens)
         layers = models.routed.num_layers
         self.routes = {rate: spread_route(layers, rate) for rate in sorted({0.0, *skip_rates})}
         try:
-            self.engine = DecodeEngine(models.for_engine, prompt_length + tokens, batch_size)
+            longest = workload.prompt_length + workload.tokens
+            self.engine = DecodeEngine(models.for_engine, longest, workload.batch_size)
         except ValueError as error:
             raise ValueError(f"queue: {error}, so set queue=0") from error
 
@@ -158,7 +152,7 @@ class Queue:
             found.append(
                 {
                     "prompts": len(self.prompts),
-                    "batch_size": self.batch_size,
+                    "batch_size": self.workload.batch_size,
                     "prompt_tokens": sum(map(len, self.prompts)),
                     "new_tokens": sum(self.limits),
                     "quantization": self.quantization,
@@ -173,10 +167,10 @@ class Queue:
         return found
 
     def _by_engine(self, route: Tensor) -> None:
-        self.engine.generate(self.prompts, self.limits, route, eos=())
+        self.engine.generate(self.prompts, self.limits, route, eos=(), sampling=self.workload.sampling)
 
     def _by_generate(self, route: Tensor) -> None:
-        model, size = self.models.routed, self.batch_size
+        model, size = self.models.routed, self.workload.batch_size
         for start in range(0, len(self.prompts), size):
             batch, limits = self.prompts[start : start + size], self.limits[start : start + size]
             width = max(map(len, batch))
@@ -188,7 +182,5 @@ class Queue:
                 ids.to(model.device),
                 mask.to(model.device),
                 routes=route.to(model.device),
-                max_new_tokens=max(limits),
-                do_sample=False,
-                pad_token_id=0,
+                **self.workload.options | {"max_new_tokens": max(limits)},
             )
