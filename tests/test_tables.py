@@ -229,6 +229,16 @@ def test_what_a_run_does_not_say_is_what_runs_did_before_there_was_a_choice(conf
         assert len(read([str(tmp_path)]).of(each, config.scale)) == found
 
 
+def test_runs_on_another_number_of_test_prompts_are_others(tmp_path: Path):
+    scales = {limit: settings(f"scale.base=['evaluation.limit={limit}']") for limit in (200, 1000)}
+    for limit, scale in scales.items():
+        save(tmp_path, f"of{limit}", record(cell_run(scale, "sleb", 15), quality=limit / 10))
+    cells = {limit: Cells(scale, read([str(tmp_path)])) for limit, scale in scales.items()}
+    for limit, scale in scales.items():
+        match, _ = cells[limit].find(cell_run(scale, "sleb", 15), True)
+        assert match is not None and [each.file.stem for each in match.records] == [f"of{limit}"]
+
+
 def test_torn_and_foreign_files_are_named_and_left_out(config: TablesConfig, tmp_path: Path):
     good = record(cell_run(config, "first", 15))
     text = save(tmp_path, "good", good).read_text()

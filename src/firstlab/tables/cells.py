@@ -231,7 +231,7 @@ class Cells:
         groups: dict[str, dict[int, Record]] = defaultdict(dict)
         for record in self._records(run):
             if record.variant(variant) is not None:
-                # A seed counts once, however often it was run (with other sizes of the test set, say).
+                # A seed counts once, however often it was run (on other processors, say).
                 groups[record.level].setdefault(record.seed, record)
         matches = []
         for of_seed in groups.values():

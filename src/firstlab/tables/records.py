@@ -19,9 +19,9 @@ from firstlab.config import UNSAID, conf_dir, register
 from firstlab.tables.config import ScaleConfig
 from firstlab.tables.grid import Run, level_keys
 
-#: Settings that decide what a run is, beside its level; where one ran and what was measured does not.
+#: Settings that decide what a run is, beside its level; where one ran and what else was measured does not.
 _SECTIONS = ("method", "router", "lora", "router_phase", "lora_phase")
-_DECODING = ("decoder", "do_sample", "temperature", "top_k", "num_beams")
+_EVALUATION = ("limit", "decoder", "do_sample", "temperature", "top_k", "num_beams")
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +156,11 @@ def _record(file: Path) -> Record:
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     chosen: dict[str, Any] = {section: config.get(section, {}) for section in _SECTIONS}
     chosen["method"] = UNSAID | chosen["method"]
-    decoding = {key: value for key, value in config.get("evaluation", {}).items() if key in _DECODING}
-    decoding = {"decoder": "generate"} | decoding  # as recorded before there was a choice
-    if decoding.get("do_sample") is False:
-        decoding = {key: value for key, value in decoding.items() if key not in ("temperature", "top_k")}
-    chosen["evaluation"] = decoding
+    evaluation = {key: value for key, value in config.get("evaluation", {}).items() if key in _EVALUATION}
+    evaluation = {"decoder": "generate"} | evaluation  # as recorded before there was a choice
+    if evaluation.get("do_sample") is False:
+        evaluation = {key: value for key, value in evaluation.items() if key not in ("temperature", "top_k")}
+    chosen["evaluation"] = evaluation
     chosen["data"] = {"train_size": config.get("data", {}).get("train_size")}
     return dict(_flat(chosen, ""))
 
