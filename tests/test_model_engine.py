@@ -495,3 +495,32 @@ def test_gpu_half_precision(dtype: torch.dtype, mode: str) -> None:
         tokens = torch.tensor([10 + token, 20, 30], device="cuda")
         wanted, found = eager(tokens).float(), other(tokens).float()
         assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_what_happens_to_the_model_after_its_engine_was_made() -> None:
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    model = deepcopy(llama(False, True))
+    engine, other = (DecodeEngine(model, 40, 2) for _ in range(2))
+    state = {
+        name: torch.randn_like(value) * 0.3 if "bias" in name else value for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(state)  # in place: the engines see it
+    for each in (engine, other):
+        assert each.generate(prompts, NEW, eos=()).tokens == [expected(model, prompt, None) for prompt in prompts]
+    model.lm.generation_config.repetition_penalty = 1.5
+    with pytest.raises(ValueError, match=r"repetition_penalty=1.5.*lm.generation_config.repetition_penalty = None"):
+        engine.generate(prompts, NEW)
+    model.lm.generation_config.repetition_penalty = None
+    model.add_lora(LoraSettings(dropout=0.0))
+    with pytest.raises(ValueError, match="got LoRA after its engine was made"):
+        engine.generate(prompts, NEW)
+
+
+def test_one_call_at_a_time() -> None:
+    engine, prompts = DecodeEngine(llama(False), 40, 1), [[5, 6, 7], [8, 9], [3, 4]]
+    former = engine.as_completed(prompts, NEW, eos=())
+    next(former)
+    tokens = engine.generate(prompts, NEW, eos=()).tokens
+    assert tokens == [out.tokens[0] for _, out in engine.as_completed(prompts, NEW, eos=())]
+    with pytest.raises(ValueError, match="another call of this engine began"):
+        next(former)

@@ -653,3 +653,21 @@ def test_padding_is_recognised_without_a_mask_as_transformers_does():
     assert torch.equal(routed.generate(ids, routes=every, **options), base.generate(ids, **options))
     mask = (ids != 0).long()
     torch.testing.assert_close(routed.prompt_rho(ids), routed.prompt_rho(ids, mask))
+
+
+def test_the_eos_token_of_the_call_decides_what_is_padding():
+    base, model = pair("llama")
+    ids, _ = prompts((9,))
+    ids[0, :3] = 2
+    options = {"pad_token_id": 2, "eos_token_id": 5, "max_new_tokens": 6}
+    found = model.generate(ids, routes=torch.ones(LAYERS, dtype=torch.bool), **options)
+    assert torch.equal(found, base.generate(ids, **options))
+
+
+def test_input_ids_beside_embeds_are_moved_with_their_padding():
+    _, model = pair("llama")
+    ids, mask = prompts(side="right")
+    left, _ = prompts()
+    embeds = model.lm.get_input_embeddings()(ids)
+    found = model.generate(ids, attention_mask=mask, inputs_embeds=embeds, max_new_tokens=3)
+    assert torch.equal(found[:, : ids.shape[1]], left)

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from firstlab import RouterAugmentedLM
 from firstlab.model.layers import RoutableLayer, find_decoder, make_dense, make_routable
-from models import ARCHITECTURES, LAYERS, prompts, routed_model, tiny_model
+from models import ARCHITECTURES, HIDDEN, LAYERS, prompts, random_routes, routed_model, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
@@ -174,3 +175,65 @@ def test_another_architecture_needs_no_code():
     assert model.num_layers == 3
     ids, mask = prompts()
     assert model.generate(ids, attention_mask=mask, max_new_tokens=2, pad_token_id=0).shape == (3, 14)
+
+
+@pytest.mark.parametrize("first", ["cpu", "disk"])
+def test_layers_behind_hooks_of_accelerate_are_routed(tmp_path, first):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places |= {f"model.layers.{layer}": first if layer < 3 else "disk" for layer in range(LAYERS)}
+    options = {"device_map": places, "offload_folder": tmp_path / "weights"}
+    hooked = RouterAugmentedLM.from_pretrained(tmp_path / "model", **options)
+    model = routed_model()
+    hooked.routers.load_state_dict(model.routers.state_dict())
+    ids, mask = prompts()
+    routes = random_routes(3)
+    for forced in (None, routes, routes[1]):
+        given = {"attention_mask": mask, "routes": forced, "max_new_tokens": 5}
+        assert torch.equal(hooked.generate(ids, **given), model.generate(ids, **given))
+    with torch.no_grad():
+        for keep in (True, False):
+            labelled = {"labels": ids, "routes": routes, "objective": "decode_consistent", "keep_logits": keep}
+            torch.testing.assert_close(hooked(ids, mask, **labelled).loss, model(ids, mask, **labelled).loss)
+    plain = hooked.unwrap()
+    assert torch.equal(plain.generate(ids, attention_mask=mask), tiny_model("llama").generate(ids, attention_mask=mask))
+
+
+def test_a_model_may_be_wrapped_again():
+    model = routed_model()
+    ids, mask = prompts()
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=4)
+    other = RouterAugmentedLM(model.lm)
+    other.routers.load_state_dict(model.routers.state_dict())
+    for each in (model, other):
+        given = {"attention_mask": mask, "max_new_tokens": 4}
+        assert torch.equal(each.generate(ids, **given), expected)
+        assert torch.equal(each.generate(ids, prefill_chunk_size=4, **given), expected)
+    other.unwrap()
+    for call in (model.generate, model.route, model):
+        with pytest.raises(ValueError, match="the model was unwrapped"):
+            call(ids, mask)
+
+
+def test_what_is_wrapped_otherwise_is_named():
+    model = routed_model()
+    with pytest.raises(ValueError, match="wrapped already"):
+        RouterAugmentedLM(model)
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"PEFT's wrapper: pass peft_model.merge_and_unload"):
+        RouterAugmentedLM(adapted)
+    assert RouterAugmentedLM(adapted.merge_and_unload()).num_layers == LAYERS
+
+
+def test_layers_that_need_more_than_hidden_states_are_refused():
+    sizes = {**ARCHITECTURES["llama"], "is_decoder": True, "is_encoder_decoder": False, "d_model": 32}
+    bart = AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", decoder_layers=LAYERS, **sizes))
+    with pytest.raises(ValueError, match="BartForCausalLM has a table of positions and takes no position_ids"):
+        RouterAugmentedLM(bart)
+    model = routed_model()
+    model.lm.config.indexer_types = ["full", "shared"] * 3
+    with pytest.raises(ValueError, match="layers with a shared indexer"):
+        RouterAugmentedLM(model.lm)
+    layer, states = model.lm.model.layers[0], torch.zeros(1, 2, 4, HIDDEN)
+    with pytest.raises(ValueError, match=r"takes hidden states of shape \[1, 2, 4, 32\]"):
+        layer(states, past_key_values=model.new_cache())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from firstlab import RouterAugmentedLM
 from firstlab.model import LoraSettings, RouterSettings
@@ -196,3 +197,71 @@ def test_two_models_side_by_side():
         b = second(ids, attention_mask=mask, past_key_values=caches[1])
     assert a.rho is None
     torch.testing.assert_close(b.rho, second.prompt_rho(ids, mask), atol=1e-5, rtol=0)
+
+
+def test_arguments_that_transformers_models_are_called_with():
+    _, model = pair("gpt2")
+    ids, mask, labels = labelled()
+    with torch.no_grad():
+        plain = model(ids, mask, labels=labels)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        same = model(ids, mask, labels=labels, use_cache=False, return_dict=True, position_ids=positions)
+        other = model(ids, mask, labels=labels, position_ids=positions + 3)
+        cached = model(ids, mask, past_key_values=model.new_cache(), use_cache=True).logits
+        assert torch.equal(cached, model(ids, mask, past_key_values=model.new_cache()).logits)
+    assert torch.equal(plain.logits, same.logits) and plain.loss == same.loss
+    assert not torch.allclose(plain.logits, other.logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_ids": None}, "needs input_ids"),
+        ({"return_dict": False}, "return_dict=False"),
+        ({"use_cache": True}, r"use_cache=True .* past_key_values=model.new_cache\(\)"),
+        ({"labels": torch.zeros(3, 5, dtype=torch.long)}, r"labels must be \[3, 12\] like the tokens; got \[3, 5\]"),
+        ({"labels": torch.zeros(3, 12, dtype=torch.long), "logits_to_keep": 1}, "logits_to_keep"),
+        ({"attention_mask": torch.ones(3, 1, 12, 12)}, r"attention_mask must be \[batch, tokens\]"),
+        (
+            {"labels": torch.zeros(3, 12, dtype=torch.long), "keep_logits": False, "output_hidden_states": True},
+            "output_hidden_states=True",
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_together(options, message):
+    _, model = pair("llama")
+    ids, mask, _ = labelled()
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": ids, "attention_mask": mask} | options)
+    with pytest.raises(ValueError, match="use_cache=False contradicts past_key_values"):
+        model(ids, mask, past_key_values=model.new_cache(), use_cache=False)
+
+
+def test_gradient_checkpointing_of_transformers_is_refused():
+    model = routed_model()
+    model.lm.gradient_checkpointing_enable()
+    ids, mask, labels = labelled()
+    with pytest.raises(ValueError, match=r"model.gradient_checkpointing = True"):
+        model(ids, mask, labels=labels)
+    model.lm.gradient_checkpointing_disable()
+    model(ids, mask, labels=labels)
+
+
+def test_router_logits_of_experts():
+    base, model = pair("mixtral")
+    ids, mask = prompts()
+    with torch.no_grad():
+        out = model(ids, mask, routes=torch.ones(LAYERS, dtype=torch.bool), output_router_logits=True)
+        expected = base(ids, attention_mask=mask, output_router_logits=True)
+    torch.testing.assert_close(out.aux_loss, expected.aux_loss)
+    assert len(out.router_logits) == LAYERS
+
+
+def test_models_that_are_their_own_base_model_lose_no_loss():
+    sizes = {**ARCHITECTURES["llama"], "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    config = AutoConfig.for_model("llama4_text", **sizes)
+    model = RouterAugmentedLM(AutoModelForCausalLM.from_config(config).eval())
+    ids, mask, labels = labelled()
+    with torch.no_grad():
+        losses = [model(ids, mask, labels=labels, keep_logits=keep).loss for keep in (True, False)]
+    torch.testing.assert_close(*losses)

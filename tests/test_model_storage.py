@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -280,3 +280,48 @@ def test_other_architectures_round_trip(architecture, tmp_path):
     model = trained(tmp_path / "base")
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_the_base_is_the_one_that_was_saved_with_the_routers(tmp_path):
+    RouterAugmentedLM(tiny_model("llama")).save_pretrained(tmp_path / "saved", save_base=True)
+    again = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+    again.save_pretrained(tmp_path / "saved")  # of the same base
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(again))
+    tiny_model("llama", seed=9).save_pretrained(tmp_path / "other")
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(other))
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_routers_without_what_belongs_to_them_are_not_replaced_by_fresh_ones(base_folder, tmp_path, name):
+    trained(base_folder).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / name).unlink()
+    with pytest.raises(ValueError, match=f"but no {name}; save the model again; in a run directory"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_an_adapter_that_transformers_loaded(base_folder, tmp_path):
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = RouterAugmentedLM.from_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    assert model.has_lora
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), expected)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged", save_base=True)
+    merged = RouterAugmentedLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_name(base_folder, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(base_folder)
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    lm.add_adapter(settings, adapter_name="mine")
+    model = RouterAugmentedLM(lm)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))
+    lm.add_adapter(settings, adapter_name="yours")
+    with pytest.raises(ValueError, match=r"several adapters \(mine, yours\)"):
+        model.save_pretrained(tmp_path / "both")

@@ -36,6 +36,7 @@ from firstlab.metrics import (
 )
 from firstlab.model import EarlyExit, PrunedRoutes, RoutedCache, RouterAugmentedLM, StepRoutes
 from firstlab.model.engine import engine_for
+from firstlab.model.generation import check_score_settings
 from firstlab.model.llama_step import check_supported
 from firstlab.model.sampling import Sampling
 from firstlab.timing import measure_tpot
@@ -235,6 +236,7 @@ def check_engine(model: RouterAugmentedLM, option: str, decoder: str) -> None:
     if decoder == "engine":
         try:
             check_supported(model.lm)
+            check_score_settings(model.lm.generation_config)
         except ValueError as error:
             raise ValueError(f"{option}={decoder}: {error} ({option}=generate)") from error
 

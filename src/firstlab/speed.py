@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CompileConfig,
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     StaticCache,
@@ -173,8 +174,8 @@ class Models:
         else:
             lm = load_base(path, **options)
         lm = lm.to(device).eval()
-        # Random prompts: a row must not end before the others.
-        lm.generation_config.eos_token_id = None
+        # Random prompts: a row must not end before the others, and no setting of the model's own may change scores.
+        lm.generation_config = GenerationConfig()
         return cls(_twin(lm), RouterAugmentedLM(lm, settings))
 
     @cached_property

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from firstlab.model.early_exit import EarlyExit
+from firstlab.model.generation import check_score_settings
 from firstlab.model.graph_step import GraphStep
 from firstlab.model.graphs import Graphs
 from firstlab.model.llama_step import LlamaStep, orders_anew
@@ -236,7 +237,18 @@ class DecodeEngine:
             on_step or (lambda tokens: None),
             _dropped(routes) if isinstance(routes, StepRoutes) else {},
         )
-        return self._decode(prompts, task)
+        return self._undisturbed(self._decode(prompts, task))
+
+    def _undisturbed(self, rows: Iterator[_Row]) -> Iterator[_Row]:
+        """The rows of one call, as long as no other one has taken the places of the batch."""
+        self._call = call = object()
+        for row in rows:
+            yield row
+            if self._call is not call:
+                raise ValueError(
+                    "another call of this engine began before all rows of this one were taken: take them all first, "
+                    "or make a second engine"
+                )
 
     @torch.no_grad()
     def _decode(self, prompts: Sequence[Sequence[int]], task: _Task) -> Iterator[_Row]:
@@ -291,6 +303,9 @@ class DecodeEngine:
         )
 
     def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], routes: Routes | None) -> None:
+        check_score_settings(self.model.lm.generation_config)
+        if self.model.has_lora:
+            raise ValueError("the model got LoRA after its engine was made; merge_and_unload() it, make a new engine")
         if not self.step.is_current():
             raise ValueError("the model was moved or converted after its engine was made; make a new DecodeEngine")
         if not prompts or not all(len(prompt) for prompt in prompts):

@@ -74,3 +74,32 @@ def check_generation_options(options: dict[str, Any], defaults: GenerationConfig
         if given not in off:
             shown = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
             raise ValueError(f"{name}={shown} cannot be used with routed decoding: {reason}; drop the option")
+
+
+#: Settings of a generation config that change the scores of tokens, and the values that mean "off".
+_SCORE_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1, 1.0),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+}
+
+
+def check_score_settings(defaults: GenerationConfig) -> None:
+    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not."""
+    for name, off in _SCORE_SETTINGS.items():
+        given = getattr(defaults, name, None)
+        if given not in off:
+            raise ValueError(
+                f"the model's generation config has {name}={given!r}, which the decode engine does not follow: set "
+                f"lm.generation_config.{name} = None, or decode with RouterAugmentedLM.generate"
+            )

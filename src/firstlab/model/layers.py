@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from inspect import signature
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +60,11 @@ class RoutableLayer(nn.Module):
         if current is None:
             return run()
         hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"{self.dense_class.__name__} takes hidden states of shape {list(hidden.shape)}; only decoder layers "
+                "from [batch, tokens, hidden size] to the same can be routed"
+            )
 
         def run_and_note() -> Any:
             output = run()
@@ -101,16 +107,26 @@ def make_routable(layers: nn.ModuleList) -> None:
     for index, layer in enumerate(layers):
         layer.layer_index = index  # type: ignore[assignment]
         if not isinstance(layer, RoutableLayer):
-            layer.__class__ = _routable_class(type(layer))
+            _set_class(layer, _routable_class(type(layer)))
 
 
 def make_dense(layers: nn.ModuleList) -> None:
     """Undo `make_routable`."""
     routable: list[Any] = [layer for layer in layers if isinstance(layer, RoutableLayer)]
     for layer in routable:
-        layer.__class__ = layer.dense_class
+        _set_class(layer, layer.dense_class)
         for name in ("layer_index", "output_length"):
             layer.__dict__.pop(name, None)
+
+
+def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """The layer's class, also where a hook of accelerate (device maps, offloading) stands before its `forward`.
+
+    The hook stays in front: it brings weights and inputs to one device.
+    """
+    layer.__class__ = kind
+    if "_old_forward" in layer.__dict__:
+        layer._old_forward = MethodType(kind.forward, layer)  # type: ignore[assignment]
 
 
 class IntermediateHead:
@@ -173,11 +189,25 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
-    """Raises ValueError if `decoder` does not take tokens and a KV cache, where routes and prompts are seen."""
+    """Raises ValueError for a model whose prompts or layers cannot be told apart as routing needs.
+
+    `decoder` must take tokens and a KV cache, where routes and prompts are seen; a table of positions must be read by
+    `position_ids`, as padding would move the prompts otherwise; no layer may need what another one has found.
+    """
     taken = signature(decoder.forward).parameters
     missing = [name for name in ("input_ids", "past_key_values") if name not in taken]
     if missing:
         raise ValueError(
             f"{type(model).__name__}: {type(decoder).__name__}, which runs the layers, takes no "
             f"{' and no '.join(missing)}; only decoder-only models with a key-value cache can be routed"
+        )
+    if hasattr(decoder, "embed_positions") and "position_ids" not in signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} has a table of positions and takes no position_ids, so that its prompts depend on "
+            "their padding; such models cannot be routed"
+        )
+    if "shared" in (getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()):
+        raise ValueError(
+            f"{type(model).__name__}: layers with a shared indexer need what the layer below has found, which a route "
+            "may skip; such models cannot be routed"
         )

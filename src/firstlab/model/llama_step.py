@@ -63,7 +63,15 @@ def _fuse(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
             linear.weight.data = part
             if by_column:
                 linear.register_state_dict_post_hook(_save_by_row)
-    bias = None if linears[0].bias is None else torch.cat([linear.bias.data for linear in linears])
+    if linears[0].bias is None:
+        return weight, None
+    biases = [linear.bias.data.unsqueeze(1) for linear in linears]
+    if _is_fused(biases, False):
+        bias = biases[0].as_strided((len(weight),), (1,))
+    else:
+        bias = torch.cat(biases).squeeze(1)
+        for linear, part in zip(linears, bias.split([len(each) for each in biases]), strict=True):
+            linear.bias.data = part
     return weight, bias
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from firstlab.model import storage
@@ -52,6 +54,7 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
             `keep_logits=False`.
         ran: [B, T, L] boolean, the layers each token ran; only for teacher-forced `StepRoutes`, `EarlyExit` and
             `PrunedRoutes`.
+        aux_loss, router_logits: Of a mixture of experts that was asked for them.
     """
 
     rho: Tensor | None = None
@@ -60,6 +63,11 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
     token_losses: Tensor | None = None
     states: Tensor | None = None
     ran: Tensor | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+_OUTPUT_FIELDS = frozenset(field.name for field in fields(RouterAugmentedOutput))
 
 
 class RouterAugmentedLM(nn.Module):
@@ -81,6 +89,7 @@ class RouterAugmentedLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
         super().__init__()
+        _check_not_wrapped(lm)
         decoder, layers = find_decoder(lm)
         if not isinstance(lm, GenerationMixin):
             raise ValueError(
@@ -89,17 +98,22 @@ class RouterAugmentedLM(nn.Module):
         check_decoder(lm, decoder)
         self.lm: PreTrainedModel = lm
         hidden_size = lm.config.get_text_config(decoder=True).hidden_size
-        self.routers = Routers(len(layers), hidden_size, settings).to(next(layers.parameters()).device)
-        RoutedCache(lm.config, self.routers)  # a cache that cannot carry routes is refused now, not after training
+        # Weights that accelerate has moved to a disk are on no device.
+        device = next((each.device for each in layers.parameters() if each.device.type != "meta"), None)
+        self.routers = Routers(len(layers), hidden_size, settings).to(device)
+        # A cache that cannot carry routes is refused now, not after training.
+        caches = {type(each) for each in RoutedCache(lm.config, self.routers).layers}
+        self._reads_prompts_apart = caches <= {DynamicLayer, DynamicSlidingWindowLayer}
         self.gradient_checkpointing = False
         self.loss_chunk = LOSS_CHUNK
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
         self._decoder_name = next(name for name, module in lm.named_modules() if module is decoder)
         make_routable(layers)
-        self._hooks = [
-            decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True),
-            decoder.register_forward_hook(_end_pass, with_kwargs=True),
-        ]
+        if not hasattr(decoder, "routing_hooks"):  # the model may have been wrapped before
+            decoder.routing_hooks = [  # type: ignore[assignment]
+                decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True),
+                decoder.register_forward_hook(_end_pass, with_kwargs=True),
+            ]
         self.train(lm.training)
 
     # -- loading and saving --
@@ -160,6 +174,16 @@ class RouterAugmentedLM(nn.Module):
         """Number of decoder layers L."""
         return self.routers.num_layers
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its head: tokens to the decoder's output."""
+        base = self.lm.base_model
+        return self._decoder if base is self.lm else base
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self.lm.get_submodule(self._decoder_name)
+
     def train(self, mode: bool = True) -> RouterAugmentedLM:
         """Training mode for routers and LoRA; the base is frozen in use, so its own dropout stays off."""
         super().train(mode)
@@ -172,9 +196,13 @@ class RouterAugmentedLM(nn.Module):
         """Give the transformers model back as it came (LoRA layers stay if there are any)."""
         _, layers = find_decoder(self.lm)
         make_dense(layers)
-        for hook in self._hooks:
+        for hook in self._decoder.__dict__.pop("routing_hooks", ()):
             hook.remove()
         return self.lm
+
+    def _check_wrapped(self) -> None:
+        if not hasattr(self._decoder, "routing_hooks"):
+            raise ValueError("the model was unwrapped: use it as transformers does, or wrap it again")
 
     # -- LoRA --
 
@@ -256,9 +284,11 @@ class RouterAugmentedLM(nn.Module):
         Raises:
             ValueError: Arguments that do not go together or do not fit the batch.
         """
-        if not keep_logits and labels is None:
-            raise ValueError("keep_logits=False leaves nothing to return without labels=; pass labels, or keep logits")
-        shape_source = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        self._check_wrapped()
+        shape_source = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if shape_source is None:
+            raise ValueError("forward needs input_ids [batch, tokens] or inputs_embeds")
+        self._check_forward(shape_source, labels, keep_logits, past_key_values is not None, kwargs)
         if past_key_values is not None:
             if labels is not None or routes is not None:
                 raise ValueError(
@@ -275,9 +305,10 @@ class RouterAugmentedLM(nn.Module):
                 use_cache=True,
                 **kwargs,
             )
-            return RouterAugmentedOutput(**out, rho=past_key_values.rho)
+            return RouterAugmentedOutput(**_known(out), rho=past_key_values.rho)
         if attention_mask is None:
             attention_mask = torch.ones(shape_source.shape[:2], dtype=torch.long, device=shape_source.device)
+        _check_mask(shape_source, attention_mask)
         attended = attention_mask.bool()
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
@@ -301,24 +332,47 @@ class RouterAugmentedLM(nn.Module):
             reading = self.read_prompts(input_ids, attention_mask, prompt_mask)
             if reading is not None:
                 return self.respond(reading, labels, gate)
-        run = self.lm if keep_logits else self.lm.base_model
+        run = self.lm if keep_logits else self.backbone
         with routing(current):
             out = run(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=False,
-                **self._positions(attention_mask),
-                **kwargs,
+                **self._positions(attention_mask) | kwargs,
             )
         rho = current.rho
         if labels is None:
-            return RouterAugmentedOutput(**out, rho=rho, ran=current.ran)
+            return RouterAugmentedOutput(**_known(out), rho=rho, ran=current.ran)
         if keep_logits:
             return RouterAugmentedOutput(
-                **out, **self._losses(out.logits, _same, labels, attended, rho), ran=current.ran
+                **_known(out), **self._losses(out.logits, _same, labels, attended, rho), ran=current.ran
             )
         found = self._losses(out.last_hidden_state, self.output_head(), labels, attended, rho)
         return RouterAugmentedOutput(**found, ran=current.ran)
+
+    def _check_forward(
+        self, tokens: Tensor, labels: Tensor | None, keep_logits: bool, cached: bool, kwargs: dict[str, Any]
+    ) -> None:
+        """Takes what says nothing new out of `kwargs`; raises ValueError for what does not go together."""
+        if not keep_logits and labels is None:
+            raise ValueError("keep_logits=False leaves nothing to return without labels=; pass labels, or keep logits")
+        if not keep_logits and kwargs.get("output_hidden_states"):
+            raise ValueError("output_hidden_states=True needs the whole output; drop it, or keep_logits=False")
+        if labels is not None and labels.shape != tokens.shape[:2]:
+            raise ValueError(f"labels must be {list(tokens.shape[:2])} like the tokens; got {list(labels.shape)}")
+        if labels is not None and kwargs.get("logits_to_keep"):
+            raise ValueError("logits_to_keep leaves out logits that labels= needs; drop one (or use keep_logits=False)")
+        if kwargs.pop("return_dict", None) is False:
+            raise ValueError("return_dict=False cannot be used: rho and the loss terms have names alone; drop it")
+        use_cache = kwargs.pop("use_cache", None)
+        if use_cache is not None and use_cache != cached:
+            way_out = "drop past_key_values" if cached else "pass past_key_values=model.new_cache()"
+            raise ValueError(f"use_cache={use_cache} contradicts past_key_values, which decides; {way_out}")
+        if any(getattr(each, "gradient_checkpointing", False) for each in self.lm.modules()):
+            raise ValueError(
+                "the gradient checkpointing of transformers would recompute layers without their routes: call "
+                "lm.gradient_checkpointing_disable() and set model.gradient_checkpointing = True instead"
+            )
 
     def read_prompts(self, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor) -> PromptReading | None:
         """Prompts alone, as prefill runs them, without a graph but that from rho to the routers; for `respond`.
@@ -329,18 +383,19 @@ class RouterAugmentedLM(nn.Module):
             prompt_mask: [B, T], true on prompt tokens.
 
         Returns:
-            None where prompts and responses cannot be told apart; see `Split.of`.
+            None where prompts and responses cannot be told apart (see `Split.of`), or the model's cache holds more than
+            keys and values.
         """
         attended = attention_mask.bool()
         prompt = prompt_mask.bool() & attended
-        split = Split.of(prompt, attended & ~prompt)
+        split = Split.of(prompt, attended & ~prompt) if self._reads_prompts_apart else None
         if split is None:
             return None
         ids, real, length = split.take(input_ids), split.real, split.prompt_length
         cache = PromptCache()
         prompts = ConstantPromptPass(self.routers, real[:, :length])
         with torch.no_grad(), routing(prompts):
-            out = self.lm.base_model(
+            out = self.backbone(
                 input_ids=ids[:, :length],
                 attention_mask=real[:, :length].long(),
                 past_key_values=cache,
@@ -368,7 +423,7 @@ class RouterAugmentedLM(nn.Module):
         real = split.real
         responses = ResponsePass(self.routers, rho, real[:, length:], gate, self.gradient_checkpointing, routes)
         with routing(responses):
-            out = self.lm.base_model(
+            out = self.backbone(
                 input_ids=reading.ids[:, length:],
                 attention_mask=real.long(),
                 past_key_values=reading.cache,
@@ -413,7 +468,7 @@ class RouterAugmentedLM(nn.Module):
     def dense_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """The `states` [N, D] that the base model alone, every layer run and without LoRA, has where labels are."""
         with self.lora_disabled():
-            out = self.lm.base_model(
+            out = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=False,
@@ -434,15 +489,17 @@ class RouterAugmentedLM(nn.Module):
     @torch.no_grad()
     def prompt_rho(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """rho of every layer as prefill measures it: [B, T] prompts -> [B, L] fp32."""
+        self._check_wrapped()
         if attention_mask is None:
-            attention_mask = self._mask_of(input_ids, self.lm.generation_config.pad_token_id)
+            defaults = self.lm.generation_config
+            attention_mask = self._mask_of(input_ids, defaults.pad_token_id, defaults.eos_token_id)
         _check_prompt(input_ids, attention_mask)
         # What stands behind every prompt's last token, such as responses, cannot matter.
         end = int(attention_mask.any(0).nonzero()[-1]) + 1
         input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
         current = PromptPass(self.routers, attention_mask.bool())
         with routing(current):
-            self.lm.base_model(
+            self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=False,
@@ -462,10 +519,10 @@ class RouterAugmentedLM(nn.Module):
         """
         return self.routers.decide(self.prompt_rho(input_ids, attention_mask))
 
-    def _mask_of(self, prompt: Tensor, pad_token_id: Any) -> Tensor:
+    @staticmethod
+    def _mask_of(prompt: Tensor, pad_token_id: Any, eos: Any) -> Tensor:
         """The mask that transformers' generate assumes where none is given: padding is what is not the EOS token."""
         mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-        eos = self.lm.generation_config.eos_token_id
         if prompt.ndim != 2 or pad_token_id is None or pad_token_id in (eos if isinstance(eos, list) else [eos]):
             return mask
         padded = (prompt != pad_token_id).long()
@@ -501,6 +558,7 @@ class RouterAugmentedLM(nn.Module):
         Raises:
             ValueError: An option that routed decoding cannot honour, named in the message.
         """
+        self._check_wrapped()
         check_generation_options(kwargs, self.lm.generation_config)
         if option_value("use_cache", kwargs, self.lm.generation_config) is False:
             kwargs["use_cache"] = True
@@ -512,8 +570,9 @@ class RouterAugmentedLM(nn.Module):
         cache = None if past_key_values is None else _own_cache(past_key_values)
         if cache is None or cache.get_seq_length() == 0:
             if attention_mask is None:
-                given = option_value("pad_token_id", kwargs, self.lm.generation_config)
-                attention_mask = self._mask_of(prompt, given)
+                defaults = self.lm.generation_config
+                pad, eos = (option_value(name, kwargs, defaults) for name in ("pad_token_id", "eos_token_id"))
+                attention_mask = self._mask_of(prompt, pad, eos)
             _check_prompt(prompt, attention_mask)
             if isinstance(routes, Tensor) and routes.ndim == 2 and routes.shape[0] != prompt.shape[0]:
                 raise ValueError(
@@ -522,9 +581,9 @@ class RouterAugmentedLM(nn.Module):
             if not attention_mask[:, -1].all():
                 order = attention_mask.long().argsort(dim=1, stable=True)
                 attention_mask = attention_mask.gather(1, order)
-                if embeds is None:
-                    input_ids = prompt.gather(1, order)
-                else:
+                if input_ids is not None and input_ids.shape == order.shape:
+                    input_ids = input_ids.gather(1, order)
+                if embeds is not None:
                     kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
             cache = self.new_cache() if cache is None else cache
             cache.expect_prompt(prompt.shape[1], routes, self._exit_head(routes))
@@ -541,6 +600,21 @@ class RouterAugmentedLM(nn.Module):
         return generate(input_ids, past_key_values=cache, **kwargs)
 
 
+def _check_not_wrapped(lm: Any) -> None:
+    if isinstance(lm, RouterAugmentedLM):
+        raise ValueError("the model is wrapped already: use it as it is, or wrap model.unwrap()")
+    if isinstance(lm, PeftModel):
+        raise ValueError(
+            f"{type(lm).__name__} is PEFT's wrapper: pass peft_model.merge_and_unload(), which has the adapter in its "
+            "weights, or the plain model"
+        )
+
+
+def _known(out: Any) -> dict[str, Any]:
+    """What of an output has a place in `RouterAugmentedOutput`."""
+    return {name: value for name, value in out.items() if name in _OUTPUT_FIELDS}
+
+
 def _same(logits: Tensor) -> Tensor:
     return logits
 
@@ -554,12 +628,16 @@ def _own_cache(cache: Any) -> RoutedCache:
     return cache
 
 
-def _check_prompt(prompt: Tensor, attention_mask: Tensor) -> None:
+def _check_mask(prompt: Tensor, attention_mask: Tensor) -> None:
     if attention_mask.ndim != 2 or attention_mask.shape != prompt.shape[:2]:
         raise ValueError(
             f"attention_mask must be [batch, tokens] like the prompt {list(prompt.shape[:2])}; "
             f"got {list(attention_mask.shape)}"
         )
+
+
+def _check_prompt(prompt: Tensor, attention_mask: Tensor) -> None:
+    _check_mask(prompt, attention_mask)
     if not attention_mask.any(dim=1).all():
         raise ValueError("a prompt has no tokens; give every row at least one (for instance the BOS token)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -113,5 +114,15 @@ def merge_lora(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+        # Where transformers itself has loaded the adapter, it would still save the model as one.
+        model._hf_peft_config_loaded = False
+        model._weight_conversions = [  # type: ignore[assignment]
+            each for each in getattr(model, "_weight_conversions", None) or [] if not _names_an_adapter(each)
+        ]
         # No folder or hub id holds these weights any more; saving asks for them.
         model.config._name_or_path = ""
+
+
+def _names_an_adapter(conversion: Any) -> bool:
+    """Whether a conversion between names in files and in the model belongs to PEFT."""
+    return any("lora_" in each or each.startswith("base_model.") for each in conversion.source_patterns)

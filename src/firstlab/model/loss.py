@@ -62,6 +62,7 @@ class _Identity(nn.Module):
 def _with_module(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """A shallow copy of `root` with another module at `name`; `root` stays as it is."""
     shell = copy(root)
+    shell.__dict__.pop("forward", None)  # a hook of accelerate, which would call `root`
     first, _, rest = name.partition(".")
     inner = _with_module(root.get_submodule(first), rest, module) if rest else module
     shell._modules = {**root._modules, first: inner}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
     if any("lora_" in each for each, _ in lm.named_parameters()):
         raise ValueError(f"quantization={name!r} is for merged weights: call merge_and_unload() first")
     _, layers = find_decoder(lm)
-    linears = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in layers.modules() if _is_plain(module)]
     if not linears:
         raise ValueError(f"quantization={name!r}: the layers of {type(lm).__name__} have no nn.Linear; leave it null")
     for module in linears:
@@ -61,10 +61,15 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
     (_to_int8 if name == "int8" else _to_int4)(layers, linears[0].weight)
 
 
+def _is_plain(module: nn.Module, name: str = "") -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear map that gives its product alone; some routers of experts give more."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def _to_int8(layers: nn.Module, one: Tensor) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(layers, Int8WeightOnlyConfig())
+    quantize_(layers, Int8WeightOnlyConfig(), _is_plain)
     if one.device.type == "cpu":
         _exchange(layers, Int8Linear, lambda linear: not linear.in_features % _BLOCK)
 
@@ -84,14 +89,15 @@ def _to_int4(layers: nn.Module, one: Tensor) -> None:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
-    quantize_(layers, Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D))
+    chosen = Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D)
+    quantize_(layers, chosen, _is_plain)
 
 
 def _exchange(layers: nn.Module, kind: Callable[[nn.Linear], nn.Module], fits: Callable[[nn.Linear], bool]) -> None:
     """Every linear map that fits becomes one of this kind."""
     for parent in list(layers.modules()):
         for child, module in parent.named_children():
-            if isinstance(module, nn.Linear) and fits(module):
+            if _is_plain(module) and fits(module):
                 parent.set_submodule(child, kind(module))
 
 

@@ -19,6 +19,9 @@ FORMAT = "firstlab"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ROUTER_WEIGHTS = "routers.safetensors"
+_AGAIN = "save the model again; in a run directory, delete this folder and give the training command again"
+#: Folder of a base that was saved along.
+_BASE = "base"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -93,25 +96,28 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     """The firstlab part of a folder's config.json, or None if `save_pretrained` did not write it."""
     file = Path(path) / "config.json"
     if not file.is_file():
+        if (Path(path) / _ROUTER_WEIGHTS).is_file():
+            # transformers would load the base and its adapter, and the routers would be fresh ones.
+            raise ModelUnavailableError(f"{path} has {_ROUTER_WEIGHTS} but no config.json; {_AGAIN}")
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelUnavailableError(f"{file} is not valid JSON ({error}); save the model again") from error
+        raise ModelUnavailableError(f"{file} is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(config, dict):
-        raise ModelUnavailableError(f"{file} holds no JSON object; save the model again")
+        raise ModelUnavailableError(f"{file} holds no JSON object; {_AGAIN}")
     if config.get("model_type") != FORMAT:
         return None
     missing = [key for key in ("base_model_name_or_path", "router") if key not in config]
     if missing:
-        raise ModelUnavailableError(f"{file} has no key {' and no key '.join(missing)}; save the model again")
+        raise ModelUnavailableError(f"{file} has no key {' and no key '.join(missing)}; {_AGAIN}")
     return config
 
 
 def base_location(path: str | Path, config: dict[str, Any]) -> str:
     """Where the base model of a saved folder is: inside the folder if it was saved along, else where it was."""
-    inside = Path(path) / "base"
-    return str(inside) if inside.is_dir() else config["base_model_name_or_path"]
+    base = config["base_model_name_or_path"]
+    return str(Path(path) / base) if base == _BASE else base
 
 
 def save(model: RouterAugmentedLM, path: str | Path, save_base: bool) -> None:
@@ -129,22 +135,25 @@ def save(model: RouterAugmentedLM, path: str | Path, save_base: bool) -> None:
         )
     if save_base and model.has_lora:
         raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
+    adapter_name = _adapter_name(model)
     directory.mkdir(parents=True, exist_ok=True)
-    if base and Path(base).is_dir():
+    if save_base or (base and Path(base).resolve() == (directory / _BASE).resolve()):
+        base = _BASE
+    elif Path(base).is_dir():
         base = str(Path(base).resolve())
     save_file({"weight": model.routers.weight.detach().cpu().contiguous()}, directory / _ROUTER_WEIGHTS)
-    if model.has_lora:
-        adapter = get_peft_model_state_dict(model.lm, adapter_name="default")
+    if adapter_name is not None:
+        adapter = get_peft_model_state_dict(model.lm, adapter_name=adapter_name)
         save_file(
             {_PEFT_PREFIX + k.removeprefix(_PEFT_PREFIX): v.detach().cpu().contiguous() for k, v in adapter.items()},
             directory / _ADAPTER_WEIGHTS,
         )
-        model.lm.peft_config["default"].save_pretrained(directory)
+        model.lm.peft_config[adapter_name].save_pretrained(directory)
     else:
         for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
             (directory / name).unlink(missing_ok=True)
     if save_base:
-        model.lm.save_pretrained(directory / "base")
+        model.lm.save_pretrained(directory / _BASE)
     config = {
         "model_type": FORMAT,
         "base_model_name_or_path": base,
@@ -153,6 +162,18 @@ def save(model: RouterAugmentedLM, path: str | Path, save_base: bool) -> None:
         "router": model.routers.settings.to_dict(),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _adapter_name(model: RouterAugmentedLM) -> str | None:
+    """PEFT's name of the LoRA layers, None without any."""
+    if not model.has_lora:
+        return None
+    names = list(model.lm.peft_config)
+    if len(names) > 1:
+        raise ValueError(
+            f"the model has several adapters ({', '.join(names)}), and a folder holds one; merge them first"
+        )
+    return names[0]
 
 
 def load_trained(model: RouterAugmentedLM, path: str | Path, config: dict[str, Any]) -> None:
@@ -172,6 +193,8 @@ def load_trained(model: RouterAugmentedLM, path: str | Path, config: dict[str, A
         model.routers.weight.copy_(weight)
     if (directory / _ADAPTER_WEIGHTS).is_file():
         adapter = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(directory / _ADAPTER_WEIGHTS).items()}
+        if not (directory / _ADAPTER_CONFIG).is_file():
+            raise ValueError(f"{directory} has {_ADAPTER_WEIGHTS} but no {_ADAPTER_CONFIG}; {_AGAIN}")
         inject_adapter_in_model(LoraConfig.from_pretrained(str(directory)), model.lm, "default")
         set_peft_model_state_dict(model.lm, adapter, adapter_name="default")
         model.train(model.training)
@@ -181,4 +204,4 @@ def _load_file(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is missing or truncated ({error}); save the model again") from error
+        raise ValueError(f"{file} is missing or truncated ({error}); {_AGAIN}") from error

@@ -131,7 +131,7 @@ def fit_routers(model: RouterAugmentedLM, batches: Sequence[Batch], logits: Tens
         moments.logits = logits[seen : seen + rows].double()
         seen += rows
         with routing(moments):
-            model.lm.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     size = model.routers.weight.shape[1]
     shifts = torch.empty_like(model.routers.weight)
     for index in range(model.num_layers):
@@ -188,7 +188,7 @@ def _place(model: RouterAugmentedLM, batches: Sequence[Batch], layer: int, shift
     watch = _Readings(layer, (start, shift), model.routers.settings.input_norm)
     for batch in batches:
         with routing(watch):
-            model.lm.base_model(input_ids=batch["input_ids"], attention_mask=batch["prompt_mask"], use_cache=False)
+            model.backbone(input_ids=batch["input_ids"], attention_mask=batch["prompt_mask"], use_cache=False)
     masks = [batch["prompt_mask"].bool() for batch in batches]
     low, high = -4.0, 4.0  # logits
     for _ in range(_BISECTIONS):

@@ -155,7 +155,7 @@ def pooled_states(model: RouterAugmentedLM, batches: Sequence[Batch]) -> Tensor:
     for batch in batches:
         watch = _MeanStates(batch["prompt_mask"].bool())
         with routing(watch):
-            model.lm.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         found.append(torch.cat(watch.means, dim=1))
     return torch.cat(found)
 
@@ -213,9 +213,7 @@ def fit_to_routes(
         for batch in batches:
             cache.prompt_mask = batch["prompt_mask"].bool()
             with routing(cache):
-                model.lm.base_model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                )
+                model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     lengths = torch.cat([batch["prompt_mask"].sum(1) for batch in batches]).cpu()
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     threshold, sign = model.routers.settings.threshold, wanted.float() * 2 - 1

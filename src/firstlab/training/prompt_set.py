@@ -141,7 +141,7 @@ class PromptSet:
         for batch in self.batches:
             watch = _States(batch["attention_mask"].bool())
             with self.model.lora_disabled(), routing(watch):
-                self.model.lm.base_model(
+                self.model.backbone(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 )
             yield watch.states
