@@ -29,22 +29,39 @@ _CJK = "\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020
 _UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]{{1,32}}")
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text in which the name of a special token, `</s>`, is text like any other."""
+    if not tokenizer.is_fast:  # transformers' own Python tokenizers would leave out other added tokens, too
+        ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        split_special_tokens=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    # A vocabulary of whole words may still have `</s>` as one, for which there is no other token then.
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id}
+    added = encoded["special_tokens_mask"]
+    return [token for token, mask in zip(encoded["input_ids"], added, strict=True) if mask or token not in named]
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS.
 
     Some tokenizers are set to close every text with EOS, after which a model would have nothing to say.
     """
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = _ids(tokenizer, prompt, add_special_tokens=True)
     if ids[-1:] == [tokenizer.eos_token_id]:
-        bare: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        bare = _ids(tokenizer, prompt, add_special_tokens=False)
         return ids if bare[-1:] == ids[-1:] else ids[:-1]
     return ids
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """Token ids of a response, closed with EOS and tokenised apart from its prompt."""
-    ids: list[int] = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*ids, eos_id(tokenizer)]
+    return [*_ids(tokenizer, response, add_special_tokens=False), eos_id(tokenizer)]
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
