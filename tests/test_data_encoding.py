@@ -157,6 +157,18 @@ def test_one_endless_word_is_cut_too():
     assert "\n" + "x" * 64 + "\n" in prompt
 
 
+@pytest.mark.parametrize("before", ["", "  "])
+def test_a_first_word_that_does_not_fit_is_cut_in_characters(before):
+    family = "👨\u200d👩\u200d👧\u200d👦"  # 25 bytes, and none of them merged
+    example = Example("e", before + family * 2000, ("r",))
+    room = len(prompt_ids(TOKENIZER, TASK.prompt(example, before + family * 2)))
+    assert fit_prompt(TASK, example, TOKENIZER, room + 1) == TASK.prompt(example, before + family * 2)
+    assert fit_prompt(TASK, example, TOKENIZER, room - 1) == TASK.prompt(example, before + (family * 2)[:-1])
+    with pytest.raises(ValueError, match="leaves"):
+        fit_prompt(TASK, example, TOKENIZER, FRAME + len(before) + 2)
+    encode(TASK, example, TOKENIZER, FRAME + 40)
+
+
 def test_white_space_of_every_kind_separates_words():
     example = Example("e", "the\u2028red\nhouse\u00a0sleeps " * 9, ("r",))
     assert fit_prompt(TASK, example, TOKENIZER, FRAME + 3).split("Input:\n")[1].startswith("the\n\n###")

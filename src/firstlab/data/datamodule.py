@@ -151,19 +151,19 @@ class PromptDataModule(L.LightningDataModule):
                 fit_prompt(self.task, example, self.tokenizer, self.max_prompt_length, self.prompt_option)
 
     def _tight(self, examples: Sequence[Example], room: int) -> list[Example]:
-        """Examples whose prompt may not fit into `room` tokens even with one word of its text only.
+        """Examples whose prompt may not fit into `room` tokens even with one character of its text only.
 
         Few prompts have to be tokenised for that: a token is at least a byte, and most tasks have one frame.
         """
-        word = 32  # tokens, generously; special tokens included
+        character = 32  # tokens, generously; special tokens included
         lengths: dict[str, int] = {}
         tight = []
         for example in examples:
             frame = self.task.prompt(example, "")
             if frame not in lengths:
-                short = len(frame.encode()) + word < room
+                short = len(frame.encode()) + character < room
                 lengths[frame] = 0 if short else len(prompt_ids(self.tokenizer, frame))
-            if lengths[frame] + word >= room:
+            if lengths[frame] + character >= room:
                 tight.append(example)
         return tight
 

@@ -92,8 +92,8 @@ def fit_prompt(
 ) -> str:
     """The prompt of `example` in at most `max_tokens` tokens, its source text cut at the end where needed.
 
-    Whole words are cut off, in scripts without spaces characters; one more would not fit. The rest of the
-    prompt, `### Response:` above all, always stays.
+    Whole words are cut off, in scripts without spaces characters, as in a first word that does not fit; one more
+    would not fit. The rest of the prompt, `### Response:` above all, always stays.
 
     Args:
         task: Writes the prompt.
@@ -103,7 +103,7 @@ def fit_prompt(
         option: The setting that bounds the prompt, for the message.
 
     Raises:
-        ValueError: Not even one word of the text fits.
+        ValueError: Not even one character of the text fits.
     """
 
     def fits(prompt: str) -> bool:
@@ -112,22 +112,29 @@ def fit_prompt(
     whole = task.prompt(example)
     if fits(whole):
         return whole
-    ends = [unit.end() for unit in _UNIT.finditer(example.source)]
-    # Invariant: `kept` units fit, `lost` units do not (0 and all are placeholders, never tried).
-    kept, lost = 0, len(ends) + 1
-    while lost - kept > 1:
-        middle = (kept + lost) // 2
-        if fits(task.prompt(example, example.source[: ends[middle - 1]])):
-            kept = middle
-        else:
-            lost = middle
-    if kept == 0:
+
+    def last_fitting(ends: Sequence[int]) -> int:
+        # Invariant: `kept` of `ends` fit, `lost` do not (0 and all are placeholders, never tried).
+        kept, lost = 0, len(ends) + 1
+        while lost - kept > 1:
+            middle = (kept + lost) // 2
+            if fits(task.prompt(example, example.source[: ends[middle - 1]])):
+                kept = middle
+            else:
+                lost = middle
+        return ends[kept - 1] if kept else 0
+
+    units = list(_UNIT.finditer(example.source))
+    end = last_fitting([unit.end() for unit in units])
+    if end == 0 and units:  # a piece of 32 emoji has more than a hundred tokens
+        end = last_fitting(range(units[0].start() + 1, units[0].end()))
+    if end == 0:
         frame = len(prompt_ids(tokenizer, task.prompt(example, "")))
         raise ValueError(
             f"{option} leaves {max_tokens} tokens for the prompt of example '{example.id}', which has "
             f"{frame} tokens before any of its text is in: raise {option}"
         )
-    return task.prompt(example, example.source[: ends[kept - 1]])
+    return task.prompt(example, example.source[:end])
 
 
 def encode(
