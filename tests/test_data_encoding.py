@@ -82,7 +82,7 @@ def word_tokenizer(split):
 )
 def test_names_of_special_tokens_are_text(tokenizer):
     text = "</s> the </s> the <pad> <s> the </s>"
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     first, *prompt = prompt_ids(tokenizer, text)
     *response, last = response_ids(tokenizer, text)
     assert first == tokenizer.bos_token_id and last == tokenizer.eos_token_id
@@ -90,10 +90,18 @@ def test_names_of_special_tokens_are_text(tokenizer):
     assert tokenizer.unk_token is not None or tokenizer.decode(prompt, skip_special_tokens=True).strip() == text
 
 
-@pytest.mark.parametrize("task", [MiniTranslation("en-de"), MiniTranslation("en-zh"), MiniSummarization(), MiniQA()])
+@pytest.mark.parametrize(
+    "task",
+    [
+        MiniTranslation("en-de", test_size=50),
+        MiniTranslation("en-zh", test_size=50),
+        MiniSummarization(test_size=50),
+        MiniQA(test_size=50),
+    ],
+)
 def test_other_texts_are_encoded_as_by_the_tokenizer(task):
     tokenizer = AutoTokenizer.from_pretrained(model_path("bundled:nano"))
-    for example in task.test()[:50]:
+    for example in task.test():
         prompt, (answer, *_) = task.prompt(example), example.references
         assert prompt_ids(tokenizer, prompt) == tokenizer(prompt)["input_ids"]
         assert response_ids(tokenizer, answer)[:-1] == tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -102,6 +110,12 @@ def test_other_texts_are_encoded_as_by_the_tokenizer(task):
 def test_responses_end():
     assert response_ids(TOKENIZER, "das Haus") == [*bare("das Haus"), EOS]
     assert response_ids(tiny_tokenizer(closes=True), "das Haus") == [*bare("das Haus"), EOS]
+
+
+def test_an_ordinary_token_to_pad_with_stays():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "e"
+    assert tokenizer.decode(response_ids(tokenizer, "see")[:-1]) == "see"
 
 
 def test_padding_without_a_pad_token_changes_no_tokenizer():

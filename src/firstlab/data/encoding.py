@@ -41,8 +41,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
         return_special_tokens_mask=True,
         verbose=False,
     )
-    # A vocabulary of whole words may still have `</s>` as one, for which there is no other token then.
-    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {tokenizer.unk_token_id}
+    # A vocabulary of whole words may still have `</s>` as one, for which there is no other token then. PAD does no
+    # harm, masks come from lengths, and some set it to an ordinary token.
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
     added = encoded["special_tokens_mask"]
     return [token for token, mask in zip(encoded["input_ids"], added, strict=True) if mask or token not in named]
 
