@@ -36,6 +36,9 @@ def test_reads_both_splits(tmp_path):
     [
         (article(1, article=" "), "line 2: the article is empty"),
         (article(1, highlights=""), "line 2: the highlights is empty"),
+        (article(1, id=["x"]), "line 2: the id is list, not text"),
+        (article(1, id=True), "line 2: the id is bool, not text"),
+        (article(1, id=" "), "line 2: the id is empty"),
         (article(1, highlights=None), "line 2: the highlights is NoneType, not text"),
         ({"id": "1", "article": "a"}, "line 2: the key 'highlights' is missing (present: id, article)"),
         (["a"], "line 2: expected an object with the key 'article', found list"),
@@ -77,5 +80,10 @@ def test_impossible_pool_size():
 
 
 def test_articles_without_an_id_are_numbered(tmp_path):
-    write(tmp_path / "test.jsonl", [{"article": "a", "highlights": "b"}, article(7)])
-    assert [example.id for example in CnnDailyMail(str(tmp_path)).test()] == ["test:1", "i7"]
+    write(tmp_path / "test.jsonl", [{"article": "a", "highlights": "b"}, article(7), article(8, id=None)])
+    assert [example.id for example in CnnDailyMail(str(tmp_path)).test()] == ["test:1", "i7", "test:3"]
+
+
+def test_ids_may_be_numbers(tmp_path):
+    write(tmp_path / "test.jsonl", [article(1, id=5), article(2, id=0)])
+    assert [example.id for example in CnnDailyMail(str(tmp_path)).test()] == ["5", "0"]

@@ -2,7 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from firstlab.build import model_path
 from firstlab.data.encoding import (
     Row,
     collate_prompts,
@@ -14,6 +17,9 @@ from firstlab.data.encoding import (
     prompt_ids,
     response_ids,
 )
+from firstlab.data.mini_qa import MiniQA
+from firstlab.data.mini_summarization import MiniSummarization
+from firstlab.data.mini_translation import MiniTranslation
 from firstlab.data.prompts import qa_prompt, translation_prompt
 from firstlab.data.task import Example, Task
 from tiny_tokenizer import tiny_tokenizer
@@ -53,13 +59,63 @@ def test_prompts_have_what_generation_sees():
     assert prompt_ids(tiny_tokenizer(bos=False, closes=True), "") == []
 
 
-def test_an_eos_in_the_text_itself_stays():
-    assert prompt_ids(TOKENIZER, "the</s>") == [BOS, *bare("the"), EOS]
+def word_tokenizer(split):
+    """A vocabulary of whole words, which its special tokens are part of."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "the": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = split
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        AutoTokenizer.from_pretrained(model_path("bundled:nano")),
+        tiny_tokenizer(pad=True),
+        tiny_tokenizer(closes=True),
+        word_tokenizer(pre_tokenizers.Whitespace()),
+        word_tokenizer(pre_tokenizers.WhitespaceSplit()),
+    ],
+    ids=["nano", "bytes", "closes", "words", "words-at-spaces"],
+)
+def test_names_of_special_tokens_are_text(tokenizer):
+    text = "</s> the </s> the <pad> <s> the </s>"
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    first, *prompt = prompt_ids(tokenizer, text)
+    *response, last = response_ids(tokenizer, text)
+    assert first == tokenizer.bos_token_id and last == tokenizer.eos_token_id
+    assert prompt == response and not special & set(prompt)
+    assert tokenizer.unk_token is not None or tokenizer.decode(prompt, skip_special_tokens=True).strip() == text
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        MiniTranslation("en-de", test_size=50),
+        MiniTranslation("en-zh", test_size=50),
+        MiniSummarization(test_size=50),
+        MiniQA(test_size=50),
+    ],
+)
+def test_other_texts_are_encoded_as_by_the_tokenizer(task):
+    tokenizer = AutoTokenizer.from_pretrained(model_path("bundled:nano"))
+    for example in task.test():
+        prompt, (answer, *_) = task.prompt(example), example.references
+        assert prompt_ids(tokenizer, prompt) == tokenizer(prompt)["input_ids"]
+        assert response_ids(tokenizer, answer)[:-1] == tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
 def test_responses_end():
     assert response_ids(TOKENIZER, "das Haus") == [*bare("das Haus"), EOS]
     assert response_ids(tiny_tokenizer(closes=True), "das Haus") == [*bare("das Haus"), EOS]
+
+
+def test_an_ordinary_token_to_pad_with_stays():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "e"
+    assert tokenizer.decode(response_ids(tokenizer, "see")[:-1]) == "see"
 
 
 def test_padding_without_a_pad_token_changes_no_tokenizer():
@@ -113,6 +169,18 @@ def test_the_question_stays_behind_a_shortened_passage():
 def test_one_endless_word_is_cut_too():
     prompt = fit_prompt(TASK, Example("e", "x" * 4000, ("r",)), TOKENIZER, FRAME + 70)
     assert "\n" + "x" * 64 + "\n" in prompt
+
+
+@pytest.mark.parametrize("before", ["", "  "])
+def test_a_first_word_that_does_not_fit_is_cut_in_characters(before):
+    family = "👨\u200d👩\u200d👧\u200d👦"  # 25 bytes, and none of them merged
+    example = Example("e", before + family * 2000, ("r",))
+    room = len(prompt_ids(TOKENIZER, TASK.prompt(example, before + family * 2)))
+    assert fit_prompt(TASK, example, TOKENIZER, room + 1) == TASK.prompt(example, before + family * 2)
+    assert fit_prompt(TASK, example, TOKENIZER, room - 1) == TASK.prompt(example, before + (family * 2)[:-1])
+    with pytest.raises(ValueError, match="leaves"):
+        fit_prompt(TASK, example, TOKENIZER, FRAME + len(before) + 2)
+    encode(TASK, example, TOKENIZER, FRAME + 40)
 
 
 def test_white_space_of_every_kind_separates_words():

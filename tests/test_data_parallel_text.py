@@ -41,15 +41,24 @@ def test_prompt_names_the_languages(tmp_path):
         ({"source_language": "xx"}, "data.task.source_language=xx is unknown: choose one of ar, cs, da"),
         ({"target_language": "German"}, "data.task.target_language=German is unknown"),
         ({"train": []}, "data.task.train=[] names no training text"),
-        ({"train": ["a", "a"]}, "the text 'a' is used twice"),
-        ({"train": "test"}, "the text 'test' is used twice"),
-        ({"validation": "train"}, "the text 'train' is used twice"),
+        ({"train": ["a", "a"]}, "data.task.train=a and data.task.train=a are the same text"),
+        ({"train": "test"}, "data.task.train=test and data.task.test=test are the same text"),
+        ({"validation": "train"}, "data.task.train=train and data.task.validation=train are the same text"),
+        ({"test": "./train"}, "data.task.train=train and data.task.test=./train are the same text"),
+        ({"validation": "../r/test"}, "data.task.test=test and data.task.validation=../r/test are the same text"),
     ],
 )
 def test_impossible_options(options, message):
     defaults = {"source_language": "en", "target_language": "de", "root": "r", "test": "test"}
     with pytest.raises(ValueError, match=re.escape(message)):
         ParallelText(**{**defaults, **options})
+
+
+def test_links_to_one_file_are_one_text(tmp_path):
+    write(tmp_path, "a", [("one", "eins")])
+    (tmp_path / "b.en").symlink_to("a.en")
+    with pytest.raises(ValueError, match=r"data\.task\.train=a and data\.task\.test=b are the same text"):
+        ParallelText("en", "de", str(tmp_path), train="a", test="b")
 
 
 def test_every_missing_file_is_named_at_once(tmp_path):

@@ -72,6 +72,15 @@ def test_faulty_questions(tmp_path):
         Squad(str(tmp_path)).test()
 
 
+def test_ids_may_be_numbers(tmp_path):
+    write(tmp_path / "dev-v1.1.json", {**question(1, "Ada"), "id": 17})
+    (example,) = Squad(str(tmp_path)).test()
+    assert example.id == "17"
+    write(tmp_path / "dev-v1.1.json", {**question(1, "Ada"), "id": None})
+    with pytest.raises(ValueError, match="paragraph 1: the question id is NoneType, not text"):
+        Squad(str(tmp_path)).test()
+
+
 def test_broken_and_missing_file(tmp_path):
     (tmp_path / "dev-v1.1.json").write_text('{"data":\n[', encoding="utf-8")
     with pytest.raises(ValueError, match=r"dev-v1\.1\.json, line 2: invalid JSON"):

@@ -65,3 +65,10 @@ def test_a_failed_download_says_which_files_help(monkeypatch, fault):
 def test_a_year_that_sacrebleu_lacks():
     with pytest.raises(ValueError, match="sacrebleu has no en-zh test set 'wmt16': leave 2016 out, or set data.root"):
         WMTTranslation("en-zh", train_years=[2016]).train_pool()
+
+
+def test_a_year_twice():
+    with pytest.raises(
+        ValueError, match=re.escape("data.task.train_years=[2017, 2017] holds a year twice: remove one")
+    ):
+        WMTTranslation("en-de", train_years=[2017, 2017])

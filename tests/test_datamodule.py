@@ -1,9 +1,11 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.prompts import qa_prompt, translation_prompt
@@ -152,6 +154,44 @@ def test_tight_frames_with_long_responses_stop_at_setup():
     data = module(LongAnswer(), train_size=None, max_length=2 * frame)
     with pytest.raises(ValueError, match=f"data.max_length_lora leaves {frame} tokens for .* example 'long'"):
         data.setup("fit")
+
+
+class Repeating(Houses):
+    """Trains on two of four test examples and, by position 16, on one that seed 1 draws for validation."""
+
+    def train_pool(self):
+        pool = examples("train", 20)
+        return [*pool[:16], replace(pool[11], id="again"), *pool[17:]]
+
+    def test(self):
+        same, answered, asked, again = examples("test", 4)
+        return [same, replace(answered, references=("anders",)), replace(asked, question="who?"), again]
+
+
+def test_examples_that_are_trained_on_are_counted_once(capsys):
+    data = module(Repeating(), train_size=None)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("fit")
+    assert capsys.readouterr().err == (
+        "warning: 2 of 4 test examples and 1 of 5 validation examples are also training examples (same source and "
+        "first reference), which flatters their scores: remove them from the training data\n"
+    )
+
+
+def test_one_process_warns_of_them(capsys, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    module(Repeating(), train_size=None).setup("fit")
+    assert capsys.readouterr().err == ""
+
+
+def test_examples_apart_are_no_news(capsys):
+    class Apart(Houses):
+        def test(self):
+            return [replace(example, references=("anders",)) for example in super().test()]
+
+    module(Apart(), train_size=None).setup()
+    assert capsys.readouterr().err == ""
 
 
 def test_data_are_read_once():

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from firstlab.data.files import clean_text, data_files, load_hub_split, member, read_jsonl, spread
+from firstlab.data.files import clean_text, data_files, identifier, load_hub_split, member, read_jsonl, spread
 from firstlab.data.prompts import summarization_prompt
 from firstlab.data.task import Example, Task
 
@@ -22,7 +22,7 @@ class CnnDailyMail(Task):
 
     Args:
         root: Directory with train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ...}` for
-            each article, with an "id" or without; None takes the hub's data set.
+            each article, with an "id", text or a number, or without; None takes the hub's data set.
         pool_size: How many articles of the train split to keep in memory, at even distances; None keeps all
             287,113.
 
@@ -60,17 +60,18 @@ class CnnDailyMail(Task):
     def _read_file(self, split: str, root: str) -> list[Example]:
         (path,) = data_files(root, [FILES[split]])
         rows = enumerate(read_jsonl(path), start=1)
-        return _examples(
-            (f"{path}, line {number}", {"id": f"{split}:{number}", **row} if isinstance(row, dict) else row)
-            for number, row in rows
-        )
+        return _examples((f"{path}, line {number}", _with_id(row, f"{split}:{number}")) for number, row in rows)
+
+
+def _with_id(row: Any, default: str) -> Any:
+    return {**row, "id": default} if isinstance(row, dict) and row.get("id") is None else row
 
 
 def _examples(rows: Iterable[tuple[str, Any]]) -> list[Example]:
     return [
         Example(
             source=clean_text(member(row, "article", where), where, "article"),
-            id=clean_text(member(row, "id", where), where, "id"),
+            id=identifier(member(row, "id", where), where, "id"),
             references=(clean_text(member(row, "highlights", where), where, "highlights"),),
         )
         for where, row in rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -117,6 +119,7 @@ class PromptDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.epochs, self.total_batches, self.bucket = epochs, total_batches, bucket
         self.consumed_batches = 0
+        self._repeats_checked = False
         self._lengths: dict[int, list[int]] = {}
         self._saved_stream: dict[str, int] | None = None
         self.allow_zero_length_dataloader_with_multiple_devices = True  # few prompts on many devices
@@ -143,6 +146,8 @@ class PromptDataModule(L.LightningDataModule):
         if stage in (None, "fit", "validate"):
             for example in self._tight([*self.train, *self.val], self.max_length - self.max_length // 2):
                 encode(self.task, example, self.tokenizer, self.max_length)
+        if stage in (None, "fit"):
+            self._warn_of_repeats()
         if stage in (None, "test"):
             for example in self._tight(self.test, self.max_length - self.max_length // 2):
                 encode(self.task, example, self.tokenizer, self.max_length)
@@ -150,20 +155,40 @@ class PromptDataModule(L.LightningDataModule):
             for example in self._tight(self.test, self.max_prompt_length):
                 fit_prompt(self.task, example, self.tokenizer, self.max_prompt_length, self.prompt_option)
 
+    @rank_zero_only
+    def _warn_of_repeats(self) -> None:
+        """One line on stderr, the first time, if examples to validate or test on are also trained on."""
+        if self._repeats_checked:
+            return
+        self._repeats_checked = True
+        trained = {_content(example) for example in self.train}
+        counts = [
+            f"{repeated} of {len(examples)} {name} examples"
+            for name, examples in (("test", self.test), ("validation", self.val))
+            if (repeated := sum(_content(example) in trained for example in examples))
+        ]
+        if counts:
+            print(
+                f"warning: {' and '.join(counts)} are also training examples (same source and first reference), which "
+                "flatters their scores: remove them from the training data",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _tight(self, examples: Sequence[Example], room: int) -> list[Example]:
-        """Examples whose prompt may not fit into `room` tokens even with one word of its text only.
+        """Examples whose prompt may not fit into `room` tokens even with one character of its text only.
 
         Few prompts have to be tokenised for that: a token is at least a byte, and most tasks have one frame.
         """
-        word = 32  # tokens, generously; special tokens included
+        character = 32  # tokens, generously; special tokens included
         lengths: dict[str, int] = {}
         tight = []
         for example in examples:
             frame = self.task.prompt(example, "")
             if frame not in lengths:
-                short = len(frame.encode()) + word < room
+                short = len(frame.encode()) + character < room
                 lengths[frame] = 0 if short else len(prompt_ids(self.tokenizer, frame))
-            if lengths[frame] + word >= room:
+            if lengths[frame] + character >= room:
                 tight.append(example)
         return tight
 
@@ -348,6 +373,10 @@ class PromptDataModule(L.LightningDataModule):
                 f"cannot resume in the middle of other training data ({'; '.join(changed)}): restore these "
                 "options or start a new run"
             )
+
+
+def _content(example: Example) -> tuple[str, str, str]:
+    return example.source, example.question, example.references[0]
 
 
 def by_part(examples: Sequence[Example]) -> list[list[Example]]:

@@ -29,22 +29,40 @@ _CJK = "\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020
 _UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]{{1,32}}")
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text in which the name of a special token, `</s>`, is text like any other."""
+    if not tokenizer.is_fast:  # transformers' own Python tokenizers would leave out other added tokens, too
+        ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        split_special_tokens=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    # A vocabulary of whole words may still have `</s>` as one, for which there is no other token then. PAD does no
+    # harm, masks come from lengths, and some set it to an ordinary token.
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
+    added = encoded["special_tokens_mask"]
+    return [token for token, mask in zip(encoded["input_ids"], added, strict=True) if mask or token not in named]
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS.
 
     Some tokenizers are set to close every text with EOS, after which a model would have nothing to say.
     """
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = _ids(tokenizer, prompt, add_special_tokens=True)
     if ids[-1:] == [tokenizer.eos_token_id]:
-        bare: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        bare = _ids(tokenizer, prompt, add_special_tokens=False)
         return ids if bare[-1:] == ids[-1:] else ids[:-1]
     return ids
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """Token ids of a response, closed with EOS and tokenised apart from its prompt."""
-    ids: list[int] = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*ids, eos_id(tokenizer)]
+    return [*_ids(tokenizer, response, add_special_tokens=False), eos_id(tokenizer)]
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -75,8 +93,8 @@ def fit_prompt(
 ) -> str:
     """The prompt of `example` in at most `max_tokens` tokens, its source text cut at the end where needed.
 
-    Whole words are cut off, in scripts without spaces characters; one more would not fit. The rest of the
-    prompt, `### Response:` above all, always stays.
+    Whole words are cut off, in scripts without spaces characters, as in a first word that does not fit; one more
+    would not fit. The rest of the prompt, `### Response:` above all, always stays.
 
     Args:
         task: Writes the prompt.
@@ -86,7 +104,7 @@ def fit_prompt(
         option: The setting that bounds the prompt, for the message.
 
     Raises:
-        ValueError: Not even one word of the text fits.
+        ValueError: Not even one character of the text fits.
     """
 
     def fits(prompt: str) -> bool:
@@ -95,22 +113,29 @@ def fit_prompt(
     whole = task.prompt(example)
     if fits(whole):
         return whole
-    ends = [unit.end() for unit in _UNIT.finditer(example.source)]
-    # Invariant: `kept` units fit, `lost` units do not (0 and all are placeholders, never tried).
-    kept, lost = 0, len(ends) + 1
-    while lost - kept > 1:
-        middle = (kept + lost) // 2
-        if fits(task.prompt(example, example.source[: ends[middle - 1]])):
-            kept = middle
-        else:
-            lost = middle
-    if kept == 0:
+
+    def last_fitting(ends: Sequence[int]) -> int:
+        # Invariant: `kept` of `ends` fit, `lost` do not (0 and all are placeholders, never tried).
+        kept, lost = 0, len(ends) + 1
+        while lost - kept > 1:
+            middle = (kept + lost) // 2
+            if fits(task.prompt(example, example.source[: ends[middle - 1]])):
+                kept = middle
+            else:
+                lost = middle
+        return ends[kept - 1] if kept else 0
+
+    units = list(_UNIT.finditer(example.source))
+    end = last_fitting([unit.end() for unit in units])
+    if end == 0 and units:  # a piece of 32 emoji has more than a hundred tokens
+        end = last_fitting(range(units[0].start() + 1, units[0].end()))
+    if end == 0:
         frame = len(prompt_ids(tokenizer, task.prompt(example, "")))
         raise ValueError(
             f"{option} leaves {max_tokens} tokens for the prompt of example '{example.id}', which has "
             f"{frame} tokens before any of its text is in: raise {option}"
         )
-    return task.prompt(example, example.source[: ends[kept - 1]])
+    return task.prompt(example, example.source[:end])
 
 
 def encode(

@@ -128,6 +128,15 @@ def member(mapping: object, key: str, where: str) -> Any:
     return mapping[key]
 
 
+def identifier(value: object, where: str, what: str) -> str:
+    """An id, a number or text, as text.
+
+    Raises:
+        ValueError: As `clean_text`.
+    """
+    return clean_text(str(value) if type(value) is int else value, where, what)
+
+
 def members(mapping: object, key: str, where: str) -> list[Any]:
     """`mapping[key]` that must be a list, or a `ValueError`."""
     value = member(mapping, key, where)

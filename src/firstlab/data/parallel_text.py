@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -85,10 +86,18 @@ class ParallelText(Task):
         self.test_name = test
         if not self.train_names:
             raise ValueError("data.task.train=[] names no training text: give at least one name")
-        used = [*self.train_names, test, *([validation] if validation is not None else [])]
-        for name in used:
-            if used.count(name) > 1:
-                raise ValueError(f"data: the text '{name}' is used twice; train, validation and test must not overlap")
+        used = [*(("train", name) for name in self.train_names), ("test", test)]
+        used += [] if validation is None else [("validation", validation)]
+        seen: dict[str, str] = {}
+        for option, name in used:
+            # Two names, `train` and `./train`, or two links may lead to one file.
+            file = os.path.realpath(os.path.expanduser(os.path.join(root or "", f"{name}.{source_language}")))
+            if file in seen:
+                raise ValueError(
+                    f"{seen[file]} and data.task.{option}={name} are the same text, but train, validation and test "
+                    "must not overlap: name another"
+                )
+            seen[file] = f"data.task.{option}={name}"
 
     def train_pool(self) -> list[Example]:
         return self._read(*self.train_names)

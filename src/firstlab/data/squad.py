@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from firstlab.data.files import clean_text, data_files, load_hub_split, member, members, read_json
+from firstlab.data.files import clean_text, data_files, identifier, load_hub_split, member, members, read_json
 from firstlab.data.prompts import qa_prompt
 from firstlab.data.task import Example, Task
 
@@ -60,7 +60,7 @@ def _examples_of_file(path: Path) -> Iterator[Example]:
             where = f"{of_article}, paragraph {paragraph_number}"
             context = member(paragraph, "context", where)
             for qa in members(paragraph, "qas", where):
-                question_id = clean_text(member(qa, "id", where), where, "question id")
+                question_id = identifier(member(qa, "id", where), where, "question id")
                 of_question = f"{path}, question '{question_id}'"
                 answers = [member(answer, "text", of_question) for answer in members(qa, "answers", of_question)]
                 yield _example(question_id, context, member(qa, "question", of_question), answers, str(path))

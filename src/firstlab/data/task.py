@@ -59,6 +59,8 @@ class Task(ABC):
     def prompt(self, example: Example, source: str | None = None) -> str:
         """The prompt of appendix A.6, ending in `### Response:` and a newline.
 
+        Names of special tokens in it, `</s>`, are encoded as ordinary text.
+
         Args:
             example: The example to ask about.
             source: A shortened `example.source`, when the whole does not fit.

@@ -21,7 +21,7 @@ class WMTTranslation(ParallelText):
         train_years: The news test sets that make up the training pool.
 
     Raises:
-        ValueError: Unknown pair, or the test year among the training years.
+        ValueError: Unknown pair, the test year among the training years, or one of them twice.
     """
 
     def __init__(
@@ -31,6 +31,8 @@ class WMTTranslation(ParallelText):
             raise ValueError(f"data.task.pair={pair} is unknown: choose one of {', '.join(PAIRS)}")
         if TEST_YEAR in train_years:
             raise ValueError(f"data.task.train_years holds {TEST_YEAR}, which is the test set: remove it")
+        if len(set(train_years)) < len(train_years):
+            raise ValueError(f"data.task.train_years={list(train_years)} holds a year twice: remove one")
         source, target = pair.split("-")
         super().__init__(
             source,
