@@ -107,6 +107,22 @@ def test_other_texts_are_encoded_as_by_the_tokenizer(task):
         assert response_ids(tokenizer, answer)[:-1] == tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
+def test_markup_in_a_prompt_stands_for_special_tokens_where_the_task_says_so():
+    class Chat(Translation):
+        markup = True
+
+        def prompt(self, example, source=None):
+            return f"the</s>{example.source if source is None else source}</s>"
+
+    example = Example("a", "house", ("a </s> b",))
+    prompt, response = encode(Chat(), example, TOKENIZER, 64)
+    assert prompt == [BOS, *bare("the"), EOS, *bare("house"), EOS] == prompt_ids(TOKENIZER, "the</s>house</s>", True)
+    assert EOS not in response[:-1]
+    assert EOS not in encode(Translation(), Example("a", "</s>", ("b",)), TOKENIZER, 64)[0]
+    shortened = Example("a", "house " * 50, ("b",))
+    assert encode(Chat(), shortened, TOKENIZER, 30)[0][-1] == EOS
+
+
 def test_responses_end():
     assert response_ids(TOKENIZER, "das Haus") == [*bare("das Haus"), EOS]
     assert response_ids(tiny_tokenizer(closes=True), "das Haus") == [*bare("das Haus"), EOS]

@@ -120,7 +120,8 @@ def main(arguments: list[str]) -> None:
         if task.parts.get(options.part, task).kind == "qa" and not options.question:
             raise ValueError('this run answers questions: pass question="..." and the passage as text')
         text = fit_prompt(task, example, tokenizer, limit, "data.max_prompt_length")
-    ids = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
+    markup = task is None or options.prompt == "raw" or task.markup
+    ids = torch.tensor([prompt_ids(tokenizer, text, markup)], device=model.device)
     if ids.numel() == 0:
         raise ValueError("the text is empty, and this tokenizer adds no BOS token; give at least one word")
     room = model.max_positions

@@ -187,7 +187,7 @@ class PromptDataModule(L.LightningDataModule):
             frame = self.task.prompt(example, "")
             if frame not in lengths:
                 short = len(frame.encode()) + character < room
-                lengths[frame] = 0 if short else len(prompt_ids(self.tokenizer, frame))
+                lengths[frame] = 0 if short else len(prompt_ids(self.tokenizer, frame, self.task.markup))
             if lengths[frame] + character >= room:
                 tight.append(example)
         return tight

@@ -29,9 +29,9 @@ _CJK = "\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020
 _UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]{{1,32}}")
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text in which the name of a special token, `</s>`, is text like any other."""
-    if not tokenizer.is_fast:  # transformers' own Python tokenizers would leave out other added tokens, too
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, markup: bool = False) -> list[int]:
+    """Token ids of a text in which, but in `markup`, the name of a special token is text like any other."""
+    if markup or not tokenizer.is_fast:  # transformers' own Python tokenizers would leave out other added tokens, too
         ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
     encoded = tokenizer(
@@ -48,21 +48,26 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
     return [token for token, mask in zip(encoded["input_ids"], added, strict=True) if mask or token not in named]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, markup: bool = False) -> list[int]:
+    """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS behind it.
 
     Some tokenizers are set to close every text with EOS, after which a model would have nothing to say.
+
+    Args:
+        tokenizer: Whose tokens.
+        prompt: The text.
+        markup: Whether names of special tokens in it stand for them; see `Task.markup`.
     """
-    ids = _ids(tokenizer, prompt, add_special_tokens=True)
+    ids = _ids(tokenizer, prompt, True, markup)
     if ids[-1:] == [tokenizer.eos_token_id]:
-        bare = _ids(tokenizer, prompt, add_special_tokens=False)
+        bare = _ids(tokenizer, prompt, False, markup)
         return ids if bare[-1:] == ids[-1:] else ids[:-1]
     return ids
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """Token ids of a response, closed with EOS and tokenised apart from its prompt."""
-    return [*_ids(tokenizer, response, add_special_tokens=False), eos_id(tokenizer)]
+    return [*_ids(tokenizer, response, False), eos_id(tokenizer)]
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -108,7 +113,7 @@ def fit_prompt(
     """
 
     def fits(prompt: str) -> bool:
-        return len(prompt_ids(tokenizer, prompt)) <= max_tokens
+        return len(prompt_ids(tokenizer, prompt, task.markup)) <= max_tokens
 
     whole = task.prompt(example)
     if fits(whole):
@@ -130,7 +135,7 @@ def fit_prompt(
     if end == 0 and units:  # a piece of 32 emoji has more than a hundred tokens
         end = last_fitting(range(units[0].start() + 1, units[0].end()))
     if end == 0:
-        frame = len(prompt_ids(tokenizer, task.prompt(example, "")))
+        frame = len(prompt_ids(tokenizer, task.prompt(example, ""), task.markup))
         raise ValueError(
             f"{option} leaves {max_tokens} tokens for the prompt of example '{example.id}', which has "
             f"{frame} tokens before any of its text is in: raise {option}"
@@ -149,11 +154,11 @@ def encode(
     Raises:
         ValueError: The prompt's frame does not fit.
     """
-    prompt = prompt_ids(tokenizer, task.prompt(example))
+    prompt = prompt_ids(tokenizer, task.prompt(example), task.markup)
     response = response_ids(tokenizer, example.references[0])
     if len(prompt) + len(response) > max_length:
         response = response[: max(max_length // 2, max_length - len(prompt))]
-        prompt = prompt_ids(tokenizer, fit_prompt(task, example, tokenizer, max_length - len(response)))
+        prompt = prompt_ids(tokenizer, fit_prompt(task, example, tokenizer, max_length - len(response)), task.markup)
     return prompt, response
 
 
@@ -200,7 +205,7 @@ class PromptRows(Dataset[Row]):
 
     def __getitem__(self, index: int) -> Row:
         prompt = fit_prompt(self.task, self.examples[index], self.tokenizer, self.max_length, self.option)
-        return Row(index, prompt_ids(self.tokenizer, prompt), [])
+        return Row(index, prompt_ids(self.tokenizer, prompt, self.task.markup), [])
 
 
 def collate_training(rows: Sequence[Row], pad: int, loss_on: LossOn) -> Batch:

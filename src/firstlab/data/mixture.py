@@ -47,6 +47,7 @@ class Mixture(Task):
             raise ValueError(f"data.task.parts={list(parts)}: a mixture needs at least two tasks")
         self._parts = dict(parts)
         self.parts = {name: part.task for name, part in parts.items()}
+        self.markup = any(task.markup for task in self.parts.values())
 
     def train_pool(self) -> list[Example]:
         """Part after part."""

@@ -44,6 +44,9 @@ class Task(ABC):
     kind: ClassVar[str]
     #: Target language of a translation task (BLEU is per character for "zh"); None elsewhere.
     target_language: str | None = None
+    #: Whether names of special tokens in a prompt stand for them, as in chat markup. If not, and in responses always,
+    #: `</s>` is text like any other.
+    markup: bool = False
     #: The tasks that a mixture consists of, by name; examples say which they come from.
     parts: Mapping[str, Task] = MappingProxyType({})
 
@@ -58,8 +61,6 @@ class Task(ABC):
     @abstractmethod
     def prompt(self, example: Example, source: str | None = None) -> str:
         """The prompt of appendix A.6, ending in `### Response:` and a newline.
-
-        Names of special tokens in it, `</s>`, are encoded as ordinary text.
 
         Args:
             example: The example to ask about.
