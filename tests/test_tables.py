@@ -338,6 +338,23 @@ def test_a_runs_own_result_stands_before_later_evaluations_of_it(config: TablesC
     assert match is not None and [each.file.parent.name for each in match.records] == ["seed0"]
 
 
+def test_an_evaluation_on_another_task_or_with_another_seed_stands_for_no_cell(config: TablesConfig, tmp_path: Path):
+    here, there = cell_run(config, "first", 15, "squad"), cell_run(config, "first", 15, "cnn_dm")
+    nodes = {
+        "seed0": record(here),
+        "seed0/evaluations/again": record(here, quality=71),
+        "seed0/evaluations/other": record(there),
+        "seed0/evaluations/drawn": record(here, seed=1),
+    }
+    for folder, node in nodes.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "result.json").write_text(json.dumps(node))
+    library = read([str(tmp_path)])
+    assert len(library.records) == 4 and not library.warnings
+    assert [each.file.parent.name for each in library.of(here, config.scale)] == ["seed0", "again"]
+    assert not library.of(there, config.scale)
+
+
 DAMAGE: list[tuple[str, Any, str]] = [
     ("variants", [], "it has variants=[], not a mapping"),
     ("variants", None, "it has variants=None"),

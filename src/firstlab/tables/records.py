@@ -42,11 +42,14 @@ class Record:
         file: Where it was read.
         node: What the file says.
         settings: Dotted keys of the settings that decide what the run is.
+        as_trained: False for an evaluation on other data, or with another seed, than the run was trained with: it is
+            listed and stands for no cell.
     """
 
     file: Path
     node: dict[str, Any]
     settings: dict[str, Any]
+    as_trained: bool = True
 
     @property
     def seed(self) -> int:
@@ -80,7 +83,11 @@ class Library:
 
     def of(self, run: Run, scale: ScaleConfig) -> list[Record]:
         """Runs of the same task, model, method and settings, at any seed and, where a level is asked for, any level."""
-        near = [each for each in self.records if (each.node["data"], each.node["model"]) == (run.task, run.model)]
+        near = [
+            each
+            for each in self.records
+            if each.as_trained and (each.node["data"], each.node["model"]) == (run.task, run.model)
+        ]
         if not near:
             return []
         levels = set() if run.level is None else level_keys(scale)
@@ -168,7 +175,17 @@ def _record(file: Path) -> Record:
             _take(config, section, dict, "its config")
     for name in _take(node, "variants", dict):
         _check_variant(_take(node["variants"], name, dict, "its variants"), f"its variant {name}", layers)
-    return Record(file, node, _training(config) | _place(config))
+    return Record(file, node, _training(config) | _place(config), _as_trained(file, node))
+
+
+def _as_trained(file: Path, node: dict[str, Any]) -> bool:
+    if _EVALUATIONS not in file.parts[-3:-2]:
+        return True
+    try:
+        run = _node(file.parents[2] / results.RESULT, ("data", "seed"))
+    except ValueError:
+        return True  # nothing is known of the run
+    return bool((run["data"], run["seed"]) == (node["data"], node["seed"]))
 
 
 def _check_variant(part: dict[str, Any], where: str, layers: int) -> None:
