@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -316,7 +317,9 @@ def test_a_config_file_of_another_program_protects_its_directory(tiny_model_dir:
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
-def test_evaluation_sees_that_the_text_changed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_evaluation_sees_that_the_text_changed(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     folder = tmp_path / "text"
     folder.mkdir()
     for name in ("train", "test"):
@@ -332,6 +335,12 @@ def test_evaluation_sees_that_the_text_changed(finished: Path, tmp_path: Path, c
     assert set(json.loads(records[0].read_text())["variants"]) == {"router", "base"}
     library = read_records([str(records[0].parent)])  # such records count for tables
     assert len(library.records) == 1 and not library.warnings
+    records[2].write_text("{")
+    with monkeypatch.context() as patched:
+        patched.setattr("firstlab.evaluation.evaluate_variant", None)  # the torn record is found before
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([*given, "variant=base", "data.max_prompt_length=150", "data.max_new_tokens=3"])
+    assert re.search(r"result.json is not valid JSON .*; delete it to evaluate again", capsys.readouterr().err)
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([*given, "evaluation.bogus=1"])
     assert "evaluation.bogus=1: Key 'bogus' not in 'EvaluationConfig'; keys there: limit," in capsys.readouterr().err

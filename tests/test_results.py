@@ -1,13 +1,15 @@
-"""How results are named for readers."""
+"""Results are read back, and named for readers."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firstlab.results import rate_by_token, row_title, rows
+from firstlab.results import RESULT, rate_by_token, read, read_failure, row_title, rows, write_failure
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,22 @@ def test_the_rate_by_token_counts_layers_of_all_decode_steps(prompts: list[tuple
     skipped = [count for count, length in prompts for _ in range(length - 1)]
     expected = sum(skipped) / (16 * len(skipped)) if skipped else rates.mean()
     assert rate_by_token(rates, tokens) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("text", "reason"), [('{"variants": {', "valid JSON"), ("[]", "it has no variants"),
+                                              ('{"variants": null}', "it has no variants")])  # fmt: skip
+def test_a_record_that_cannot_be_read_is_named_with_the_way_out(tmp_path: Path, text: str, reason: str):
+    (tmp_path / RESULT).write_text(text)
+    with pytest.raises(ValueError, match=rf"result.json is not .*{reason}.*; pass overwrite=true to run again"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=rf"{reason}.*; delete it$"):
+        read(tmp_path, "delete it")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"error": null}'])
+def test_a_torn_failure_is_a_failure(tmp_path: Path, text: str):
+    assert read_failure(tmp_path) is None
+    write_failure(tmp_path, ValueError("out of luck"))
+    assert (read_failure(tmp_path) or {})["error"] == "out of luck"
+    (tmp_path / "failure.json").write_text(text)
+    assert read_failure(tmp_path) == {"error": f"{tmp_path / 'failure.json'} cannot be read"}

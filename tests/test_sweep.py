@@ -177,6 +177,30 @@ def test_a_plan_knows_what_is_finished_and_estimates_the_rest(tmp_path: Path):
     assert (duration(59), duration(600), duration(7260)) == ("59 s", "10 min", "2 h 01 min")
 
 
+def test_torn_and_foreign_records_are_named_and_stop_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture):
+    runs = [[f"runs={tmp_path}/runs", *run] for run in ([], ["seed=1"])]
+    finish(plan(runs, make, None)[0], 120)
+    good = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    foreign = ["{", "[]", "{}", json.dumps({**good, "config": {"method": None}}), json.dumps({**good, "data": ["x"]})]
+    for i, text in enumerate(foreign):
+        for file in (f"runs/another/{i}/result.json", f"kept/one/results/{i}.json"):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(text)
+    capsys.readouterr()
+    planned = plan(runs, make, tmp_path / "kept")
+    assert [(run.state, run.seconds) for run in planned] == [("finished", 120), ("to do", 120)]
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2 * len(foreign) and all(".json is left out: " in note for note in notes)
+
+
+def test_a_failure_that_cannot_be_read_is_a_failure(tmp_path: Path):
+    [run] = plan([[f"runs={tmp_path}"]], make, None)
+    run.directory.mkdir(parents=True)
+    (run.directory / "failure.json").write_text("{")
+    [run] = plan([[f"runs={tmp_path}"]], make, None)
+    assert run.state == "failed earlier" and "failure.json cannot be read" in (run.error or "")
+
+
 def test_only_what_is_left_is_launched_and_failures_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture):
     from firstlab import results
 
@@ -226,6 +250,12 @@ def test_finished_runs_are_collected_for_the_record(tmp_path: Path):
     kept = sorted(file.name for file in (tmp_path / "kept" / "results").iterdir())
     assert kept == [f"mini_ende-nano--first-skip0.15-seed{seed}.json" for seed in (0, 1)]
     assert {run.state for run in plan([run[1:] for run in runs], make, tmp_path)} == {"finished"}
+    torn = tmp_path / "kept" / "results" / kept[0]
+    whole = torn.read_text()
+    torn.write_text(whole[:20])
+    with pytest.raises(ValueError, match=rf"{kept[0]} is not a result that may be replaced .*; delete it or choose"):
+        run_sweep(runs, compose=make, launch=lambda jobs: None, settings=settings)
+    torn.write_text(whole)
     other = [[*runs[0], "router_phase.learning_rate=1", "overwrite=true"]]
     finish(plan(other, make, None)[0], 60)
     with pytest.raises(ValueError, match="records another configuration"):

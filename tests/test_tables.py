@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +20,7 @@ from firstlab import results
 from firstlab.config import conf_dir
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.tables.__main__ import build, write
+from firstlab.tables.analysis import adaptivity, equal_rates, pareto
 from firstlab.tables.cells import WORSE, Cells
 from firstlab.tables.config import TablesConfig, load, register
 from firstlab.tables.grid import Run, ablation_runs, known_methods, planned_runs, run_of
@@ -141,6 +143,28 @@ def test_static_sets_meet_the_rate_in_between(config: TablesConfig, tmp_path: Pa
     assert found is not None and sets[0] is sets[1] and sets[0] is not None and sets[0].skip_rate == 0.151
 
 
+def test_an_equal_rate_is_that_of_the_seeds_that_both_have(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    rates = {0: 0.14, 1: 0.16}
+    for seed, rate in rates.items():
+        node = record(first, quality=70, rate=rate, seed=seed)
+        for part in node["variants"].values():
+            part["examples"]["skip_rate"] = results.pack(np.full(part["n"], rate))
+        save(tmp_path, f"first{seed}", node)
+    for name, quality, rate in (("less", 66, 0.125), ("more", 50, 0.1875)):
+        save(tmp_path, name, {**record(sleb, quality=quality, rate=rate, seed=1), "level": name})
+    cells = Cells(config, read([str(tmp_path)]))
+    values = {
+        name: _node(tmp_path / "results" / f"{name}.json")["variants"]["router_lora"]["metrics"]["f1"]["value"]
+        for name in ("first1", "less", "more")
+    }
+    for by_token in (False, True):
+        found, _ = cells.at_rate_of(first, sleb, True, "f1", by_token)
+        assert found is not None and found.seeds == 1 and found.skip_rate == pytest.approx(0.16)
+        assert found.value == pytest.approx(values["first1"])
+        assert found.other == pytest.approx(0.44 * values["less"] + 0.56 * values["more"], abs=1e-3)
+
+
 def test_static_sets_meet_the_rate_over_tokens_too(config: TablesConfig, tmp_path: Path):
     first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
     # Half of the prompts do all the skipping; their responses have 5 tokens, the others' 9.
@@ -188,6 +212,23 @@ def test_router_time_comes_from_benchmarks(config: TablesConfig, tmp_path: Path)
     assert rows["nano"].plain == "2.50 % [2.00, 3.00]" and rows["llama3_8b"].note == "not measured"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [("cells", [{}], "its cell has no router_share_of_prefill"), ("cells", None, "it has cells=None, not a list"),
+     ("cells", [None], "its cells hold None"), ("model", ["nano"], "it has model=['nano'], not text"),
+     ("device", None, "it has device=None"), ("cells", [{"router_share_of_prefill": None}], "prefill=None")],
+)  # fmt: skip
+def test_a_malformed_benchmark_is_left_out_with_the_reason(
+    config: TablesConfig, tmp_path: Path, key: str, value: Any, reason: str
+):
+    node = {"model": "nano", "device": "a CPU", "cells": [{"router_share_of_prefill": 0.02}]} | {key: value}
+    (tmp_path / "benchmark.json").write_text(json.dumps(node))
+    library = read([str(tmp_path)])
+    assert not library.benchmarks and reason in library.warnings[0]
+    assert "benchmark.json is left out: " in library.warnings[0]
+    overhead_table(Cells(config, library))
+
+
 def _node(file: Path) -> dict:
     return json.loads(file.read_text())
 
@@ -203,6 +244,21 @@ def test_no_test_across_different_test_sets_or_without_per_prompt_scores(config:
     for lora in (False, True):
         score, _ = cells.score(sleb, lora, "f1", first)
         assert score is not None and score.low is not None and score.p_value is None and score.mark == ""
+
+
+def test_seeds_on_another_test_set_are_left_out_and_named(config: TablesConfig, tmp_path: Path):
+    run = cell_run(config, "first", 15)
+    for seed, test_set in enumerate(("one", "two", "two", "three")):
+        node = record(run, quality=40 + 10 * seed, seed=seed)
+        node["variants"]["router"]["examples"]["test_set"] = test_set
+        node["variants"]["router_lora"]["examples"]["test_set"] = str(seed)
+        save(tmp_path, f"seed{seed}", node)
+    cells = Cells(config, read([str(tmp_path)]))
+    score, _ = cells.score(run, False, "f1")
+    assert score is not None and (score.seeds, score.others) == (2, (0, 3)) and 50 < score.value < 70
+    assert "without seeds 0, 3, evaluated on another test set" in score_cell(score, "", run).note
+    alone, _ = cells.score(run, True, "f1")
+    assert alone is not None and (alone.seeds, alone.others) == (1, (1, 2, 3)) and alone.value < 55
 
 
 def test_a_seed_counts_once_and_the_first_folder_wins(config: TablesConfig, tmp_path: Path):
@@ -237,6 +293,145 @@ def test_runs_on_another_number_of_test_prompts_are_others(tmp_path: Path):
     for limit, scale in scales.items():
         match, _ = cells[limit].find(cell_run(scale, "sleb", 15), True)
         assert match is not None and [each.file.stem for each in match.records] == [f"of{limit}"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"model": {"quantization": "int8"}}, {"model": {"path": "elsewhere"}}, {"model": {"dtype": "bfloat16"}},
+     {"model": {"revision": "main"}}, {"data": {"max_new_tokens": 8}}, {"data": {"val_size": 7}},
+     {"data": {"task": {"_target_": "another"}}}],
+)  # fmt: skip
+def test_an_evaluation_with_another_model_or_other_data_is_another_run(
+    config: TablesConfig, tmp_path: Path, changed: dict
+):
+    run = cell_run(config, "sleb", 15)
+    own, other = record(run, quality=70), record(run, quality=40)
+    for section, keys in changed.items():
+        other["config"][section] = other["config"][section] | keys
+    for folder, node in (("seed0", own), ("seed0/evaluations/other", other)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "result.json").write_text(json.dumps(node))
+    assert [each.file.parent.name for each in read([str(tmp_path)]).of(run, config.scale)] == ["seed0"]
+    # What an older record does not say, it does not contradict; nor does it matter where the files of the data lie.
+    del own["config"]["model"], own["config"]["data"]["val_size"]
+    own["config"]["data"] |= {"root": "a folder", "task": own["config"]["data"]["task"] | {"root": "a folder"}}
+    (tmp_path / "seed0" / "result.json").write_text(json.dumps(own))
+    assert [each.file.parent.name for each in read([str(tmp_path)]).of(run, config.scale)] == ["seed0"]
+
+
+def test_cells_may_ask_for_another_model_and_other_data(tmp_path: Path):
+    config = settings("scale.base=['model.dtype=bfloat16','data.max_new_tokens=8']")
+    run = cell_run(config, "sleb", 15)
+    node = record(run)
+    assert (node["config"]["model"]["dtype"], node["config"]["data"]["max_new_tokens"]) == ("bfloat16", 8)
+    save(tmp_path, "a", node)
+    library = read([str(tmp_path)])
+    assert len(library.of(run, config.scale)) == 1 and not library.of(cell_run(settings(), "sleb", 15), config.scale)
+
+
+def test_a_runs_own_result_stands_before_later_evaluations_of_it(config: TablesConfig, tmp_path: Path):
+    run = cell_run(config, "first", 15)
+    for folder, quality in (("seed0/evaluations/again", 40), ("seed0", 70)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "result.json").write_text(json.dumps(record(run, quality=quality)))
+    match, _ = Cells(config, read([str(tmp_path)])).find(run, True)
+    assert match is not None and [each.file.parent.name for each in match.records] == ["seed0"]
+
+
+def test_an_evaluation_on_another_task_or_with_another_seed_stands_for_no_cell(config: TablesConfig, tmp_path: Path):
+    here, there = cell_run(config, "first", 15, "squad"), cell_run(config, "first", 15, "cnn_dm")
+    nodes = {
+        "seed0": record(here),
+        "seed0/evaluations/again": record(here, quality=71),
+        "seed0/evaluations/other": record(there),
+        "seed0/evaluations/drawn": record(here, seed=1),
+    }
+    for folder, node in nodes.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "result.json").write_text(json.dumps(node))
+    library = read([str(tmp_path)])
+    assert len(library.records) == 4 and not library.warnings
+    assert [each.file.parent.name for each in library.of(here, config.scale)] == ["seed0", "again"]
+    assert not library.of(there, config.scale)
+
+
+DAMAGE: list[tuple[str, Any, str]] = [
+    ("variants", [], "it has variants=[], not a mapping"),
+    ("variants", None, "it has variants=None"),
+    ("variants.router", None, "its variants has router=None, not a mapping"),
+    ("config", "x", "it has config='x', not a mapping"),
+    ("config.evaluation", None, "its config has evaluation=None"),
+    ("config.method", None, "its config has method=None"),
+    ("config.data", [], "its config has data=[]"),
+    ("seed", None, "it has seed=None, not a whole number"),
+    ("seed", "x", "it has seed='x'"),
+    ("config_hash", {}, "it has config_hash={}, not text"),
+    ("num_layers", None, "it has num_layers=None"),
+    ("num_layers", 0, "it has num_layers=0"),
+    ("data", 1, "it has data=1, not text"),
+    ("model", None, "it has model=None"),
+    ("variants.router.n", None, "its variant router has n=None"),
+    ("variants.router.skip", None, "its variant router has skip=None"),
+    ("variants.router.skip.skip_rate", None, "skip has skip_rate=None, not a number"),
+    ("variants.router.skip.skip_rate", ..., "skip has no skip_rate"),
+    ("variants.router.skip.per_layer", ..., "skip has no per_layer"),
+    ("variants.router.skip.per_layer", [0.5], "per_layer has 1 numbers for 16 layers"),
+    ("variants.router.skip.per_layer", [None] * 16, "skip has per_layer=None, not a number"),
+    ("variants.router.skip.unique_routes", "x", "skip has unique_routes='x'"),
+    ("variants.router.skip.by_difficulty", {"hard": {}}, "by_difficulty has 'hard'"),
+    ("variants.router.metrics", {}, "has no metric f1"),
+    ("variants.router.metrics.f1.value", "x", "f1 has value='x', not a number"),
+    ("variants.router.metrics.f1.value", float("nan"), "f1 has value=nan"),
+    ("variants.router.primary_metric", "bleu", "has no metric bleu, its primary_metric"),
+    ("variants.router.timing.tpot_ratio_quartiles", [1.0], "tpot_ratio_quartiles has 1 numbers, not two"),
+    ("variants.router.examples", 3, "has examples=3, not a mapping"),
+    ("variants.router.examples.skip_rate", "AAAA", "examples: skip_rate: per-example numbers cannot be read"),
+    ("variants.router.examples.skip_rate", 3, "examples has skip_rate=3, not text"),
+    ("variants.router.examples.nll", results.pack([1, 2]), r"nll holds numbers of the shape (2,) for 60 prompts"),
+    ("variants.router.examples.scores.f1", results.pack([1]), "f1 holds numbers of the shape (1,) for 60 prompts"),
+]
+
+
+def damaged(node: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """The node with one value replaced; ... takes it out."""
+    *parents, key = path.split(".")
+    inner = node
+    for each in parents:
+        inner = inner[each]
+    inner[key] = value
+    if value is ...:
+        del inner[key]
+    return node
+
+
+def test_a_malformed_record_is_left_out_with_the_reason(config: TablesConfig, tmp_path: Path):
+    run = cell_run(config, "first", 15)
+    text = json.dumps(record(run))
+    for i, (path, value, _) in enumerate(DAMAGE):
+        save(tmp_path, f"bad{i:02}", damaged(json.loads(text), path, value))
+    save(tmp_path, "good", json.loads(text))
+    library = read([str(tmp_path)])
+    assert [each.file.stem for each in library.records] == ["good"]
+    for (path, _, reason), line in zip(DAMAGE, library.warnings, strict=True):
+        assert " is left out: " in line and reason in line, (path, line)
+
+
+def test_a_metric_that_came_out_as_nan_is_not_measured(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    node = record(first)
+    for name, key in (("router", "value"), ("router_lora", "low")):
+        node["variants"][name]["metrics"]["f1"][key] = None
+    node["variants"]["router"] |= {"timing": None, "perplexity": None, "examples": None}
+    save(tmp_path, "first", node)
+    save(tmp_path, "sleb", record(sleb))
+    library = read([str(tmp_path)])
+    cells = Cells(config, library)
+    assert not library.warnings and cells.score(first, True, "em")[0] is not None
+    for lora in (False, True):
+        assert cells.score(first, lora, "f1") == (None, "not measured")
+        tested, _ = cells.score(sleb, lora, "f1", first)
+        assert tested is not None and tested.p_value is None
+    build(config, library)
 
 
 def test_torn_and_foreign_files_are_named_and_left_out(config: TablesConfig, tmp_path: Path):
@@ -290,6 +485,19 @@ def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
         if "target_skip" in str(run.overrides):
             assert node["method"]["target_skip"] == pytest.approx(run.level)
         assert f"data={run.task}" in run.command(3) and run.command(3).endswith("seed=3")
+
+
+def test_levels_are_those_that_the_grid_plans_for_each_task():
+    config = settings("scale=llama")
+    cells, plan = Cells(config, Library()), planned_runs(config)
+    commands = {run.command() for run in plan}
+    tables = [equal_rates(cells), pareto(cells), adaptivity(cells)]
+    assert not {command for table in tables for command in table.commands} - commands
+    shown = {(row[0].text, row[1].text) for row in tables[0].rows}
+    assert {level for task, level in shown if task == "squad"} == {"10 %", "15 %", "20 %", "24 %", "28 %", "30 %"}
+    assert {level for task, level in shown if task == "cnn_dm"} == {"15 %", "20 %", "27 %"}
+    of_sleb = {row[1].text for row in tables[2].rows if (row[0].text, row[2].text) == ("squad", "SLEB")}
+    assert of_sleb == {"10 %", "20 %", "30 %"}
 
 
 def test_a_scale_may_stand_for_a_part_of_the_paper(tmp_path: Path):
@@ -383,7 +591,14 @@ def test_forms_of_a_table():
     assert "| a\\|b_50 % | 70.0 ▼ [68, 72] | no run |" in markdown(table) and "do it" in markdown(table)
     (line,) = csv.DictReader(csv_text(table).splitlines())
     assert line["group x"] == "70.04" and line["group x: test"] == "▼" and line["group y: command"] == "do it"
-    assert r"a|b\_50 \% & 70.0 $\blacktriangledown$ [68, 72] & no run \\" in latex(table)
+    assert r"a\textbar{}b\_50 \% & 70.0 $\blacktriangledown$ [68, 72] & no run \\" in latex(table)
+
+
+def test_no_letter_of_a_cell_breaks_a_table():
+    table = Table("key", "Title", [Column("Name")], [[Cell('two\nlines <b> | "x" — a … ≤ ≥ × 中')]])
+    assert '| two lines <b> \\| "x" — a … ≤ ≥ × 中 |\n' in markdown(table)
+    escaped = r"two lines \textless{}b\textgreater{} \textbar{} ''x'' --- a \dots{} $\leq$ $\geq$ $\times$ 中 \\"
+    assert escaped in latex(table).splitlines()
 
 
 @pytest.mark.parametrize("values", [[0, 1, 255], [[1.5, 2.25], [0.1, -3]], np.zeros((3, 0)), [True, False]])

@@ -50,11 +50,12 @@ def main(arguments: list[str]) -> None:
     data = build_data(config)
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
     routes = decided_routes(Path(run), method, variant, prompts)
-    record = results.read(Path(run)) or {}
+    record = results.read(Path(run), "delete it; the model stays") or {}
     # The text as well: the same files may hold other text the next time.
     directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
     quantize(model.merge_and_unload().lm, config.model.quantization)
     with claimed(directory):
+        earlier = (results.read(directory, "delete it to evaluate again") or {"variants": {}})["variants"]
         result = evaluate_variant(
             model,
             data,
@@ -66,9 +67,11 @@ def main(arguments: list[str]) -> None:
             config.trainer.progress_bar,
             static_routes(Path(run), method, model.num_layers),
         )
-        earlier = (results.read(directory) or {"variants": {}})["variants"]
         full = {
-            **{key: record.get(key) for key in ("method", "label", "level", "rounding", "model", "phases")},
+            **{key: record.get(key) for key in ("level", "rounding", "phases")},
+            "method": method.name,
+            "label": method.label,
+            "model": config.model.name,
             "data": config.data.name,
             "directory": str(directory),
             "config_hash": config.hash(),

@@ -90,8 +90,12 @@ def write(directory: Path, record: dict[str, Any]) -> None:
     write_atomically(directory / RESULT, json_text(record, indent=2) + "\n")
 
 
-def read(directory: Path) -> dict[str, Any] | None:
+def read(directory: Path, remedy: str = "pass overwrite=true to run again") -> dict[str, Any] | None:
     """The record of a finished run, or None.
+
+    Args:
+        directory: Of the run.
+        remedy: What to do about a record that cannot be read.
 
     Raises:
         ValueError: It cannot be read.
@@ -100,9 +104,12 @@ def read(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); pass overwrite=true to run again") from error
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("variants"), dict):
+        raise ValueError(f"{file} is not a result of firstlab (it has no variants); {remedy}")
+    return record
 
 
 def write_failure(directory: Path, error: BaseException) -> None:
@@ -118,9 +125,17 @@ def write_failure(directory: Path, error: BaseException) -> None:
 
 
 def read_failure(directory: Path) -> dict[str, Any] | None:
-    """What `write_failure` recorded, or None."""
+    """What `write_failure` recorded, or None; of a file that cannot be read, that."""
     file = directory / FAILURE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        failure = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        failure = None
+    if isinstance(failure, dict) and isinstance(failure.get("error"), str):
+        return failure
+    return {"error": f"{file} cannot be read"}
 
 
 def pack(values: Any) -> str:

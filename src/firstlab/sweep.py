@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +126,7 @@ def plan(
         _look_up(run, known.get(run.config.hash()))
     times = [record for _, record in records]
     for folder in {run.config.runs for run in planned}:
-        times += [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("*/*/result.json"))]
+        times += [record for _, record in _read_all(sorted(Path(folder).glob("*/*/result.json")))]
     _estimate(planned, times)
     return planned
 
@@ -165,12 +165,46 @@ def _raise_all(problems: list[str]) -> None:
 def _recorded(folder: Path | None) -> list[tuple[str, Record]]:
     """Recorded results with the hash that their configuration has in this version."""
     found = []
-    for file in sorted(folder.glob("*/results/*.json")) if folder is not None else []:
-        record = json.loads(file.read_text(encoding="utf-8"))
+    for file, record in _read_all(sorted(folder.glob("*/results/*.json")) if folder is not None else []):
         try:
             found.append((load_dict(record["config"]).hash(), record))
         except ValueError as error:
             print(f"note: {file} is of another version and does not count as finished ({error})", file=sys.stderr)
+    return found
+
+
+def _read_all(files: Sequence[Path]) -> Iterator[tuple[Path, Record]]:
+    """Files with their records; what is torn or no record is named and left out, for no run depends on it."""
+    for file in files:
+        try:
+            yield file, _read(file)
+        except ValueError as error:
+            print(f"note: {file} is left out: {error}", file=sys.stderr)
+
+
+def _read(file: Path) -> Record:
+    """A record as far as a plan needs it.
+
+    Raises:
+        ValueError: It is torn, or no record.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    kinds = {"data": str, "model": str, "method": str, "config": dict, "variants": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)
+    ]
+    if wrong:
+        raise ValueError(f"not a result of firstlab (it has no {', '.join(wrong)})")
+    if not isinstance(record["config"].get("method"), dict):
+        raise ValueError("not a result of firstlab (its config has no method)")
+    if not isinstance(record.get("wall_s"), int | float):  # an evaluation of another run has none
+        record.pop("wall_s", None)
+    found: Record = record
     return found
 
 
@@ -196,7 +230,7 @@ def _estimate(planned: list[PlannedRun], records: list[Record]) -> None:
     times: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for record in records:
         for kind in ((record["data"], record["model"], record["method"]), (record["data"], record["model"])):
-            if "wall_s" in record:  # an evaluation of another run has none
+            if "wall_s" in record:
                 times[kind].append(record["wall_s"])
     for run in planned:
         place = (run.config.data.name, run.config.model.name)
@@ -277,17 +311,23 @@ def collect(planned: Sequence[PlannedRun], folder: Path) -> None:
     """Copy the records of finished runs to FOLDER/results, under their run directories' names.
 
     Raises:
-        ValueError: A file of that name records another run.
+        ValueError: A file of that name records another run, or none.
     """
     for run in planned:
         file = run.directory / "result.json"
         if run.state != "finished" or not file.is_file():
             continue
         target = folder / "results" / f"{run.directory.parent.name}--{run.directory.name}.json"
-        text = file.read_text(encoding="utf-8")
-        if target.is_file() and load_dict(json.loads(target.read_text("utf-8"))["config"]).hash() != run.config.hash():
+        try:
+            same = not target.is_file() or load_dict(_read(target)["config"]).hash() == run.config.hash()
+        except ValueError as error:
+            raise ValueError(
+                f"sweep.collect={folder}: {target} is not a result that may be replaced ({error}); delete it or choose "
+                "another folder"
+            ) from error
+        if not same:
             raise ValueError(f"sweep.collect={folder}: {target} records another configuration; choose another folder")
-        write_atomically(target, text)
+        write_atomically(target, file.read_text(encoding="utf-8"))
     print(f"records: {folder / 'results'}")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from firstlab.results import ROW_NAMES
 from firstlab.tables import pictures
 from firstlab.tables.cells import BETTER, WORSE, Cells, Match, Score, column
-from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, run_of
+from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, planned_runs, run_of
 from firstlab.tables.quality import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
 from firstlab.tables.table import Cell, Column, Table
 
@@ -22,7 +22,7 @@ _LENGTH_GROUPS = 4
 def pareto(cells: Cells) -> Table:
     """Quality against measured skip rate: one picture per task, with LoRA and without, and its numbers."""
     scale = cells.config.scale
-    model, levels = next(iter(scale.models)), _levels(cells)
+    model, planned = next(iter(scale.models)), _planned(cells)
     panels, rows = [], []
     for task, ours in scale.tasks.items():
         for lora in (False, True):
@@ -30,8 +30,11 @@ def pareto(cells: Cells) -> Table:
             base, _ = cells.score(run_of(scale, task, model, "none", 0), lora, HEADLINE[task])
             for method in known_methods(scale):
                 points = [] if base is None or method == "none" else [_point(base)]
-                for level in [0] if method == "none" else levels:
-                    score, _ = cells.score(run_of(scale, task, model, method, level), lora, HEADLINE[task])
+                scores = dict.fromkeys(  # a run that stands for two levels is one point
+                    cells.score(run_of(scale, task, model, method, level), lora, HEADLINE[task])[0]
+                    for level in ([0] if method == "none" else planned[task, method])
+                )
+                for score in scores:
                     if score is not None:
                         points.append(_point(score))
                         rows.append(_pareto_row(ours, method, lora, score))
@@ -60,7 +63,7 @@ def _pareto_row(task: str, method: str, lora: bool, score: Score) -> list[Cell]:
 def equal_rates(cells: Cells) -> Table:
     """The reference beside each static set at exactly the rate that it skips, over prompts and over tokens."""
     scale, reference = cells.config.scale, cells.config.reference
-    model = next(iter(scale.models))
+    model, planned = next(iter(scale.models)), _planned(cells)
     columns = [Column(name) for name in ("Task", "Level", "LoRA", "Other method")]
     columns += [Column("value", method_title(reference))]
     for group in ("rate over prompts", "rate over tokens"):
@@ -68,7 +71,7 @@ def equal_rates(cells: Cells) -> Table:
     columns += [Column("sets of the other method")]
     rows = []
     for task, ours in scale.tasks.items():
-        for level in _levels(cells):
+        for level in planned[task, reference]:
             run = run_of(scale, task, model, reference, level)
             for lora in (False, True):
                 for method in (each for each in STATIC if each in known_methods(scale)):
@@ -126,7 +129,12 @@ def _absent(
         return [missing_cell(reason or "not measured", run), *[Cell()] * 3]
     layers = match.records[0].node["num_layers"]
     whole = int(measured * layers + 1e-9)
-    missing = at_rate(cells.config.scale, task, model, other.method, (whole + (sets[0] is not None)) / layers)
+    # Next to the set that there is: that may be of fewer seeds than the rate here.
+    if sets[0] is not None:
+        whole = round(sets[0].skip_rate * layers) + 1
+    elif sets[1] is not None:
+        whole = round(sets[1].skip_rate * layers) - 1
+    missing = at_rate(cells.config.scale, task, model, other.method, whole / layers)
     rate = Cell(f"{100 * measured:.1f} %", 100 * measured, kind="rate")
     return [rate, missing_cell("no run", missing), *[Cell()] * 2]
 
@@ -163,7 +171,7 @@ def ablations(cells: Cells) -> Table:
 def adaptivity(cells: Cells) -> Table:
     """How much the routes differ between prompts, and what that is worth."""
     scale = cells.config.scale
-    model = next(iter(scale.models))
+    model, planned = next(iter(scale.models)), _planned(cells)
     columns = [Column(name) for name in ("Task", "Level", "Method", "LoRA", "skip", "skip, over tokens")]
     columns += [Column("different routes", "routes"), Column("entropy, bits", "routes")]
     columns += [Column("like most frequent", "routes"), Column("like static set", "routes")]
@@ -173,8 +181,8 @@ def adaptivity(cells: Cells) -> Table:
     ]
     rows = []
     for task, ours in scale.tasks.items():
-        for level in _levels(cells):
-            for method in methods:
+        for level in sorted({level for method in methods for level in planned[task, method]}):
+            for method in (each for each in methods if level in planned[task, each]):
                 run = run_of(scale, task, model, method, level)
                 ceiling = run_of(scale, task, model, "oracle", level) if "oracle" in methods else None
                 for lora in (False, True):
@@ -329,7 +337,18 @@ def _interval(found: dict[str, float]) -> str:
     return f"[{found['low']:.1f}, {found['high']:.1f}]" if "low" in found else ""
 
 
-def _levels(cells: Cells) -> list[int]:
-    """One of the paper's levels per skip rate of ours, ascending."""
-    first = {rate: level for level, rate in sorted(cells.config.scale.levels.items(), reverse=True)}
-    return [first[rate] for rate in sorted(first) if rate in (0.15, 0.25, 0.35)] or sorted(first.values())
+def _planned(cells: Cells) -> dict[tuple[str, str], list[int]]:
+    """The levels at which the grid plans runs of the first model, by task and method, ascending.
+
+    One of the paper's levels per skip rate of ours. Where a scale has none of the paper's levels, all that it has.
+    """
+    scale, plan = cells.config.scale, planned_runs(cells.config)
+    model = next(iter(scale.models))
+    first = {rate: level for level, rate in sorted(scale.levels.items(), reverse=True)}
+    levels = [first[rate] for rate in sorted(first)]
+    found = {}
+    for task in scale.tasks:
+        for method in scale.methods:
+            wanted = [level for level in levels if run_of(scale, task, model, method, level) in plan]
+            found[task, method] = wanted or levels
+    return found

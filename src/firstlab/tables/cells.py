@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -23,23 +24,32 @@ _SAME_RATE = 0.0025
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Runs that stand for a cell: one method, level and variant, every seed there is.
+    """Runs that stand for a cell: one method, level and variant, every seed of one test set.
 
     Attributes:
         records: One per seed, by seed.
         variant: Name of the variant in each.
-        skip_rate: Measured, mean over prompts and seeds.
+        others: Seeds that are left out, because they were evaluated on another test set.
     """
 
     records: tuple[Record, ...]
     variant: str
-    skip_rate: float
+    others: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def skip_rate(self) -> float:
+        """Measured, mean over prompts and seeds."""
+        return fmean(part["skip"]["skip_rate"] for part in self.parts)
 
     @functools.cached_property
     def rate_by_token(self) -> float | None:
         """As `skip_rate`, over the tokens of the references; None where a record does not know them."""
         rates = [_rate_by_token(record, self.variant) for record in self.records]
         return None if None in rates else fmean(rate for rate in rates if rate is not None)
+
+    def of(self, seeds: Collection[int]) -> Match:
+        """With these seeds only."""
+        return Match(tuple(record for record in self.records if record.seed in seeds), self.variant)
 
     @property
     def parts(self) -> list[dict[str, Any]]:
@@ -72,6 +82,7 @@ class Score:
         difference, p_value: Against the reference, None where there is no test.
         mark: BETTER or WORSE than the reference where the test says so; in parentheses where the better one skips less
             by more than `rate_gap`.
+        others: Seeds that are left out, because they were evaluated on another test set.
     """
 
     value: float
@@ -83,6 +94,7 @@ class Score:
     difference: float | None = None
     p_value: float | None = None
     mark: str = ""
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,8 +102,8 @@ class EqualRate:
     """Two methods at one skip rate.
 
     Attributes:
-        skip_rate: What the reference skips, measured.
-        value: The reference's score, mean over the seeds that both have.
+        skip_rate: What the reference skips, measured, mean over the seeds that both have.
+        value: The reference's score, mean over these seeds.
         other: The other method's.
         seeds: How many.
         test: The reference minus the other method, paired.
@@ -166,7 +178,7 @@ class Cells:
             interval = (found[0]["low"], found[0]["high"])
         low, high = interval or (None, None)
         deviation = stdev(values) if len(values) > 1 else None
-        score = Score(fmean(values), low, high, len(values), deviation, match.skip_rate)
+        score = Score(fmean(values), low, high, len(values), deviation, match.skip_rate, others=match.others)
         if reference is None or reference == run:
             return score, ""
         against, _ = self.find(reference, lora)
@@ -179,10 +191,7 @@ class Cells:
         more_skipped = match.skip_rate - against.skip_rate
         if mark and abs(more_skipped) > self.config.rate_gap + 1e-9 and (more_skipped > 0) == (mark == WORSE):
             mark = f"({mark})"
-        return (
-            Score(score.value, low, high, score.seeds, deviation, match.skip_rate, difference, p_value, mark),
-            "",
-        )
+        return replace(score, difference=difference, p_value=p_value, mark=mark), ""
 
     def at_rate_of(
         self, reference: Run, run: Run, lora: bool, metric: str, by_token: bool = False
@@ -201,30 +210,46 @@ class Cells:
             The comparison, or None where one of the two sets has no run; and the two sets, the smaller one first.
         """
         ours, _ = self.find(reference, lora)
-        rate = None if ours is None else ours.rate_by_token if by_token else ours.skip_rate
-        if ours is None or rate is None:
+        if ours is None:
             return None, (None, None)
-        layer = 1 / ours.records[0].node["num_layers"]
         matches = sorted(self._matches(run, variant_name(run.method, lora)), key=lambda match: match.skip_rate)
-        below = next((m for m in reversed(matches) if rate - layer < m.skip_rate <= rate + _SAME_RATE), None)
-        above = next((m for m in matches if rate - _SAME_RATE <= m.skip_rate < rate + layer), None)
-        if below is None or above is None:
-            return None, (below, above)
-        gap = above.skip_rate - below.skip_rate
-        share = min(max((rate - below.skip_rate) / gap, 0.0), 1.0) if gap > 0 else 0.0
-        by_seed = [{each.seed: each for each in match.records} for match in (ours, below, above)]
-        seeds = sorted(set.intersection(*map(set, by_seed)))
-        records = [each[seed] for each in by_seed for seed in seeds]
+        shared = {record.seed for record in ours.records}
+        while True:
+            own = ours.of(shared)
+            rate = own.rate_by_token if by_token else own.skip_rate
+            below, above = (None, None) if rate is None else self._around(rate, matches, own)
+            if rate is None or below is None or above is None:
+                return None, (below, above)
+            # What is compared is the seeds that all have, and so is the rate; which may need other sets.
+            common = shared & {each.seed for each in below.records} & {each.seed for each in above.records}
+            if not common:
+                return None, (below, above)
+            if common == shared:
+                break
+            shared = common
+        less, more = below.of(shared), above.of(shared)
+        gap = more.skip_rate - less.skip_rate
+        share = min(max((rate - less.skip_rate) / gap, 0.0), 1.0) if gap > 0 else 0.0
+        records = [record for each in (own, less, more) for record in each.records]
         scores = [_scores(record, ours.variant, metric) for record in records]
         kept = [each for each in scores if each is not None]
-        if not seeds or len(kept) < len(scores) or len(_test_sets(records, ours.variant)) > 1:
+        if len(kept) < len(scores) or len(_test_sets(records, ours.variant)) > 1:
             return None, (below, above)
-        own, less, more = (kept[i * len(seeds) : (i + 1) * len(seeds)] for i in range(3))
-        theirs = Scores.average([Scores.blend(a, b, share) for a, b in zip(less, more, strict=True)])
-        mean = Scores.average(own)
+        count = len(shared)
+        mean = Scores.average(kept[:count])
+        blends = [Scores.blend(a, b, share) for a, b in zip(kept[count : 2 * count], kept[2 * count :], strict=True)]
+        theirs = Scores.average(blends)
         test = paired_test(mean, theirs, confidence=self.config.confidence, resamples=self.config.resamples)
         self.used.update(records)
-        return EqualRate(rate, mean.value, theirs.value, len(seeds), test), (below, above)
+        return EqualRate(rate, mean.value, theirs.value, count, test), (below, above)
+
+    @staticmethod
+    def _around(rate: float, matches: list[Match], own: Match) -> tuple[Match | None, Match | None]:
+        """Of sets by ascending skip rate, the two next to a rate, each less than a layer away; one may be both."""
+        layer = 1 / own.records[0].node["num_layers"]
+        below = next((m for m in reversed(matches) if rate - layer < m.skip_rate <= rate + _SAME_RATE), None)
+        above = next((m for m in matches if rate - _SAME_RATE <= m.skip_rate < rate + layer), None)
+        return below, above
 
     def _matches(self, run: Run, variant: str) -> list[Match]:
         """Every level that the run's method was recorded at."""
@@ -233,12 +258,7 @@ class Cells:
             if record.variant(variant) is not None:
                 # A seed counts once, however often it was run (on other processors, say).
                 groups[record.level].setdefault(record.seed, record)
-        matches = []
-        for of_seed in groups.values():
-            group = [of_seed[seed] for seed in sorted(of_seed)]
-            rates = [record.node["variants"][variant]["skip"]["skip_rate"] for record in group]
-            matches.append(Match(tuple(group), variant, fmean(rates)))
-        return matches
+        return [_of_one_test_set([of_seed[seed] for seed in sorted(of_seed)], variant) for of_seed in groups.values()]
 
     def _asked_for(self, record: Record, run: Run) -> bool:
         """Whether the record is this very run, however much it skipped."""
@@ -254,7 +274,7 @@ class Cells:
             return None  # the record has its own
         parts = [_scores(record, match.variant, metric) for record in match.records]
         kept = [part for part in parts if part is not None]
-        if len(kept) < len(parts) or len(_test_sets(match.records, match.variant)) > 1:
+        if len(kept) < len(parts):
             return None
         return bootstrap_interval(
             Scores.average(kept), confidence=self.config.confidence, resamples=self.config.resamples
@@ -303,7 +323,7 @@ def column(record: Record, variant: str, name: str) -> Any:
 def _scores(record: Record, variant: str, metric: str) -> Scores | None:
     part = record.variant(variant) or {}
     packed = part.get("examples", {}).get("scores", {}).get(metric)
-    if packed is None:
+    if packed is None or metric not in part["metrics"]:
         return None
     return from_rows(metric, _unpack(record, packed), part["metrics"][metric].get("signature"))
 
@@ -315,5 +335,18 @@ def _unpack(record: Record, packed: str) -> Any:
         raise ValueError(f"{record.file}: {error}") from error
 
 
-def _test_sets(records: Any, variant: str) -> set[str]:
-    return {str((record.variant(variant) or {}).get("examples", {}).get("test_set")) for record in records}
+def _of_one_test_set(records: list[Record], variant: str) -> Match:
+    """The most records that were evaluated on one test set; of equally many, those with the smallest seed."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[_test_set(record, variant)].append(record)
+    largest = max(groups.values(), key=len)  # the first of equally large ones, and records come by seed
+    return Match(tuple(largest), variant, tuple(record.seed for record in records if record not in largest))
+
+
+def _test_set(record: Record, variant: str) -> str:
+    return str((record.variant(variant) or {}).get("examples", {}).get("test_set"))
+
+
+def _test_sets(records: Collection[Record], variant: str) -> set[str]:
+    return {_test_set(record, variant) for record in records}

@@ -42,6 +42,9 @@ def score_cell(score: Score | None, reason: str, run: Run, digits: int = 1) -> C
     note = f"measured skip rate {100 * score.skip_rate:.1f} %"
     if score.p_value is not None and score.difference is not None:
         note += f"; difference to the reference {score.difference:+.2f}, p = {score.p_value:.3f}"
+    if score.others:
+        seeds = f"seed{'s' if len(score.others) > 1 else ''} {', '.join(map(str, score.others))}"
+        note += f"; without {seeds}, evaluated on another test set"
     if score.mark.startswith("("):
         note += "; in parentheses: the worse of the two skips more"
     return Cell(text, score.value, detail, score.mark, note, kind="ours")

@@ -12,7 +12,9 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$",
     "±": r"$\pm$", "–": "--", "×": r"$\times$", "α": r"$\alpha$", "β": r"$\beta$", "λ": r"$\lambda$", "ρ": r"$\rho$",
-    "·": r"$\cdot$", "÷": r"$\div$", "≈": r"$\approx$", "→": r"$\to$",
+    "·": r"$\cdot$", "÷": r"$\div$", "≈": r"$\approx$", "→": r"$\to$", "≤": r"$\leq$", "≥": r"$\geq$", "−": r"$-$",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "—": "---", "…": r"\dots{}",
+    "‘": "`", "’": "'", "“": "``", "”": "''", "\u00a0": "~",
 }  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def markdown(table: Table) -> str:
     """Heading, caption, table, notes, and the commands that fill what is empty."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
 
     lines = [f"## {table.title}", ""]
     if table.caption:
@@ -186,5 +188,9 @@ def latex(table: Table) -> str:
 
 
 def escape(text: str) -> str:
-    """For LaTeX."""
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    """For LaTeX; letters of other scripts stay, for XeLaTeX or LuaLaTeX."""
+    return "".join(_LATEX.get(letter, letter) for letter in _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
