@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from firstlab.config import register
 from firstlab.entry import _finish, check_command_line, guarded
@@ -55,6 +56,16 @@ def test_interrupts_say_how_to_go_on(number: signal.Signals, default_signals: No
         guarded(stopped)(None)
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("given", [OmegaConf.create({"overwrite": True}), ["+sweep=table1", "overwrite=true"]])
+def test_an_overwriting_run_goes_on_without_overwriting(given: object, capsys: pytest.CaptureFixture[str]):
+    def stopped(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        guarded(stopped)(given)
+    assert "interrupted; without overwrite=true the same command goes on" in capsys.readouterr().err
 
 
 def test_a_launchers_own_use_of_sigterm_stays():

@@ -308,6 +308,57 @@ def test_a_run_that_never_began_does_not_block_its_directory(tiny_model_dir: Pat
         Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *squad, f"data.root={tmp_path / 'gone'}")))
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(x.relative_to(directory)): x.read_bytes() for x in directory.rglob("*") if x.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("data.root=nowhere", "data.root='nowhere'"),
+        ("model.path=absent", "is not available"),
+        ("phases=[lora]", "needs trained routers"),
+        ("init_from=absent", "init_from='absent' does not exist"),
+    ],
+)
+def test_overwriting_deletes_nothing_before_the_new_run_has_started(
+    tiny_model_dir: Path, tmp_path: Path, wrong: str, message: str
+):
+    arguments = overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path / 'run'}", "logger=csv")
+    experiment = Experiment(*composed(*arguments))
+    experiment._prepare_directory()
+    (experiment.directory / "router").mkdir()
+    (experiment.directory / "result.json").write_text("{}")
+    before = contents(experiment.directory)
+    with pytest.raises(ValueError, match=message):
+        Experiment(*composed(*arguments, wrong, "overwrite=true")).run()
+    assert contents(experiment.directory) == before
+    assert (experiment.directory / "router").is_dir() and not (tmp_path / ".run.old").exists()
+
+
+def test_a_failed_start_leaves_no_logs_that_would_block_the_directory(tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path / 'run'}", "logger=csv", "data.root=nowhere")
+    with pytest.raises(ValueError, match="data.root"):
+        Experiment(*composed(*arguments)).run()
+    assert list(contents(tmp_path / "run")) == ["config.yaml"]
+
+
+def test_overwriting_starts_from_nothing(tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path / 'run'}", "phases=[router]")
+    Experiment(*composed(*arguments)).run()
+    (tmp_path / "run" / "earlier").touch()
+    Experiment(*composed(*arguments, "overwrite=true", "seed=1")).run()
+    assert not (tmp_path / "run" / "earlier").exists() and not (tmp_path / ".run.old").exists()
+    assert (tmp_path / "run" / "router" / "routers.safetensors").is_file()
+
+
+def test_a_result_from_another_start_is_another_run(finished: Path, tiny_model_dir: Path, tmp_path: Path):
+    first = composed(*overrides(tiny_model_dir, tmp_path, f"init_from={finished / 'router'}"))[0]
+    second = composed(*overrides(tiny_model_dir, tmp_path, f"init_from={tiny_model_dir}"))[0]
+    assert len({first.hash(), second.hash(), composed(*overrides(tiny_model_dir, tmp_path))[0].hash()}) == 3
+    assert "init_from" not in composed()[0].identity()
+
+
 def test_a_config_file_of_another_program_protects_its_directory(tiny_model_dir: Path, tmp_path: Path):
     (tmp_path / "config.yaml").write_text("site: mine\n")
     (tmp_path / "precious.txt").write_text("mine")

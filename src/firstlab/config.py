@@ -416,15 +416,22 @@ class ExperimentConfig:
         """Plain dictionary, as written to config.yaml."""
         return asdict(self)
 
+    def located(self) -> ExperimentConfig:
+        """With the absolute folder of a model on disk, which can be found from anywhere."""
+        folder = Path(self.model.path)
+        return replace(self, model=replace(self.model, path=str(folder.resolve()))) if folder.is_dir() else self
+
     def identity(self) -> dict[str, Any]:
-        """What decides the run's numbers: everything but where it runs, where it writes and how it starts."""
+        """What decides the run's numbers: everything but where it runs, where it writes and how it is started."""
         config = self.to_dict()
         # With every setting of the method, so that a run stays itself when the method gets a new one.
         method = targets.build(self.method, "method")
         config["method"] = targets.with_floats(type(method), config["method"] | asdict(method))
-        for key in ("logger", "run_dir", "note", "runs", "phases", "init_from", "compare_with_base", "ckpt"):
+        for key in ("logger", "run_dir", "note", "runs", "phases", "compare_with_base", "ckpt"):
             del config[key]
         del config["overwrite"], config["sweep"]
+        if config["init_from"] is None:
+            del config["init_from"]
         # Of the trainer, only precision moves the numbers beyond rounding.
         config["trainer"] = {"precision": config["trainer"]["precision"]}
         del config["data"]["num_workers"]

@@ -50,13 +50,21 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; {way_out}", file=sys.stderr)  # on a line of its own, below a progress bar
+            how = "without overwrite=true " * (resumes and _overwrites(given)) + way_out
+            print(f"\ninterrupted; {how}", file=sys.stderr)  # on a line of its own, below a progress bar
             sys.exit(130)
         finally:
             if ours:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return run
+
+
+def _overwrites(given: Any) -> bool:
+    """Whether a composed configuration, or the arguments of a sweep, would start again from nothing."""
+    if OmegaConf.is_config(given):
+        return bool(OmegaConf.select(given, "overwrite"))
+    return isinstance(given, list) and "overwrite=true" in map(str.lower, given)
 
 
 def is_sweep_job() -> bool:
@@ -235,16 +243,21 @@ def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, list[str]]:
-    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields is text.
+    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields, or follows `--`, is text.
 
     Raises:
-        ValueError: A value of the wrong type.
+        ValueError: A value of the wrong type; or before the text a key that is no field.
     """
     schema = OmegaConf.structured(defaults)
-    words = []
-    for argument in arguments:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    words: list[str] = []
+    for argument in arguments[:end]:
         key, equals, value = argument.partition("=")
         if not equals or key not in schema:
+            if equals and not words and all(part.isidentifier() for part in key.split(".")):
+                raise ValueError(
+                    f"{key} is unknown: the options are {', '.join(schema)}; text like this goes behind --"
+                )
             words.append(argument)
             continue
         try:
@@ -252,4 +265,4 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
         except OmegaConfBaseException as error:
             raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     options: Any = OmegaConf.to_object(schema)
-    return options, words
+    return options, words + arguments[end + 1 :]

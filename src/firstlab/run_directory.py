@@ -35,7 +35,8 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
         ValueError: The run directory belongs to another configuration, or its record cannot be read.
     """
     directory = config.directory(method)
-    if config.overwrite or not (directory / CONFIG).is_file():
+    failed = (directory / results.FAILURE).is_file()  # to run it again, with the earlier result still there
+    if config.overwrite or failed or not (directory / CONFIG).is_file():
         return None
     check_same(directory, config)
     record = results.read(directory)
@@ -83,7 +84,7 @@ def check_same(directory: Path, config: ExperimentConfig) -> None:
     if not has_begun(directory):
         return
     saved = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-    old, new = _flat(load_dict(saved).identity()), _flat(config.identity())
+    old, new = (_flat(each.located().identity()) for each in (load_dict(saved), config))
     changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:
         raise ValueError(
