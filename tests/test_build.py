@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from firstlab.build import build_data, check_lengths, check_vocabulary, load_model, load_run
+from firstlab.build import (
+    build_data,
+    build_task,
+    check_lengths,
+    check_test_set,
+    check_vocabulary,
+    load_model,
+    load_run,
+)
+from firstlab.data.mini_qa import MiniQA
 from firstlab.experiment import Experiment
 from firstlab.model import load_tokenizer
+from firstlab.routes import shared_routes
 from models import pair
 from tiny_run import composed, overrides, save_tiny_model
 
@@ -90,3 +102,31 @@ def test_training_needs_validation(tiny_model_dir: Path, tmp_path: Path):
     for phase in ("router", "lora"):
         with pytest.raises(ValueError, match="data.val_size=0: training .* at least 1"):
             Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "data.val_size=0", f"phases=[{phase}]")))
+
+
+class Riddles(MiniQA):
+    """A task of a kind that nobody scores."""
+
+    kind = "riddle"
+
+
+def test_a_task_of_unknown_kind_is_named(tmp_path: Path):
+    config, _ = composed(*overrides(tmp_path, tmp_path, "data=mini_qa", "data.task._target_=test_build.Riddles"))
+    with pytest.raises(ValueError, match="kind of Riddles is 'riddle'.*choose one of translation, summarization, qa"):
+        build_task(config)
+
+
+def test_an_empty_test_set_is_named(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = build_data(composed(*overrides(tiny_model_dir, tmp_path))[0])
+    monkeypatch.setattr(data.task, "test", list)
+    with pytest.raises(ValueError, match="has no test examples; leave evaluate out of phases"):
+        check_test_set(data)
+
+
+@pytest.mark.parametrize("routes", [torch.ones(3, dtype=torch.bool), torch.ones(4)])
+def test_routes_of_another_shape_are_not_kept(tmp_path: Path, routes: torch.Tensor):
+    _, method = composed("method=sleb")
+    method.routes = lambda _: routes
+    with pytest.raises(ValueError, match=r"method sleb: routes\(\) gave .* must give torch.bool of shape \[4\]"):
+        shared_routes(tmp_path, method, SimpleNamespace(num_layers=4))
+    assert not (tmp_path / "routes.json").exists()

@@ -22,7 +22,7 @@ from firstlab.build import dense_counterpart, load_run
 from firstlab.config import conf_dir, register
 from firstlab.experiment import Experiment
 from firstlab.model import RouterAugmentedLM
-from firstlab.report import report
+from firstlab.report import neighbours, report
 from firstlab.tables.records import read as read_records
 from firstlab.training.codebook import constant_accuracy
 from tiny_run import composed, flat, overrides
@@ -350,6 +350,16 @@ def test_overwriting_starts_from_nothing(tiny_model_dir: Path, tmp_path: Path):
     Experiment(*composed(*arguments, "overwrite=true", "seed=1")).run()
     assert not (tmp_path / "run" / "earlier").exists() and not (tmp_path / ".run.old").exists()
     assert (tmp_path / "run" / "router" / "routers.safetensors").is_file()
+
+
+def test_a_torn_record_beside_a_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = {"config": {"model": 1, "data": 2, "evaluation": 3}, "seed": 0, "method": "none", "label": "none"}
+    for name, text in (("a", json.dumps(record)), ("b", '{"conf'), ("c", "[]"), ("d", json.dumps(record))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+    assert neighbours(tmp_path / "a", record) == [record, record]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == [str(tmp_path / name / "result.json") for name in "bc"]
 
 
 def test_a_result_from_another_start_is_another_run(finished: Path, tiny_model_dir: Path, tmp_path: Path):

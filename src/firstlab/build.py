@@ -17,6 +17,7 @@ from firstlab.data.encoding import pad_id
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
+from firstlab.metrics import PRIMARY_METRIC
 from firstlab.model import ModelUnavailableError, RouterAugmentedLM, RouterSettings, load_tokenizer
 from firstlab.model.storage import load_base, load_trained, read_config
 
@@ -47,6 +48,13 @@ def build_task(config: ExperimentConfig) -> Task:
     task = targets.build(node, "data.task")
     if not isinstance(task, Task):
         raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
+    for each in task.parts.values() or [task]:
+        kind = getattr(each, "kind", None)
+        if kind not in PRIMARY_METRIC:
+            raise ValueError(
+                f"data.task._target_={node['_target_']!r}: the kind of {type(each).__name__} is {kind!r}, for which "
+                f"there are no metrics; choose one of {', '.join(PRIMARY_METRIC)}"
+            )
     return task
 
 
@@ -67,6 +75,12 @@ def build_data(config: ExperimentConfig) -> PromptDataModule:
         num_workers=data.num_workers,
         bucket=data.bucket,
     )
+
+
+def check_test_set(data: PromptDataModule) -> None:
+    """Raises ValueError if there is nothing to evaluate on."""
+    if not data.test:
+        raise ValueError(f"data.task: {type(data.task).__name__} has no test examples; leave evaluate out of phases")
 
 
 def check_device(trainer: TrainerConfig) -> None:
@@ -105,7 +119,8 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
 
 def check_vocabulary(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model: RouterAugmentedLM) -> None:
     """Raises ValueError if the tokenizer gives tokens that the model has no embedding for."""
-    rows = model.lm.get_input_embeddings().num_embeddings
+    embedding: Any = model.lm.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     # Some models carry markers for images that text never has.
     markers = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     markers -= {tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)}

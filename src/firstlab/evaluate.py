@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
         )
 
     from firstlab import results
-    from firstlab.build import build_data, check_vocabulary, load_run
+    from firstlab.build import build_data, check_test_set, check_vocabulary, load_run
     from firstlab.evaluation import evaluate_variant, fingerprint
     from firstlab.files import claimed
     from firstlab.model.quantization import quantize
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
 
     config, method, model, variant = load_run(Path(run), variant, options)
     data = build_data(config)
+    check_test_set(data)
     check_vocabulary(config, data.tokenizer, model)
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
     routes = decided_routes(Path(run), method, variant, prompts)

@@ -18,12 +18,12 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from firstlab import results, targets
-from firstlab.build import build_data, check_device, check_vocabulary, load_model, model_path
+from firstlab.build import build_data, check_device, check_test_set, check_vocabulary, load_model, model_path
 from firstlab.config import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
 from firstlab.evaluation import barrier, check_engine, check_metrics, evaluate_variant, rank
-from firstlab.files import claimed, write_atomically
+from firstlab.files import claimed, remove_torn, write_atomically
 from firstlab.methods.base import Method, Routes
 from firstlab.methods.first import First
 from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
@@ -76,6 +76,7 @@ class Experiment:
                     shutil.rmtree(self.directory)
                 else:
                     self.directory.rename(self._replaced)
+            remove_torn(self.directory)
             self._resumed = has_begun(self.directory)
             (self.directory / results.FAILURE).unlink(missing_ok=True)
             text = yaml.safe_dump(self.config.located().to_dict(), sort_keys=False, allow_unicode=True)
@@ -162,6 +163,7 @@ class Experiment:
         sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation examples"
         if "evaluate" in self.config.phases:
             # A wrong path or a malformed line stops here, not after the training.
+            check_test_set(self.data)
             sizes += f", {len(self.data.test)} to test"
             check_metrics(self.data.task, self.config.evaluation)
         _say(f"data {self.config.data.name}: {sizes}")

@@ -64,7 +64,7 @@ def open_logger(logger: Logger) -> None:
         ValueError: W&B refuses.
     """
     if not isinstance(logger, WandbLogger):
-        _ = logger.experiment
+        getattr(logger, "experiment", None)
         return
     import wandb
 
