@@ -55,6 +55,7 @@ def test_a_run_leaves_everything_a_reader_needs(finished: Path):
         assert 0 <= variant["skip"]["skip_rate"] <= 1 and len(variant["skip"]["per_layer"]) == 4
         assert variant["perplexity"] > 1
         assert variant["timing"]["tpot_ratio"] > 0
+    assert record["resumed"] is False and "resumed" not in record["phases"]["router"]
     assert record["config_hash"] and record["packages"]["torch"] and record["peak_memory_bytes"] > 0
     lines = [json.loads(x) for x in (finished / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 14 and {x["variant"] for x in lines} == {"router", "router_lora"}
@@ -227,6 +228,8 @@ def test_a_stopped_command_goes_on_when_it_is_given_again(finished: Path, tiny_m
         assert not (directory / "result.json").exists()
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert_same_numbers(directory, finished)
+    record = json.loads((directory / "result.json").read_text())
+    assert record["resumed"] and record["phases"]["router"]["resumed"]  # whose times are not the whole
 
 
 def assert_same_numbers(directory: Path, reference: Path) -> None:
@@ -341,6 +344,18 @@ def test_a_failed_start_leaves_no_logs_that_would_block_the_directory(tiny_model
     with pytest.raises(ValueError, match="data.root"):
         Experiment(*composed(*arguments)).run()
     assert list(contents(tmp_path / "run")) == ["config.yaml"]
+
+
+def test_a_logger_that_refuses_stops_the_run_before_anything_is_read(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_: object) -> None:
+        raise ValueError("logger=csv cannot start")
+
+    monkeypatch.setattr(experiment_module, "open_logger", refuse)
+    monkeypatch.setattr(experiment_module, "build_data", lambda _: pytest.fail("read data"))
+    with pytest.raises(ValueError, match="logger=csv cannot start"):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "logger=csv"))).run()
 
 
 def test_overwriting_starts_from_nothing(tiny_model_dir: Path, tmp_path: Path):
