@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
-from firstlab.build import check_lengths
+from firstlab.build import (
+    build_data,
+    build_task,
+    check_lengths,
+    check_test_set,
+    check_vocabulary,
+    load_model,
+    load_run,
+)
+from firstlab.data.mini_qa import MiniQA
+from firstlab.experiment import Experiment
+from firstlab.model import load_tokenizer
+from firstlab.routes import shared_routes
 from models import pair
-from tiny_run import composed, overrides
+from tiny_run import composed, overrides, save_tiny_model
 
 
 @pytest.mark.parametrize(
@@ -30,3 +46,87 @@ def test_lengths_beyond_the_models_positions_are_named(tmp_path: Path):
         config, _ = composed(*overrides(tmp_path, tmp_path, f"{option}={value}"))
         with pytest.raises(ValueError, match=message):
             check_lengths(config, 256)
+
+
+def test_the_tokenizer_has_the_models_revision(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    load = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *a, **k: (asked.append(k.get("revision")), load(*a))[1]
+    )
+    build_data(composed(*overrides(tiny_model_dir, tmp_path, "model.revision=v2"))[0])
+    assert asked == ["v2"]
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_is_named(tiny_model_dir: Path, tmp_path: Path):
+    config, _ = composed(*overrides(tiny_model_dir, tmp_path))
+    model, tokenizer = load_model(config, tiny_model_dir), load_tokenizer(tiny_model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    check_vocabulary(config, tokenizer, model)
+    tokenizer.add_tokens(["firstlab"])
+    rows = len(tokenizer) - 2
+    with pytest.raises(ValueError, match=f"model.path=.* has {rows + 2} entries, but the model embeds {rows};"):
+        check_vocabulary(config, tokenizer, model)
+
+
+@pytest.fixture
+def trained_run(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with trained routers, started with a relative path of its model."""
+    shutil.copytree(tiny_model_dir, tmp_path / "there" / "base")
+    monkeypatch.chdir(tmp_path / "there")
+    run = Experiment(*composed(*overrides(Path("base"), Path("runs"), "phases=[router]", "run_dir=run")))
+    run._prepare_directory()
+    load_model(run.config, "base").save_pretrained("run/router")
+    Experiment(*composed(*overrides(Path("base"), Path("runs"), "phases=[router]", "run_dir=run")))  # the same run
+    return tmp_path / "there" / "run"
+
+
+def test_a_relative_model_is_found_from_anywhere(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_run(trained_run, None).variant == "router"
+
+
+def test_a_moved_base_can_be_named(trained_run: Path, tmp_path: Path):
+    (tmp_path / "there" / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="if the base model has moved, give model.path=FOLDER"):
+        load_run(trained_run, None)
+    run = load_run(trained_run, None, {"model.path": str(tmp_path / "moved")})
+    assert run.variant == "router" and run.model.num_layers == 4
+    save_tiny_model(tmp_path / "other", num_layers=2)
+    with pytest.raises(ValueError, match="do not fit a base model"):
+        load_run(trained_run, None, {"model.path": str(tmp_path / "other")})
+
+
+def test_training_needs_validation(tiny_model_dir: Path, tmp_path: Path):
+    Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "data.val_size=0", "phases=[evaluate]")))
+    for phase in ("router", "lora"):
+        with pytest.raises(ValueError, match="data.val_size=0: training .* at least 1"):
+            Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "data.val_size=0", f"phases=[{phase}]")))
+
+
+class Riddles(MiniQA):
+    """A task of a kind that nobody scores."""
+
+    kind = "riddle"
+
+
+def test_a_task_of_unknown_kind_is_named(tmp_path: Path):
+    config, _ = composed(*overrides(tmp_path, tmp_path, "data=mini_qa", "data.task._target_=test_build.Riddles"))
+    with pytest.raises(ValueError, match="kind of Riddles is 'riddle'.*choose one of translation, summarization, qa"):
+        build_task(config)
+
+
+def test_an_empty_test_set_is_named(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = build_data(composed(*overrides(tiny_model_dir, tmp_path))[0])
+    monkeypatch.setattr(data.task, "test", list)
+    with pytest.raises(ValueError, match="has no test examples; leave evaluate out of phases"):
+        check_test_set(data)
+
+
+@pytest.mark.parametrize("routes", [torch.ones(3, dtype=torch.bool), torch.ones(4)])
+def test_routes_of_another_shape_are_not_kept(tmp_path: Path, routes: torch.Tensor):
+    _, method = composed("method=sleb")
+    method.routes = lambda _: routes
+    with pytest.raises(ValueError, match=r"method sleb: routes\(\) gave .* must give torch.bool of shape \[4\]"):
+        shared_routes(tmp_path, method, SimpleNamespace(num_layers=4))
+    assert not (tmp_path / "routes.json").exists()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.errors import ConfigCompositionException
 
 from firstlab.config import ExperimentConfig, conf_dir, load_dict, read
 from firstlab.entry import check_command_line
+from firstlab.methods.base import Method, Prompts
+from firstlab.run_directory import check_same
 from tiny_run import composed
 
 PAPER = sorted(p.stem for p in (Path(conf_dir()) / "experiment").glob("*_a*.yaml") if not p.stem.startswith("_"))
@@ -105,8 +109,6 @@ def test_a_typo_in_a_method_file_is_named():
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path):
-    import yaml
-
     config, _ = composed("method.target_skip=0.25", "lora.target_modules=[q_proj]")
     assert load_dict(config.to_dict()) == config
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
@@ -219,3 +221,59 @@ def test_unknown_keys_are_answered_with_those_of_the_chosen_parts(
 def test_what_is_right_passes_the_command_line():
     check_command_line("train", ["+experiment=squad_a0.01", "method.alpha=1", "trainer=cpu"])
     check_command_line("train", ["--multirun", "method.target_skip=0.1,0.2"])
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "site: mine\n", "- a\n", b"\xff\xfe"])
+def test_a_damaged_or_foreign_configuration_is_named(tmp_path: Path, text: str | bytes):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "router").mkdir()
+    config, _ = composed()
+    for use in (lambda: read(file), lambda: check_same(tmp_path, config)):
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            use()
+
+
+def test_a_configuration_of_another_version_is_named(tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(composed()[0].to_dict() | {"bogus": 1}))
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*bogus"):
+        read(file)
+
+
+def test_overrides_of_a_saved_configuration(tmp_path: Path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(composed()[0].to_dict()))
+    assert read(file, {"trainer": "gpu"})[0].trainer.accelerator == "gpu"
+    assert read(file, {"evaluation.limit": "null"})[0].evaluation.limit is None
+    for key, value, message in (
+        ("evaluation.limit", "", "evaluation.limit= has no value; write evaluation.limit=null for none"),
+        ("data.root", "[a", r"data.root=\[a is not valid YAML"),
+        ("trainer", "tpu", "trainer='tpu' is unknown; choose one of cpu, ddp, fsdp, gpu"),
+        ("evaluation", "fast", "evaluation is a group; give its keys, limit, batch_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(file, {key: value})
+
+
+@pytest.mark.parametrize("argument", ["model.name=a/b", "data.name=../x", "note=a/b"])
+def test_names_that_would_leave_the_folder_of_runs(argument: str):
+    with pytest.raises(ValueError, match=r"is not allowed: letters, digits and \. = \+ - _"):
+        composed(argument)
+
+
+@dataclass
+class Nameless(Method):
+    """A method whose author forgot its name."""
+
+    @property
+    def label(self) -> str:
+        return "nameless"
+
+    def routes(self, prompts: Prompts) -> None:
+        """Nothing."""
+
+
+def test_a_method_needs_a_name():
+    with pytest.raises(ValueError, match="test_config.Nameless': the class has no `name`"):
+        composed("method=none", "method._target_=test_config.Nameless")

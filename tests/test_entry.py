@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from firstlab.config import register
-from firstlab.entry import _finish, check_command_line, guarded
+from firstlab.config import conf_dir, register
+from firstlab.entry import _finish, check_command_line, guarded, isolated
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,16 @@ def test_interrupts_say_how_to_go_on(number: signal.Signals, default_signals: No
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("given", [OmegaConf.create({"overwrite": True}), ["+sweep=table1", "overwrite=true"]])
+def test_an_overwriting_run_goes_on_without_overwriting(given: object, capsys: pytest.CaptureFixture[str]):
+    def stopped(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        guarded(stopped)(given)
+    assert "interrupted; without overwrite=true the same command goes on" in capsys.readouterr().err
+
+
 def test_a_launchers_own_use_of_sigterm_stays():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append("launcher"))
@@ -90,3 +102,55 @@ time.sleep(60)
         _finish([sys.executable, "-c", child], patience_s=0.1)
     assert stopped.exists()
     assert _finish([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "quoted"),
+    [
+        ("data.root=/a(b)/c", """'data.root="/a(b)/c"'"""),
+        ("data.root=~x", """'data.root="~x"'"""),
+        ('note=say "a(b"', """'note="say \\"a(b\\""'"""),
+    ],
+)
+def test_what_hydra_cannot_read_is_shown_with_quotes(argument: str, quoted: str, capsys: pytest.CaptureFixture[str]):
+    register()
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit, match="2"):
+        check_command_line("train", [argument])
+    assert capsys.readouterr().err.strip() == f"error: {argument}: the value needs quotes: {quoted}"
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("train", "+sweep=table1,table2", "+sweep=table1,table2: one sweep at a time"),
+        ("nano", "training.stepz=2", "training.stepz is unknown: training has no key 'stepz'; its keys are"),
+    ],
+)
+def test_other_slips(name: str, argument: str, message: str, capsys: pytest.CaptureFixture[str]):
+    import firstlab.nano.__main__  # noqa: F401
+
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit, match="2"):
+        check_command_line(name, [argument])
+    assert message in capsys.readouterr().err
+
+
+def test_a_sweep_writes_into_no_foreign_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "precious.txt").write_text("mine")
+    register()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        foreign, empty, wrong = (
+            compose("train", [f"run_dir={tmp_path / name}", *more])
+            for name, more in (("", []), ("new", []), ("", ["method.target_skip=7"]))
+        )
+
+    def fails(_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    for each in (foreign, empty, wrong):
+        isolated(fails)(each)
+    assert sorted(x.name for x in tmp_path.rglob("*") if x.is_file()) == ["failure.json", "precious.txt"]
+    assert (tmp_path / "new" / "failure.json").is_file()
+    errors = capsys.readouterr().err
+    assert "choose another run_dir" in errors and "new: out of luck" in errors and "method.target_skip=7" in errors

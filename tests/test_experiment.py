@@ -23,7 +23,7 @@ from firstlab.build import dense_counterpart, load_run
 from firstlab.config import conf_dir, register
 from firstlab.experiment import Experiment
 from firstlab.model import RouterAugmentedLM
-from firstlab.report import report
+from firstlab.report import neighbours, report
 from firstlab.tables.records import read as read_records
 from firstlab.training.codebook import constant_accuracy
 from tiny_run import composed, flat, overrides
@@ -56,6 +56,7 @@ def test_a_run_leaves_everything_a_reader_needs(finished: Path):
         assert 0 <= variant["skip"]["skip_rate"] <= 1 and len(variant["skip"]["per_layer"]) == 4
         assert variant["perplexity"] > 1
         assert variant["timing"]["tpot_ratio"] > 0
+    assert record["resumed"] is False and "resumed" not in record["phases"]["router"]
     assert record["config_hash"] and record["packages"]["torch"] and record["peak_memory_bytes"] > 0
     lines = [json.loads(x) for x in (finished / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 14 and {x["variant"] for x in lines} == {"router", "router_lora"}
@@ -228,6 +229,8 @@ def test_a_stopped_command_goes_on_when_it_is_given_again(finished: Path, tiny_m
         assert not (directory / "result.json").exists()
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert_same_numbers(directory, finished)
+    record = json.loads((directory / "result.json").read_text())
+    assert record["resumed"] and record["phases"]["router"]["resumed"]  # whose times are not the whole
 
 
 def assert_same_numbers(directory: Path, reference: Path) -> None:
@@ -307,6 +310,79 @@ def test_a_run_that_never_began_does_not_block_its_directory(tiny_model_dir: Pat
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="belongs to another configuration"):
         Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *squad, f"data.root={tmp_path / 'gone'}")))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(x.relative_to(directory)): x.read_bytes() for x in directory.rglob("*") if x.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("data.root=nowhere", "data.root='nowhere'"),
+        ("model.path=absent", "is not available"),
+        ("phases=[lora]", "needs trained routers"),
+        ("init_from=absent", "init_from='absent' does not exist"),
+    ],
+)
+def test_overwriting_deletes_nothing_before_the_new_run_has_started(
+    tiny_model_dir: Path, tmp_path: Path, wrong: str, message: str
+):
+    arguments = overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path / 'run'}", "logger=csv")
+    experiment = Experiment(*composed(*arguments))
+    experiment._prepare_directory()
+    (experiment.directory / "router").mkdir()
+    (experiment.directory / "result.json").write_text("{}")
+    before = contents(experiment.directory)
+    with pytest.raises(ValueError, match=message):
+        Experiment(*composed(*arguments, wrong, "overwrite=true")).run()
+    assert contents(experiment.directory) == before
+    assert (experiment.directory / "router").is_dir() and not (tmp_path / ".run.old").exists()
+
+
+def test_a_failed_start_leaves_no_logs_that_would_block_the_directory(tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path / 'run'}", "logger=csv", "data.root=nowhere")
+    with pytest.raises(ValueError, match="data.root"):
+        Experiment(*composed(*arguments)).run()
+    assert list(contents(tmp_path / "run")) == ["config.yaml"]
+
+
+def test_a_logger_that_refuses_stops_the_run_before_anything_is_read(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_: object) -> None:
+        raise ValueError("logger=csv cannot start")
+
+    monkeypatch.setattr(experiment_module, "open_logger", refuse)
+    monkeypatch.setattr(experiment_module, "build_data", lambda _: pytest.fail("read data"))
+    with pytest.raises(ValueError, match="logger=csv cannot start"):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "logger=csv"))).run()
+
+
+def test_overwriting_starts_from_nothing(tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path / 'run'}", "phases=[router]")
+    Experiment(*composed(*arguments)).run()
+    (tmp_path / "run" / "earlier").touch()
+    Experiment(*composed(*arguments, "overwrite=true", "seed=1")).run()
+    assert not (tmp_path / "run" / "earlier").exists() and not (tmp_path / ".run.old").exists()
+    assert (tmp_path / "run" / "router" / "routers.safetensors").is_file()
+
+
+def test_a_torn_record_beside_a_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    record = {"config": {"model": 1, "data": 2, "evaluation": 3}, "seed": 0, "method": "none", "label": "none"}
+    for name, text in (("a", json.dumps(record)), ("b", '{"conf'), ("c", "[]"), ("d", json.dumps(record))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+    assert neighbours(tmp_path / "a", record) == [record, record]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == [str(tmp_path / name / "result.json") for name in "bc"]
+
+
+def test_a_result_from_another_start_is_another_run(finished: Path, tiny_model_dir: Path, tmp_path: Path):
+    first = composed(*overrides(tiny_model_dir, tmp_path, f"init_from={finished / 'router'}"))[0]
+    second = composed(*overrides(tiny_model_dir, tmp_path, f"init_from={tiny_model_dir}"))[0]
+    assert len({first.hash(), second.hash(), composed(*overrides(tiny_model_dir, tmp_path))[0].hash()}) == 3
+    assert "init_from" not in composed()[0].identity()
 
 
 def test_a_config_file_of_another_program_protects_its_directory(tiny_model_dir: Path, tmp_path: Path):

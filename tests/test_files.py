@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from firstlab import results
-from firstlab.files import claimed, json_text
+from firstlab import benchmark, results, training_speed
+from firstlab.files import check_writable, claimed, json_text, remove_torn
 
 
 def test_what_is_not_finite_is_null():
@@ -34,3 +35,23 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path):
         claimed(wanted),
     ):
         pass
+
+
+def test_an_output_folder_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new" / "folder", "out")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    for module in (benchmark, training_speed):
+        monkeypatch.setattr(module, "measure", lambda _: pytest.fail("measured"))
+        with pytest.raises(ValueError, match=f"out={tmp_path / 'file' / 'x'} cannot be written .* another folder"):
+            module.run(SimpleNamespace(out=str(tmp_path / "file" / "x")))
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path):
+    torn = [".result.json.123.tmp", "evaluation/.router.yaml.9.tmp", "checkpoints/lora/.last.ckpt.77.tmp"]
+    kept = ["result.json", ".notes.tmp", "checkpoints/lora/last.ckpt"]
+    for name in torn + kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    remove_torn(tmp_path)
+    assert sorted(str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()) == sorted(kept)

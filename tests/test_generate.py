@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from firstlab import generate
+from firstlab.entry import parse_options
 from firstlab.model import RouterAugmentedLM, load_tokenizer
 from models import random_routers, tiny_model
 from tiny_tokenizer import tiny_tokenizer
@@ -20,6 +21,15 @@ from tiny_tokenizer import tiny_tokenizer
         (["half a pair \ud83d"], "the text is not valid UTF-8"),
         (["decoder=engine", "word"], "decoder=engine: GPT2LMHeadModel: the decode engine knows LlamaForCausalLM"),
         (["decoder=fast", "word"], "decoder='fast' is not allowed: choose one of generate, engine"),
+        (
+            ["max_tokens=5", "word"],
+            "max_tokens is unknown: the options are run, variant, prompt, question, part, max_new",
+        ),
+        ([""], "the text is empty"),
+        (["--", " "], "the text is empty"),
+        (["temperature=0", "word"], "temperature=0.0 is not allowed: greater than 0"),
+        (["temperature=nan", "word"], "temperature=nan is not allowed: greater than 0"),
+        (["top_k=-3", "word"], "top_k=-3 is not allowed: at least 1"),
     ],
 )
 def test_what_cannot_work_is_one_message(
@@ -30,6 +40,12 @@ def test_what_cannot_work_is_one_message(
     with pytest.raises(SystemExit, match="2"):
         generate.main([f"run={tmp_path}", "prompt=raw", "max_new_tokens=2", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_text_may_look_like_an_option():
+    for arguments in (["seed=1", "--", "x=5", "seed=2"], ["seed=1", "the", "x=5"]):
+        options, words = parse_options(generate.GenerateConfig(), arguments)
+        assert options.seed == 1 and words == (["x=5", "seed=2"] if "--" in arguments else ["the", "x=5"])
 
 
 @pytest.mark.parametrize("options", [[], ["do_sample=true", "seed=4"]])

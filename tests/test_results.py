@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firstlab.results import RESULT, rate_by_token, read, read_failure, row_title, rows, write_failure
+from firstlab import results
+from firstlab.results import RESULT, provenance, rate_by_token, read, read_failure, row_title, rows, write_failure
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,23 @@ def test_rows_that_differ_in_their_note_are_told_apart(method: str, level: str, 
     names = {"method": method, "label": method, "level": level, "note": note, "directory": "d"}
     [row] = rows({**names, "variants": {"base" if method == "none" else "router": variant}})
     assert row_title(row) == title
+
+
+def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = provenance()
+    assert found["revision"] is None and found["uncommitted_changes"] is False
+
+
+def test_the_revision_of_somebody_elses_repository_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    installed = tmp_path / "venv" / "results.py"
+    installed.parent.mkdir()
+    installed.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(results, "__file__", str(installed))
+    assert provenance()["revision"] is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 16), st.integers(1, 60)), min_size=1, max_size=20))

@@ -170,6 +170,8 @@ def test_a_plan_knows_what_is_finished_and_estimates_the_rest(tmp_path: Path):
     (planned[0].directory / "result.json").rename(recorded / "a.json")
     assert plan(runs, make, tmp_path / "recorded")[0].state == "finished"
     record = json.loads((recorded / "a.json").read_text())
+    (recorded / "a.json").write_text(json.dumps(record | {"resumed": True}))  # that time is of the last session
+    assert [run.seconds for run in plan(runs, make, tmp_path / "recorded")][1:] == [None] * 3
     del record["wall_s"]  # as the evaluation of another run
     (recorded / "a.json").write_text(json.dumps(record))
     assert [run.seconds for run in plan(runs, make, tmp_path / "recorded")] == [None] * 4
@@ -228,6 +230,9 @@ def test_only_what_is_left_is_launched_and_failures_are_listed(tmp_path: Path, c
     assert "seed3: ended without a result" in output and "RuntimeError: a job was killed" in output
     planned = plan(runs, make, None)
     assert [run.state for run in planned] == ["finished", "finished", "failed earlier", "to do"]
+    results.write_failure(planned[0].directory, ValueError("could not be overwritten"))
+    assert plan(runs[:1], make, None)[0].state == "failed earlier"  # for all its earlier result
+    (planned[0].directory / results.FAILURE).unlink()
     launched.clear()
     run_sweep(runs, compose=make, launch=launch, settings=SweepConfig(recorded=None, plan_only=True))
     assert launched == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from firstlab.tracking import JsonLinesLogger, log_evaluation
+from firstlab.tracking import JsonLinesLogger, log_evaluation, open_logger
 
 RECORD = {
     "variants": {
@@ -41,6 +41,17 @@ def test_json_lines(tmp_path: Path, predictions: Path):
     first, second = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (first["step"], first["train/loss"]) == (3, 1.5)
     assert second["test/router/bleu"] == 41.5 and second["test/router/tpot_ratio"] == 0.84
+
+
+def test_wandb_without_a_login_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import wandb
+
+    def refused(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(ValueError, match="logger=wandb cannot start .*WANDB_API_KEY.*logger.offline=true"):
+        open_logger(WandbLogger(project="firstlab", save_dir=str(tmp_path)))
 
 
 def stored_records(file: Path) -> Iterator[bytes]:

@@ -321,9 +321,10 @@ def print_tables(record: dict[str, Any]) -> None:
 def run(config: BenchmarkConfig) -> None:
     """Measure, print, write, draw."""
     from firstlab import figures
-    from firstlab.files import write_atomically
+    from firstlab.files import check_writable, write_atomically
     from firstlab.tables import paper
 
+    check_writable(Path(config.out), "out")
     record = measure(config)
     print_tables(record)
     out = Path(config.out)

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from firstlab import targets
 from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, TrainerConfig, read
 from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.encoding import pad_id
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
-from firstlab.model import RouterAugmentedLM, RouterSettings, load_tokenizer
+from firstlab.metrics import PRIMARY_METRIC
+from firstlab.model import ModelUnavailableError, RouterAugmentedLM, RouterSettings, load_tokenizer
+from firstlab.model.storage import load_base, load_trained, read_config
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED = {"bundled:nano": _ASSETS / "nano"}
@@ -44,6 +48,13 @@ def build_task(config: ExperimentConfig) -> Task:
     task = targets.build(node, "data.task")
     if not isinstance(task, Task):
         raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
+    for each in task.parts.values() or [task]:
+        kind = getattr(each, "kind", None)
+        if kind not in PRIMARY_METRIC:
+            raise ValueError(
+                f"data.task._target_={node['_target_']!r}: the kind of {type(each).__name__} is {kind!r}, for which "
+                f"there are no metrics; choose one of {', '.join(PRIMARY_METRIC)}"
+            )
     return task
 
 
@@ -52,7 +63,7 @@ def build_data(config: ExperimentConfig) -> PromptDataModule:
     data = config.data
     return PromptDataModule(
         build_task(config),
-        load_tokenizer(model_path(config.model.path)),
+        load_tokenizer(model_path(config.model.path), config.model.revision),
         train_size=data.train_size,
         val_size=data.val_size,
         test_size=min(filter(None, (data.test_size, config.evaluation.limit)), default=None),
@@ -64,6 +75,12 @@ def build_data(config: ExperimentConfig) -> PromptDataModule:
         num_workers=data.num_workers,
         bucket=data.bucket,
     )
+
+
+def check_test_set(data: PromptDataModule) -> None:
+    """Raises ValueError if there is nothing to evaluate on."""
+    if not data.test:
+        raise ValueError(f"data.task: {type(data.task).__name__} has no test examples; leave evaluate out of phases")
 
 
 def check_device(trainer: TrainerConfig) -> None:
@@ -85,12 +102,33 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
         options["attn_implementation"] = config.model.attn_implementation
     torch.manual_seed(config.seed)
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
-    model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
+    saved, base_path = read_config(path), model_path(config.model.path)
+    own_base = config.init_from is not None or (Path(path) / "base").is_dir() or read_config(base_path) is not None
+    if saved is None or own_base:
+        model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
+    else:  # on the configured base, wherever that was when the routers were saved
+        base = load_base(base_path, **options)
+        model = RouterAugmentedLM(base, RouterSettings(**saved["router"]))
+        load_trained(model, path, saved)
     check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk
     on_gpu = config.trainer.accelerator == "gpu"
     return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
+
+
+def check_vocabulary(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model: RouterAugmentedLM) -> None:
+    """Raises ValueError if the tokenizer gives tokens that the model has no embedding for."""
+    embedding: Any = model.lm.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    # Some models carry markers for images that text never has.
+    markers = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    markers -= {tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)}
+    if any(index >= rows and index not in markers for index in tokenizer.get_vocab().values()):
+        raise ValueError(
+            f"model.path={config.model.path!r}: its tokenizer has {len(tokenizer)} entries, but the model embeds "
+            f"{rows}; give the model its own tokenizer, or resize_token_embeddings() and save it again"
+        )
 
 
 def check_lengths(config: ExperimentConfig, max_positions: int | None) -> None:
@@ -127,6 +165,8 @@ def load_run(directory: Path, variant: str | None, overrides: dict[str, str] | N
         ValueError: Not a run directory, the variant was not trained, or a device is asked for that is not there.
     """
     config, method = read(directory / "config.yaml", overrides)
+    if overrides and "model.path" in overrides:
+        config = replace(config, init_from=None)  # which has a base of its own
     check_device(config.trainer)
     products = (
         {"base": None, "base_lora": "lora"}
@@ -141,7 +181,10 @@ def load_run(directory: Path, variant: str | None, overrides: dict[str, str] | N
     if part is not None and not (directory / part).is_dir():
         raise ValueError(f"variant={variant}: {directory} has no trained {part}; train it, or choose another variant")
     path = model_path(config.model.path) if part is None else directory / part
-    return TrainedRun(config, method, load_model(config, path), variant)
+    try:
+        return TrainedRun(config, method, load_model(config, path), variant)
+    except ModelUnavailableError as error:
+        raise ValueError(f"{error}; if the base model has moved, give model.path=FOLDER") from error
 
 
 def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:

@@ -48,6 +48,12 @@ def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{option}={value!r} is not allowed: {allowed}")
 
 
+def _require_plain(option: str, value: str) -> None:
+    """A part of the name of a run directory."""
+    plain = value == MISSING or re.fullmatch(r"[\w.=+-]+", value) is not None
+    _require(plain, option, value, "letters, digits and . = + - _")
+
+
 def _require_least(node: Any, name: str, least: dict[str, int]) -> None:
     """Whole numbers of a part of the configuration that must not be smaller than given; null is none."""
     for key, lowest in least.items():
@@ -92,7 +98,7 @@ class ModelConfig:
         allowed = ("float32", "bfloat16", "float16", "auto")
         _require(self.dtype in allowed, "model.dtype", self.dtype, f"choose one of {', '.join(allowed)}")
         _require(bool(self.path), "model.path", self.path, "a hub id or a folder")
-        _require(bool(self.name), "model.name", self.name, "a short name, for directories and tables")
+        _require_plain("model.name", self.name)
         known = self.attn_implementation is None or self.attn_implementation in ATTENTION
         allowed_text = f"choose one of {', '.join(ATTENTION)}, or null"
         _require(known, "model.attn_implementation", self.attn_implementation, allowed_text)
@@ -152,7 +158,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.root != "", "data.root", self.root, "a folder, or null")
-        _require(bool(self.name), "data.name", self.name, "a short name, for directories and tables")
+        _require_plain("data.name", self.name)
         least = {"train_size": 1, "val_size": 0, "test_size": 1, "max_length_router": 2, "max_length_lora": 2}
         least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0}
         _require_least(self, "data", least)
@@ -400,8 +406,8 @@ class ExperimentConfig:
         _require(not unknown and bool(self.phases), "phases", self.phases, f"choose from {', '.join(PHASES)}")
         _require(self.ckpt in ("last", "none"), "ckpt", self.ckpt, "choose one of last, none")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and below 2**32")
-        plain = self.note is None or re.fullmatch(r"[\w.=+-]+", self.note) is not None
-        _require(plain, "note", self.note, "letters, digits and . = + - _")
+        if self.note is not None:
+            _require_plain("note", self.note)
         for key in ("run_dir", "runs", "init_from"):
             _require(getattr(self, key) != "", key, "", "a folder")
 
@@ -416,15 +422,22 @@ class ExperimentConfig:
         """Plain dictionary, as written to config.yaml."""
         return asdict(self)
 
+    def located(self) -> ExperimentConfig:
+        """With the absolute folder of a model on disk, which can be found from anywhere."""
+        folder = Path(self.model.path)
+        return replace(self, model=replace(self.model, path=str(folder.resolve()))) if folder.is_dir() else self
+
     def identity(self) -> dict[str, Any]:
-        """What decides the run's numbers: everything but where it runs, where it writes and how it starts."""
+        """What decides the run's numbers: everything but where it runs, where it writes and how it is started."""
         config = self.to_dict()
         # With every setting of the method, so that a run stays itself when the method gets a new one.
         method = targets.build(self.method, "method")
         config["method"] = targets.with_floats(type(method), config["method"] | asdict(method))
-        for key in ("logger", "run_dir", "note", "runs", "phases", "init_from", "compare_with_base", "ckpt"):
+        for key in ("logger", "run_dir", "note", "runs", "phases", "compare_with_base", "ckpt"):
             del config[key]
         del config["overwrite"], config["sweep"]
+        if config["init_from"] is None:
+            del config["init_from"]
         # Of the trainer, only precision moves the numbers beyond rounding.
         config["trainer"] = {"precision": config["trainer"]["precision"]}
         del config["data"]["num_workers"]
@@ -460,6 +473,8 @@ def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
     method = targets.build(experiment.method, "method")
     if not isinstance(method, Method):
         raise ValueError(f"method._target_={experiment.method.get('_target_')!r} is not a firstlab method")
+    if not isinstance(getattr(method, "name", None), str):
+        raise ValueError(f"method._target_={experiment.method['_target_']!r}: the class has no `name`, as tables need")
     targets.check(experiment.data.task, "data.task")
     if experiment.logger:
         targets.check(experiment.logger, "logger")
@@ -474,30 +489,37 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
 
     Args:
         file: config.yaml of a run directory.
-        overrides: Dotted key to value; `data` names a file of conf/data.
+        overrides: Dotted key to value; `data` and `trainer` name a file of conf/data and conf/trainer.
 
     Raises:
-        ValueError: There is no such file, or a key or value is wrong.
+        ValueError: There is no such file, it is not a run's, or a key or value is wrong.
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")
-    saved = OmegaConf.create(_without_retired(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    saved = OmegaConf.create(_without_retired(read_saved(file)))
     overrides = dict(overrides or {})
-    if "data" in overrides:
-        name = overrides.pop("data")
-        chosen = Path(conf_dir()) / "data" / f"{name}.yaml"
+    for group in {"data", "trainer"} & overrides.keys():
+        name = overrides.pop(group)
+        chosen = Path(conf_dir()) / group / f"{name}.yaml"
         if not chosen.is_file():
             names = ", ".join(sorted(each.stem for each in chosen.parent.glob("*.yaml")))
-            raise ValueError(f"data={name!r} is unknown; choose one of {names}")
-        saved.data = OmegaConf.load(chosen)
+            raise ValueError(f"{group}={name!r} is unknown; choose one of {names}")
+        saved[group] = OmegaConf.load(chosen)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
     except OmegaConfBaseException as error:
-        raise ValueError(f"configuration: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     for key, value in overrides.items():
+        if not value.strip():
+            raise ValueError(f"{key}= has no value; write {key}=null for none")
         try:
+            part = OmegaConf.select(merged, key)
+            if OmegaConf.is_dict(part) and not isinstance(yaml.safe_load(value), dict):
+                raise ValueError(f"{key}={value}: {key} is a group; give its keys, {', '.join(map(str, part))}")
             merged.merge_with_dotlist([f"{key}={value}"])
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key}={value} is not valid YAML; quote the value, as in '{key}=\"...\"'") from error
         except OmegaConfBaseException as error:
             part = OmegaConf.select(merged, key.rpartition(".")[0]) if "." in key else merged
             keys = f"; keys there: {', '.join(map(str, part))}" if OmegaConf.is_dict(part) else ""
@@ -505,12 +527,30 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
     return load(merged)
 
 
+def read_saved(file: Path) -> dict[str, Any]:
+    """What the config.yaml of a run directory holds.
+
+    Raises:
+        ValueError: It is damaged, or not of a run; other programs have a config.yaml, too.
+    """
+    try:
+        node = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(node, dict) or not {"model", "method", "router_phase"} <= node.keys():
+        raise ValueError(f"{file} is damaged, or not the configuration of a run of firstlab.train")
+    return node
+
+
 # Options of earlier versions that saved configurations still carry.
 _RETIRED = ("codebook_rounds",)
 
 
 def _without_retired(node: dict[str, Any]) -> dict[str, Any]:
-    return {**node, "method": {k: v for k, v in node.get("method", {}).items() if k not in _RETIRED}}
+    method = node.get("method")
+    if not isinstance(method, dict):
+        return node  # the schema says what is wrong with it
+    return {**node, "method": {k: v for k, v in method.items() if k not in _RETIRED}}
 
 
 def load_dict(node: dict[str, Any]) -> ExperimentConfig:

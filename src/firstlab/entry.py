@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,13 +51,21 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"\ninterrupted; {way_out}", file=sys.stderr)  # on a line of its own, below a progress bar
+            how = "without overwrite=true " * (resumes and _overwrites(given)) + way_out
+            print(f"\ninterrupted; {how}", file=sys.stderr)  # on a line of its own, below a progress bar
             sys.exit(130)
         finally:
             if ours:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return run
+
+
+def _overwrites(given: Any) -> bool:
+    """Whether a composed configuration, or the arguments of a sweep, would start again from nothing."""
+    if OmegaConf.is_config(given):
+        return bool(OmegaConf.select(given, "overwrite"))
+    return isinstance(given, list) and "overwrite=true" in map(str.lower, given)
 
 
 def is_sweep_job() -> bool:
@@ -74,20 +83,25 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
         _quiet()
         from firstlab import results
         from firstlab.config import load
+        from firstlab.run_directory import check_directory
         from firstlab.tracking import close_failed
 
-        config, method = load(composed)
-        directory = config.directory(method)
-        print(f"run: {directory}", flush=True)
-        (directory / results.FAILURE).unlink(missing_ok=True)
-        results.reset_peak_memory()
+        directory, ours = None, False
         try:
+            config, method = load(composed)
+            directory = config.directory(method)
+            print(f"run: {directory}", flush=True)
+            check_directory(directory, config)
+            ours = True
+            (directory / results.FAILURE).unlink(missing_ok=True)
+            results.reset_peak_memory()
             main(composed)
         # Processes of a run that ended badly come back as SystemExit.
         except (Exception, SystemExit) as error:
-            results.write_failure(directory, error)
-            close_failed(config.logger)
-            print(f"failed: {directory}: {error}", file=sys.stderr, flush=True)
+            print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
+            if ours and directory is not None:
+                close_failed(config.logger)
+                results.write_failure(directory, error)
 
     return run
 
@@ -99,6 +113,7 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     Hydra, but for keys added with a plus, which it would take and no schema would see.
     """
     flags = any(argument.startswith("-") for argument in arguments)
+    given = arguments
     if any(argument.startswith("+sweep=") for argument in arguments):
         arguments = [argument for argument in arguments if "," not in argument]
     from hydra import compose, initialize_config_dir
@@ -112,16 +127,18 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     groups = [each for each in arguments if each.startswith(added) or each.partition("=")[0] in names]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         try:
-            for argument in arguments:
+            for argument in given:
                 key, plus = argument.lstrip("+").partition("=")[0], argument.startswith("+")
                 if config_name == "train" and key in ("experiment", "sweep") and not plus:
                     raise ValueError(f"{argument} names a file of conf/{key}: write +{argument}")
+                if argument.startswith("+sweep=") and "," in argument:
+                    raise ValueError(f"{argument}: one sweep at a time; conf/sweep/tables.yaml has those of all tables")
                 if plus and not argument.startswith(added):
                     raise ValueError(_allowed(key, compose(config_name, groups)))
             if not flags:
                 compose(config_name, arguments)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            text = str(error)
+            text = next(filter(None, map(_quoted, arguments)), str(error))
             unknown = re.search(r"Could not override '([\w.]+)'", text)
             if unknown:
                 text = _allowed(unknown[1], compose(config_name, groups))
@@ -131,6 +148,27 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
                 text = ", ".join(x for x in lines if not x.startswith(("reference_type", "object_type", "full_key")))
             print(f"error: {text}", file=sys.stderr)
             sys.exit(2)
+
+
+def _quoted(argument: str) -> str | None:
+    """How to write a KEY=VALUE that Hydra's grammar does not take without quotes; None if it does, or if none help."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = argument.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    right = f'{key}="{escaped}"'
+
+    def parses(each: str) -> bool:
+        try:
+            OverridesParser.create().parse_override(each)
+        except HydraException:
+            return False
+        return True
+
+    if not equals or parses(argument) or not parses(right):
+        return None
+    return f"{argument}: the value needs quotes: {shlex.quote(right)}"
 
 
 def _allowed(key: str, node: Any) -> str:
@@ -235,16 +273,21 @@ def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, list[str]]:
-    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields is text.
+    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields, or follows `--`, is text.
 
     Raises:
-        ValueError: A value of the wrong type.
+        ValueError: A value of the wrong type; or before the text a key that is no field.
     """
     schema = OmegaConf.structured(defaults)
-    words = []
-    for argument in arguments:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    words: list[str] = []
+    for argument in arguments[:end]:
         key, equals, value = argument.partition("=")
         if not equals or key not in schema:
+            if equals and not words and all(part.isidentifier() for part in key.split(".")):
+                raise ValueError(
+                    f"{key} is unknown: the options are {', '.join(schema)}; text like this goes behind --"
+                )
             words.append(argument)
             continue
         try:
@@ -252,4 +295,4 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
         except OmegaConfBaseException as error:
             raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     options: Any = OmegaConf.to_object(schema)
-    return options, words
+    return options, words + arguments[end + 1 :]

@@ -5,8 +5,8 @@
     python -m firstlab.evaluate run=DIR data=parallel data.root=FOLDER    # on your own text
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
 
-Every key of conf/ under data, evaluation, trainer and seed may be given, and model.quantization (int8, int4). Results
-go to DIR/evaluations/.
+Every key of conf/ under data, evaluation, trainer and seed may be given, model.quantization (int8, int4), and
+model.path where the base model has moved. Results go to DIR/evaluations/.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ def main(arguments: list[str]) -> None:
     if run is None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
     free = ("data", "evaluation", "trainer", "seed")
-    refused = [key for key in options if key.split(".")[0] not in free and key != "model.quantization"]
+    refused = [
+        key for key in options if key.split(".")[0] not in free and key not in ("model.quantization", "model.path")
+    ]
     if refused:
         raise ValueError(
-            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer, seed and "
-            "model.quantization change"
+            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer, seed, "
+            "model.quantization and, where the base model has moved, model.path change"
         )
 
     from firstlab import results
-    from firstlab.build import build_data, load_run
+    from firstlab.build import build_data, check_test_set, check_vocabulary, load_run
     from firstlab.evaluation import evaluate_variant, fingerprint
     from firstlab.files import claimed
     from firstlab.model.quantization import quantize
@@ -48,6 +50,8 @@ def main(arguments: list[str]) -> None:
 
     config, method, model, variant = load_run(Path(run), variant, options)
     data = build_data(config)
+    check_test_set(data)
+    check_vocabulary(config, data.tokenizer, model)
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
     routes = decided_routes(Path(run), method, variant, prompts)
     record = results.read(Path(run), "delete it; the model stays") or {}

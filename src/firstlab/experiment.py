@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,19 +18,19 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from firstlab import results, targets
-from firstlab.build import build_data, check_device, load_model, model_path
+from firstlab.build import build_data, check_device, check_test_set, check_vocabulary, load_model, model_path
 from firstlab.config import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
 from firstlab.evaluation import barrier, check_engine, check_metrics, evaluate_variant, rank
-from firstlab.files import claimed, write_atomically
+from firstlab.files import claimed, remove_torn, write_atomically
 from firstlab.methods.base import Method, Routes
 from firstlab.methods.first import First
 from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
 from firstlab.routes import prompt_routes, shared_routes, static_routes
-from firstlab.run_directory import CONFIG, check_directory, variant_names, wanted_variants
+from firstlab.run_directory import CONFIG, check_directory, has_begun, variant_names, wanted_variants
 from firstlab.start import calibrate_rate, start_phase_1
-from firstlab.tracking import JsonLinesLogger, log_evaluation, logger_options
+from firstlab.tracking import JsonLinesLogger, close_failed, log_evaluation, logger_options, open_logger
 from firstlab.training.modules import (
     LoRACompensationModule,
     OnePhaseModule,
@@ -55,7 +56,13 @@ class Experiment:
     def __init__(self, config: ExperimentConfig, method: Method) -> None:
         self.config, self.method = config, method
         self.directory = config.directory(method)
+        # Where overwrite=true keeps what it replaces until the new run has started.
+        self._replaced = self.directory.parent / f".{self.directory.name}.old"
+        self._resumed = False
         config.model.check_trainable()
+        trains = "lora" in config.phases or ("router" in config.phases and method.trains_routers)
+        if trains and config.data.val_size == 0:
+            raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")
         check_device(config.trainer)
         if rank()[0] == 0:
             check_directory(self.directory, self.config)
@@ -65,8 +72,14 @@ class Experiment:
         if rank()[0] == 0:
             check_directory(self.directory, self.config)
             if self.config.overwrite and self.directory.exists():
-                shutil.rmtree(self.directory)
-            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True)
+                if self._replaced.exists():  # by a start that was killed
+                    shutil.rmtree(self.directory)
+                else:
+                    self.directory.rename(self._replaced)
+            remove_torn(self.directory)
+            self._resumed = has_begun(self.directory)
+            (self.directory / results.FAILURE).unlink(missing_ok=True)
+            text = yaml.safe_dump(self.config.located().to_dict(), sort_keys=False, allow_unicode=True)
             write_atomically(self.directory / CONFIG, text)
         barrier()
 
@@ -87,19 +100,14 @@ class Experiment:
             _say(f"{self.directory} is finished already")
             return finished
         start = time.perf_counter()
-        L.seed_everything(self.config.seed, workers=True, verbose=False)
-        self.data = build_data(self.config)
-        self.data.setup("fit")
-        sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation examples"
-        if "evaluate" in self.config.phases:
-            # A wrong path or a malformed line stops here, not after the training.
-            sizes += f", {len(self.data.test)} to test"
-            check_metrics(self.data.task, self.config.evaluation)
-        _say(f"data {self.config.data.name}: {sizes}")
-        self.model = self._load_model()
-        if "evaluate" in self.config.phases:
-            check_engine(self.model, "evaluation.decoder", self.config.evaluation.decoder)
-        loggers = self._loggers()
+        try:
+            loggers = self._start()
+        except BaseException:
+            if rank()[0] == 0:
+                self._undo_start()
+            raise
+        if rank()[0] == 0:
+            shutil.rmtree(self._replaced, ignore_errors=True)
         variants: dict[str, Any] = {}
         before, after = variant_names(self.method)
 
@@ -129,6 +137,8 @@ class Experiment:
             "variants": variants,
             "phases": {name: self._phase_record(name) for name in ("router", "lora")},
             "fixed_routes": None if routes is None or self.method.per_prompt else routes_to_json(routes),
+            # A resumed run's times are those of its last session.
+            "resumed": self._resumed,
             "wall_s": time.perf_counter() - start,
             "peak_memory_bytes": results.peak_memory_bytes(),
             **results.provenance(),
@@ -140,6 +150,41 @@ class Experiment:
             results.write(self.directory, record)
         barrier()
         return record
+
+    def _start(self) -> list[Logger]:
+        """Loggers, data and model: what can be wrong with a command shows here, in little time."""
+        initial = self.config.init_from
+        if initial is not None and not Path(model_path(initial)).is_dir():
+            raise ValueError(f"init_from={initial!r} does not exist; give the folder of a saved model")
+        loggers = self._loggers()
+        L.seed_everything(self.config.seed, workers=True, verbose=False)
+        self.data = build_data(self.config)
+        self.data.setup("fit")
+        sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation examples"
+        if "evaluate" in self.config.phases:
+            # A wrong path or a malformed line stops here, not after the training.
+            check_test_set(self.data)
+            sizes += f", {len(self.data.test)} to test"
+            check_metrics(self.data.task, self.config.evaluation)
+        _say(f"data {self.config.data.name}: {sizes}")
+        self.model = self._load_model()
+        check_vocabulary(self.config, self.data.tokenizer, self.model)
+        if "evaluate" in self.config.phases:
+            check_engine(self.model, "evaluation.decoder", self.config.evaluation.decoder)
+        return loggers
+
+    def _undo_start(self) -> None:
+        """After a start that failed the directory holds what it held before."""
+        close_failed(self.config.logger)
+        if self._replaced.exists():
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._replaced.rename(self.directory)
+        elif not self._resumed:  # loggers may have written
+            for each in self.directory.iterdir():
+                if each.is_dir():
+                    shutil.rmtree(each)
+                elif each.name not in (CONFIG, results.FAILURE):
+                    each.unlink()
 
     def _join_predictions(self, names: list[str]) -> None:
         lines = []
@@ -168,7 +213,10 @@ class Experiment:
         loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
             node = dict(self.config.logger)
-            loggers.append(targets.build(node, "logger", **logger_options(node, self.directory, self.method.name)))
+            logger = targets.build(node, "logger", **logger_options(node, self.directory, self.method.name))
+            if rank()[0] == 0:
+                open_logger(logger)
+            loggers.append(logger)
         return loggers
 
     # -- phases --
@@ -288,10 +336,14 @@ class Experiment:
             trainer.progress_bar,
         )
         checkpoints = self.directory / "checkpoints" / name
+        resume = config.ckpt == "last"
+        resumed = resume and (checkpoints / "last.ckpt").is_file()
         start = time.perf_counter()
-        kept = fit_phase(module, data, settings, checkpoints, loggers, resume=config.ckpt == "last")
+        kept = fit_phase(module, data, settings, checkpoints, loggers, resume)
         seconds = time.perf_counter() - start
         record = {"steps": int(steps), "multiplier": module.multiplier, "seconds": seconds, **started, **kept}
+        if resumed:
+            record["resumed"] = True  # the seconds are those since then
         data.max_length = config.data.max_length_lora  # for what follows, whether or not phase 1 ran just now
         self._record_phase(name, record)
 

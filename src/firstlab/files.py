@@ -6,8 +6,10 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -21,6 +23,29 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def check_writable(directory: Path, option: str) -> None:
+    """Make a directory and try a file in it, before the work whose result goes there.
+
+    Raises:
+        ValueError: Nothing can be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{option}={directory} cannot be written ({reason}); choose another folder") from error
+
+
+def remove_torn(directory: Path) -> None:
+    """Delete what a process that was killed while writing left in a run directory."""
+    for folder in (directory, *directory.glob("*"), *directory.glob("checkpoints/*")):
+        for file in folder.glob(".*.tmp"):
+            if re.search(r"\.\d+\.tmp$", file.name) and file.is_file():
+                file.unlink()
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -4,11 +4,13 @@
     python -m firstlab.generate run=DIR question="Who ...?" "passage"
     echo "text" | python -m firstlab.generate run=DIR prompt=raw
 
-The text is put into the prompt that the run was trained on, unless prompt=raw.
+The text is put into the prompt that the run was trained on, unless prompt=raw. Text that looks like an option goes
+behind --. Where the run's base model has moved, model.path=FOLDER says where it is.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,9 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__}\n{GenerateConfig.__doc__}")
         return
-    options, words = parse_options(GenerateConfig(), arguments)
+    base = "model.path="
+    moved = dict(each.split("=", 1) for each in arguments if each.startswith(base))
+    options, words = parse_options(GenerateConfig(), [each for each in arguments if not each.startswith(base)])
     if not options.run:
         raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
     if options.prompt not in ("task", "raw"):
@@ -78,13 +82,19 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"decoder={options.decoder!r} is not allowed: choose one of generate, engine")
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={options.max_new_tokens} must be at least 1")
+    if not 0 < options.temperature < math.inf:
+        raise ValueError(f"temperature={options.temperature} is not allowed: greater than 0; do_sample=false is greedy")
+    if options.top_k < 0:
+        raise ValueError(f"top_k={options.top_k} is not allowed: at least 0, which keeps all tokens")
     text = " ".join(words) if words else sys.stdin.read().strip()
+    if not text.strip():
+        raise ValueError("the text is empty; give at least one word")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("the text is not valid UTF-8; convert it")
 
     import torch
 
-    from firstlab.build import build_data, load_run
+    from firstlab.build import build_data, check_vocabulary, load_run
     from firstlab.data.encoding import fit_prompt, prompt_ids
     from firstlab.data.task import Example
     from firstlab.evaluation import check_engine
@@ -96,8 +106,9 @@ def main(arguments: list[str]) -> None:
     check_quantization(options.quantization)
     example, routes = Example("input", text, (), options.question, part=options.part), None
     if (Path(options.run) / "config.yaml").is_file():
-        config, method, model, variant = load_run(Path(options.run), options.variant)
+        config, method, model, variant = load_run(Path(options.run), options.variant, moved)
         data = build_data(config)
+        check_vocabulary(config, data.tokenizer, model)
         task, tokenizer = data.task, data.tokenizer
         prompts = PromptSet(model, data, [example], 1)
         if options.prompt == "raw":
@@ -105,6 +116,8 @@ def main(arguments: list[str]) -> None:
         routes = decided_routes(Path(options.run), method, variant, prompts)
         limit, new_tokens = config.data.max_prompt_length, options.max_new_tokens or config.data.max_new_tokens
     else:
+        if moved:
+            raise ValueError(f"model.path is for run directories of firstlab.train; run={options.run} is none")
         if options.prompt == "task":
             raise ValueError(
                 f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from firstlab import figures, results
@@ -38,8 +39,13 @@ def neighbours(directory: Path, record: dict) -> list[dict]:
 
     found = [record]
     for other in sorted(directory.parent.iterdir()):
-        if other.is_dir() and other.resolve() != directory.resolve():
+        hidden = other.name.startswith(".")  # what a run that is starting replaces
+        if hidden or not other.is_dir() or other.resolve() == directory.resolve():
+            continue
+        try:
             candidate = results.read(other)
             if candidate is not None and settings(candidate) == settings(record):
                 found.append(candidate)
+        except (ValueError, KeyError, TypeError):
+            print(f"note: {other / results.RESULT} is torn or of another program, and left out", file=sys.stderr)
     return sorted(found, key=lambda each: (each["method"] != "none", each["label"]))

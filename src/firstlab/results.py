@@ -30,16 +30,8 @@ ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "ro
 
 def provenance() -> dict[str, Any]:
     """Code revision, package versions and machine."""
-    here = Path(__file__).resolve().parent
-    revision = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = subprocess.run(
-        ["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    # An installed copy may lie in somebody else's repository.
+    ours = bool(_git("ls-files", Path(__file__).name))
     versions = {}
     for name in _PACKAGES:
         try:
@@ -48,13 +40,22 @@ def provenance() -> dict[str, Any]:
             versions[name] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
-        "revision": revision or None,
-        "uncommitted_changes": bool(changed),
+        "revision": (_git("rev-parse", "HEAD") or None) if ours else None,
+        "uncommitted_changes": ours and bool(_git("status", "--porcelain", "--untracked-files=no")),
         "packages": versions,
         "python": platform.python_version(),
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git says about the folder of this file; nothing where there is no git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def processor_name() -> str:

@@ -36,6 +36,7 @@ def shared_routes(directory: Path, method: Method, training: PromptSet) -> Route
     file = directory / "routes.json"
     if not file.is_file() and rank()[0] == 0:
         routes = method.routes(training)
+        _check_shape(method, routes, [training.num_layers])
         write_atomically(file, json.dumps(None if routes is None else routes_to_json(routes)) + "\n")
     barrier()
     return _read_shared(file)
@@ -60,7 +61,9 @@ def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_
             chunk = left[start : start + size]
             examples = [each for _, each in chunk]
             routes = method.routes(PromptSet(prompts.model, prompts.data, examples, size, prompts.cache_bytes))
-            assert isinstance(routes, Tensor)
+            if not isinstance(routes, Tensor):
+                raise ValueError(f"method {method.name} decides per prompt, so routes() must give a tensor")
+            _check_shape(method, routes, [len(chunk), prompts.num_layers])
             with file.open("a", encoding="utf-8") as out:
                 for (key, _), route in zip(chunk, routes, strict=True):
                     skipped = (~route).nonzero()[:, 0].tolist()
@@ -93,6 +96,15 @@ def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | 
         return None
     order = json.loads(file.read_text(encoding="utf-8"))
     return routes_without(num_layers, order[: round(method.target_skip * num_layers)])
+
+
+def _check_shape(method: Method, routes: Routes | None, shape: list[int]) -> None:
+    """Raises ValueError for a decision that must not be kept."""
+    if isinstance(routes, Tensor) and (list(routes.shape) != shape or routes.dtype != torch.bool):
+        raise ValueError(
+            f"method {method.name}: routes() gave {routes.dtype} of shape {list(routes.shape)}, "
+            f"and must give torch.bool of shape {shape}"
+        )
 
 
 def _read_shared(file: Path) -> Routes | None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from firstlab import results
-from firstlab.config import ExperimentConfig, load_dict
+from firstlab.config import ExperimentConfig, load_dict, read_saved
 from firstlab.methods.base import Method
 
 CONFIG = "config.yaml"
@@ -35,7 +33,8 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
         ValueError: The run directory belongs to another configuration, or its record cannot be read.
     """
     directory = config.directory(method)
-    if config.overwrite or not (directory / CONFIG).is_file():
+    failed = (directory / results.FAILURE).is_file()  # to run it again, with the earlier result still there
+    if config.overwrite or failed or not (directory / CONFIG).is_file():
         return None
     check_same(directory, config)
     record = results.read(directory)
@@ -58,13 +57,11 @@ def check_directory(directory: Path, config: ExperimentConfig) -> None:
 
 
 def _is_run(directory: Path) -> bool:
-    """Whether a directory holds the settings of a run; other programs have a config.yaml, too."""
-    file = directory / CONFIG
+    """Whether a directory holds the settings of a run."""
     try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
+        return bool(read_saved(directory / CONFIG))
+    except ValueError:
         return False
-    return isinstance(saved, dict) and {"model", "method", "router_phase"} <= saved.keys()
 
 
 def has_begun(directory: Path) -> bool:
@@ -82,8 +79,12 @@ def check_same(directory: Path, config: ExperimentConfig) -> None:
     """
     if not has_begun(directory):
         return
-    saved = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-    old, new = _flat(load_dict(saved).identity()), _flat(config.identity())
+    file = directory / CONFIG
+    try:
+        saved = load_dict(read_saved(file))
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another run_dir, or delete {directory}") from error
+    old, new = (_flat(each.located().identity()) for each in (saved, config))
     changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:
         raise ValueError(

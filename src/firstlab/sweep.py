@@ -230,7 +230,8 @@ def _estimate(planned: list[PlannedRun], records: list[Record]) -> None:
     times: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for record in records:
         for kind in ((record["data"], record["model"], record["method"]), (record["data"], record["model"])):
-            if "wall_s" in record:
+            # An evaluation of another run has none, a resumed run only that of its last session.
+            if "wall_s" in record and not record.get("resumed"):
                 times[kind].append(record["wall_s"])
     for run in planned:
         place = (run.config.data.name, run.config.model.name)

@@ -57,6 +57,26 @@ def logger_options(logger: dict[str, Any], directory: Path, method: str) -> dict
     return options
 
 
+def open_logger(logger: Logger) -> None:
+    """Let a logger open what it writes to, which Lightning would leave to the first logged step.
+
+    Raises:
+        ValueError: W&B refuses.
+    """
+    if not isinstance(logger, WandbLogger):
+        getattr(logger, "experiment", None)
+        return
+    import wandb
+
+    try:
+        _ = logger.experiment
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"logger=wandb cannot start ({str(error).splitlines()[0]}): log in with `wandb login`, set WANDB_API_KEY, "
+            "or keep the run on this machine with logger.offline=true"
+        ) from error
+
+
 def close_failed(logger: dict[str, Any] | None) -> None:
     """End the W&B run of a failed run, which the next run of the same process would otherwise write into."""
     if logger and _is_wandb(logger):

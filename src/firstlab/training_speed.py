@@ -300,8 +300,9 @@ def print_table(record: dict[str, Any]) -> None:
 
 def run(config: TrainingSpeedConfig) -> None:
     """Measure, print, write."""
-    from firstlab.files import write_atomically
+    from firstlab.files import check_writable, write_atomically
 
+    check_writable(Path(config.out), "out")
     record = measure(config)
     print_table(record)
     file = Path(config.out) / "training_speed.json"

@@ -78,8 +78,12 @@ def load_base(path: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id, a transformers folder, or a folder written by firstlab (its base model's).
+
+    Args:
+        path: Hub id or folder.
+        revision: Hub revision.
 
     Raises:
         ModelUnavailableError: It cannot be loaded.
@@ -87,7 +91,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     saved = read_config(path)
     location = str(path) if saved is None else base_location(path, saved)
     try:
-        return AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        options = {} if revision is None else {"revision": revision}
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises no narrower class
         raise _unavailable(location, error) from error
 

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 from firstlab import targets
 from firstlab.config import conf_dir, settings
 from firstlab.data.task import Task
-from firstlab.entry import guarded
+from firstlab.entry import check_command_line, guarded
 from firstlab.files import write_atomically
 from firstlab.nano.config import NanoConfig, check, device_of, recipe
 from firstlab.nano.scoring import score
@@ -139,4 +140,5 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_command_line("nano", sys.argv[1:])
     main()
