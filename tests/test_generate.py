@@ -29,7 +29,7 @@ from tiny_tokenizer import tiny_tokenizer
         (["--", " "], "the text is empty"),
         (["temperature=0", "word"], "temperature=0.0 is not allowed: greater than 0"),
         (["temperature=nan", "word"], "temperature=nan is not allowed: greater than 0"),
-        (["top_k=-3", "word"], "top_k=-3 is not allowed: at least 1"),
+        (["top_k=-3", "word"], "top_k=-3 is not allowed: at least 0"),
     ],
 )
 def test_what_cannot_work_is_one_message(
