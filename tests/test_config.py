@@ -207,6 +207,7 @@ def test_a_logger_is_looked_at_before_anything_is_loaded():
         (["logger=wandb", "logger.entiti=x"], "logger has no key 'entiti'; its keys are _target_, save_dir, project"),
         (["+experiment=squad_a0.01", "method.alhpa=1"], "method has no key 'alhpa'; its keys are _target_, alpha"),
         (["experiment=squad_a0.01"], "write +experiment=squad_a0.01"),
+        (["data.task.test_size=3"], r"its keys are _target_, pair; another .* is added: \+data.task.test_size="),
         (["--multirun", "+model.bogus=1"], "model.bogus is unknown: model has no key 'bogus'"),
     ],
 )
@@ -220,6 +221,8 @@ def test_unknown_keys_are_answered_with_those_of_the_chosen_parts(
 
 def test_what_is_right_passes_the_command_line():
     check_command_line("train", ["+experiment=squad_a0.01", "method.alpha=1", "trainer=cpu"])
+    check_command_line("train", ["data=mini_qa", "+data.task.test_size=3"])
+    check_command_line("train", ["--multirun", "method=first,sleb", "+data.task.test_size=3"])
     check_command_line("train", ["--multirun", "method.target_skip=0.1,0.2"])
 
 

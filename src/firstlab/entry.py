@@ -110,7 +110,8 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     """Compose once before Hydra does, to turn its complaints into one message with the allowed values.
 
     What comes with Hydra's own flags (--help, --multirun, ...) and the lists of values that narrow a sweep are left to
-    Hydra, but for keys added with a plus, which it would take and no schema would see.
+    Hydra, but for keys added with a plus, which it would take and no schema would see. Those that are arguments of a
+    `_target_` are welcome: its class checks them.
     """
     flags = any(argument.startswith("-") for argument in arguments)
     given = arguments
@@ -125,6 +126,7 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     names = {each.name for each in Path(conf_dir()).iterdir() if each.is_dir()} - {"experiment", "sweep"}
     # Which keys there are depends on what is chosen from the groups.
     groups = [each for each in arguments if each.startswith(added) or each.partition("=")[0] in names]
+    groups = [each for each in groups if not (flags and "," in each)]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         try:
             for argument in given:
@@ -134,7 +136,9 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
                 if argument.startswith("+sweep=") and "," in argument:
                     raise ValueError(f"{argument}: one sweep at a time; conf/sweep/tables.yaml has those of all tables")
                 if plus and not argument.startswith(added):
-                    raise ValueError(_allowed(key, compose(config_name, groups)))
+                    node = compose(config_name, groups)
+                    if not _has_target(OmegaConf.select(node, key.rpartition(".")[0])):
+                        raise ValueError(_allowed(key, node))
             if not flags:
                 compose(config_name, arguments)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -179,7 +183,12 @@ def _allowed(key: str, node: Any) -> str:
         node = node[path[-1]]
     where = ".".join(path) or "the configuration"
     keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
-    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}"
+    more = f"; another argument of its class is added: +{key}=..." if len(parts) == 1 and _has_target(node) else ""
+    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}{more}"
+
+
+def _has_target(node: Any) -> bool:
+    return OmegaConf.is_dict(node) and "_target_" in node
 
 
 def _quiet() -> None:
