@@ -207,7 +207,7 @@ def test_a_logger_is_looked_at_before_anything_is_loaded():
         (["logger=wandb", "logger.entiti=x"], "logger has no key 'entiti'; its keys are _target_, save_dir, project"),
         (["+experiment=squad_a0.01", "method.alhpa=1"], "method has no key 'alhpa'; its keys are _target_, alpha"),
         (["experiment=squad_a0.01"], "write +experiment=squad_a0.01"),
-        (["data.task.test_size=3"], r"its keys are _target_, pair; another .* is added: \+data.task.test_size="),
+        (["data.task.test_size=3"], "pair; another argument of its class is added: +data.task.test_size="),
         (["--multirun", "+model.bogus=1"], "model.bogus is unknown: model has no key 'bogus'"),
     ],
 )
