@@ -370,6 +370,7 @@ def test_overwriting_starts_from_nothing(tiny_model_dir: Path, tmp_path: Path):
 
 def test_a_torn_record_beside_a_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     record = {"config": {"model": 1, "data": 2, "evaluation": 3}, "seed": 0, "method": "none", "label": "none"}
+    record |= {"variants": {}}
     for name, text in (("a", json.dumps(record)), ("b", '{"conf'), ("c", "[]"), ("d", json.dumps(record))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(text)

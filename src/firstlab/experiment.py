@@ -168,9 +168,9 @@ class Experiment:
             check_metrics(self.data.task, self.config.evaluation)
         _say(f"data {self.config.data.name}: {sizes}")
         self.model = self._load_model()
-        check_vocabulary(self.config, self.data.tokenizer, self.model)
         if "evaluate" in self.config.phases:
             check_engine(self.model, "evaluation.decoder", self.config.evaluation.decoder)
+        check_vocabulary(self.config, self.data.tokenizer, self.model)
         return loggers
 
     def _undo_start(self) -> None:
