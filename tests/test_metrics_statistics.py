@@ -191,7 +191,7 @@ def test_a_blend_is_what_halves_of_both_systems_give(share):
     b = bleu(["an old farmer saw dogs there", "a small red house"] * 2, references)
     # Every sentence is there twice, so that a half of the examples can hold each of them once.
     taken = round(4 * share)
-    mixed = Scores.corpus(np.concatenate([b.rows[:taken], a.rows[taken:]]), lambda row: a.aggregate(np.array([row]))[0])
+    mixed = Scores.corpus(np.concatenate([b.rows[:taken], a.rows[taken:]]), a.aggregate)
     assert Scores.blend(a, b, share).value == pytest.approx(mixed.value)
     with pytest.raises(ValueError, match=r"sizes: \[4, 2\]"):
         Scores.blend(a, bleu(["x", "y"], references[:2]), share)

@@ -2,13 +2,14 @@
 
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
 from sacrebleu.metrics import BLEU, CHRF
 
-from firstlab.metrics.translation import bleu, bleu_n, chrf, tokenize
+from firstlab.metrics.translation import SCORES_OF_SUMS, bleu, bleu_n, chrf, tokenize
 
 # The example of sacreBLEU's README: three segments with two references each, BLEU 48.53 and chrF2 59.73.
 PREDICTIONS = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
@@ -76,6 +77,24 @@ def test_every_metric_is_its_librarys_on_any_text(pairs, language):
     assert bleu(predictions, references, language).value == pytest.approx(library.score, abs=1e-9)
     library = CHRF().corpus_score(predictions, streams)
     assert chrf(predictions, references).value == pytest.approx(library.score, abs=1e-9)
+
+
+COUNT = st.integers(0, 9)
+BLEU_SUMS = st.builds(
+    lambda lengths, counts: [*lengths, *(min(pair) for pair in counts), *(pair[1] for pair in counts)],
+    st.tuples(COUNT, COUNT),
+    st.lists(st.tuples(COUNT, COUNT), min_size=4, max_size=4),
+)
+CHRF_SUMS = st.lists(st.tuples(COUNT, COUNT, COUNT), min_size=6, max_size=6).map(
+    lambda orders: [count for hyp, ref, match in orders for count in (hyp, ref, min(hyp, ref, match))]
+)
+
+
+@given(st.lists(BLEU_SUMS, min_size=1, max_size=6), st.lists(CHRF_SUMS, min_size=1, max_size=6))
+def test_scores_of_many_sums_are_those_of_the_library_one_by_one(bleu_sums, chrf_sums):
+    for metric, name, sums in ((BLEU(), "bleu", bleu_sums), (CHRF(), "chrf", chrf_sums)):
+        expected = [metric._compute_score_from_stats(list(row)).score for row in sums]
+        assert SCORES_OF_SUMS[name](np.array(sums, dtype=float)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_sacrebleu_known_values_and_signatures():

@@ -122,8 +122,10 @@ def from_rows(name: str, rows: FloatArray, signature: str | None = None) -> Scor
         name: The metric's name in `evaluate_predictions`; of a part of a mixture PART/NAME.
         rows: `[n, K]`.
     """
-    score = translation.SCORE_OF_SUMS.get(name.rpartition("/")[2])
-    return Scores.mean(rows[:, 0].tolist(), signature) if score is None else Scores.corpus(rows, score, signature)
+    aggregate = translation.SCORES_OF_SUMS.get(name.rpartition("/")[2])
+    if aggregate is None:
+        return Scores.mean(rows[:, 0].tolist(), signature)
+    return Scores.corpus(rows, aggregate, signature)
 
 
 def compare(

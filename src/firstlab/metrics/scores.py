@@ -59,18 +59,14 @@ class Scores:
         return cls(rows, _ratio, signature, array.tolist())
 
     @classmethod
-    def corpus(cls, rows: Any, score: Callable[[list[float]], float], signature: str | None = None) -> Scores:
+    def corpus(cls, rows: Any, aggregate: Callable[[FloatArray], FloatArray], signature: str | None = None) -> Scores:
         """A metric of summed counts, such as BLEU.
 
         Args:
             rows: `[n, K]` counts.
-            score: Maps one sum of rows (K numbers) to the score in 0..100.
+            aggregate: Maps sums of rows `[R, K]` to scores `[R]` in 0..100.
             signature: What one must know to reproduce the figure.
         """
-
-        def aggregate(sums: FloatArray) -> FloatArray:
-            return np.array([score(row) for row in sums.tolist()], dtype=np.float64)
-
         return cls(np.asarray(rows, dtype=np.float64), aggregate, signature)
 
     @classmethod

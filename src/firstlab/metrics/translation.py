@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from nltk import __version__ as nltk_version
 from nltk.tokenize import wordpunct_tokenize
-from nltk.translate.bleu_score import brevity_penalty, closest_ref_length, modified_precision
+from nltk.translate.bleu_score import closest_ref_length, modified_precision
 from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from firstlab.metrics.scores import Scores, check_pairs
+from firstlab.metrics.scores import FloatArray, Scores, check_pairs
 
 
 def is_chinese(language: str | None) -> bool:
@@ -61,7 +61,7 @@ def bleu_n(
 
     tokens = "char" if is_chinese(target_language) else "wordpunct"
     signature = f"order:{order}|case:mixed|tok:{tokens}|smooth:none|nltk:{nltk_version}"
-    return Scores.corpus(rows, _bleu_from_sums, signature)
+    return Scores.corpus(rows, _nltk_bleu, signature)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], target_language: str | None = None) -> Scores:
@@ -72,7 +72,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], target
     """
     # force: silence the advice about tokenised text; predictions are scored as they are.
     metric = BLEU(tokenize="zh" if is_chinese(target_language) else "13a", force=True)
-    return _sacrebleu(metric, predictions, references)
+    return _sacrebleu(metric, _bleu, predictions, references)
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
@@ -81,44 +81,67 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sco
     Raises:
         ValueError: Empty or unpaired inputs.
     """
-    return _sacrebleu(CHRF(), predictions, references)
+    return _sacrebleu(CHRF(), _chrf, predictions, references)
 
 
-def _sacrebleu(metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+def _sacrebleu(
+    metric: Metric,
+    aggregate: Callable[[FloatArray], FloatArray],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+) -> Scores:
     check_pairs(predictions, references)
     # sacreBLEU wants one stream per reference position, None where an example has fewer.
     width = max(len(accepted) for accepted in references)
     streams: list[list[Any]] = [
         [accepted[i] if i < len(accepted) else None for accepted in references] for i in range(width)
     ]
-    # The same two steps as sacreBLEU's own significance tests, so every score here is the library's.
+    # As sacreBLEU's own significance tests do: its counts, summed, and the score of the sums.
     rows = metric._extract_corpus_statistics(list(predictions), streams)
-    return Scores.corpus(rows, _score_of_sums(metric), str(metric.get_signature()))
+    return Scores.corpus(rows, aggregate, str(metric.get_signature()))
 
 
-def _score_of_sums(metric: Metric) -> Callable[[list[float]], float]:
-    def score(sums: list[float]) -> float:
-        return float(metric._compute_score_from_stats([int(count) for count in sums]).score)
-
-    return score
-
-
-def _bleu_from_sums(sums: list[float]) -> float:
-    """BLEU in 0..100 from [hypothesis length, reference length, matches per order, n-grams per order]."""
-    hypothesis_length, reference_length, *counts = sums
-    order = len(counts) // 2
-    matches, totals = counts[:order], counts[order:]
-    if matches[0] == 0:
-        return 0.0
-    logs = [math.log(m / t if m else sys.float_info.min) for m, t in zip(matches, totals, strict=True)]
-    brevity: float = brevity_penalty(reference_length, hypothesis_length)
-    return 100.0 * brevity * math.exp(sum(logs) / order)
+def _brevity(hypothesis_length: FloatArray, reference_length: FloatArray) -> FloatArray:
+    with np.errstate(divide="ignore"):
+        shorter = np.exp(1 - reference_length / hypothesis_length)
+    return np.where(hypothesis_length < reference_length, shorter, 1.0)
 
 
-#: How summed rows become the score, by metric; sacreBLEU's tokenizer has done its work by then.
-SCORE_OF_SUMS: dict[str, Callable[[list[float]], float]] = {
-    "bleu1": _bleu_from_sums,
-    "bleu2": _bleu_from_sums,
-    "bleu": _score_of_sums(BLEU()),
-    "chrf": _score_of_sums(CHRF()),
+def _nltk_bleu(sums: FloatArray) -> FloatArray:
+    """BLEU [R] in 0..100 of sums [R, 2 + 2 · order]: lengths of hypotheses and references, matches, n-grams."""
+    order = sums.shape[1] // 2 - 1
+    matches, totals = sums[:, 2 : 2 + order], sums[:, 2 + order :]
+    precisions = np.where(matches > 0, matches / np.maximum(totals, 1), sys.float_info.min)
+    scores = 100.0 * _brevity(sums[:, 0], sums[:, 1]) * np.exp(np.log(precisions).mean(1))
+    return np.where(matches[:, 0] > 0, scores, 0.0)
+
+
+def _bleu(sums: FloatArray) -> FloatArray:
+    """sacreBLEU's BLEU [R] of sums [R, 10], as for `_nltk_bleu`; orders without a match are left to its smoothing."""
+    whole = np.trunc(sums)
+    scores, plain = _nltk_bleu(whole), (whole[:, 2:6] > 0).all(1)
+    library = BLEU()
+    scores[~plain] = [library._compute_score_from_stats([int(x) for x in row]).score for row in whole[~plain]]
+    return scores
+
+
+def _chrf(sums: FloatArray) -> FloatArray:
+    """sacreBLEU's chrF2 [R] of sums [R, 18]: n-grams of hypotheses, of references, and matches, order by order."""
+    hypotheses, references, matches = (np.trunc(sums[:, first::3]) for first in range(3))
+    there = (hypotheses > 0) & (references > 0)
+    orders = np.maximum(there.sum(1), 1)
+    precision, recall = (
+        np.where(there, matches / np.maximum(counts, 1), 0.0).sum(1) / orders for counts in (hypotheses, references)
+    )
+    weighted = CHRF.BETA**2 * precision + recall
+    return 100.0 * (1 + CHRF.BETA**2) * precision * recall / np.where(weighted > 0, weighted, 1.0)
+
+
+#: How summed rows become scores, by metric; sacreBLEU's tokenizer has done its work by then. A table takes millions of
+#: resampled sums, for which the library's own function, one sum at a time, would need minutes.
+SCORES_OF_SUMS: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "bleu1": _nltk_bleu,
+    "bleu2": _nltk_bleu,
+    "bleu": _bleu,
+    "chrf": _chrf,
 }
