@@ -137,7 +137,7 @@ class Experiment:
             "variants": variants,
             "phases": {name: self._phase_record(name) for name in ("router", "lora")},
             "fixed_routes": None if routes is None or self.method.per_prompt else routes_to_json(routes),
-            # A resumed run's times are those of its last session.
+            # A resumed run's times are those since it was resumed.
             "resumed": self._resumed,
             "wall_s": time.perf_counter() - start,
             "peak_memory_bytes": results.peak_memory_bytes(),

@@ -230,7 +230,7 @@ def _estimate(planned: list[PlannedRun], records: list[Record]) -> None:
     times: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for record in records:
         for kind in ((record["data"], record["model"], record["method"]), (record["data"], record["model"])):
-            # An evaluation of another run has none, a resumed run only that of its last session.
+            # An evaluation of another run has none, a resumed run only that since then.
             if "wall_s" in record and not record.get("resumed"):
                 times[kind].append(record["wall_s"])
     for run in planned:
