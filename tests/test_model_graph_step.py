@@ -8,7 +8,7 @@ from firstlab.model.early_exit import EarlyExit
 from firstlab.model.graph_step import GraphStep, size_of, window_of
 from firstlab.model.graphs import Graphs
 from firstlab.model.llama_step import LlamaStep
-from models import HIDDEN, LAYERS, tiny_model
+from models import ARCHITECTURES, HIDDEN, LAYERS, tiny_model
 from tape import Tape
 
 HEADS, DIM = 2, 8  # of keys and values
@@ -135,3 +135,20 @@ def test_layers_compile_whole_and_once(architecture: str, monkeypatch: pytest.Mo
         tokens = torch.tensor([10 + token])
         torch.testing.assert_close(compiled(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
     assert counter.frame_count == 2  # before and after attention, the same for all layers
+
+
+def test_models_of_one_process_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    general, compiler = [], torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> torch.fx.GraphModule:
+        general.append(any(isinstance(each, torch.SymInt) for each in inputs))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda what, options, **given: compiler(what, backend=backend, **given))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width, dtype in ((48, torch.float32), (40, torch.float32), (48, torch.bfloat16)):
+            monkeypatch.setitem(ARCHITECTURES["llama"], "intermediate_size", width)
+            lm = tiny_model("llama").to(dtype)
+            step = GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), compiled=True)
+            joined(step, [[0, 1, 3]], [5])(torch.tensor([10]))
+    assert general == [False] * 6

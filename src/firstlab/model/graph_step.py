@@ -13,8 +13,10 @@ places, where nobody reads it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,6 +45,19 @@ def size_of(rows: int, most: int) -> int:
     return min(1 << (rows - 1).bit_length(), most)
 
 
+_copies = itertools.count()
+
+
+def _own(function: Any) -> FunctionType:
+    """The function under a name of its own, by which torch knows what it has compiled.
+
+    It allows few variants of one function, and makes sizes that differ between them general, which is slower: models of
+    other sizes or types in one process must not meet.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
+    return FunctionType(code, function.__globals__, argdefs=function.__defaults__)
+
+
 class GraphStep(LlamaStep):
     """`LlamaStep` from replays. `exit_early`, which asks after each layer which rows go on, stays as it is there.
 
@@ -64,8 +79,8 @@ class GraphStep(LlamaStep):
         if compiled:
             # Fused into one kernel with what stands around it, a product with a single row reads at full speed.
             options: dict[str, Any] = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
-            self._project = torch.compile(Layer.project, fullgraph=True, options=options)
-            self._finish = torch.compile(Layer.finish, fullgraph=True, options=options)
+            self._project = torch.compile(_own(Layer.project), fullgraph=True, options=options)
+            self._finish = torch.compile(_own(Layer.finish), fullgraph=True, options=options)
         # Line 0 of what follows is about all rows in their order, line 1 + i about the rows of layer i in its order.
         # With one row they are the same.
         lines = 1 if max_batch_size == 1 else 1 + len(self.layers)
