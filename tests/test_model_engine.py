@@ -516,6 +516,20 @@ def test_what_happens_to_the_model_after_its_engine_was_made() -> None:
         engine.generate(prompts, NEW)
 
 
+@pytest.mark.parametrize("mode", ["eager", "graphs"])
+def test_what_an_inference_mode_leaves_can_be_used_after_it(mode: str) -> None:
+    model, prompts, routes = deepcopy(llama(True)), [[5, 6, 7], [8, 9]], torch.tensor([True, False, True] * 2)
+    with torch.inference_mode():
+        engine = DecodeEngine(model, 40, 2, mode=mode)
+        inside = engine.generate(prompts, NEW, routes, ()).tokens
+    assert engine.generate(prompts, NEW, ~routes, ()).tokens == [
+        alone(model, prompt, ~routes, eos_token_id=None).sequences[0, len(prompt) :].tolist() for prompt in prompts
+    ]
+    assert engine.generate(prompts, NEW, routes, ()).tokens == inside
+    ids = torch.tensor(prompts[:1])
+    model.requires_grad_(True)(ids, labels=ids).loss.backward()
+
+
 def test_one_call_at_a_time() -> None:
     engine, prompts = DecodeEngine(llama(False), 40, 1), [[5, 6, 7], [8, 9], [3, 4]]
     former = engine.as_completed(prompts, NEW, eos=())

@@ -146,6 +146,8 @@ class DecodeEngine:
         ValueError: Unsupported architecture, unmerged LoRA, an unknown mode, or a size out of range.
     """
 
+    # Weights that are ordered anew, keys and values outlive an inference mode that is on now.
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: RouterAugmentedLM,
@@ -250,6 +252,7 @@ class DecodeEngine:
                     "or make a second engine"
                 )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _decode(self, prompts: Sequence[Sequence[int]], task: _Task) -> Iterator[_Row]:
         waiting = deque(range(len(prompts)))
