@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from transformers import TrainingArguments
 
 from firstlab.config import LoraConfig, SpeedModelConfig, conf_dir
+from firstlab.training.timed import transformers_steps
 from firstlab.training_speed import TrainingSpeedConfig, load, measure, random_rows, run
 from models import HIDDEN, LAYERS, tiny_model
 
@@ -77,6 +79,20 @@ def test_every_variant_trains_what_it_says(folder: Path, monkeypatch: pytest.Mon
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"routers.weight"}
     adapters = {name: value for name, value in models.plain.named_parameters() if "lora_B" in name}
     assert adapters and all(value.any() for value in adapters.values())
+
+
+def test_a_plain_step_takes_one_batch_on_many_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_up = TrainingArguments.__post_init__
+
+    def with_four_gpus(arguments: TrainingArguments) -> None:
+        set_up(arguments)
+        arguments._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_four_gpus)
+    rows = random_rows(settings(folder, warmup=1, steps=3), 97)
+    given = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+    size = len(rows) // 4
+    assert len(transformers_steps(tiny_model("llama"), given, size, 1.0, 1e-4, False)) == 4
 
 
 def test_rows(folder: Path) -> None:

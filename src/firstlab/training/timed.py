@@ -116,6 +116,7 @@ def transformers_steps(
             disable_tqdm=True,
             remove_unused_columns=False,
         )
+        arguments._n_gpu = 1  # else a step takes a batch on every GPU there is
         trainer = Trainer(
             model,
             arguments,
