@@ -86,16 +86,18 @@ def test_mixed_routes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_queue(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"decoders": ["engine"], "batch_sizes": [1], "skip_rates": [0.33]}
+    options = {"decoders": ["engine"], "batch_sizes": [1], "skip_rates": [0.33], "prompt_lengths": [6, 9]}
     record = measure(settings(folder, queue=7, queue_batch_size=3, **options))
     print_tables(record)
     rows = record["queues"]
-    assert [(row["prompts"], row["batch_size"], row["skip_rate_asked"]) for row in rows] == [(7, 3, 0.0), (7, 3, 0.33)]
+    found = [(row["prompts"], row["batch_size"], row["prompt_length"], row["skip_rate_asked"]) for row in rows]
+    assert found == [(7, 3, length, rate) for length in (6, 9) for rate in (0.0, 0.33)]
     printed = capsys.readouterr().out
     for row in rows:
         assert len(row["speedup_of_repetitions"]) == 2
         assert row["speedup_over_generate"] == pytest.approx(np.median(row["speedup_of_repetitions"]))
-        assert f"{100 * row['skip_rate']:.1f} % skipped: {row['tokens_per_s']:.0f} tokens/s" in printed
+        text = f"queue of 7 prompts of up to {row['prompt_length']} tokens, batch 3, {100 * row['skip_rate']:.1f} %"
+        assert f"{text} skipped: {row['tokens_per_s']:.0f} tokens/s" in printed
 
 
 @pytest.mark.parametrize("tied", [True, False])

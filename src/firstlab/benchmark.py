@@ -304,8 +304,9 @@ def print_tables(record: dict[str, Any]) -> None:
     for row in record["queues"]:
         weights = f", {row['quantization']}" if row["quantization"] else ""
         print(
-            f"queue of {row['prompts']} prompts of different lengths, batch {row['batch_size']}{weights}, "
-            f"{100 * row['skip_rate']:.1f} % skipped: {row['tokens_per_s']:.0f} tokens/s, "
+            f"queue of {row['prompts']} prompts of up to {row['prompt_length']} tokens, "
+            f"batch {row['batch_size']}{weights}, {100 * row['skip_rate']:.1f} % skipped: "
+            f"{row['tokens_per_s']:.0f} tokens/s, "
             f"{row['speedup_over_generate']:.2f} times those of generate, batch by batch "
             f"({row['tokens_per_s_generate']:.0f})"
         )

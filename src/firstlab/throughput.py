@@ -153,6 +153,7 @@ class Queue:
                 {
                     "prompts": len(self.prompts),
                     "batch_size": self.workload.batch_size,
+                    "prompt_length": self.workload.prompt_length,
                     "prompt_tokens": sum(map(len, self.prompts)),
                     "new_tokens": sum(self.limits),
                     "quantization": self.quantization,
