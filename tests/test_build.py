@@ -86,6 +86,21 @@ def test_a_relative_model_is_found_from_anywhere(trained_run: Path, tmp_path: Pa
     assert load_run(trained_run, None).variant == "router"
 
 
+def test_a_run_that_began_from_a_saved_model_is_that_model(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(trained_run.parent)
+    arguments = overrides(Path("base"), Path("runs"), "phases=[evaluate]", "run_dir=other", "init_from=run/router")
+    Experiment(*composed(*arguments))._prepare_directory()
+    Experiment(*composed(*arguments))  # the same run
+    saved = load_run(trained_run, None).model
+    saved.routers.weight.data += 1
+    saved.save_pretrained(trained_run / "router")
+    monkeypatch.chdir(tmp_path)
+    run = load_run(trained_run.with_name("other"), None)
+    assert run.variant == "router" and torch.equal(run.model.routers.weight, saved.routers.weight)
+
+
 def test_a_moved_base_can_be_named(trained_run: Path, tmp_path: Path):
     (tmp_path / "there" / "base").rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="if the base model has moved, give model.path=FOLDER"):

@@ -60,6 +60,11 @@ def test_a_rate_that_rounds_to_no_layer_skips_none():
     assert Oracle(0.01).routes(FakePrompts(10)).all()
 
 
+def test_where_every_layer_that_may_be_skipped_is_there_is_nothing_to_exchange():
+    routes = Oracle(0.6).routes(FakePrompts(5, ["a", "b"], lambda text, layers: float(len(layers))))
+    assert [skipped(route) for route in routes] == [[1, 2, 3], [1, 2, 3]]
+
+
 def test_negative_rounds_are_refused():
     with pytest.raises(ValueError, match="method.swap_rounds=-1 must not be negative"):
         Oracle(swap_rounds=-1)

@@ -36,3 +36,5 @@ def test_settings():
     assert StaticFirst(0.25).label == "static_first-skip0.25" and StaticFirst.trains_routers
     with pytest.raises(ValueError, match="method.vote_prompts=0 must be at least 1"):
         StaticFirst(0.25, vote_prompts=0)
+    with pytest.raises(ValueError, match="method.one_phase=true trains the routers after static_first"):
+        StaticFirst(0.25, one_phase=True)

@@ -67,6 +67,8 @@ def test_threshold_search():
     assert calibrate_threshold(lambda x: 0.9 if x < 0.3 else 0.1, 0.15) >= 0.3
     with pytest.raises(ValueError, match=r"target_skip=0.6 cannot be reached: threshold 0 skips 0.500"):
         calibrate_threshold(lambda x: 0.5 * (1 - x), 0.6)
+    with pytest.raises(ValueError, match="no response has a second token"):
+        calibrate_threshold(lambda x: float("nan"), 0.15)
 
 
 def test_the_teacher_forced_rate_is_that_of_cached_decoding():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from firstlab.build import build_data, load_model
-from firstlab.model import PrunedRoutes, RouterAugmentedLM
+from firstlab.model import EarlyExit, PrunedRoutes, RouterAugmentedLM
 from firstlab.training.prompt_set import PromptSet
 from reference import without_layers
 from tiny_run import composed, overrides
@@ -75,6 +76,20 @@ def test_losses_without_layers_are_those_of_a_model_that_lacks_them(prompts: Pro
             losses += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
             tokens += int((wanted != -100).sum())
     assert pruned == pytest.approx(losses / tokens, abs=1e-5)
+
+
+def test_steps_count_as_far_as_generation_goes(prompts: PromptSet):
+    # The first decode step runs every layer, later ones leave at the first.
+    rule = EarlyExit(0.0, decay=1e3, horizon=1)
+    whole = prompts.new_tokens()
+    assert max(whole) > 5 and prompts.skip_rate(rule) > 0.3
+    prompts.data.max_new_tokens = 5
+    assert prompts.new_tokens() == [min(length, 5) for length in whole]
+    shorter = [replace(example, max_new_tokens=3 + i % 4) for i, example in enumerate(prompts.examples)]
+    limited = PromptSet(prompts.model, prompts.data, shorter, 4)
+    assert limited.new_tokens() == [min(length, 3 + i % 4, 5) for i, length in enumerate(whole)]
+    prompts.data.max_new_tokens = 2
+    assert prompts.skip_rate(rule) == 0
 
 
 @pytest.mark.parametrize(("batches", "again"), [(0, 3), (1.5, 2), (3, 0)])

@@ -20,6 +20,7 @@ from firstlab.methods.none import Dense
 from firstlab.metrics import PRIMARY_METRIC
 from firstlab.model import ModelUnavailableError, RouterAugmentedLM, RouterSettings, load_tokenizer
 from firstlab.model.storage import load_base, load_trained, read_config
+from firstlab.run_directory import variant_names
 
 _ASSETS = Path(__file__).resolve().parent / "assets"
 BUNDLED = {"bundled:nano": _ASSETS / "nano"}
@@ -165,22 +166,22 @@ def load_run(directory: Path, variant: str | None, overrides: dict[str, str] | N
         ValueError: Not a run directory, the variant was not trained, or a device is asked for that is not there.
     """
     config, method = read(directory / "config.yaml", overrides)
+    start = directory / "router" if method.trains_routers else None
+    if config.init_from is not None and not (directory / "router").is_dir():
+        start = Path(model_path(config.init_from))
     if overrides and "model.path" in overrides:
         config = replace(config, init_from=None)  # which has a base of its own
     check_device(config.trainer)
-    products = (
-        {"base": None, "base_lora": "lora"}
-        if method.name == "none"
-        else {"base": None, "router": "router" if method.trains_routers else None, "router_lora": "lora"}
-    )
+    before, after = variant_names(method)
+    folders = {"base": None, before: start, after: directory / "lora"}
     if variant is None:
-        variant = [name for name, part in products.items() if part is None or (directory / part).is_dir()][-1]
-    if variant not in products:
-        raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(products)}")
-    part = products[variant]
-    if part is not None and not (directory / part).is_dir():
-        raise ValueError(f"variant={variant}: {directory} has no trained {part}; train it, or choose another variant")
-    path = model_path(config.model.path) if part is None else directory / part
+        variant = [name for name, folder in folders.items() if folder is None or folder.is_dir()][-1]
+    if variant not in folders:
+        raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(folders)}")
+    folder = folders[variant]
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"variant={variant}: {folder} is not there; train it, or choose another variant")
+    path = folder or model_path(config.model.path)
     try:
         return TrainedRun(config, method, load_model(config, path), variant)
     except ModelUnavailableError as error:

@@ -423,9 +423,13 @@ class ExperimentConfig:
         return asdict(self)
 
     def located(self) -> ExperimentConfig:
-        """With the absolute folder of a model on disk, which can be found from anywhere."""
-        folder = Path(self.model.path)
-        return replace(self, model=replace(self.model, path=str(folder.resolve()))) if folder.is_dir() else self
+        """With the absolute folders of models on disk, which can be found from anywhere."""
+
+        def absolute(path: str) -> str:
+            return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+        initial = self.init_from and absolute(self.init_from)
+        return replace(self, model=replace(self.model, path=absolute(self.model.path)), init_from=initial)
 
     def identity(self) -> dict[str, Any]:
         """What decides the run's numbers: everything but where it runs, where it writes and how it is started."""

@@ -43,10 +43,13 @@ class Prompts(Protocol):
         """Response cross-entropy per token over all prompts under `routes` ([L])."""
 
     def new_tokens(self) -> list[int]:
-        """[N] lengths of the references in tokens."""
+        """[N] lengths of the references in tokens, as far as generation goes."""
 
     def skip_rate(self, rule: EarlyExit) -> float:
-        """Skip rate when the references' tokens are decoded under the rule, mean over prompts."""
+        """Skip rate when the references' tokens, as far as generation goes, are decoded under the rule.
+
+        The mean over prompts; NaN if none of them takes a decode step.
+        """
 
     def layer_states(self) -> Iterator[list[Tensor]]:
         """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the output of the last one."""

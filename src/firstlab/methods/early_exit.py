@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -76,9 +77,14 @@ def calibrate_threshold(skip_rate: Callable[[float], float], target_skip: float,
         bisections: Halvings of [0, 1].
 
     Raises:
-        ValueError: Even threshold 0 skips less than the target.
+        ValueError: Even threshold 0 skips less than the target, or there is no rate, for want of decode steps.
     """
     most = skip_rate(0.0)
+    if math.isnan(most):
+        raise ValueError(
+            "no response has a second token, so that nothing is decoded: raise method.calibration_prompts or "
+            "data.max_new_tokens"
+        )
     if most < target_skip:
         raise ValueError(
             f"method.target_skip={target_skip} cannot be reached: threshold 0 skips {most:.3f}; lower it or "

@@ -51,7 +51,7 @@ class Oracle(FixedCount):
             closable = _layers(routes & free)
             closed = (routes.scatter(1, layer, False) for layer in closable)
             losses, routes = _best(prompts, closed, torch.full_like(losses, torch.inf), routes)
-        for _ in range(self.swap_rounds if count else 0):
+        for _ in range(self.swap_rounds):
             pairs = product(_layers(~routes), _layers(routes & free))
             swapped = (routes.scatter(1, opened, True).scatter(1, closed, False) for opened, closed in pairs)
             new_losses, new_routes = _best(prompts, swapped, losses, routes)
@@ -63,7 +63,7 @@ class Oracle(FixedCount):
 
 def _layers(chosen: Tensor) -> list[Tensor]:
     """The m-th chosen layer of every prompt, [N, 1], for each m; every row of [N, L] chooses equally many."""
-    return list(chosen.nonzero()[:, 1].view(len(chosen), -1).split(1, dim=1))
+    return list(chosen.nonzero()[:, 1].view(len(chosen), -1).T.unsqueeze(-1))
 
 
 def _best(prompts: Prompts, candidates: Iterable[Tensor], losses: Tensor, routes: Tensor) -> tuple[Tensor, Tensor]:

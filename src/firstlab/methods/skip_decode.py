@@ -99,7 +99,10 @@ def schedule_skip_rate(routes: StepRoutes, new_tokens: Sequence[int]) -> float:
     """
     steps = torch.tensor([n - 1 for n in new_tokens if n > 1])
     if not len(steps):
-        raise ValueError("no response has a second token, so that nothing is decoded; give more calibration prompts")
+        raise ValueError(
+            "no response has a second token, so that nothing is decoded: raise method.calibration_prompts or "
+            "data.max_new_tokens"
+        )
     skipped = 1 - routes.window(0, int(steps.max())).double().mean(1)
     return float((skipped.cumsum(0)[steps - 1] / steps).mean())
 

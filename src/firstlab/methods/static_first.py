@@ -29,6 +29,11 @@ class StaticFirst(First):
         super().__post_init__()
         if self.vote_prompts < 1:
             raise ValueError(f"method.vote_prompts={self.vote_prompts} must be at least 1")
+        if self.one_phase:
+            raise ValueError(
+                "method.one_phase=true trains the routers after static_first has taken its route from them: "
+                "leave it out"
+            )
 
     @property
     def label(self) -> str:

@@ -122,15 +122,27 @@ class PromptSet:
             yield reading
 
     def new_tokens(self) -> list[int]:
-        """[N] lengths of the references in tokens."""
-        return torch.cat([(batch["labels"] != -100).sum(1) for batch in self.batches]).tolist()
+        """[N] lengths of the references in tokens, as far as generation goes."""
+        return torch.cat([(self._generable(batch) != -100).sum(1) for batch in self.batches]).tolist()
 
     def skip_rate(self, rule: EarlyExit) -> float:
-        """Skip rate when the references' tokens are decoded under the rule, mean over prompts."""
+        """Skip rate when the references' tokens, as far as generation goes, are decoded under the rule.
+
+        The mean over prompts; NaN if none of them takes a decode step.
+        """
         with self.model.lora_disabled():
-            return float(
-                torch.cat([teacher_forced_skip_rates(self.model, batch, rule) for batch in self.batches]).nanmean()
-            )
+            rates = [
+                teacher_forced_skip_rates(self.model, {**batch, "labels": self._generable(batch)}, rule)
+                for batch in self.batches
+            ]
+        return float(torch.cat(rates).nanmean())
+
+    def _generable(self, batch: Batch) -> Tensor:
+        """Labels [B, T] without those of tokens that come after the longest response there will be."""
+        limits = [self.examples[i].max_new_tokens or self.max_new_tokens for i in batch["index"].tolist()]
+        labels = batch["labels"]
+        most = torch.tensor(limits, device=labels.device).clamp_max(self.max_new_tokens)
+        return labels.masked_fill((labels != -100).cumsum(1) > most.unsqueeze(1), -100)
 
     @torch.no_grad()
     def layer_states(self) -> Iterator[list[Tensor]]:
