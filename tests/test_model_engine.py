@@ -355,6 +355,11 @@ def test_bad_input(prompts, new, routes, message) -> None:
         DecodeEngine(llama(True), 16).generate(prompts, new, routes)
 
 
+def test_autocast_is_refused() -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="instead of autocast"):
+        DecodeEngine(llama(True), 16).generate([[5]], 4)
+
+
 def test_unsupported_models() -> None:
     with pytest.raises(ValueError, match="GPT2LMHeadModel.*RouterAugmentedLM.generate"):
         DecodeEngine(RouterAugmentedLM(tiny_model("gpt2")), 16)

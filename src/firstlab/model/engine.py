@@ -311,6 +311,8 @@ class DecodeEngine:
             raise ValueError("the model got LoRA after its engine was made; merge_and_unload() it, make a new engine")
         if not self.step.is_current():
             raise ValueError("the model was moved or converted after its engine was made; make a new DecodeEngine")
+        if torch.is_autocast_enabled(self.model.device.type):
+            raise ValueError("the engine computes in the model's own type: load the model in it instead of autocast")
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("every prompt needs at least one token (for instance the BOS token)")
         if len(limits) != len(prompts):
