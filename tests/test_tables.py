@@ -602,12 +602,15 @@ def test_forms_of_a_table():
         Cell("a|b_50 %"),
         Cell("70.0", 70.04, "[68, 72]", "▼", kind="ours"),
         Cell("no run", note="why", command="do it", kind="missing"),
+        Cell("+1.2", 1.2, "[+1.0, +1.4]", "▲"),
     ]
-    table = Table("key", "Title", [Column("Name"), Column("x", "group"), Column("y", "group")], [cells])
-    assert "| a\\|b_50 % | 70.0 ▼ [68, 72] | no run |" in markdown(table) and "do it" in markdown(table)
+    columns = [Column("Name"), Column("x", "group"), Column("y", "group"), Column("difference", "group")]
+    table = Table("key", "Title", columns, [cells])
+    assert "| a\\|b_50 % | 70.0 ▼ [68, 72] | no run | +1.2" in markdown(table) and "do it" in markdown(table)
     (line,) = csv.DictReader(csv_text(table).splitlines())
     assert line["group x"] == "70.04" and line["group x: test"] == "▼" and line["group y: command"] == "do it"
-    assert r"a\textbar{}b\_50 \% & 70.0 $\blacktriangledown$ [68, 72] & no run \\" in latex(table)
+    assert line["group difference: detail"] == "[+1.0, +1.4]" and line["group difference: test"] == "▲"
+    assert r"a\textbar{}b\_50 \% & 70.0 $\blacktriangledown$ [68, 72] & no run & +1.2" in latex(table)
 
 
 def test_no_letter_of_a_cell_breaks_a_table():
