@@ -158,6 +158,7 @@ def test_a_method_setting_left_out_is_the_default_one():
     [
         ("data.train_size=-1", r"data\.train_size=-1 is not allowed: at least 1"),
         ("data.val_size=-1", r"data\.val_size=-1 is not allowed: at least 0"),
+        ("data.split_seed=-1", r"data\.split_seed=-1 is not allowed: at least 0"),
         ("data.max_length_router=1", r"data\.max_length_router=1 is not allowed: at least 2"),
         ("data.max_new_tokens=0", r"data\.max_new_tokens=0 is not allowed"),
         ("model.path=", r"model\.path='' is not allowed: a hub id or a folder"),
