@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from firstlab import results
+from firstlab.config import composed_config
 from firstlab.metrics import Scores, bootstrap_interval
 from firstlab.tables.grid import Run
-from firstlab.tables.records import composed_config
 
 METRIC = {"mini_qa": ("f1", "em"), "mini_summarization": ("rougeL", "rouge1")}
 LAYERS = 16

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from firstlab.build import (
@@ -110,6 +111,16 @@ def test_a_moved_base_can_be_named(trained_run: Path, tmp_path: Path):
     save_tiny_model(tmp_path / "other", num_layers=2)
     with pytest.raises(ValueError, match="do not fit a base model"):
         load_run(trained_run, None, {"model.path": str(tmp_path / "other")})
+
+
+def test_a_saved_run_is_evaluated_by_one_process(trained_run: Path):
+    with pytest.raises(ValueError, match="trainer.devices=2, .*: a saved run is evaluated by one process"):
+        load_run(trained_run, None, {"trainer": "ddp"})
+    config = trained_run / "config.yaml"
+    saved = yaml.safe_load(config.read_text())
+    saved["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    config.write_text(yaml.safe_dump(saved))
+    assert load_run(trained_run, None, {"trainer.progress_bar": "true"}).config.trainer.devices == 2
 
 
 def test_training_needs_validation(tiny_model_dir: Path, tmp_path: Path):

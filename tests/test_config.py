@@ -10,11 +10,11 @@ import pytest
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from firstlab.config import ExperimentConfig, conf_dir, load_dict, read
+from firstlab.config import ExperimentConfig, composed_config, conf_dir, load_dict, own_conf_dirs, read, search_path
 from firstlab.entry import check_command_line
 from firstlab.methods.base import Method, Prompts
 from firstlab.run_directory import check_same
-from tiny_run import composed
+from tiny_run import composed, started_with
 
 PAPER = sorted(p.stem for p in (Path(conf_dir()) / "experiment").glob("*_a*.yaml") if not p.stem.startswith("_"))
 GROUPS = {
@@ -158,6 +158,7 @@ def test_a_method_setting_left_out_is_the_default_one():
     [
         ("data.train_size=-1", r"data\.train_size=-1 is not allowed: at least 1"),
         ("data.val_size=-1", r"data\.val_size=-1 is not allowed: at least 0"),
+        ("data.split_seed=-1", r"data\.split_seed=-1 is not allowed: at least 0"),
         ("data.max_length_router=1", r"data\.max_length_router=1 is not allowed: at least 2"),
         ("data.max_new_tokens=0", r"data\.max_new_tokens=0 is not allowed"),
         ("model.path=", r"model\.path='' is not allowed: a hub id or a folder"),
@@ -197,6 +198,8 @@ def test_every_part_checks_its_values_before_anything_is_loaded(argument: str, m
 def test_a_logger_is_looked_at_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"logger\._target_='nothing\.here' cannot be imported"):
         composed("logger=csv", "logger._target_=nothing.here")
+    with pytest.raises(ValueError, match=r"logger\.offline='maybe' is not allowed: it takes true or false"):
+        composed("logger=wandb", "logger.offline=maybe")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +212,8 @@ def test_a_logger_is_looked_at_before_anything_is_loaded():
         (["experiment=squad_a0.01"], "write +experiment=squad_a0.01"),
         (["data.task.test_size=3"], "pair; another argument of its class is added: +data.task.test_size="),
         (["--multirun", "+model.bogus=1"], "model.bogus is unknown: model has no key 'bogus'"),
+        (["logger=[csv,wandb]"], "logger=[csv,wandb]: choose one of csv, none, tensorboard, wandb"),
+        (["trainer=null"], "trainer=null: choose one of cpu, ddp, fsdp, gpu"),
     ],
 )
 def test_unknown_keys_are_answered_with_those_of_the_chosen_parts(
@@ -224,6 +229,20 @@ def test_what_is_right_passes_the_command_line():
     check_command_line("train", ["data=mini_qa", "+data.task.test_size=3"])
     check_command_line("train", ["--multirun", "method=first,sleb", "+data.task.test_size=3"])
     check_command_line("train", ["--multirun", "method.target_skip=0.1,0.2"])
+
+
+def test_a_folder_of_ones_own_is_searched_beside_the_bundled_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("defaults: [parallel]\nname: mine\nval_size: 7\n")
+    for option in (["--config-dir", str(tmp_path)], [f"-cd={tmp_path}"], search_path([str(tmp_path)])):
+        check_command_line("train", [*option, "data=mine", "+data.task.root=x"])
+        with pytest.raises(SystemExit, match="2"):
+            check_command_line("train", [*option, "data=mine", "lora.rnk=1"])
+        assert "lora has no key 'rnk'" in capsys.readouterr().err
+    assert own_conf_dirs() == []
+    with started_with(*search_path([str(tmp_path)])):
+        assert own_conf_dirs() == [str(tmp_path)]
+        assert composed_config(["data=mine"])["data"]["val_size"] == 7
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "site: mine\n", "- a\n", b"\xff\xfe"])
@@ -249,6 +268,8 @@ def test_overrides_of_a_saved_configuration(tmp_path: Path):
     file.write_text(yaml.safe_dump(composed()[0].to_dict()))
     assert read(file, {"trainer": "gpu"})[0].trainer.accelerator == "gpu"
     assert read(file, {"evaluation.limit": "null"})[0].evaluation.limit is None
+    captions = read(file, {"data": "multi30k"})[0].data  # a file that starts from another
+    assert (captions.name, captions.task["train"], captions.max_length_router) == ("multi30k", "val", 128)
     for key, value, message in (
         ("evaluation.limit", "", "evaluation.limit= has no value; write evaluation.limit=null for none"),
         ("data.root", "[a", r"data.root=\[a is not valid YAML"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from firstlab import results
-from firstlab.config import conf_dir
+from firstlab.config import conf_dir, search_path
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
@@ -29,6 +30,7 @@ from firstlab.tables.records import Library, read
 from firstlab.tables.speed import overhead_table, tpot_tables
 from firstlab.tables.table import Cell, Column, Table, csv_text, latex, markdown
 from made_records import record, save
+from tiny_run import started_with
 
 
 def settings(*overrides: str) -> TablesConfig:
@@ -477,7 +479,7 @@ def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
     # One run of each method and each ablation: composing is slow.
     chosen = {run.method: run for run in plan if not run.changes}
     ablations = [run for _, _, run in ablation_runs(config)][-3:]
-    from firstlab.tables.records import composed_config
+    from firstlab.config import composed_config
 
     for run in [*chosen.values(), *ablations]:
         node = composed_config(run.overrides)
@@ -513,6 +515,20 @@ def test_a_scale_may_stand_for_a_part_of_the_paper(tmp_path: Path):
     assert {run.task for run in planned_runs(config)} == {"multi30k"}
     narrow = replace(config, scale=replace(config.scale, levels={25: 0.25}), ablation_level=25)
     assert "figure3" not in {table.key for table in build(narrow, read(narrow.results))}
+
+
+def test_a_scale_may_name_files_of_a_folder_of_ones_own(tmp_path: Path):
+    for group, text in (("data", "defaults: [mini_qa]\nname: mine\nval_size: 7"), ("method", "defaults: [sleb]")):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+    config = settings('+scale.methods.mine=["method=mine"]')
+    config = replace(config, scale=replace(config.scale, tasks={"squad": "mine"}))
+    with started_with(*search_path([str(tmp_path)])):
+        save(tmp_path, "mine", record(cell_run(config, "mine", 15), rate=0.15))
+        tables = {table.key: table for table in build(config, read([str(tmp_path)]))}
+    assert [cell.text for cell in tables["table8"].rows[0]][:4] == ["mine", "Question answering", "4000", "7"]
+    assert any(row[0].text == "mine + LoRA" and row[1].kind == "ours" for row in tables["overview"].rows)
+    assert search_path([str(tmp_path)])[0] in shlex.split(tables["overview"].commands[0])
 
 
 def test_tables_of_times_leave_gaps_where_tasks_have_fewer_levels(config: TablesConfig):
@@ -586,12 +602,15 @@ def test_forms_of_a_table():
         Cell("a|b_50 %"),
         Cell("70.0", 70.04, "[68, 72]", "▼", kind="ours"),
         Cell("no run", note="why", command="do it", kind="missing"),
+        Cell("+1.2", 1.2, "[+1.0, +1.4]", "▲"),
     ]
-    table = Table("key", "Title", [Column("Name"), Column("x", "group"), Column("y", "group")], [cells])
-    assert "| a\\|b_50 % | 70.0 ▼ [68, 72] | no run |" in markdown(table) and "do it" in markdown(table)
+    columns = [Column("Name"), Column("x", "group"), Column("y", "group"), Column("difference", "group")]
+    table = Table("key", "Title", columns, [cells])
+    assert "| a\\|b_50 % | 70.0 ▼ [68, 72] | no run | +1.2" in markdown(table) and "do it" in markdown(table)
     (line,) = csv.DictReader(csv_text(table).splitlines())
     assert line["group x"] == "70.04" and line["group x: test"] == "▼" and line["group y: command"] == "do it"
-    assert r"a\textbar{}b\_50 \% & 70.0 $\blacktriangledown$ [68, 72] & no run \\" in latex(table)
+    assert line["group difference: detail"] == "[+1.0, +1.4]" and line["group difference: test"] == "▲"
+    assert r"a\textbar{}b\_50 \% & 70.0 $\blacktriangledown$ [68, 72] & no run & +1.2" in latex(table)
 
 
 def test_no_letter_of_a_cell_breaks_a_table():

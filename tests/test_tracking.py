@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from firstlab.tracking import JsonLinesLogger, log_evaluation, open_logger
+from firstlab.tracking import JsonLinesLogger, log_evaluation, logger_options, open_logger
 
 RECORD = {
     "variants": {
@@ -41,6 +41,13 @@ def test_json_lines(tmp_path: Path, predictions: Path):
     first, second = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (first["step"], first["train/loss"]) == (3, 1.5)
     assert second["test/router/bleu"] == 41.5 and second["test/router/tpot_ratio"] == 0.84
+
+
+def test_what_a_logger_says_itself_stays(tmp_path: Path):
+    node = {"_target_": "lightning.pytorch.loggers.WandbLogger", "save_dir": None, "name": "mine"}
+    directory = tmp_path / "task-model" / "run"
+    assert logger_options(node, directory, "first") == {"save_dir": str(directory), "job_type": "first"}
+    assert logger_options({**node, "name": None}, directory, "first")["name"] == "task-model/run"
 
 
 def test_wandb_without_a_login_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from firstlab.config import ExperimentConfig, conf_dir, load, register
@@ -73,6 +76,18 @@ def composed(*arguments: str) -> tuple[ExperimentConfig, Method]:
     register()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         return load(compose("train", list(arguments)))
+
+
+@contextmanager
+def started_with(*arguments: str) -> Iterator[None]:
+    """Inside a command of Hydra's that was given these overrides."""
+    register()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        HydraConfig.instance().set_config(compose("train", list(arguments), return_hydra_config=True))
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = None
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -172,6 +172,13 @@ def load_run(directory: Path, variant: str | None, overrides: dict[str, str] | N
     if overrides and "model.path" in overrides:
         config = replace(config, init_from=None)  # which has a base of its own
     check_device(config.trainer)
+    # Not the saved ones, which are how it was trained.
+    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & (overrides or {}).keys()
+    if asked and config.trainer.devices * config.trainer.num_nodes > 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}: a saved run is "
+            "evaluated by one process; choose trainer=cpu or gpu"
+        )
     before, after = variant_names(method)
     folders = {"base": None, before: start, after: directory / "lora"}
     if variant is None:

@@ -9,12 +9,16 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -34,6 +38,19 @@ def conf_dir() -> str:
     in_repository = Path(__file__).resolve().parents[2] / "conf"
     inside_package = Path(__file__).resolve().parent / "conf"
     return str(in_repository if (in_repository / "train.yaml").is_file() else inside_package)
+
+
+def own_conf_dirs() -> list[str]:
+    """Folders that the command line searches besides `conf_dir` (--config-dir, hydra.searchpath)."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    folders = [each for each in sources if each.schema == "file" and each.provider != "main"]
+    return [each.path for each in folders if Path(each.path).is_dir()]
+
+
+def search_path(folders: Sequence[str]) -> list[str]:
+    """The override by which Hydra searches these folders, too; none for none."""
+    quoted = ", ".join(json.dumps(f"file://{Path(each).resolve()}", ensure_ascii=False) for each in folders)
+    return [f"hydra.searchpath=[{quoted}]"] if folders else []
 
 
 Settings = TypeVar("Settings")
@@ -160,7 +177,7 @@ class DataConfig:
         _require(self.root != "", "data.root", self.root, "a folder, or null")
         _require_plain("data.name", self.name)
         least = {"train_size": 1, "val_size": 0, "test_size": 1, "max_length_router": 2, "max_length_lora": 2}
-        least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0}
+        least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0, "split_seed": 0}
         _require_least(self, "data", least)
 
 
@@ -508,7 +525,7 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
         if not chosen.is_file():
             names = ", ".join(sorted(each.stem for each in chosen.parent.glob("*.yaml")))
             raise ValueError(f"{group}={name!r} is unknown; choose one of {names}")
-        saved[group] = OmegaConf.load(chosen)
+        saved[group] = composed_config([f"{group}={name}"])[group]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
     except OmegaConfBaseException as error:
@@ -529,6 +546,17 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
             keys = f"; keys there: {', '.join(map(str, part))}" if OmegaConf.is_dict(part) else ""
             raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}{keys}") from error
     return load(merged)
+
+
+def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration that `python -m firstlab.train OVERRIDES` would run, unchecked; nothing is built."""
+    register()
+    GlobalHydra.instance().clear()  # the entry point's own, which is done composing
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        composed = compose("train", [*search_path(own_conf_dirs()), *overrides])
+    node = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
 
 
 def read_saved(file: Path) -> dict[str, Any]:

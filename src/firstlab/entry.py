@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
@@ -113,6 +114,7 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     Hydra, but for keys added with a plus, which it would take and no schema would see. Those that are arguments of a
     `_target_` are welcome: its class checks them.
     """
+    arguments, folders = _own_folders(arguments)
     flags = any(argument.startswith("-") for argument in arguments)
     given = arguments
     if any(argument.startswith("+sweep=") for argument in arguments):
@@ -120,12 +122,14 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from firstlab.config import conf_dir
+    from firstlab.config import conf_dir, search_path
 
+    arguments = [*search_path(folders), *arguments]
     added = ("+experiment=", "+sweep=")
     names = {each.name for each in Path(conf_dir()).iterdir() if each.is_dir()} - {"experiment", "sweep"}
-    # Which keys there are depends on what is chosen from the groups.
-    groups = [each for each in arguments if each.startswith(added) or each.partition("=")[0] in names]
+    # Which keys there are depends on what is chosen from the groups, and where.
+    chosen = (*added, "hydra.searchpath=", *(f"{name}=" for name in names))
+    groups = [each for each in arguments if each.startswith(chosen)]
     groups = [each for each in groups if not (flags and "," in each)]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         try:
@@ -135,6 +139,9 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
                     raise ValueError(f"{argument} names a file of conf/{key}: write +{argument}")
                 if argument.startswith("+sweep=") and "," in argument:
                     raise ValueError(f"{argument}: one sweep at a time; conf/sweep/tables.yaml has those of all tables")
+                if key in names and argument.partition("=")[2].strip("'\"").startswith(("[", "null")):
+                    files = sorted(each.stem for each in (Path(conf_dir()) / key).glob("*.yaml"))
+                    raise ValueError(f"{argument}: choose one of {', '.join(files)}")
                 if plus and not argument.startswith(added):
                     node = compose(config_name, groups)
                     if not _has_target(OmegaConf.select(node, key.rpartition(".")[0])):
@@ -152,6 +159,16 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
                 text = ", ".join(x for x in lines if not x.startswith(("reference_type", "object_type", "full_key")))
             print(f"error: {text}", file=sys.stderr)
             sys.exit(2)
+
+
+def _own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without Hydra's --config-dir, and the folder that this names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config-dir", "-cd", dest="folder")
+    known, others = parser.parse_known_args(arguments)
+    folder = getattr(known, "folder", None)
+    # One that does not exist is left to Hydra, which says so.
+    return (others, [folder]) if folder is not None and Path(folder).is_dir() else (arguments, [])
 
 
 def _quoted(argument: str) -> str | None:
@@ -244,8 +261,10 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
         )
     from hydra.core.hydra_config import HydraConfig
 
+    from firstlab.config import own_conf_dirs, search_path
+
     # A job of a sweep names its sweep file, which would start the whole sweep again.
-    overrides = [*HydraConfig.get().overrides.task, "hydra.mode=RUN"]
+    overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
     code = _finish([*launcher, "-m", module, *overrides])
     if code:

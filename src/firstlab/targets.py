@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from types import NoneType, UnionType
+from contextlib import suppress
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import InstantiationException
@@ -74,10 +75,13 @@ def with_floats(target: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hints(target: type) -> dict[str, Any]:
-    try:
-        return get_type_hints(target.__init__)  # type: ignore[misc]
-    except NameError:  # a library may name types that only its type checker imports
-        return {}
+    init: Any = target.__init__  # type: ignore[misc]
+    found: dict[str, Any] = {}
+    for name, hint in getattr(init, "__annotations__", {}).items():
+        # One by one: a library may name types that only its type checker imports.
+        with suppress(NameError):
+            found |= get_type_hints(SimpleNamespace(__annotations__={name: hint}), init.__globals__)
+    return found
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -50,11 +50,11 @@ def _is_wandb(logger: dict[str, Any]) -> bool:
 
 
 def logger_options(logger: dict[str, Any], directory: Path, method: str) -> dict[str, Any]:
-    """What a logger of conf/logger is given by its run: where to write and, in W&B, how the run is called."""
+    """What its run gives a logger that says nothing else: where to write and, in W&B, how the run is called."""
     options: dict[str, Any] = {"save_dir": str(directory)}
     if _is_wandb(logger):
         options |= {"name": f"{directory.parent.name}/{directory.name}", "job_type": method}
-    return options
+    return {key: value for key, value in options.items() if logger.get(key) is None}
 
 
 def open_logger(logger: Logger) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from firstlab.config import conf_dir
+from firstlab.config import conf_dir, own_conf_dirs, search_path
 from firstlab.tables import paper
 from firstlab.tables.config import ScaleConfig, TablesConfig
 from firstlab.tables.paper import QualityTable
@@ -42,12 +42,14 @@ class Run:
 
     def command(self, seed: int = 0) -> str:
         """Ready for a shell."""
-        return shlex.join(["python", "-m", "firstlab.train", *self.overrides, f"seed={seed}"])
+        own = search_path(own_conf_dirs())
+        return shlex.join(["python", "-m", "firstlab.train", *own, *self.overrides, f"seed={seed}"])
 
 
 def known_methods(scale: ScaleConfig) -> list[str]:
     """Methods of the scale that this version has, in order."""
-    return [name for name in scale.methods if (Path(conf_dir()) / "method" / f"{name}.yaml").is_file()]
+    folders = [Path(each) / "method" for each in (conf_dir(), *own_conf_dirs())]
+    return [name for name in scale.methods if any((each / f"{name}.yaml").is_file() for each in folders)]
 
 
 def quality_of(scale: ScaleConfig) -> list[QualityTable]:

@@ -11,12 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
-
 from firstlab import results
-from firstlab.config import UNSAID, conf_dir, register
+from firstlab.config import UNSAID, composed_config
 from firstlab.tables.config import ScaleConfig
 from firstlab.tables.grid import Run, level_keys
 
@@ -91,7 +87,7 @@ class Library:
         if not near:
             return []
         levels = set() if run.level is None else level_keys(scale)
-        expected = _expected(tuple(each for each in run.overrides if each.partition("=")[0] not in levels))
+        expected = expected_settings(tuple(each for each in run.overrides if each.partition("=")[0] not in levels))
         unused = ("router.", "router_phase.") if run.method == "none" else ()
         wanted = {
             key: value
@@ -313,7 +309,7 @@ def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 @functools.cache
-def _expected(overrides: tuple[str, ...]) -> dict[str, Any]:
+def expected_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
     """Settings that `python -m firstlab.train` makes of the overrides."""
     # Composing is slow: what says nothing of model and data is composed once for all of them, and the other way round.
     ours = (*_SECTIONS, "evaluation", "note")
@@ -325,13 +321,3 @@ def _expected(overrides: tuple[str, ...]) -> dict[str, Any]:
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
     return composed_config(overrides)
-
-
-def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration that `python -m firstlab.train OVERRIDES` would run, unchecked; nothing is built."""
-    register()
-    GlobalHydra.instance().clear()  # the entry point's own, which is done composing
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        node = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
-from firstlab.config import conf_dir
 from firstlab.tables import paper, pictures
 from firstlab.tables.cells import Cells
 from firstlab.tables.grid import FIRST, known_methods, run_of, tpot_of
 from firstlab.tables.quality import TASKS, method_title, missing_cell, paper_cell, rate_cell
+from firstlab.tables.records import expected_settings
 from firstlab.tables.table import Cell, Column, Table
 
 
@@ -69,8 +67,8 @@ def splits_table(cells: Cells) -> Table:
         if task not in cells.config.scale.tasks:
             continue
         name = cells.config.scale.tasks[task]
-        with open(f"{conf_dir()}/data/{name}.yaml", encoding="utf-8") as file:
-            node = yaml.safe_load(file)
+        run = run_of(cells.config.scale, task, next(iter(cells.config.scale.models)), "none", 0)
+        settings = expected_settings(run.overrides)
         sizes = sorted(
             {part["n"] for r in cells.library.records if r.node["data"] == name for part in r.node["variants"].values()}
         )
@@ -80,7 +78,7 @@ def splits_table(cells: Cells) -> Table:
             else Cell(note="no run")
         )
         row = [Cell(name), Cell(TASKS[task])]
-        for size in (node.get("train_size"), node.get("val_size")):
+        for size in (settings["data.train_size"], settings["data.val_size"]):
             row.append(Cell("all others" if size is None else str(size), size))
         rows.append([*row, test, *(Cell(str(theirs[part]), theirs[part], kind="paper") for part in theirs)])
     errata = [each for each in paper.read()["errata"] if each["where"].startswith("Table 8")]

@@ -153,7 +153,7 @@ def markdown(table: Table) -> str:
 
 def csv_text(table: Table) -> str:
     """One line per row; beside each column of ours: what stands behind the number, and what fills an empty cell."""
-    wide = {i for row in table.rows for i, cell in enumerate(row) if cell.kind in ("ours", "missing")}
+    wide = {i for row in table.rows for i, cell in enumerate(row) if cell.kind in ("ours", "missing") or cell.detail}
     header: list[str] = []
     for i, column in enumerate(table.columns):
         header.append(full_name(column))
