@@ -243,6 +243,12 @@ def test_a_folder_of_ones_own_is_searched_beside_the_bundled_one(tmp_path: Path,
     with started_with(*search_path([str(tmp_path)])):
         assert own_conf_dirs() == [str(tmp_path)]
         assert composed_config(["data=mine"])["data"]["val_size"] == 7
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(composed()[0].to_dict()))
+    mine = read(file, {"data": "mine", "data.root": "x"}, [str(tmp_path)])[0].data
+    assert (mine.val_size, mine.root) == (7, "x")
+    with pytest.raises(ValueError, match="data='mine' is unknown"):
+        read(file, {"data": "mine"})
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "site: mine\n", "- a\n", b"\xff\xfe"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,18 +155,21 @@ class TrainedRun(NamedTuple):
     variant: str
 
 
-def load_run(directory: Path, variant: str | None, overrides: dict[str, str] | None = None) -> TrainedRun:
+def load_run(
+    directory: Path, variant: str | None, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
+) -> TrainedRun:
     """Configuration, method, model and variant of a trained run.
 
     Args:
         directory: Run directory.
         variant: base, base_lora, router or router_lora; None takes the most trained one there is.
         overrides: Keys that replace the saved ones; `data` names a file of conf/data.
+        config_dirs: Searched for such a file, too.
 
     Raises:
         ValueError: Not a run directory, the variant was not trained, or a device is asked for that is not there.
     """
-    config, method = read(directory / "config.yaml", overrides)
+    config, method = read(directory / "config.yaml", overrides, config_dirs)
     start = directory / "router" if method.trains_routers else None
     if config.init_from is not None and not (directory / "router").is_dir():
         start = Path(model_path(config.init_from))

@@ -505,12 +505,15 @@ def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
     return experiment, method
 
 
-def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[ExperimentConfig, Method]:
+def read(
+    file: Path, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
+) -> tuple[ExperimentConfig, Method]:
     """A run's own saved configuration, with some keys replaced.
 
     Args:
         file: config.yaml of a run directory.
         overrides: Dotted key to value; `data` and `trainer` name a file of conf/data and conf/trainer.
+        config_dirs: Searched for these files, too.
 
     Raises:
         ValueError: There is no such file, it is not a run's, or a key or value is wrong.
@@ -521,11 +524,11 @@ def read(file: Path, overrides: dict[str, str] | None = None) -> tuple[Experimen
     overrides = dict(overrides or {})
     for group in {"data", "trainer"} & overrides.keys():
         name = overrides.pop(group)
-        chosen = Path(conf_dir()) / group / f"{name}.yaml"
-        if not chosen.is_file():
-            names = ", ".join(sorted(each.stem for each in chosen.parent.glob("*.yaml")))
-            raise ValueError(f"{group}={name!r} is unknown; choose one of {names}")
-        saved[group] = composed_config([f"{group}={name}"])[group]
+        places = [Path(each) / group for each in (conf_dir(), *config_dirs)]
+        names = {each.stem for place in places for each in place.glob("*.yaml")}
+        if name not in names:
+            raise ValueError(f"{group}={name!r} is unknown; choose one of {', '.join(sorted(names))}")
+        saved[group] = composed_config([*search_path(config_dirs), f"{group}={name}"])[group]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
     except OmegaConfBaseException as error:

@@ -114,7 +114,7 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     Hydra, but for keys added with a plus, which it would take and no schema would see. Those that are arguments of a
     `_target_` are welcome: its class checks them.
     """
-    arguments, folders = _own_folders(arguments)
+    arguments, folders = own_folders(arguments)
     flags = any(argument.startswith("-") for argument in arguments)
     given = arguments
     if any(argument.startswith("+sweep=") for argument in arguments):
@@ -161,7 +161,7 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
             sys.exit(2)
 
 
-def _own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
+def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The arguments without Hydra's --config-dir, and the folder that this names."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config-dir", "-cd", dest="folder")

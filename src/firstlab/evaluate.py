@@ -3,6 +3,7 @@
     python -m firstlab.evaluate run=DIR                                   # again, on the run's test set
     python -m firstlab.evaluate run=DIR data=mini_qa evaluation.limit=100 # on another task
     python -m firstlab.evaluate run=DIR data=parallel data.root=FOLDER    # on your own text
+    python -m firstlab.evaluate run=DIR data=mine --config-dir FOLDER     # on the task of FOLDER/data/mine.yaml
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
 
 Every key of conf/ under data, evaluation, trainer and seed may be given, model.quantization (int8, int4), and
@@ -15,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from firstlab.entry import guarded, split_options
+from firstlab.entry import guarded, own_folders, split_options
 
 
 @guarded
@@ -24,7 +25,10 @@ def main(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
+    arguments, folders = own_folders(arguments)
     options, words = split_options(arguments)
+    if words and words[0].startswith(("--config-dir", "-cd")):
+        raise ValueError(f"{' '.join(words)}: there is no such folder")
     if words:
         raise ValueError(f"{words[0]!r} is not KEY=VALUE; see python -m firstlab.evaluate --help")
     run, variant = options.pop("run", None), options.pop("variant", None)
@@ -48,7 +52,7 @@ def main(arguments: list[str]) -> None:
     from firstlab.routes import decided_routes, static_routes
     from firstlab.training.prompt_set import PromptSet
 
-    config, method, model, variant = load_run(Path(run), variant, options)
+    config, method, model, variant = load_run(Path(run), variant, options, folders)
     data = build_data(config)
     check_test_set(data)
     check_vocabulary(config, data.tokenizer, model)
