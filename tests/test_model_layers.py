@@ -234,6 +234,12 @@ def test_layers_that_need_more_than_hidden_states_are_refused():
     model.lm.config.indexer_types = ["full", "shared"] * 3
     with pytest.raises(ValueError, match="layers with a shared indexer"):
         RouterAugmentedLM(model.lm)
+    del model.lm.config.indexer_types
+    for name in ("hc_mult", "hc_count", "altup_num_inputs"):
+        setattr(model.lm.config, name, 4)
+        with pytest.raises(ValueError, match=rf"pass on 4 hidden states of every token \({name}\)"):
+            RouterAugmentedLM(model.lm)
+        delattr(model.lm.config, name)
     layer, states = model.lm.model.layers[0], torch.zeros(1, 2, 4, HIDDEN)
     with pytest.raises(ValueError, match=r"takes hidden states of shape \[1, 2, 4, 32\]"):
         layer(states, past_key_values=model.new_cache())

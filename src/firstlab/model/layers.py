@@ -188,11 +188,16 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     return modules[name.rpartition(".")[0]], layers
 
 
+#: Keys by which configs say how many hidden states there are of a token between two layers.
+_STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
+
+
 def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
     """Raises ValueError for a model whose prompts or layers cannot be told apart as routing needs.
 
     `decoder` must take tokens and a KV cache, where routes and prompts are seen; a table of positions must be read by
-    `position_ids`, as padding would move the prompts otherwise; no layer may need what another one has found.
+    `position_ids`, as padding would move the prompts otherwise; no layer may need what another one has found; and a
+    token must have one hidden state between two layers.
     """
     taken = signature(decoder.forward).parameters
     missing = [name for name in ("input_ids", "past_key_values") if name not in taken]
@@ -206,7 +211,14 @@ def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
             f"{type(model).__name__} has a table of positions and takes no position_ids, so that its prompts depend on "
             "their padding; such models cannot be routed"
         )
-    if "shared" in (getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()):
+    config = model.config.get_text_config(decoder=True)
+    streams = next((name for name in _STREAMS if hasattr(config, name)), None)
+    if streams is not None:
+        raise ValueError(
+            f"{type(model).__name__}: its layers pass on {getattr(config, streams)} hidden states of every token "
+            f"({streams}); only decoder layers from [batch, tokens, hidden size] to the same can be routed"
+        )
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
         raise ValueError(
             f"{type(model).__name__}: layers with a shared indexer need what the layer below has found, which a route "
             "may skip; such models cannot be routed"

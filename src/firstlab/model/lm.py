@@ -152,7 +152,8 @@ class RouterAugmentedLM(nn.Module):
         """Write config.json, routers.safetensors, the PEFT adapter if there is one, and, if asked, the base model.
 
         Raises:
-            ValueError: The base is asked for and is quantized.
+            ValueError: The base is asked for and is quantized or has unmerged LoRA, is not asked for and could not be
+                found again, or there are several adapters.
         """
         if save_base and is_quantized(self.lm):
             raise ValueError("save_base=True: the base is quantized, for decoding alone; save it before quantizing")
