@@ -241,6 +241,10 @@ def test_layers_that_need_more_than_hidden_states_are_refused():
     with pytest.raises(ValueError, match="layers with a shared indexer"):
         RouterAugmentedLM(model.lm)
     del model.lm.config.indexer_types
+    model.lm.model.layers[1].mlp.router_states_scale = 1.0
+    with pytest.raises(ValueError, match="routers of experts need what the layer below has found"):
+        RouterAugmentedLM(model.lm)
+    del model.lm.model.layers[1].mlp.router_states_scale
     for name in ("hc_mult", "hc_count", "altup_num_inputs"):
         setattr(model.lm.config, name, 4)
         with pytest.raises(ValueError, match=rf"pass on 4 hidden states of every token \({name}\)"):

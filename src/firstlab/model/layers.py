@@ -226,8 +226,13 @@ def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
             f"{type(model).__name__}: its layers that attend to an image do not run without one, so that a prompt of "
             "text alone has no route for them; such models cannot be routed"
         )
+    below = None
     if "shared" in (getattr(config, "indexer_types", None) or ()):
+        below = "layers with a shared indexer need"
+    elif any(hasattr(each, "router_states_scale") for each in decoder.modules()):
+        below = "its routers of experts need"
+    if below is not None:
         raise ValueError(
-            f"{type(model).__name__}: layers with a shared indexer need what the layer below has found, which a route "
-            "may skip; such models cannot be routed"
+            f"{type(model).__name__}: {below} what the layer below has found, which a route may skip; such models "
+            "cannot be routed"
         )
