@@ -230,9 +230,28 @@ def test_layers_that_need_more_than_hidden_states_are_refused():
     bart = AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", decoder_layers=LAYERS, **sizes))
     with pytest.raises(ValueError, match="BartForCausalLM has a table of positions and takes no position_ids"):
         RouterAugmentedLM(bart)
+    prophetnet = AutoConfig.for_model(
+        "prophetnet", hidden_size=32, num_encoder_layers=LAYERS, num_decoder_layers=LAYERS
+    )
+    prophetnet.update({"is_encoder_decoder": False, "is_decoder": True, "num_decoder_attention_heads": 4})
+    with pytest.raises(ValueError, match="ProphetNetForCausalLM has a table of positions and takes no position_ids"):
+        RouterAugmentedLM(AutoModelForCausalLM.from_config(prophetnet))
     model = routed_model()
     model.lm.config.indexer_types = ["full", "shared"] * 3
     with pytest.raises(ValueError, match="layers with a shared indexer"):
+        RouterAugmentedLM(model.lm)
+    del model.lm.config.indexer_types
+    model.lm.model.layers[1].mlp.router_states_scale = 1.0
+    with pytest.raises(ValueError, match="routers of experts need what the layer below has found"):
+        RouterAugmentedLM(model.lm)
+    del model.lm.model.layers[1].mlp.router_states_scale
+    for name in ("hc_mult", "hc_count", "altup_num_inputs"):
+        setattr(model.lm.config, name, 4)
+        with pytest.raises(ValueError, match=rf"pass on 4 hidden states of every token \({name}\)"):
+            RouterAugmentedLM(model.lm)
+        delattr(model.lm.config, name)
+    model.lm.config.cross_attention_layers = [2]
+    with pytest.raises(ValueError, match="layers that attend to an image do not run without one"):
         RouterAugmentedLM(model.lm)
     layer, states = model.lm.model.layers[0], torch.zeros(1, 2, 4, HIDDEN)
     with pytest.raises(ValueError, match=r"takes hidden states of shape \[1, 2, 4, 32\]"):

@@ -154,8 +154,15 @@ def test_experts_that_peft_adapts_only_without_dropout():
     with pytest.raises(ValueError, match=r"lora\.dropout=0\.1: PEFT adapts the stacked experts .* set lora\.dropout=0"):
         RouterAugmentedLM(AutoModelForCausalLM.from_config(config)).add_lora()
     model = RouterAugmentedLM(AutoModelForCausalLM.from_config(config))
+    names = set(model.lm.state_dict())
     model.add_lora(LoraSettings(dropout=0.0))
-    assert model.has_lora
+    for name, parameter in model.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    before = logits(model)
+    model.merge_and_unload()
+    assert set(model.lm.state_dict()) == names
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
 
 
 def test_second_lora_is_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from firstlab import RouterAugmentedLM
 from firstlab.model import LoraSettings
@@ -173,3 +173,14 @@ def test_dense_states_are_those_of_the_base_model() -> None:
 def test_logits_can_be_left_out_with_labels_only() -> None:
     with pytest.raises(ValueError, match="keep_logits=False leaves nothing to return without labels="):
         routed_model()(prompts()[0], keep_logits=False)
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="not in this transformers")
+def test_head_of_a_model_whose_layers_may_share_keys_and_values() -> None:
+    sizes = {**ARCHITECTURES["gemma3_text"], "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 97}
+    sizes |= {"hidden_size_per_layer_input": 8, "global_head_dim": 8}
+    model = RouterAugmentedLM(AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **sizes)))
+    ids, mask, labels, prompt_mask = batch()
+    arguments = {"attention_mask": mask, "labels": labels, "prompt_mask": prompt_mask}
+    full, lean = model(ids, **arguments), model(ids, **arguments, keep_logits=False)
+    torch.testing.assert_close(lean.loss, full.loss)

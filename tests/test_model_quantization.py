@@ -316,6 +316,16 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         quantize(tiny_model("gpt2"), "int8")
 
 
+def test_stacked_experts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "find_spec", lambda name: object())
+    monkeypatch.setattr(quantization, "_to_int8", lambda layers, one: None)
+    lm = tiny_model("mixtral")
+    layers = lm.model.layers
+    share = sum(p.numel() for p in layers.parameters() if p.ndim == 3) / sum(p.numel() for p in layers.parameters())
+    with pytest.warns(UserWarning, match=rf"12 stacked weights of experts, {share:.0%} of the layers' numbers, stay"):
+        quantize(lm, "int8")
+
+
 @BOTH
 def test_lora_on_quantized_layers_and_saving_them_are_refused(tmp_path: Path, name: str) -> None:
     model = quantized(name)

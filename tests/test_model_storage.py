@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from firstlab import RouterAugmentedLM
 from firstlab.model import LoraSettings, ModelUnavailableError, RouterSettings, load_tokenizer
-from models import LAYERS, pair, prompts, random_routers, tiny_model
+from models import ARCHITECTURES, LAYERS, pair, prompts, random_routers, tiny_model
 from test_model_lora import logits
 from tiny_tokenizer import tiny_tokenizer
 
@@ -298,6 +298,33 @@ def test_routers_without_what_belongs_to_them_are_not_replaced_by_fresh_ones(bas
     trained(base_folder).save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / name).unlink()
     with pytest.raises(ValueError, match=f"but no {name}; save the model again; in a run directory"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.skipif("laguna" not in CONFIG_MAPPING, reason="not in this transformers")
+def test_modules_that_the_hubs_checkpoint_names_otherwise(tmp_path):
+    sizes = {**ARCHITECTURES["qwen3"], "sliding_window": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("laguna", **sizes))
+    lm.save_pretrained(tmp_path / "base")
+    model = RouterAugmentedLM.from_pretrained(tmp_path / "base")
+    model.add_lora(LoraSettings(dropout=0.0))
+    for name, parameter in model.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    assert any("shared_experts" in name for name, _ in model.lm.named_parameters())
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_an_adapter_that_lacks_a_weight_is_named(base_folder, tmp_path):
+    trained(base_folder).save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "adapter_model.safetensors"
+    adapter = load_file(file)
+    del adapter["base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"]
+    save_file(adapter, file)
+    message = r"layers\.3\.self_attn\.q_proj\.lora_B\.weight is absent in the file and \[32, 4\] in the model"
+    with pytest.raises(ValueError, match=message):
         RouterAugmentedLM.from_pretrained(tmp_path / "saved")
 
 

@@ -188,11 +188,18 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     return modules[name.rpartition(".")[0]], layers
 
 
+#: Keys by which configs say how many hidden states there are of a token between two layers.
+_STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
+#: Names of tables of absolute positions.
+_POSITIONS = ("embed_positions", "position_embeddings")
+
+
 def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
     """Raises ValueError for a model whose prompts or layers cannot be told apart as routing needs.
 
     `decoder` must take tokens and a KV cache, where routes and prompts are seen; a table of positions must be read by
-    `position_ids`, as padding would move the prompts otherwise; no layer may need what another one has found.
+    `position_ids`, as padding would move the prompts otherwise; no layer may need what another one has found, or wait
+    for an image; and a token must have one hidden state between two layers.
     """
     taken = signature(decoder.forward).parameters
     missing = [name for name in ("input_ids", "past_key_values") if name not in taken]
@@ -201,13 +208,31 @@ def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
             f"{type(model).__name__}: {type(decoder).__name__}, which runs the layers, takes no "
             f"{' and no '.join(missing)}; only decoder-only models with a key-value cache can be routed"
         )
-    if hasattr(decoder, "embed_positions") and "position_ids" not in signature(model.forward).parameters:
+    table = any(hasattr(decoder, name) for name in _POSITIONS)
+    if table and "position_ids" not in signature(model.forward).parameters:
         raise ValueError(
             f"{type(model).__name__} has a table of positions and takes no position_ids, so that its prompts depend on "
             "their padding; such models cannot be routed"
         )
-    if "shared" in (getattr(model.config.get_text_config(decoder=True), "indexer_types", None) or ()):
+    config = model.config.get_text_config(decoder=True)
+    streams = next((name for name in _STREAMS if hasattr(config, name)), None)
+    if streams is not None:
         raise ValueError(
-            f"{type(model).__name__}: layers with a shared indexer need what the layer below has found, which a route "
-            "may skip; such models cannot be routed"
+            f"{type(model).__name__}: its layers pass on {getattr(config, streams)} hidden states of every token "
+            f"({streams}); only decoder layers from [batch, tokens, hidden size] to the same can be routed"
+        )
+    if getattr(config, "cross_attention_layers", None):
+        raise ValueError(
+            f"{type(model).__name__}: its layers that attend to an image do not run without one, so that a prompt of "
+            "text alone has no route for them; such models cannot be routed"
+        )
+    below = None
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        below = "layers with a shared indexer need"
+    elif any(hasattr(each, "router_states_scale") for each in decoder.modules()):
+        below = "its routers of experts need"
+    if below is not None:
+        raise ValueError(
+            f"{type(model).__name__}: {below} what the layer below has found, which a route may skip; such models "
+            "cannot be routed"
         )

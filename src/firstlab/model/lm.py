@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from firstlab.model import storage
+from firstlab.model.arguments import (
+    assumed_mask,
+    check_forward,
+    check_mask,
+    check_not_wrapped,
+    check_prompt,
+    check_rows,
+    own_cache,
+)
 from firstlab.model.cache import RoutedCache
 from firstlab.model.early_exit import EarlyExit
 from firstlab.model.generation import CHUNKS_REPEAT_THE_CACHE, check_generation_options, option_value
@@ -89,7 +97,7 @@ class RouterAugmentedLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
         super().__init__()
-        _check_not_wrapped(lm)
+        check_not_wrapped(lm)
         decoder, layers = find_decoder(lm)
         if not isinstance(lm, GenerationMixin):
             raise ValueError(
@@ -144,7 +152,8 @@ class RouterAugmentedLM(nn.Module):
         """Write config.json, routers.safetensors, the PEFT adapter if there is one, and, if asked, the base model.
 
         Raises:
-            ValueError: The base is asked for and is quantized.
+            ValueError: The base is asked for and is quantized or has unmerged LoRA, is not asked for and could not be
+                found again, or there are several adapters.
         """
         if save_base and is_quantized(self.lm):
             raise ValueError("save_base=True: the base is quantized, for decoding alone; save it before quantizing")
@@ -288,27 +297,22 @@ class RouterAugmentedLM(nn.Module):
         shape_source = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if shape_source is None:
             raise ValueError("forward needs input_ids [batch, tokens] or inputs_embeds")
-        self._check_forward(shape_source, labels, keep_logits, past_key_values is not None, kwargs)
+        check_forward(self.lm, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs)
         if past_key_values is not None:
-            if labels is not None or routes is not None:
-                raise ValueError(
-                    "labels= and routes= belong to a teacher-forced pass: drop past_key_values, or force the routes "
-                    "with new_cache(routes=...)"
-                )
             if attention_mask is not None and "position_ids" not in kwargs:
                 positions = self._positions(attention_mask)
                 kwargs |= {name: value[:, -shape_source.shape[1] :] for name, value in positions.items()}
             out = self.lm(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=_own_cache(past_key_values),
+                past_key_values=own_cache(past_key_values),
                 use_cache=True,
                 **kwargs,
             )
             return RouterAugmentedOutput(**_known(out), rho=past_key_values.rho)
         if attention_mask is None:
             attention_mask = torch.ones(shape_source.shape[:2], dtype=torch.long, device=shape_source.device)
-        _check_mask(shape_source, attention_mask)
+        check_mask(shape_source, attention_mask)
         attended = attention_mask.bool()
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
@@ -349,30 +353,6 @@ class RouterAugmentedLM(nn.Module):
             )
         found = self._losses(out.last_hidden_state, self.output_head(), labels, attended, rho)
         return RouterAugmentedOutput(**found, ran=current.ran)
-
-    def _check_forward(
-        self, tokens: Tensor, labels: Tensor | None, keep_logits: bool, cached: bool, kwargs: dict[str, Any]
-    ) -> None:
-        """Takes what says nothing new out of `kwargs`; raises ValueError for what does not go together."""
-        if not keep_logits and labels is None:
-            raise ValueError("keep_logits=False leaves nothing to return without labels=; pass labels, or keep logits")
-        if not keep_logits and kwargs.get("output_hidden_states"):
-            raise ValueError("output_hidden_states=True needs the whole output; drop it, or keep_logits=False")
-        if labels is not None and labels.shape != tokens.shape[:2]:
-            raise ValueError(f"labels must be {list(tokens.shape[:2])} like the tokens; got {list(labels.shape)}")
-        if labels is not None and kwargs.get("logits_to_keep"):
-            raise ValueError("logits_to_keep leaves out logits that labels= needs; drop one (or use keep_logits=False)")
-        if kwargs.pop("return_dict", None) is False:
-            raise ValueError("return_dict=False cannot be used: rho and the loss terms have names alone; drop it")
-        use_cache = kwargs.pop("use_cache", None)
-        if use_cache is not None and use_cache != cached:
-            way_out = "drop past_key_values" if cached else "pass past_key_values=model.new_cache()"
-            raise ValueError(f"use_cache={use_cache} contradicts past_key_values, which decides; {way_out}")
-        if any(getattr(each, "gradient_checkpointing", False) for each in self.lm.modules()):
-            raise ValueError(
-                "the gradient checkpointing of transformers would recompute layers without their routes: call "
-                "lm.gradient_checkpointing_disable() and set model.gradient_checkpointing = True instead"
-            )
 
     def read_prompts(self, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor) -> PromptReading | None:
         """Prompts alone, as prefill runs them, without a graph but that from rho to the routers; for `respond`.
@@ -492,8 +472,8 @@ class RouterAugmentedLM(nn.Module):
         self._check_wrapped()
         if attention_mask is None:
             defaults = self.lm.generation_config
-            attention_mask = self._mask_of(input_ids, defaults.pad_token_id, defaults.eos_token_id)
-        _check_prompt(input_ids, attention_mask)
+            attention_mask = assumed_mask(input_ids, defaults.pad_token_id, defaults.eos_token_id)
+        check_prompt(input_ids, attention_mask)
         # What stands behind every prompt's last token, such as responses, cannot matter.
         end = int(attention_mask.any(0).nonzero()[-1]) + 1
         input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
@@ -518,15 +498,6 @@ class RouterAugmentedLM(nn.Module):
             [B, L] boolean, true where the layer runs.
         """
         return self.routers.decide(self.prompt_rho(input_ids, attention_mask))
-
-    @staticmethod
-    def _mask_of(prompt: Tensor, pad_token_id: Any, eos: Any) -> Tensor:
-        """The mask that transformers' generate assumes where none is given: padding is what is not the EOS token."""
-        mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-        if prompt.ndim != 2 or pad_token_id is None or pad_token_id in (eos if isinstance(eos, list) else [eos]):
-            return mask
-        padded = (prompt != pad_token_id).long()
-        return padded if padded.any(dim=1).all() else mask
 
     def new_cache(self, prompt_length: int | None = None, routes: Routes | None = None) -> RoutedCache:
         """An empty cache that will carry this model's routes; see `RoutedCache`."""
@@ -567,17 +538,14 @@ class RouterAugmentedLM(nn.Module):
             raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")
         prompt = input_ids if embeds is None else embeds
         assert prompt is not None
-        cache = None if past_key_values is None else _own_cache(past_key_values)
+        cache = None if past_key_values is None else own_cache(past_key_values)
         if cache is None or cache.get_seq_length() == 0:
             if attention_mask is None:
                 defaults = self.lm.generation_config
                 pad, eos = (option_value(name, kwargs, defaults) for name in ("pad_token_id", "eos_token_id"))
-                attention_mask = self._mask_of(prompt, pad, eos)
-            _check_prompt(prompt, attention_mask)
-            if isinstance(routes, Tensor) and routes.ndim == 2 and routes.shape[0] != prompt.shape[0]:
-                raise ValueError(
-                    f"routes has {routes.shape[0]} rows for {prompt.shape[0]} prompts; give one row per prompt"
-                )
+                attention_mask = assumed_mask(prompt, pad, eos)
+            check_prompt(prompt, attention_mask)
+            check_rows(routes, prompt.shape[0])
             if not attention_mask[:, -1].all():
                 order = attention_mask.long().argsort(dim=1, stable=True)
                 attention_mask = attention_mask.gather(1, order)
@@ -600,16 +568,6 @@ class RouterAugmentedLM(nn.Module):
         return generate(input_ids, past_key_values=cache, **kwargs)
 
 
-def _check_not_wrapped(lm: Any) -> None:
-    if isinstance(lm, RouterAugmentedLM):
-        raise ValueError("the model is wrapped already: use it as it is, or wrap model.unwrap()")
-    if isinstance(lm, PeftModel):
-        raise ValueError(
-            f"{type(lm).__name__} is PEFT's wrapper: pass peft_model.merge_and_unload(), which has the adapter in its "
-            "weights, or the plain model"
-        )
-
-
 def _known(out: Any) -> dict[str, Any]:
     """What of an output has a place in `RouterAugmentedOutput`."""
     return {name: value for name, value in out.items() if name in _OUTPUT_FIELDS}
@@ -617,29 +575,6 @@ def _known(out: Any) -> dict[str, Any]:
 
 def _same(logits: Tensor) -> Tensor:
     return logits
-
-
-def _own_cache(cache: Any) -> RoutedCache:
-    if not isinstance(cache, RoutedCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; routes live in the cache, so pass one from "
-            "model.new_cache() or from an earlier generate(..., return_dict_in_generate=True)"
-        )
-    return cache
-
-
-def _check_mask(prompt: Tensor, attention_mask: Tensor) -> None:
-    if attention_mask.ndim != 2 or attention_mask.shape != prompt.shape[:2]:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens] like the prompt {list(prompt.shape[:2])}; "
-            f"got {list(attention_mask.shape)}"
-        )
-
-
-def _check_prompt(prompt: Tensor, attention_mask: Tensor) -> None:
-    _check_mask(prompt, attention_mask)
-    if not attention_mask.any(dim=1).all():
-        raise ValueError("a prompt has no tokens; give every row at least one (for instance the BOS token)")
 
 
 def _begin_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

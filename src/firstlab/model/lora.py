@@ -107,7 +107,8 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 def merge_lora(model: PreTrainedModel) -> None:
     """Add every adapter to its base weight and put the base layer back in its place."""
-    for name, module in list(model.named_modules()):
+    # From the inside out: stacked experts stand in as many adapters, one in another, as they have weights.
+    for name, module in reversed(list(model.named_modules())):
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")

@@ -52,6 +52,7 @@ class _DecoderOutput(MoeModelOutputWithPast):
     """Every field that a language model reads from its decoder's output."""
 
     cross_attentions: Any = None
+    shared_kv_states: Any = None
 
 
 class _Identity(nn.Module):

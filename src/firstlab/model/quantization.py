@@ -7,6 +7,7 @@ so torch's kernels for such weights take their place; the integers, scales and z
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, TypeGuard
@@ -39,6 +40,8 @@ def check_quantization(name: str | None) -> None:
 def quantize(lm: PreTrainedModel, name: str | None) -> None:
     """Quantize every linear map of the decoder layers in place; embeddings, head, norms and routers stay as they are.
 
+    So do the stacked weights of experts, which are no linear maps; a warning says how much of the layers they are.
+
     Args:
         lm: Without unmerged LoRA.
         name: One of `QUANTIZATIONS`; None leaves everything as it is.
@@ -58,7 +61,19 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
     for module in linears:
         if not module.weight.is_contiguous():  # ordered anew by a decode engine
             module.weight = nn.Parameter(module.weight.detach().contiguous(), requires_grad=False)
+    _warn_of_stacked(layers, name)
     (_to_int8 if name == "int8" else _to_int4)(layers, linears[0].weight)
+
+
+def _warn_of_stacked(layers: nn.Module, name: str) -> None:
+    stacked = [each.numel() for each in layers.parameters() if each.ndim > 2]
+    if stacked:
+        share = sum(stacked) / sum(each.numel() for each in layers.parameters())
+        warnings.warn(
+            f"quantization={name!r}: {len(stacked)} stacked weights of experts, {share:.0%} of the layers' numbers, "
+            "stay as they are; only nn.Linear is quantized",
+            stacklevel=3,
+        )
 
 
 def _is_plain(module: nn.Module, name: str = "") -> TypeGuard[nn.Linear]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -201,8 +201,24 @@ def load_trained(model: RouterAugmentedLM, path: str | Path, config: dict[str, A
         if not (directory / _ADAPTER_CONFIG).is_file():
             raise ValueError(f"{directory} has {_ADAPTER_WEIGHTS} but no {_ADAPTER_CONFIG}; {_AGAIN}")
         inject_adapter_in_model(LoraConfig.from_pretrained(str(directory)), model.lm, "default")
-        set_peft_model_state_dict(model.lm, adapter, adapter_name="default")
+        _copy_adapter(model.lm, adapter, directory)
         model.train(model.training)
+
+
+def _copy_adapter(lm: PreTrainedModel, adapter: dict[str, torch.Tensor], directory: Path) -> None:
+    # The names are those of the model's own modules. PEFT's loading would take them for names of the hub's checkpoint,
+    # translate them, and leave out silently what then has no place.
+    own = get_peft_model_state_dict(lm, adapter_name="default")
+    shapes, saved = ({name: list(x.shape) for name, x in each.items()} for each in (own, adapter))
+    if shapes != saved:
+        name = next(each for each in {**saved, **shapes} if saved.get(each) != shapes.get(each))
+        raise ValueError(
+            f"{directory}: the adapter does not fit the base model: {name} is {saved.get(name, 'absent')} in the file "
+            f"and {shapes.get(name, 'absent')} in the model; was another base model put in its place?"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(adapter[name])  # the state dict shares the parameters' memory
 
 
 def _load_file(file: Path) -> dict[str, torch.Tensor]:
