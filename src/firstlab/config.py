@@ -202,7 +202,7 @@ class PhaseConfig:
 
     Attributes:
         batch_size: Rows of a micro-batch over all processes together.
-        accumulate: Micro-batches per optimizer step.
+        accumulate: Micro-batches per optimizer step; their mean losses weigh alike.
         epochs: Passes over the training examples.
         max_steps: Cap on optimizer steps, or null.
         learning_rate: Peak; cosine decay to zero.

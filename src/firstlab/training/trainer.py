@@ -28,7 +28,7 @@ class FitSettings:
 
     Attributes:
         accelerator, devices, num_nodes, strategy, precision: As for Lightning's Trainer; strategy auto, ddp or fsdp.
-        accumulate: Micro-batches per optimizer step.
+        accumulate: Micro-batches per optimizer step; their mean losses weigh alike.
         max_steps: Optimizer steps.
         gradient_clip: Global gradient norm, or None.
         validate_every, checkpoint_every: In optimizer steps.
