@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -588,6 +589,13 @@ def _without_retired(node: dict[str, Any]) -> dict[str, Any]:
     return {**node, "method": {k: v for k, v in method.items() if k not in _RETIRED}}
 
 
+@functools.cache
+def _schema() -> DictConfig:
+    schema = OmegaConf.structured(ExperimentConfig)
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
 def load_dict(node: dict[str, Any]) -> ExperimentConfig:
     """A configuration from what `ExperimentConfig.to_dict` gave.
 
@@ -595,7 +603,7 @@ def load_dict(node: dict[str, Any]) -> ExperimentConfig:
         ValueError: It does not fit this version's schema.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.create(_without_retired(node)))
+        merged = OmegaConf.merge(_schema(), OmegaConf.create(_without_retired(node)))
     except OmegaConfBaseException as error:
         raise ValueError(f"saved configuration: {str(error).strip()}") from error
     assert isinstance(merged, DictConfig)

@@ -120,8 +120,8 @@ def plan(
         ValueError: Runs that do not compose, that would share a directory, or whose directory is another run's.
     """
     planned = _composed(runs, compose)
-    records = _recorded(recorded)
-    known = {hash_: record for hash_, record in records}
+    records = list(_read_all(sorted(recorded.glob("*/results/*.json")) if recorded is not None else []))
+    known = _by_hash(records, planned)
     for run in planned:
         _look_up(run, known.get(run.config.hash()))
     times = [record for _, record in records]
@@ -162,12 +162,19 @@ def _raise_all(problems: list[str]) -> None:
         raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems[:10]) + more)
 
 
-def _recorded(folder: Path | None) -> list[tuple[str, Record]]:
-    """Recorded results with the hash that their configuration has in this version."""
-    found = []
-    for file, record in _read_all(sorted(folder.glob("*/results/*.json")) if folder is not None else []):
+def _by_hash(records: Sequence[tuple[Path, Record]], planned: Sequence[PlannedRun]) -> dict[str, Record]:
+    """Records that may be of a planned run, by the hash that their configuration has in this version."""
+    # Most are not, and the hash of a configuration takes its time.
+    wanted = {
+        (each.data.name, each.model.name, each.seed, each.method["_target_"]) for each in (r.config for r in planned)
+    }
+    found = {}
+    for file, record in records:
+        config = record["config"]
+        if (record["data"], record["model"], config.get("seed"), config["method"].get("_target_")) not in wanted:
+            continue
         try:
-            found.append((load_dict(record["config"]).hash(), record))
+            found[load_dict(config).hash()] = record
         except ValueError as error:
             print(f"note: {file} is of another version and does not count as finished ({error})", file=sys.stderr)
     return found

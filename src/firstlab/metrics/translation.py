@@ -7,9 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from nltk import __version__ as nltk_version
-from nltk.tokenize import wordpunct_tokenize
-from nltk.translate.bleu_score import closest_ref_length, modified_precision
 from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
@@ -28,6 +25,9 @@ def tokenize(text: str, target_language: str | None) -> list[str]:
     Chinese: every character that is not white space. Else NLTK's `wordpunct_tokenize`: runs of letters and
     digits, and runs of punctuation; it needs no data files. Case is kept.
     """
+    # Importing NLTK takes seconds: with it come scikit-learn and pandas.
+    from nltk.tokenize import wordpunct_tokenize
+
     return list("".join(text.split())) if is_chinese(target_language) else wordpunct_tokenize(text)
 
 
@@ -45,6 +45,9 @@ def bleu_n(
     Raises:
         ValueError: Empty or unpaired inputs, or `order` below 1.
     """
+    from nltk import __version__ as nltk_version
+    from nltk.translate.bleu_score import closest_ref_length, modified_precision
+
     check_pairs(predictions, references)
     if order < 1:
         raise ValueError(f"order={order} must be at least 1: 1 for BLEU-1, 2 for BLEU-2")
