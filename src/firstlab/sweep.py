@@ -165,9 +165,8 @@ def _raise_all(problems: list[str]) -> None:
 def _by_hash(records: Sequence[tuple[Path, Record]], planned: Sequence[PlannedRun]) -> dict[str, Record]:
     """Records that may be of a planned run, by the hash that their configuration has in this version."""
     # Most are not, and the hash of a configuration takes its time.
-    wanted = {
-        (each.data.name, each.model.name, each.seed, each.method["_target_"]) for each in (r.config for r in planned)
-    }
+    configs = [run.config for run in planned]
+    wanted = [(each.data.name, each.model.name, each.seed, each.method["_target_"]) for each in configs]
     found = {}
     for file, record in records:
         config = record["config"]
