@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from firstlab import results
-from firstlab.config import composed_config
+from firstlab.compose import composed_config
 from firstlab.metrics import Scores, bootstrap_interval
 from firstlab.tables.grid import Run
 

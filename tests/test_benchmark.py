@@ -23,7 +23,8 @@ from transformers import (
 
 from firstlab.benchmark import BenchmarkConfig, chosen_routes, load, measure, print_tables, run
 from firstlab.build import ARCHITECTURES
-from firstlab.config import SpeedModelConfig, conf_dir
+from firstlab.compose import conf_dir
+from firstlab.config import SpeedModelConfig
 from firstlab.model import RouterSettings
 from firstlab.model.engine import DecodeEngine
 from firstlab.model.sampling import Sampling

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from firstlab.config import conf_dir, register
+from firstlab.compose import conf_dir, register
 from firstlab.entry import _finish, check_command_line, guarded, isolated
 
 

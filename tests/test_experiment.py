@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from firstlab import evaluate, results, train
 from firstlab import experiment as experiment_module
 from firstlab.build import dense_counterpart, load_run
-from firstlab.config import conf_dir, register
+from firstlab.compose import conf_dir, register
 from firstlab.experiment import Experiment
 from firstlab.model import RouterAugmentedLM
 from firstlab.report import neighbours, report

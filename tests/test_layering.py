@@ -24,6 +24,7 @@ LAYERS = (
         "speed",
         "throughput",
         "tracking",
+        "compose",
         "config",
         "targets",
         "results",

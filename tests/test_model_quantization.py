@@ -14,7 +14,8 @@ from torch import nn
 
 from firstlab import RouterAugmentedLM, generate
 from firstlab.benchmark import BenchmarkConfig, load, run
-from firstlab.config import ModelConfig, SpeedModelConfig, conf_dir
+from firstlab.compose import conf_dir
+from firstlab.config import ModelConfig, SpeedModelConfig
 from firstlab.experiment import Experiment
 from firstlab.model import LoraSettings, quantization
 from firstlab.model.engine import DecodeEngine

@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from firstlab import sweep, tables
-from firstlab.config import SweepConfig, conf_dir, load, register
+from firstlab.compose import conf_dir, load, register
+from firstlab.config import SweepConfig
 from firstlab.files import claimed
 from firstlab.sweep import PlannedRun, describe, duration, expand, plan, run_sweep
 from firstlab.tables.grid import ablation_runs, planned_runs

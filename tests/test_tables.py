@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from firstlab import results
-from firstlab.config import conf_dir, search_path
+from firstlab.compose import conf_dir, search_path
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
@@ -479,7 +479,7 @@ def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
     # One run of each method and each ablation: composing is slow.
     chosen = {run.method: run for run in plan if not run.changes}
     ablations = [run for _, _, run in ablation_runs(config)][-3:]
-    from firstlab.config import composed_config
+    from firstlab.compose import composed_config
 
     for run in [*chosen.values(), *ablations]:
         node = composed_config(run.overrides)

@@ -10,7 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import TrainingArguments
 
-from firstlab.config import LoraConfig, SpeedModelConfig, conf_dir
+from firstlab.compose import conf_dir
+from firstlab.config import LoraConfig, SpeedModelConfig
 from firstlab.training.timed import transformers_steps
 from firstlab.training_speed import TrainingSpeedConfig, load, measure, random_rows, run
 from models import HIDDEN, LAYERS, tiny_model

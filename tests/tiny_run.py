@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from firstlab.config import ExperimentConfig, conf_dir, load, register
+from firstlab.compose import conf_dir, load, register
+from firstlab.config import ExperimentConfig
 from firstlab.methods.base import Method
 from tiny_tokenizer import tiny_tokenizer
 

@@ -19,7 +19,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from firstlab.config import RouterConfig, SpeedModelConfig, conf_dir, settings
+from firstlab.compose import conf_dir, settings
+from firstlab.config import RouterConfig, SpeedModelConfig
 from firstlab.entry import check_command_line, guarded
 
 DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager", "engine_compiled")

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from firstlab import targets
-from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, TrainerConfig, read
+from firstlab.compose import read
+from firstlab.config import PHASES, ExperimentConfig, PhaseConfig, RouterConfig, TrainerConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import pad_id
 from firstlab.data.task import Task

@@ -83,7 +83,7 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
     def run(composed: DictConfig) -> None:
         _quiet()
         from firstlab import results
-        from firstlab.config import load
+        from firstlab.compose import load
         from firstlab.run_directory import check_directory
         from firstlab.tracking import close_failed
 
@@ -122,7 +122,7 @@ def check_command_line(config_name: str, arguments: list[str]) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from firstlab.config import conf_dir, search_path
+    from firstlab.compose import conf_dir, search_path
 
     arguments = [*search_path(folders), *arguments]
     added = ("+experiment=", "+sweep=")
@@ -261,7 +261,7 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
         )
     from hydra.core.hydra_config import HydraConfig
 
-    from firstlab.config import own_conf_dirs, search_path
+    from firstlab.compose import own_conf_dirs, search_path
 
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]

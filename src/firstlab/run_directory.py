@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from firstlab import results
-from firstlab.config import ExperimentConfig, load_dict, read_saved
+from firstlab.compose import load_dict, read_saved
+from firstlab.config import ExperimentConfig
 from firstlab.methods.base import Method
 
 CONFIG = "config.yaml"

@@ -21,7 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from firstlab.config import ExperimentConfig, load, load_dict
+from firstlab.compose import load, load_dict
+from firstlab.config import ExperimentConfig
 from firstlab.files import write_atomically
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from firstlab.config import conf_dir, register
+from firstlab.compose import conf_dir, register
 from firstlab.entry import check_command_line, guarded, in_processes, is_sweep_job, isolated
 
 register()
@@ -25,7 +25,7 @@ def main(composed: DictConfig) -> None:
 
 def run(composed: DictConfig) -> None:
     """Run one experiment and, for the table, the dense model on the same settings."""
-    from firstlab.config import load
+    from firstlab.compose import load
 
     config, method = load(composed)
     if in_processes("firstlab.train", config.trainer):

@@ -17,7 +17,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from firstlab.config import LoraConfig, RouterConfig, SpeedModelConfig, conf_dir, settings
+from firstlab.compose import conf_dir, settings
+from firstlab.config import LoraConfig, RouterConfig, SpeedModelConfig
 from firstlab.entry import check_command_line, guarded
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from firstlab import targets
-from firstlab.config import conf_dir, settings
+from firstlab.compose import conf_dir, settings
 from firstlab.data.task import Task
 from firstlab.entry import check_command_line, guarded
 from firstlab.files import write_atomically

@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from firstlab.config import conf_dir
+from firstlab.compose import conf_dir
 from firstlab.entry import check_command_line, guarded
 from firstlab.files import write_atomically
 from firstlab.tables import analysis, page, pictures, quality, speed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from firstlab.config import settings
+from firstlab.compose import settings
 from firstlab.tables import paper
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from firstlab.config import conf_dir, own_conf_dirs, search_path
+from firstlab.compose import conf_dir, own_conf_dirs, search_path
 from firstlab.tables import paper
 from firstlab.tables.config import ScaleConfig, TablesConfig
 from firstlab.tables.paper import QualityTable

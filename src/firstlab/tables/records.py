@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from firstlab import results
-from firstlab.config import UNSAID, composed_config
+from firstlab.compose import composed_config
+from firstlab.config import UNSAID
 from firstlab.tables.config import ScaleConfig
 from firstlab.tables.grid import Run, level_keys
 
