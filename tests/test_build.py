@@ -100,6 +100,10 @@ def test_a_run_that_began_from_a_saved_model_is_that_model(
     monkeypatch.chdir(tmp_path)
     run = load_run(trained_run.with_name("other"), None)
     assert run.variant == "router" and torch.equal(run.model.routers.weight, saved.routers.weight)
+    (trained_run / "router").rename(trained_run / "moved")
+    with pytest.raises(ValueError, match="init_from='.*router' is not there any more; put it back, or .*variant=base"):
+        load_run(trained_run.with_name("other"), None)
+    assert load_run(trained_run.with_name("other"), "base").variant == "base"
 
 
 def test_a_moved_base_can_be_named(trained_run: Path, tmp_path: Path):

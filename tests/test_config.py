@@ -116,6 +116,11 @@ def test_skipping_in_prefill_names_another_run(method: str):
     assert config.identity()["method"]["skip_prefill"] and pruned.label == f"{method}-skip0.15-prefill"
 
 
+def test_runs_of_another_confidence_do_not_share_a_directory():
+    labels = [composed("method=early_exit", *more)[1].label for more in ([], ["method.confidence=gap"])]
+    assert labels == ["early_exit-skip0.15", "early_exit-skip0.15-gap"]
+
+
 @pytest.mark.parametrize("option", ["data.bucket", "trainer.loss_chunk"])
 def test_sizes_of_nothing(option):
     with pytest.raises(ValueError, match=f"{option}=0 is not allowed: at least 1"):
@@ -144,7 +149,7 @@ def test_a_method_setting_left_out_is_the_default_one():
         ("lora_phase.learning_rate=inf", r"lora_phase\.learning_rate=inf is not allowed"),
         ("router_phase.weight_decay=-1", r"router_phase\.weight_decay=-1\.0 is not allowed: at least 0"),
         ("router_phase.gradient_clip=0", r"router_phase\.gradient_clip=0\.0 is not allowed: greater than 0, or null"),
-        ("evaluation.top_k=0", r"evaluation\.top_k=0 is not allowed: at least 1"),
+        ("evaluation.top_k=-1", r"evaluation\.top_k=-1 is not allowed: at least 0"),
         ("evaluation.temperature=inf", r"evaluation\.temperature=inf is not allowed"),
         ("evaluation.limit=0", r"evaluation\.limit=0 is not allowed"),
         ("evaluation.comet.batch_size=0", r"evaluation\.comet\.batch_size=0 is not allowed"),

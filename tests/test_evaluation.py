@@ -71,6 +71,17 @@ def test_the_engine_says_what_generate_says(setting, tmp_path: Path, name: str) 
     assert [parameter.stride() for parameter in setting[2].parameters()] == strides
 
 
+@pytest.mark.parametrize("decoder", ["generate", "engine"])
+def test_drawing_from_all_tokens(setting, tmp_path: Path, decoder: str) -> None:
+    options = {"decoder": decoder, "do_sample": True, "temperature": 1.5}
+    one = predict(setting, tmp_path / "one.jsonl", None, top_k=1, **options)
+    greedy = predict(setting, tmp_path / "greedy.jsonl", None, decoder=decoder)
+    assert [each.text for each in one] == [each.text for each in greedy]
+    every = predict(setting, tmp_path / "every.jsonl", None, top_k=0, **options)
+    vocabulary = setting[2].lm.config.vocab_size
+    assert every == predict(setting, tmp_path / "again.jsonl", None, top_k=vocabulary, **options) != one
+
+
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_killed_evaluation_goes_on(setting, tmp_path: Path, sample: bool) -> None:
     options = {"decoder": "engine", "do_sample": sample, "temperature": 1.5}

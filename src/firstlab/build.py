@@ -188,6 +188,10 @@ def load_run(
     folders = {"base": None, before: start, after: directory / "lora"}
     if variant is None:
         variant = [name for name, folder in folders.items() if folder is None or folder.is_dir()][-1]
+        if variant == "base" and config.init_from is not None and start is not None:
+            raise ValueError(
+                f"init_from={config.init_from!r} is not there any more; put it back, or choose variant=base"
+            )
     if variant not in folders:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(folders)}")
     folder = folders[variant]

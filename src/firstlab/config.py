@@ -245,7 +245,7 @@ class EvaluationConfig:
         batch_size: Rows generated together.
         decoder: "generate" (transformers') or "engine" (the decode engine): what writes the responses and is timed. In
             float32 both write the same, greedy; drawn tokens differ.
-        do_sample, temperature, top_k: Sampling as in the paper (0.8, top-k 10), or greedy.
+        do_sample, temperature, top_k: Sampling as in the paper (0.8, top-k 10; 0 keeps all tokens), or greedy.
         num_beams: Beam search when greater than 1.
         confidence, resamples: Of the bootstrap intervals.
         perplexity: Also measure response perplexity under the routes.
@@ -278,7 +278,7 @@ class EvaluationConfig:
         _require(fits, "evaluation.num_beams", self.num_beams, "1 with evaluation.decoder=engine; generate has beams")
         _require(0 < self.temperature < math.inf, "evaluation.temperature", self.temperature, "greater than 0")
         _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
-        least = {"batch_size": 1, "top_k": 1, "num_beams": 1, "resamples": 100}
+        least = {"batch_size": 1, "top_k": 0, "num_beams": 1, "resamples": 100}
         least |= {"tpot_prompts": 0, "tpot_tokens": 2, "tpot_repetitions": 1}
         _require_least(self, "evaluation", least)
 

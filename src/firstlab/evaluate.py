@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
             static_routes(Path(run), method, model.num_layers),
         )
         full = {
-            **{key: record.get(key) for key in ("level", "rounding", "phases")},
+            **{key: record.get(key) for key in ("level", "rounding", "note", "phases")},
             "method": method.name,
             "label": method.label,
             "model": config.model.name,

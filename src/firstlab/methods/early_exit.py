@@ -49,6 +49,11 @@ class ConfidenceExit(Method):
             )
         self.rule(0.5, 1)
 
+    @property
+    def label(self) -> str:
+        """Names the confidence when it is not the default."""
+        return super().label if self.confidence == "softmax" else f"{super().label}-{self.confidence}"
+
     def routes(self, prompts: Prompts) -> EarlyExit:
         """The rule, with a threshold calibrated unless it is given."""
         limit, threshold = prompts.max_new_tokens, self.threshold
