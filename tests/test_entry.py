@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from firstlab.compose import conf_dir, register
 from firstlab.entry import _finish, check_command_line, guarded, isolated
+from firstlab.files import write_atomically
+from firstlab.training.trainer import AtomicCheckpointIO
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,40 @@ def test_an_overwriting_run_goes_on_without_overwriting(given: object, capsys: p
     with pytest.raises(SystemExit):
         guarded(stopped)(given)
     assert "interrupted; without overwrite=true the same command goes on" in capsys.readouterr().err
+
+
+def write_checkpoint(folder: Path) -> None:
+    (folder / f".last.ckpt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(100_000)}, folder / "last.ckpt")
+
+
+def write_text(folder: Path) -> None:
+    (folder / f".result.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    write_atomically(folder / "result.json", "{}")
+
+
+def write_weights(folder: Path) -> None:
+    # What safetensors raises on a full disk; it writes a file of its own and renames it.
+    raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+@pytest.mark.parametrize("write", [write_checkpoint, write_text, write_weights])
+def test_a_full_disk_is_one_message(write: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        guarded(write)(tmp_path)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "\nerror: no space left on the disk: free some; the same command goes on from the last checkpoint\n"
+    )
+
+
+def test_other_errors_keep_their_traceback():
+    def broken(_: None) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        guarded(broken)(None)
 
 
 def test_a_launchers_own_use_of_sigterm_stays():

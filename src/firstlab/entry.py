@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import os
@@ -28,7 +29,9 @@ Options = TypeVar("Options")
 
 
 def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
-    """Print a `ValueError` as one message and exit with 2; on Ctrl-C or SIGTERM say how to go on and exit with 130.
+    """Print a `ValueError`, or a full disk, as one message and exit with 2.
+
+    On Ctrl-C or SIGTERM say how to go on and exit with 130.
 
     SIGTERM counts as Ctrl-C because the default would leave the processes of a sweep running.
 
@@ -55,11 +58,27 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
             how = "without overwrite=true " * (resumes and _overwrites(given)) + way_out
             print(f"\ninterrupted; {how}", file=sys.stderr)  # on a line of its own, below a progress bar
             sys.exit(130)
+        except Exception as error:
+            if not _disk_is_full(error):
+                raise
+            print(f"\nerror: no space left on the disk: free some; {way_out}", file=sys.stderr)
+            sys.exit(2)
         finally:
             if ours:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return run
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is what an error comes from; libraries wrap the system's in their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):  # safetensors keeps no more than the text
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _overwrites(given: Any) -> bool:

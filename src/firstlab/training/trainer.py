@@ -57,7 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        torch.save(checkpoint, temporary)
+        with temporary.open("wb") as opened:  # by its path, torch would hide why it could not be written
+            torch.save(checkpoint, opened)
         os.replace(temporary, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
