@@ -190,6 +190,16 @@ def test_static_sets_meet_the_rate_over_tokens_too(config: TablesConfig, tmp_pat
     assert cells.at_rate_of(first, sleb, True, "f1", by_token=True) == (None, (None, None))
 
 
+def test_an_ablation_is_one_run_where_that_of_another_level_is_nearer(config: TablesConfig, tmp_path: Path):
+    wanted, other = (cell_run(config, "first", level, changes=("method.start=dense",)) for level in (15, 25))
+    save(tmp_path, "other", record(other, rate=wanted.level))
+    cells = Cells(config, read([str(tmp_path)]))
+    assert cells.find(wanted, False) == (None, "no run")
+    save(tmp_path, "wanted", record(wanted, rate=wanted.level + 0.02))
+    match, _ = Cells(config, read([str(tmp_path)])).find(wanted, False)
+    assert match is not None and [each.file.stem for each in match.records] == ["wanted"]
+
+
 def test_an_ablation_without_a_level_takes_whatever_its_settings_skip(config: TablesConfig, tmp_path: Path):
     rows = {(group, name): run for group, name, run in ablation_runs(config)}
     none, some = (rows["β (paper's form, α = 0.01)", beta] for beta in ("0.0", "0.003"))

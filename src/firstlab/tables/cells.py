@@ -142,6 +142,8 @@ class Cells:
         if run.method not in self._known:
             return None, f"this version has no conf/method/{run.method}.yaml"
         matches = self._matches(run, variant)
+        if run.changes:  # an ablation's row is one run, also where that of another level is nearer
+            matches = [match for match in matches if self._asked_for(match.records[0], run)]
         if not matches:
             return None, "no run"
         wanted = run.level
