@@ -146,6 +146,13 @@ def test_a_task_of_unknown_kind_is_named(tmp_path: Path):
         build_task(config)
 
 
+def test_a_start_beyond_probabilities_is_named(tiny_model_dir: Path, tmp_path: Path):
+    arguments = overrides(tiny_model_dir, tmp_path, "method.start=static", "method.target_skip=0.25")
+    Experiment(*composed(*arguments, "router.threshold=0.8"))
+    with pytest.raises(ValueError, match=r"start_margin=0.1 on both sides of router.threshold=0.9 leaves"):
+        Experiment(*composed(*arguments, "router.threshold=0.9"))
+
+
 def test_an_empty_test_set_is_named(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = build_data(composed(*overrides(tiny_model_dir, tmp_path))[0])
     monkeypatch.setattr(data.task, "test", list)

@@ -369,3 +369,14 @@ def test_a_bucketed_run_goes_on_where_it_was():
 def test_bucket_of_nothing():
     with pytest.raises(ValueError, match=r"data\.bucket=0 must be at least 1"):
         module(bucket=0)
+
+
+def test_another_training_is_not_held_to_what_was_resumed():
+    data = module(total_batches=6)
+    data.load_state_dict({**data.state_dict(), "consumed_batches": 3})
+    assert len(list(data.train_dataloader())) == 3
+    data.batch_size = 2
+    with pytest.raises(ValueError, match="cannot resume in the middle of other training data"):
+        data.train_dataloader()
+    data.start_over()
+    assert len(list(data.train_dataloader())) == 6

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,10 +250,25 @@ def assert_same_numbers(directory: Path, reference: Path) -> None:
             assert mine[key] == (pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value), key
 
 
-def test_one_phase_trains_routers_and_lora_together(tiny_model_dir: Path, tmp_path: Path):
+def evaluate_and_note(run: Experiment, lengths: list[int]) -> Callable[..., dict[str, Any]]:
+    evaluate = run._evaluate
+
+    def noted(name: str, routes: Any) -> dict[str, Any]:
+        lengths.append(run.data.max_length)
+        return evaluate(name, routes)
+
+    return noted
+
+
+def test_one_phase_trains_routers_and_lora_together(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     extra = ("method.one_phase=true", "method.target_skip=0.375", "lora_phase.learning_rate=0.01")
-    run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *extra)))
+    run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *extra, "data.max_length_router=120")))
+    lengths: list[int] = []
+    monkeypatch.setattr(run, "_evaluate", evaluate_and_note(run, lengths))
     record = run.run()
+    assert lengths == [run.config.data.max_length_lora] * 2  # as in every other run
     assert record["phases"]["router"]["steps"] == 0 and record["phases"]["lora"]["steps"] == 4
     assert set(record["variants"]) == {"router", "router_lora"}
     start, trained = (
@@ -338,6 +355,32 @@ def test_overwriting_deletes_nothing_before_the_new_run_has_started(
         Experiment(*composed(*arguments, wrong, "overwrite=true")).run()
     assert contents(experiment.directory) == before
     assert (experiment.directory / "router").is_dir() and not (tmp_path / ".run.old").exists()
+
+
+def test_a_test_prompt_that_never_fits_stops_the_run_before_training(tiny_model_dir: Path, tmp_path: Path):
+    def articles(name: str, question: Callable[[int], str]) -> str:
+        paragraphs = [
+            {
+                "context": f"The house number {i} is red and old.",
+                "qas": [
+                    {"id": f"{name}{i}", "question": question(i), "answers": [{"text": "red", "answer_start": 22}]}
+                ],
+            }
+            for i in range(20)
+        ]
+        return json.dumps({"data": [{"paragraphs": paragraphs}]})
+
+    def dev(i: int) -> str:
+        return f"Which colour has house {i}, " + "and why " * 400 * (i == 13) + "?"
+
+    (tmp_path / "train-v1.1.json").write_text(articles("train", lambda i: f"Which colour has house {i}?"))
+    (tmp_path / "dev-v1.1.json").write_text(articles("dev", dev))
+    extra = ["data=squad", f"data.root={tmp_path}", "data.train_size=8", "data.val_size=4", "evaluation.limit=null"]
+    extra += [f"data.{key}=512" for key in ("max_prompt_length", "max_length_router", "max_length_lora")]
+    run = Experiment(*composed(*overrides(tiny_model_dir, tmp_path / "runs", *extra)))
+    with pytest.raises(ValueError, match="raise data.max_"):
+        run.run()
+    assert list(contents(run.directory)) == ["config.yaml"]
 
 
 def test_a_failed_start_leaves_no_logs_that_would_block_the_directory(tiny_model_dir: Path, tmp_path: Path):

@@ -1,5 +1,7 @@
 """JSON without numbers that JSON does not know, and directories that cannot be had."""
 
+import errno
+import fcntl
 import json
 import math
 from pathlib import Path
@@ -34,6 +36,15 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path):
         pytest.raises(ValueError, match=rf"{wanted} cannot be written \(Not a directory\); choose another"),
         claimed(wanted),
     ):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(ValueError, match=r"run: its file system locks no files .*-o flock"), claimed(tmp_path / "run"):
         pass
 
 

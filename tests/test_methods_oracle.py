@@ -68,3 +68,13 @@ def test_where_every_layer_that_may_be_skipped_is_there_is_nothing_to_exchange()
 def test_negative_rounds_are_refused():
     with pytest.raises(ValueError, match="method.swap_rounds=-1 must not be negative"):
         Oracle(swap_rounds=-1)
+
+
+@pytest.mark.parametrize("worst", [torch.nan, torch.inf])
+def test_a_prompt_whose_loss_is_no_number_still_gets_a_route(worst: float):
+    def overflowing(text: str, layers: tuple[int, ...]) -> float:
+        return worst if text == "long" else additive(text, layers)
+
+    routes = Oracle(0.3).routes(FakePrompts(10, ["short", "long"], overflowing))
+    assert (~routes).sum(1).tolist() == [3, 3]
+    assert torch.equal(routes[0], Oracle(0.3).routes(FakePrompts(10, ["short"], additive))[0])

@@ -183,6 +183,28 @@ def test_a_plan_knows_what_is_finished_and_estimates_the_rest(tmp_path: Path):
     assert (duration(59), duration(600), duration(7260)) == ("59 s", "10 min", "2 h 01 min")
 
 
+def test_runs_that_only_train_are_finished_without_a_record(tmp_path: Path):
+    runs = [[f"runs={tmp_path}", "phases=[router,lora]", *run] for run in ([], ["method=sleb"], ["seed=1"])]
+    planned = plan(runs, make, None)
+    for run, products in zip(planned, (["router", "lora"], ["lora"], ["router"]), strict=True):
+        for name in products:
+            (run.directory / name).mkdir(parents=True)
+        (run.directory / "config.yaml").write_text(json.dumps(run.config.to_dict()))
+    assert [run.state for run in plan(runs, make, None)] == ["finished", "finished", "interrupted"]
+    wanted = [[*run[:1], *run[2:]] for run in runs]  # with the evaluation, too
+    assert {run.state for run in plan(wanted, make, None)} == {"interrupted"}
+
+
+def test_directories_of_other_runs_are_all_named(tmp_path: Path):
+    runs = [[f"runs={tmp_path}", f"seed={seed}"] for seed in range(3)]
+    for run in plan(runs, make, None)[:2]:
+        (run.directory / "router").mkdir(parents=True)
+        other = run.config.to_dict() | {"lora": {**run.config.to_dict()["lora"], "rank": 3}}
+        (run.directory / "config.yaml").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"(?s)seed0 .*in a sweep overwrite=true starts every run again.*seed1 "):
+        plan(runs, make, None)
+
+
 def test_torn_and_foreign_records_are_named_and_stop_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture):
     runs = [[f"runs={tmp_path}/runs", *run] for run in ([], ["seed=1"])]
     finish(plan(runs, make, None)[0], 120)

@@ -19,12 +19,13 @@ from hydra.core.global_hydra import GlobalHydra
 
 from firstlab import results
 from firstlab.compose import conf_dir, search_path
+from firstlab.methods.unified_skip import UnifiedSkip
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
 from firstlab.tables.cells import WORSE, Cells
 from firstlab.tables.config import TablesConfig, load, register
-from firstlab.tables.grid import Run, ablation_runs, known_methods, planned_runs, run_of
+from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, planned_runs, run_of
 from firstlab.tables.quality import missing_cell, score_cell
 from firstlab.tables.records import Library, read
 from firstlab.tables.speed import overhead_table, tpot_tables
@@ -188,6 +189,46 @@ def test_static_sets_meet_the_rate_over_tokens_too(config: TablesConfig, tmp_pat
     save(tmp_path, "first", node)
     cells = Cells(config, read([str(tmp_path)]))
     assert cells.at_rate_of(first, sleb, True, "f1", by_token=True) == (None, (None, None))
+
+
+def test_a_test_over_some_of_the_seeds_says_so(config: TablesConfig, tmp_path: Path):
+    first, sleb = cell_run(config, "first", 15), cell_run(config, "sleb", 15)
+    save(tmp_path, "first", record(first, quality=70))
+    for seed, quality in enumerate((60, 90, 90)):
+        save(tmp_path, f"sleb{seed}", record(sleb, quality=quality, seed=seed))
+    score, _ = Cells(config, read([str(tmp_path)])).score(sleb, False, "f1", first)
+    assert score is not None and score.seeds == 3 and score.tested == (0,) and score.p_value is not None
+    # Over seed 0 SLEB is worse, and what the cells show is better.
+    assert score.difference is not None and score.difference < 0 and score.p_value < 0.05 and score.mark == ""
+    assert ", over seed 0" in score_cell(score, "", sleb).note
+
+
+def test_seeds_that_do_not_differ_have_no_deviation(config: TablesConfig, tmp_path: Path):
+    run = cell_run(config, "sleb", 15)
+    for seed in (1, 2):
+        save(tmp_path, f"seed{seed}", {**record(run), "seed": seed})
+    score, _ = Cells(config, read([str(tmp_path)])).score(run, False, "f1")
+    assert score is not None and score.deviation is None
+    cell = score_cell(score, "", run)
+    assert "±" not in cell.text and "2 seeds" in cell.detail
+
+
+@pytest.mark.parametrize(
+    "other", ["data.test_size=20", "data.bucket=8", "init_from=run/router", "+data.task.domain=news"]
+)
+def test_a_run_on_other_data_or_from_another_start_fills_no_cell(config: TablesConfig, tmp_path: Path, other: str):
+    run = cell_run(config, "first", 15)
+    node = record(replace(run, overrides=(*run.overrides, *([] if other.startswith("+") else [other]))))
+    if other.startswith("+"):
+        node["config"]["data"]["task"]["domain"] = "news"
+    save(tmp_path, "other", {**node, "note": "a"})
+    assert Cells(config, read([str(tmp_path)])).find(run, False) == (None, "no run")
+
+
+def test_commands_say_rates_exactly(config: TablesConfig):
+    rate = at_rate(config.scale, "squad", "llama32_3b", "unified_skip", 3 / 28)
+    [given] = [each for each in rate.overrides if each.startswith("method.target_skip=")]
+    assert UnifiedSkip(float(given.partition("=")[2])).skipped_layers(28) == 3
 
 
 def test_an_ablation_is_one_run_where_that_of_another_level_is_nearer(config: TablesConfig, tmp_path: Path):

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from firstlab.tracking import JsonLinesLogger, log_evaluation, logger_options, open_logger
+from firstlab.tracking import JsonLinesLogger, close_logger, log_evaluation, logger_options, open_logger
 
 RECORD = {
     "variants": {
@@ -41,6 +41,15 @@ def test_json_lines(tmp_path: Path, predictions: Path):
     first, second = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (first["step"], first["train/loss"]) == (3, 1.5)
     assert second["test/router/bleu"] == 41.5 and second["test/router/tpot_ratio"] == 0.84
+
+
+def test_a_csv_file_has_the_evaluation(tmp_path: Path, predictions: Path):
+    logger = CSVLogger(str(tmp_path), name="", version="")
+    log_evaluation(logger, RECORD, predictions)
+    close_logger(logger)
+    [file] = tmp_path.rglob("metrics.csv")
+    names, values = (line.split(",") for line in file.read_text().splitlines())
+    assert dict(zip(names, values, strict=True))["test/router/bleu"] == "41.5"
 
 
 def test_what_a_logger_says_itself_stays(tmp_path: Path):
@@ -84,6 +93,8 @@ def test_an_offline_wandb_run_holds_metrics_and_the_prediction_table(tmp_path: P
     logger = WandbLogger(project="firstlab", save_dir=str(tmp_path), offline=True)
     logger.log_metrics({"train/loss": 1.5, "rho/layer00": 0.6}, step=0)
     log_evaluation(logger, RECORD, predictions)
+    close_logger(logger)
+    assert wandb.run is None  # what comes next in this process does not write into it
     wandb.teardown()  # ends its service, which may still be writing the file
     [file] = tmp_path.rglob("*.wandb")
     seen: dict[str, str] = {}

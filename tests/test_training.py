@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,63 @@ def test_a_truncated_checkpoint_is_named(setup: Setup, tmp_path: Path):
     (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"last\.ckpt is truncated.*ckpt=none"):
         fit_phase(setup.module("router", OURS), setup.data, settings(), tmp_path, [], resume=True)
+
+
+def test_training_that_diverges_keeps_what_validated_best(setup: Setup, tmp_path: Path):
+    module = setup.module("lora", replace(OURS, gate="hard"), learning_rate=0.001)
+    start = module.on_train_batch_start
+
+    def broken(batch: Any, index: int) -> Any:
+        if index == 8:  # an overflow in half precision, say
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    if "lora_B" in name:
+                        parameter.fill_(torch.nan)
+        return start(batch, index)
+
+    module.on_train_batch_start = broken
+    kept = fit_phase(module, setup.data, settings(), tmp_path, [], resume=True)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert kept["val/score"] == pytest.approx(min(kept["start/score"], best_score(tmp_path)))
+
+
+def best_score(folder: Path) -> float:
+    return float(read_checkpoint(folder / "best.ckpt")["val_score"])
+
+
+def test_a_signal_to_requeue_on_slurm_leaves_nothing_for_other_runs(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "7", "NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    module = setup.module("router", OURS)
+    start, before = module.on_train_batch_start, signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def signalled(batch: Any, index: int) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return start(batch, index)
+
+    module.on_train_batch_start = signalled
+    try:
+        fit_phase(module, setup.data, settings(), tmp_path / "run", [], resume=True)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not list(tmp_path.rglob("hpc_ckpt*")) and {each.name for each in tmp_path.iterdir()} >= {"run"}
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_a_calibrated_start_lies_around_the_threshold(tiny_model_dir: Path, tmp_path: Path, threshold: float):
+    config, _ = composed(*overrides(tiny_model_dir, tmp_path, f"router.threshold={threshold}"))
+    setup = Setup(tiny_model_dir, tmp_path)
+    setup.model = load_model(config, tiny_model_dir)
+    batches = calibration_batches(setup)
+    for order, rate in (([], 0.0), ([1], 0.25), ([1, 3], 0.375)):
+        start_routers(setup.model, batches, order, rate, margin=0.2)
+        routes = torch.cat([setup.model.route(b["input_ids"], b["prompt_mask"]) for b in batches])
+        # Of a layer that a share of the prompts skips, two prompts may cross the threshold together.
+        assert 1 - routes.float().mean().item() == pytest.approx(rate, abs=1 / routes.numel())
+        assert len(routes.unique(dim=0)) == (1 if rate < 0.3 else 2)
 
 
 def calibration_batches(setup: Setup) -> list[dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import pad_id
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
+from firstlab.methods.first import First
 from firstlab.methods.none import Dense
 from firstlab.metrics import PRIMARY_METRIC
 from firstlab.model import ModelUnavailableError, RouterAugmentedLM, RouterSettings, load_tokenizer
@@ -84,6 +85,17 @@ def check_test_set(data: PromptDataModule) -> None:
     """Raises ValueError if there is nothing to evaluate on."""
     if not data.test:
         raise ValueError(f"data.task: {type(data.task).__name__} has no test examples; leave evaluate out of phases")
+
+
+def check_start(router: RouterConfig, method: Method) -> None:
+    """Raises ValueError if calibrated routers would have to start at no probability."""
+    if not isinstance(method, First) or method.start == "random":
+        return
+    if not method.start_margin < router.threshold < 1 - method.start_margin:
+        raise ValueError(
+            f"method.start_margin={method.start_margin} on both sides of router.threshold={router.threshold} leaves "
+            "the probabilities between 0 and 1; lower the margin, or choose method.start=random"
+        )
 
 
 def check_device(trainer: TrainerConfig) -> None:

@@ -62,7 +62,7 @@ def specification(name: str) -> dict[str, Any]:
                 "name": "Training",
                 "panels": [
                     line("training loss", "train/loss"),
-                    line("validation loss", "val/loss"),
+                    line("validation loss", "val/cross_entropy"),
                     line("validation skip rate", "val/skip_rate"),
                 ],
             },
@@ -113,11 +113,11 @@ def main(arguments: list[str]) -> None:
     if options.entity is None:
         raise ValueError("entity is not set; give your W&B user or team with entity=NAME, or use dry_run=FILE")
     built = workspace(spec, options.entity, options.project)
-    from wandb.errors import UsageError
+    from wandb.errors import Error
 
     try:
         built.save()
-    except UsageError as error:
+    except Error as error:
         raise ValueError(f"W&B: {error}") from error
     print(f"workspace: {built.url}")
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -304,7 +305,8 @@ def _join(trainer: TrainerConfig) -> None:
     if not dist.is_initialized():
         if trainer.accelerator == "gpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo")
+        # The others wait for what the first does alone: a search, an evaluation with COMET, timing.
+        dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo", timeout=timedelta(days=1))
 
 
 def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -18,7 +18,15 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from firstlab import results, targets
-from firstlab.build import build_data, check_device, check_test_set, check_vocabulary, load_model, model_path
+from firstlab.build import (
+    build_data,
+    check_device,
+    check_start,
+    check_test_set,
+    check_vocabulary,
+    load_model,
+    model_path,
+)
 from firstlab.config import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
@@ -30,7 +38,7 @@ from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
 from firstlab.routes import prompt_routes, shared_routes, static_routes
 from firstlab.run_directory import CONFIG, check_directory, has_begun, variant_names, wanted_variants
 from firstlab.start import calibrate_rate, start_phase_1
-from firstlab.tracking import JsonLinesLogger, close_failed, log_evaluation, logger_options, open_logger
+from firstlab.tracking import JsonLinesLogger, close_failed, close_logger, log_evaluation, logger_options, open_logger
 from firstlab.training.modules import (
     LoRACompensationModule,
     OnePhaseModule,
@@ -63,6 +71,7 @@ class Experiment:
         trains = "lora" in config.phases or ("router" in config.phases and method.trains_routers)
         if trains and config.data.val_size == 0:
             raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")
+        check_start(config.router, method)
         check_device(config.trainer)
         if rank()[0] == 0:
             check_directory(self.directory, self.config)
@@ -100,6 +109,7 @@ class Experiment:
             _say(f"{self.directory} is finished already")
             return finished
         start = time.perf_counter()
+        results.reset_peak_memory()
         try:
             loggers = self._start()
         except BaseException:
@@ -140,14 +150,17 @@ class Experiment:
             # A resumed run's times are those since it was resumed.
             "resumed": self._resumed,
             "wall_s": time.perf_counter() - start,
-            "peak_memory_bytes": results.peak_memory_bytes(),
-            **results.provenance(),
+            "peak_memory_bytes": results.peak_memory_bytes(self.model.device),
+            **results.provenance(self.model.device),
         }
         if rank()[0] == 0 and variants:
             self._join_predictions(list(variants))
             for logger in loggers:
                 log_evaluation(logger, record, self.directory / "predictions.jsonl")
             results.write(self.directory, record)
+        if rank()[0] == 0:
+            for logger in loggers:
+                close_logger(logger)
         barrier()
         return record
 
@@ -164,6 +177,9 @@ class Experiment:
         if "evaluate" in self.config.phases:
             # A wrong path or a malformed line stops here, not after the training.
             check_test_set(self.data)
+            if self.config.evaluation.perplexity:
+                self.data.setup("test")
+            self.data.setup("predict")
             sizes += f", {len(self.data.test)} to test"
             check_metrics(self.data.task, self.config.evaluation)
         _say(f"data {self.config.data.name}: {sizes}")
@@ -216,6 +232,7 @@ class Experiment:
             logger = targets.build(node, "logger", **logger_options(node, self.directory, self.method.name))
             if rank()[0] == 0:
                 open_logger(logger)
+                logger.log_hyperparams(self.config.identity())
             loggers.append(logger)
         return loggers
 
@@ -304,6 +321,7 @@ class Experiment:
                 _say(f"calibrating the routers' start ({method.start}) on {count} training prompts")
                 started = start_phase_1(self.directory, method, self._prompts(data.train))
             if one_phase:
+                data.max_length = config.data.max_length_lora
                 self._record_phase(name, {"steps": 0, "multiplier": objective.multiplier, "seconds": 0.0, **started})
                 return
             module = RouterModule(self.model, objective, optimizer, config.seed)

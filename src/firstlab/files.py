@@ -89,6 +89,11 @@ def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
                 raise ValueError(f"{message}; start again when it has finished") from None
             print(f"{message}; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(
+                f"{directory}: its file system locks no files ({error.strerror}); choose a folder on another one, or "
+                "mount it with locks (Lustre: -o flock)"
+            ) from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         lock.flush()

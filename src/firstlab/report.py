@@ -46,6 +46,6 @@ def neighbours(directory: Path, record: dict) -> list[dict]:
             candidate = results.read(other)
             if candidate is not None and settings(candidate) == settings(record):
                 found.append(candidate)
-        except (ValueError, KeyError, TypeError):
-            print(f"note: {other / results.RESULT} is torn or of another program, and left out", file=sys.stderr)
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"note: {other / results.RESULT} is left out: damaged, or of another program", file=sys.stderr)
     return sorted(found, key=lambda each: (each["method"] != "none", each["label"]))

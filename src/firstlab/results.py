@@ -28,8 +28,8 @@ _PACKAGES = ("firstlab", "torch", "transformers", "lightning", "peft", "hydra-co
 ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "router_lora": "Router + LoRA"}
 
 
-def provenance() -> dict[str, Any]:
-    """Code revision, package versions and machine."""
+def provenance(device: torch.device | None = None) -> dict[str, Any]:
+    """Code revision, package versions and machine: its GPU, unless the device is another or there is none."""
     # An installed copy may lie in somebody else's repository.
     ours = bool(_git("ls-files", Path(__file__).name))
     versions = {}
@@ -38,13 +38,13 @@ def provenance() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    name = torch.cuda.get_device_name() if _counts_gpu(device) else processor_name()
     return {
         "revision": (_git("rev-parse", "HEAD") or None) if ours else None,
         "uncommitted_changes": ours and bool(_git("status", "--porcelain", "--untracked-files=no")),
         "packages": versions,
         "python": platform.python_version(),
-        "device": device,
+        "device": name,
         "threads": torch.get_num_threads(),
     }
 

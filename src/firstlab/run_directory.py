@@ -27,6 +27,13 @@ def wanted_variants(config: ExperimentConfig, method: Method) -> list[str]:
     return [before, after] if trained else [before]
 
 
+def is_trained(config: ExperimentConfig, method: Method) -> bool:
+    """Whether a run that was to train and not to be evaluated has done so."""
+    products = [name for name in config.phases if name != "router" or method.trains_routers]
+    directory = config.directory(method)
+    return "evaluate" not in products and not config.overwrite and all((directory / name).is_dir() for name in products)
+
+
 def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] | None:
     """The record of a run that has nothing left to do, or None.
 

@@ -123,8 +123,13 @@ def plan(
     planned = _composed(runs, compose)
     records = list(_read_all(sorted(recorded.glob("*/results/*.json")) if recorded is not None else []))
     known = _by_hash(records, planned)
+    problems = []
     for run in planned:
-        _look_up(run, known.get(run.config.hash()))
+        try:
+            _look_up(run, known.get(run.config.hash()))
+        except ValueError as error:
+            problems.append(f"{error}; in a sweep overwrite=true starts every run again")
+    _raise_all(problems)
     times = [record for _, record in records]
     for folder in {run.config.runs for run in planned}:
         times += [record for _, record in _read_all(sorted(Path(folder).glob("*/*/result.json")))]
@@ -218,7 +223,7 @@ def _read(file: Path) -> Record:
 def _look_up(run: PlannedRun, recorded: Record | None) -> None:
     """Set the state of a run from its directory, or from a recorded result."""
     from firstlab import results
-    from firstlab.run_directory import finished_record, wanted_variants
+    from firstlab.run_directory import finished_record, is_trained, wanted_variants
 
     record = finished_record(run.config, run.method)
     if record is None and recorded is not None and not run.config.overwrite:
@@ -226,6 +231,8 @@ def _look_up(run: PlannedRun, recorded: Record | None) -> None:
     failure = results.read_failure(run.directory)
     if record is not None:
         run.state, run.seconds, run.error = "finished", record.get("wall_s"), None
+    elif failure is None and is_trained(run.config, run.method):
+        run.state, run.error = "finished", None
     elif failure is not None:
         run.state, run.error = "failed earlier", failure["error"]
     elif (run.directory / "config.yaml").is_file():

@@ -109,4 +109,10 @@ def log_evaluation(logger: Logger, record: dict[str, Any], predictions: Path) ->
         wanted = [row for row in map(json.loads, lines) if row["index"] < SAMPLES]
         data = [[str(row[c]) if c == "skipped" else row[c] for c in columns] for row in wanted]
         logger.log_table("predictions", columns=columns, data=data)
+
+
+def close_logger(logger: Logger) -> None:
+    """Write what is still held back, and end a W&B run: the next run of this process has one of its own."""
+    logger.finalize("success")
+    if isinstance(logger, WandbLogger):
         logger.experiment.finish()

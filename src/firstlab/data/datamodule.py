@@ -354,6 +354,10 @@ class PromptDataModule(L.LightningDataModule):
         """How far training is, and in which stream of batches."""
         return {"consumed_batches": self.consumed_batches, "stream": self._stream()}
 
+    def start_over(self) -> None:
+        """At the start of another training, whatever was resumed before."""
+        self.consumed_batches, self._saved_stream = 0, None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lets training go on behind the batches done; the number of processes may have changed."""
         self.consumed_batches = state_dict["consumed_batches"]

@@ -25,9 +25,9 @@ class First(Method):
         lam: λ of the router regulariser.
         objective, gate, pooled_tokens: The training pass, see `TeacherForcedPass`.
         lora_gate: Gate of phase 2.
-        start: "random" (paper: rho near 0.5), "dense" (every rho at 0.5 + start_margin), "static" (rho at
-            0.5 ± start_margin according to the SLEB set at the target) or "codebook" (such a set for every kind of
-            prompts, more layers for kinds that need less of them, and routers fitted to tell the kinds apart).
+        start: "random" (paper: rho near 0.5), "dense" (every rho at threshold + start_margin), "static" (at
+            threshold ± start_margin according to the SLEB set at the target) or "codebook" (such a set for every kind
+            of prompts, more layers for kinds that need less of them, and routers fitted to tell the kinds apart).
         start_margin: Distance of the calibrated start from the threshold.
         dual_rate: Step size of the dual ascent on α and β towards target_skip.
         tolerance: Distance to the target that model selection forgives.

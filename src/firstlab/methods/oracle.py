@@ -15,6 +15,8 @@ from torch import Tensor
 
 from firstlab.methods.base import FixedCount, Prompts
 
+_WORST = torch.finfo(torch.float32).max
+
 
 @dataclass
 class Oracle(FixedCount):
@@ -69,7 +71,8 @@ def _layers(chosen: Tensor) -> list[Tensor]:
 def _best(prompts: Prompts, candidates: Iterable[Tensor], losses: Tensor, routes: Tensor) -> tuple[Tensor, Tensor]:
     """Each prompt's least loss [N] and its route [N, L], among what it has and the candidates [N, L]."""
     for candidate in candidates:
-        tried = prompts.losses(candidate)
+        # Even a loss that is infinite, or no number, is better than none.
+        tried = prompts.losses(candidate).nan_to_num(_WORST, posinf=_WORST)
         better = tried < losses
         losses, routes = torch.where(better, tried, losses), torch.where(better[:, None], candidate, routes)
     return losses, routes

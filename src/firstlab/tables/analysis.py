@@ -204,7 +204,8 @@ def adaptivity(cells: Cells) -> Table:
                     score, reason = cells.score(run, lora, HEADLINE[task])
                     best, _ = cells.score(ceiling, lora, HEADLINE[task]) if ceiling else (None, "")
                     row.append(score_cell(score, reason, run))
-                    gap = best.value - score.value if best and score and method != "oracle" else None
+                    same = ceiling is not None and method != "oracle" and cells.on_same_prompts(run, ceiling, lora)
+                    gap = best.value - score.value if best and score and same else None
                     rows.append([*row, Cell() if gap is None else Cell(f"{gap:.1f}", gap)])
     caption = (
         "Skip rates are means over prompts; over tokens, prompts with long references weigh more. "
@@ -239,8 +240,9 @@ def _by_group(cells: Cells, key: str, title: str, name: str) -> Table:
         curves: list[pictures.Curve] = []
         for method in (each for each in ("first_soft", "first", "sleb") if each in known_methods(scale)):
             for lora in (False, True):
-                match, _ = cells.find(run_of(scale, task, model, method, level), lora)
-                dense, _ = cells.find(run_of(scale, task, model, "none", 0), lora)
+                run, base_run = run_of(scale, task, model, method, level), run_of(scale, task, model, "none", 0)
+                match, _ = cells.find(run, lora)
+                dense = cells.find(base_run, lora)[0] if cells.on_same_prompts(run, base_run, lora) else None
                 found = [] if match is None else list(_groups(match, dense, name))
                 points: list[tuple[float, float, float | None, float | None]] = []
                 for label, where, count, rate, perplexity, base in found:

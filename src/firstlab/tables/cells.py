@@ -77,11 +77,12 @@ class Score:
         value: Mean over seeds, 0..100.
         low, high: Bootstrap interval of that mean over test prompts; None for several seeds without per-prompt scores.
         seeds: How many.
-        deviation: Standard deviation over seeds, None for one seed.
+        deviation: Standard deviation over seeds, None for one seed, or where no seed differs from another.
         skip_rate: Measured.
         difference, p_value: Against the reference, None where there is no test.
-        mark: BETTER or WORSE than the reference where the test says so; in parentheses where the better one skips less
-            by more than `rate_gap`.
+        mark: BETTER or WORSE than the reference where the test says so, and the values shown do not say the contrary;
+            in parentheses where the better one skips less by more than `rate_gap`.
+        tested: Seeds of the test, those that both have, where it lacks some that one of them has.
         others: Seeds that are left out, because they were evaluated on another test set.
     """
 
@@ -94,6 +95,7 @@ class Score:
     difference: float | None = None
     p_value: float | None = None
     mark: str = ""
+    tested: tuple[int, ...] = ()
     others: tuple[int, ...] = ()
 
 
@@ -179,7 +181,7 @@ class Cells:
         if interval is None and len(found) == 1:
             interval = (found[0]["low"], found[0]["high"])
         low, high = interval or (None, None)
-        deviation = stdev(values) if len(values) > 1 else None
+        deviation = stdev(values) if len(set(values)) > 1 else None
         score = Score(fmean(values), low, high, len(values), deviation, match.skip_rate, others=match.others)
         if reference is None or reference == run:
             return score, ""
@@ -190,10 +192,21 @@ class Cells:
         assert against is not None
         difference, p_value = tested
         mark = "" if p_value >= self.config.significance else BETTER if difference > 0 else WORSE
+        ours, theirs = ({record.seed for record in each.records} for each in (match, against))
+        tested_seeds = tuple(sorted(ours & theirs)) if ours != theirs else ()
+        # Over seeds of which the test has a part, the means that are shown may lie the other way round.
+        shown = [part["metrics"].get(metric) for part in against.parts]
+        if tested_seeds and all(shown) and (score.value - fmean(each["value"] for each in shown)) * difference <= 0:
+            mark = ""
         more_skipped = match.skip_rate - against.skip_rate
         if mark and abs(more_skipped) > self.config.rate_gap + 1e-9 and (more_skipped > 0) == (mark == WORSE):
             mark = f"({mark})"
-        return replace(score, difference=difference, p_value=p_value, mark=mark), ""
+        return replace(score, difference=difference, p_value=p_value, mark=mark, tested=tested_seeds), ""
+
+    def on_same_prompts(self, run: Run, other: Run, lora: bool) -> bool:
+        """Whether two cells are filled, by runs that were evaluated on the same prompts."""
+        matches = [self.find(each, lora)[0] for each in (run, other)]
+        return None not in matches and len({_test_set(m.records[0], m.variant) for m in matches if m}) == 1
 
     def at_rate_of(
         self, reference: Run, run: Run, lora: bool, metric: str, by_token: bool = False

@@ -22,7 +22,6 @@ class ScaleConfig:
         tasks: Paper's task to ours (conf/data).
         levels: Paper's skip level in percent to the skip rate that we ask for.
         alphas: Paper's skip level in percent to α, for methods that take α.
-        seeds: Seeds of every cell.
         methods: Overrides per method; {level} and {alpha} are filled in.
         ablation_model: Which of the paper's models the ablations are made with, on the first task; null for none.
         all_steps: Overrides that give the LoRA phase the steps of both phases.
@@ -34,7 +33,6 @@ class ScaleConfig:
     tasks: dict[str, str] = MISSING
     levels: dict[int, float] = MISSING
     alphas: dict[int, float] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
     methods: dict[str, list[str]] = MISSING
     ablation_model: str | None = None
     all_steps: list[str] = field(default_factory=list)

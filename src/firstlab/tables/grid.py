@@ -110,7 +110,7 @@ def at_rate(scale: ScaleConfig, task: str, model: str, method: str, rate: float)
 def _run_at(
     scale: ScaleConfig, task: str, model: str, method: str, rate: float, alpha: float, changes: tuple[str, ...]
 ) -> Run:
-    fill = {"level": f"{rate:g}", "alpha": f"{alpha:g}"}
+    fill = {"level": f"{rate:.12g}", "alpha": f"{alpha:.12g}"}
     named = [f"model={scale.models[model]}", f"data={scale.tasks[task]}"]
     own = [each.format_map(fill) for each in scale.methods[method]]
     overrides = (*scale.base, *named, *own, *changes)

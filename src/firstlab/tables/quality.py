@@ -38,10 +38,13 @@ def score_cell(score: Score | None, reason: str, run: Run, digits: int = 1) -> C
     text = f"{score.value:.{digits}f}"
     if score.deviation is not None:
         text += f" ± {score.deviation:.{digits}f}"
+    if score.seeds > 1:
         detail = f"{detail} {score.seeds} seeds".strip()
     note = f"measured skip rate {100 * score.skip_rate:.1f} %"
     if score.p_value is not None and score.difference is not None:
         note += f"; difference to the reference {score.difference:+.2f}, p = {score.p_value:.3f}"
+    if score.tested:
+        note += f", over seed{'s' if len(score.tested) > 1 else ''} {', '.join(map(str, score.tested))}"
     if score.others:
         seeds = f"seed{'s' if len(score.others) > 1 else ''} {', '.join(map(str, score.others))}"
         note += f"; without {seeds}, evaluated on another test set"
@@ -160,13 +163,15 @@ def overview(cells: Cells) -> Table:
     for method in known_methods(scale):
         row = [Cell(method_title(method) + " + LoRA")]
         for task in scale.tasks:
-            dense, _ = cells.score(run_of(scale, task, model, "none", 0), True, HEADLINE[task])
+            base = run_of(scale, task, model, "none", 0)
+            dense, _ = cells.score(base, True, HEADLINE[task])
             for _, level in wanted:
                 run = run_of(scale, task, model, method, 0 if method == "none" else level)
                 reference = None if method == "none" else run_of(scale, task, model, cells.config.reference, level)
                 score, reason = cells.score(run, True, HEADLINE[task], reference)
                 cell = score_cell(score, reason, run)
-                if score and dense and dense.value and method != "none":
+                same = method != "none" and cells.on_same_prompts(run, base, True)
+                if score and dense and dense.value and same:
                     kept = f"{100 * score.value / dense.value:.1f} % kept at {100 * score.skip_rate:.1f} %"
                     cell = Cell(cell.text, cell.value, kept, cell.mark, f"{cell.detail}; {cell.note}", "", "ours")
                 row.append(cell)

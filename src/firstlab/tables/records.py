@@ -22,7 +22,7 @@ _SECTIONS = ("method", "router", "lora", "router_phase", "lora_phase")
 _EVALUATION = ("limit", "decoder", "do_sample", "temperature", "top_k", "num_beams")
 _MODEL = ("path", "dtype", "revision", "quantization")
 _DATA = (
-    "task", "train_size", "val_size", "split_seed",
+    "task", "train_size", "val_size", "test_size", "split_seed", "bucket",
     "max_length_router", "max_length_lora", "max_prompt_length", "max_new_tokens",
 )  # fmt: skip
 #: Numbers per test prompt, beside its scores.
@@ -100,6 +100,7 @@ class Library:
             record
             for record in near
             if all(record.settings[key] == value for key, value in wanted.items() if key in record.settings)
+            and not any(key.startswith("data.task.") and key not in expected for key in record.settings)
         ]
 
 
@@ -298,7 +299,8 @@ def _place(config: dict[str, Any]) -> dict[str, Any]:
     model = {"quantization": None} | {key: value for key, value in config.get("model", {}).items() if key in _MODEL}
     data = {key: value for key, value in config.get("data", {}).items() if key in _DATA}
     flat = _flat({"model": model, "data": data}, "")
-    return {key: value for key, value in flat if not key.endswith(".root")}
+    placed = {key: value for key, value in flat if not key.endswith(".root")}
+    return placed | {"init_from": config.get("init_from")}
 
 
 def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

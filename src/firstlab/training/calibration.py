@@ -150,7 +150,8 @@ def start_routers(
 ) -> None:
     """Start the routers from a static set, at exactly the wanted skip rate.
 
-    The first layers of `order` are skipped for every prompt (rho about 0.5 - margin), the others run (0.5 + margin).
+    The first layers of `order` are skipped for every prompt (rho about threshold - margin), the others run
+    (threshold + margin).
     Where skip_rate · L is not whole, one more layer is skipped for a share of the prompts: for those whose measured
     loss it changes least, as far as the router can tell them apart.
 
@@ -159,15 +160,15 @@ def start_routers(
         batches: Teacher-forced batches of training prompts.
         order: Layers in the order in which they are best skipped, at least ceil(skip_rate · L).
         skip_rate: In [0, 1).
-        margin: Distance of rho from the threshold, in (0, 0.5).
+        margin: Distance of rho from the threshold; both must lie in (0, 1).
     """
-    layers = model.num_layers
+    layers, threshold = model.num_layers, model.routers.settings.threshold
     whole = math.floor(skip_rate * layers + 1e-9)
     share = skip_rate * layers - whole
     prompts = sum(len(batch["input_ids"]) for batch in batches)
-    size = math.log((0.5 + margin) / (0.5 - margin))
+    runs, skips = _logit(threshold + margin), _logit(threshold - margin)
     always = list(order[:whole])
-    logits = torch.where(routes_without(layers, always), size, -size).repeat(prompts, 1)
+    logits = torch.where(routes_without(layers, always), runs, skips).repeat(prompts, 1)
     if share < 1 / prompts:
         fit_routers(model, batches, logits)
         return
@@ -176,9 +177,13 @@ def start_routers(
     dropped, _ = losses_under_routes(model, batches, routes_without(layers, [*always, partly]))
     harm = (dropped - kept) / tokens
     harm = (harm - harm.quantile(share)) / harm.std().clamp_min(1e-6)
-    logits[:, partly] = size * harm.clamp(-2, 2)
+    logits[:, partly] = (runs + skips) / 2 + (runs - skips) / 2 * harm.clamp(-2, 2)
     shift = fit_routers(model, batches, logits)[partly]
     _place(model, batches, partly, shift, share)
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
 
 
 def _place(model: RouterAugmentedLM, batches: Sequence[Batch], layer: int, shift: Tensor, share: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
@@ -164,7 +165,12 @@ def fit_phase(
     if settings.progress_bar:
         callbacks.append(_ProgressBar(f"train {' and '.join(module.trainable)}"))
     layer_class = type(find_decoder(module.model.lm)[1][0])
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning would requeue the job itself, from a checkpoint that it also puts in place of what we validate.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = L.Trainer(
+        default_root_dir=directory,
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -179,13 +185,13 @@ def fit_phase(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=plugins,
         logger=loggers or False,
         use_distributed_sampler=False,
         enable_progress_bar=settings.progress_bar,
         enable_model_summary=False,
     )
-    data.consumed_batches = 0
+    data.start_over()
     # The start competes with what training makes of it: a calibrated router may not be worth changing.
     start = {k: v.detach().cpu().clone() for k, v in module.state_dict().items() if k in _trainable(module)}
     [before] = trainer.validate(module, datamodule=data, verbose=False)
@@ -202,16 +208,19 @@ def fit_phase(
         module.multiplier = checkpoint["multiplier"]
         return {"val/score": float(checkpoint["val_score"])}
     [final] = trainer.validate(module, datamodule=data, verbose=False)
-    kept_score = best.best_model_score
-    best_score = math.inf if kept_score is None else float(kept_score)
-    if min(best_score, before["val/score"]) < final["val/score"]:
-        if before["val/score"] <= best_score:
-            weights = start
-        else:
-            weights = read_checkpoint(Path(best.best_model_path))["state_dict"]
+    start_score, best_score = _finite(before["val/score"]), _finite(best.best_model_score)
+    kept_score = min(start_score, best_score)
+    if not final["val/score"] <= kept_score < math.inf:  # training that diverges ends at NaN
+        kept = Path(best.best_model_path)
+        weights = start if start_score == kept_score else read_checkpoint(kept)["state_dict"]
         module.load_state_dict(weights, strict=False)
         [final] = trainer.validate(module, datamodule=data, verbose=False)
     return {**final, "start/score": before["val/score"]}
+
+
+def _finite(score: Any) -> float:
+    """A score to be compared: one that is missing or not a number is as bad as can be."""
+    return math.inf if score is None or not math.isfinite(score) else float(score)
 
 
 def _trainable(module: torch.nn.Module) -> set[str]:
