@@ -17,7 +17,7 @@ def test_a_dry_run_writes_the_specification(tmp_path: Path):
     spec = json.loads((tmp_path / "dashboard.json").read_text())
     assert spec["project"] == "mine" and spec["group_by"] == ["group", "job_type"]
     metrics = {metric for section in spec["sections"] for panel in section["panels"] for metric in panel["metrics"]}
-    assert {"test/router_lora/bleu", "test/base/skip_rate", "test/router/tpot_ratio", "val/skip_rate"} <= metrics
+    assert {"test/router_lora/bleu", "test/base/skip_rate", "test/router/tpot_ratio", "lora/val/skip_rate"} <= metrics
 
 
 def test_the_workspace_that_would_be_saved_groups_runs_and_shows_every_metric():

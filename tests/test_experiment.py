@@ -64,8 +64,12 @@ def test_a_run_leaves_everything_a_reader_needs(finished: Path):
     assert len(lines) == 14 and {x["variant"] for x in lines} == {"router", "router_lora"}
     steps = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
     keys = {key for step in steps for key in step}
-    assert {"train/loss", "val/skip_rate", "rho/layer00", "skip/layer03", "test/router_lora/bleu"} <= keys
-    assert any(key.startswith("lr-") for key in keys)
+    assert {"test/router_lora/bleu"} | {
+        f"{phase}/{name}"
+        for phase in ("router", "lora")
+        for name in ("train/loss", "val/skip_rate", "rho/layer00", "skip/layer03")
+    } <= keys
+    assert any(key.startswith("router/lr-") for key in keys)
     assert (finished / "config.yaml").is_file()
     assert (finished.parent / "skip_per_layer.png").stat().st_size > 5_000
 

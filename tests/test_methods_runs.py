@@ -72,7 +72,7 @@ def test_a_method_that_skips_in_prefill_is_the_model_without_the_layers(
     record = run.run()
     assert run.directory.name == f"{method}-skip0.5-prefill-seed0" and record["rounding"].startswith("2 of 4 layers")
     trained = [json.loads(x) for x in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    assert {x["train/skip_rate"] for x in trained if "train/skip_rate" in x} == {0.5}
+    assert {x["lora/train/skip_rate"] for x in trained if "lora/train/skip_rate" in x} == {0.5}
     assert {variant["skip"]["skip_rate"] for variant in record["variants"].values()} == {0.5}
 
     # Without LoRA: text and perplexity of the base whose layers are deleted.

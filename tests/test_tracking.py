@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from firstlab.tracking import JsonLinesLogger, close_logger, log_evaluation, logger_options, open_logger
+from firstlab.tracking import JsonLinesLogger, PhaseLogger, close_logger, log_evaluation, logger_options, open_logger
 
 RECORD = {
     "variants": {
@@ -108,3 +108,11 @@ def test_an_offline_wandb_run_holds_metrics_and_the_prediction_table(tmp_path: P
     [table] = tmp_path.rglob("*.table.json")
     content = json.loads(table.read_text())
     assert content["columns"][:2] == ["variant", "id"] and content["data"][0][3] == PREDICTION["text"]
+
+
+def test_phases_that_count_their_steps_alike_are_told_apart(tmp_path: Path):
+    logger = JsonLinesLogger(tmp_path / "metrics.jsonl")
+    for phase in ("router", "lora"):
+        PhaseLogger(logger, phase).log_metrics({"train/loss": 1.5}, step=0)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [set(line) - {"time", "step"} for line in lines] == [{"router/train/loss"}, {"lora/train/loss"}]

@@ -43,7 +43,7 @@ def specification(name: str) -> dict[str, Any]:
         return {"kind": "bar", "title": title, "metrics": [f"test/{variant}/{key}" for variant in VARIANTS]}
 
     def line(title: str, metric: str) -> dict[str, Any]:
-        return {"kind": "line", "title": title, "metrics": [metric]}
+        return {"kind": "line", "title": title, "metrics": [f"{phase}/{metric}" for phase in ("router", "lora")]}
 
     return {
         "name": name,

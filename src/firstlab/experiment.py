@@ -38,7 +38,15 @@ from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
 from firstlab.routes import prompt_routes, shared_routes, static_routes
 from firstlab.run_directory import CONFIG, check_directory, has_begun, variant_names, wanted_variants
 from firstlab.start import calibrate_rate, start_phase_1
-from firstlab.tracking import JsonLinesLogger, close_failed, close_logger, log_evaluation, logger_options, open_logger
+from firstlab.tracking import (
+    JsonLinesLogger,
+    PhaseLogger,
+    close_failed,
+    close_logger,
+    log_evaluation,
+    logger_options,
+    open_logger,
+)
 from firstlab.training.modules import (
     LoRACompensationModule,
     OnePhaseModule,
@@ -357,7 +365,8 @@ class Experiment:
         resume = config.ckpt == "last"
         resumed = resume and (checkpoints / "last.ckpt").is_file()
         start = time.perf_counter()
-        kept = fit_phase(module, data, settings, checkpoints, loggers, resume)
+        named: list[Logger] = [PhaseLogger(each, name) for each in loggers]
+        kept = fit_phase(module, data, settings, checkpoints, named, resume)
         seconds = time.perf_counter() - start
         record = {"steps": int(steps), "multiplier": module.multiplier, "seconds": seconds, **started, **kept}
         if resumed:

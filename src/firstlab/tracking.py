@@ -45,6 +45,35 @@ class JsonLinesLogger(Logger):
             out.write(json_text({"step": step, "time": time.time(), **metrics}) + "\n")
 
 
+class PhaseLogger(Logger):
+    """Puts the phase in front of every name (router/train/loss): both phases count their steps from 0."""
+
+    def __init__(self, logger: Logger, phase: str) -> None:
+        super().__init__()
+        self.logger, self.phase = logger, phase
+
+    @property
+    def name(self) -> str | None:
+        """Of the logger."""
+        return self.logger.name
+
+    @property
+    def version(self) -> int | str | None:
+        """Of the logger."""
+        return self.logger.version
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The run logs its own."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """With the phase in front of the names."""
+        self.logger.log_metrics({f"{self.phase}/{name}": value for name, value in metrics.items()}, step)
+
+    def save(self) -> None:
+        """As the logger does."""
+        self.logger.save()
+
+
 def _is_wandb(logger: dict[str, Any]) -> bool:
     return logger["_target_"].endswith(WandbLogger.__name__)
 
