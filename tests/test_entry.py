@@ -9,18 +9,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
-from firstlab.compose import conf_dir, register
+from firstlab import results
+from firstlab.compose import conf_dir, load, register
 from firstlab.entry import _finish, check_command_line, guarded, isolated
-from firstlab.files import write_atomically
+from firstlab.files import claimed, write_atomically
 from firstlab.training.trainer import AtomicCheckpointIO
 
 
@@ -108,6 +110,39 @@ def test_other_errors_keep_their_traceback():
         guarded(broken)(None)
 
 
+def a_run(folder: Path) -> DictConfig:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return compose("train", [f"runs={folder}"])
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_sweeps_job_leaves_a_run_that_another_does_alone(tmp_path: Path, held: bool):
+    given = a_run(tmp_path)
+
+    def ends_badly(_: object) -> None:  # what is left of several processes
+        sys.exit(1)
+
+    config, method = load(given)
+    directory = config.directory(method)
+    with claimed(directory) if held else nullcontext():
+        isolated(ends_badly)(given)
+    assert (directory / "failure.json").is_file() != held
+
+
+def test_the_process_that_knows_says_why_a_job_failed(tmp_path: Path):
+    given = a_run(tmp_path)
+    config, method = load(given)
+
+    def of_several_processes(_: object) -> None:
+        results.write_failure(config.directory(method), RuntimeError("out of memory"))
+        sys.exit(1)
+
+    isolated(of_several_processes)(given)
+    assert results.read_failure(config.directory(method))["error"] == "RuntimeError: out of memory"
+
+
 def test_a_launchers_own_use_of_sigterm_stays():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append("launcher"))
@@ -189,7 +224,7 @@ def test_a_sweep_writes_into_no_foreign_directory(tmp_path: Path, capsys: pytest
 
     for each in (foreign, empty, wrong):
         isolated(fails)(each)
-    assert sorted(x.name for x in tmp_path.rglob("*") if x.is_file()) == ["failure.json", "precious.txt"]
+    assert sorted(x.name for x in tmp_path.rglob("*") if x.is_file()) == [".new.lock", "failure.json", "precious.txt"]
     assert (tmp_path / "new" / "failure.json").is_file()
     errors = capsys.readouterr().err
     assert "choose another run_dir" in errors and "new: out of luck" in errors and "method.target_skip=7" in errors

@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -104,6 +105,7 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
         _quiet()
         from firstlab import results
         from firstlab.compose import load
+        from firstlab.files import claimed
         from firstlab.run_directory import check_directory
         from firstlab.tracking import close_failed
 
@@ -122,7 +124,10 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
             print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
             if ours and directory is not None:
                 close_failed(config.logger)
-                results.write_failure(directory, error)
+                # Not in a run that another process is doing; nor instead of what one of its own processes said.
+                with suppress(ValueError), claimed(directory, wait=False):
+                    if not (directory / results.FAILURE).is_file():
+                        results.write_failure(directory, error)
 
     return run
 
@@ -281,11 +286,14 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
         )
     from hydra.core.hydra_config import HydraConfig
 
+    from firstlab import results
     from firstlab.compose import own_conf_dirs, search_path
 
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
+    if is_sweep_job():
+        os.environ[results.SWEEP_JOB] = "1"
     code = _finish([*launcher, "-m", module, *overrides])
     if code:
         sys.exit(code)

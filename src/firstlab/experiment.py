@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -108,7 +109,12 @@ class Experiment:
             return self._run()
         # Several processes of one run would time out waiting for each other, so those do not wait for another run.
         with claimed(self.directory, wait=rank()[1] == 1):
-            return self._run()
+            try:
+                return self._run()
+            except Exception as error:
+                if results.SWEEP_JOB in os.environ:
+                    results.write_failure(self.directory, error)
+                raise
 
     def _run(self) -> dict[str, Any]:
         self._prepare_directory()

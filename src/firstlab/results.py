@@ -24,6 +24,8 @@ from firstlab.files import json_text, write_atomically
 
 RESULT = "result.json"
 FAILURE = "failure.json"
+#: Environment variable that tells the processes of a run that it is a job of a sweep, which wants to know failures.
+SWEEP_JOB = "FIRSTLAB_SWEEP_JOB"
 _PACKAGES = ("firstlab", "torch", "transformers", "lightning", "peft", "hydra-core", "datasets", "sacrebleu", "numpy")
 ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "router_lora": "Router + LoRA"}
 
