@@ -151,6 +151,7 @@ def test_a_start_beyond_probabilities_is_named(tiny_model_dir: Path, tmp_path: P
     Experiment(*composed(*arguments, "router.threshold=0.8"))
     with pytest.raises(ValueError, match=r"start_margin=0.1 on both sides of router.threshold=0.9 leaves"):
         Experiment(*composed(*arguments, "router.threshold=0.9"))
+    Experiment(*composed(*arguments, "router.threshold=0.9", "phases=[evaluate]"))  # of routers that are there
 
 
 def test_an_empty_test_set_is_named(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

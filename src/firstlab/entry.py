@@ -117,7 +117,6 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
             check_directory(directory, config)
             ours = True
             (directory / results.FAILURE).unlink(missing_ok=True)
-            results.reset_peak_memory()
             main(composed)
         # Processes of a run that ended badly come back as SystemExit.
         except (Exception, SystemExit) as error:

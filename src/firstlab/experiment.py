@@ -80,7 +80,8 @@ class Experiment:
         trains = "lora" in config.phases or ("router" in config.phases and method.trains_routers)
         if trains and config.data.val_size == 0:
             raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")
-        check_start(config.router, method)
+        if "router" in config.phases:
+            check_start(config.router, method)
         check_device(config.trainer)
         if rank()[0] == 0:
             check_directory(self.directory, self.config)
