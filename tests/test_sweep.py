@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -344,6 +345,57 @@ def test_a_sweep_from_the_command_line(tmp_path: Path, tiny_model_dir: Path, lau
         again = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "2 runs (2 finished); 0 to run" in again.stdout
         assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("result.json")}
+
+
+SBATCH = """
+import os, re, subprocess, sys
+script = open(sys.argv[-1]).read()
+last = int(re.search(r"^#SBATCH --array=0-(\\d+)", script, re.M)[1])
+print("Submitted batch job 7", flush=True)
+if os.fork():
+    os._exit(0)
+os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+os.dup2(1, 2)
+slurm = dict(SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_NTASKS="1", SLURM_JOB_NUM_NODES="1")
+for place in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+    slurm[place] = "0"
+for index in range(last + 1):
+    state = os.path.join(os.environ["STATES"], f"7_{index}")
+    open(state, "w").write("RUNNING" if index else "OUT_OF_MEMORY")
+    if index:
+        subprocess.run(["bash", sys.argv[-1]], env={**os.environ, **slurm, "SLURM_ARRAY_TASK_ID": str(index)})
+        open(state, "w").write("COMPLETED")
+"""
+SRUN = """
+import os, sys
+os.execvp(sys.argv[6], sys.argv[6:])  # after --unbuffered --output FILE --error FILE
+"""
+SACCT = """
+import os
+print("JobID|State|NodeList")
+for job in os.listdir(os.environ["STATES"]):
+    print(job, open(os.path.join(os.environ["STATES"], job)).read(), "here", sep="|")
+"""
+
+
+def test_a_job_that_slurm_loses_does_not_end_the_report_of_the_others(tmp_path: Path, tiny_model_dir: Path):
+    from tiny_run import overrides
+
+    commands, states = tmp_path / "bin", tmp_path / "states"
+    commands.mkdir()
+    states.mkdir()
+    for name, code in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT}.items():
+        (commands / name).write_text(f"#!{sys.executable}\n{code}")
+        (commands / name).chmod(0o755)
+    small = [x for x in overrides(tiny_model_dir, tmp_path / "runs") if not x.startswith(("method", "trainer."))]
+    command = [sys.executable, "-m", "firstlab.train", "+sweep=table15", "method.alpha=0.005,0.01", *small]
+    command += ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "method.calibration_prompts=4"]
+    environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "STATES": str(states)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "SLURM lost a job; waiting for the others of 2" in done.stderr
+    assert "1 of 2 runs finished" in done.stdout and "OUT_OF_MEMORY" in done.stdout
+    assert len(list(tmp_path.rglob("result.json"))) == 1
 
 
 def test_sweep_imports_nothing_heavy():

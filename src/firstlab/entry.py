@@ -267,7 +267,7 @@ def _finish(command: list[str], patience_s: float = 1.0) -> int:
 def in_processes(module: str, trainer: TrainerConfig) -> bool:
     """Start `module` again under torchrun when several processes are asked for and this is not one of them.
 
-    Several nodes are started from outside (torchrun or srun on every node).
+    Several nodes are started from outside, with torchrun on every node.
 
     Returns:
         True if the processes were started and have ended well; the caller is done.

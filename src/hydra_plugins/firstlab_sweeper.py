@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from glob import glob
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
@@ -53,9 +57,36 @@ class GridSweeper(Sweeper):
             run_sweep(
                 expand(self.grids, given),
                 compose=compose,
-                launch=lambda jobs: launcher.launch(jobs, initial_job_idx=0),
+                launch=lambda jobs: self._launch(launcher, jobs),
                 settings=self.config.sweep,
                 here="Slurm" not in self.config.hydra.launcher._target_,
             )
 
         guarded(run)(arguments)
+
+    def _launch(self, launcher: Launcher, jobs: list[list[str]]) -> None:
+        folder = self.config.hydra.launcher.get("submitit_folder")
+        earlier = _submitted(folder)
+        try:
+            launcher.launch(jobs, initial_job_idx=0)
+        except Exception:
+            # submitit raises at the first job that is lost (killed, out of memory) while others wait or run.
+            if others := _submitted(folder) - earlier:
+                _wait_for(others)
+            raise
+
+
+def _submitted(folder: str | None) -> set[Path]:
+    """What submitit wrote of each job that it handed to SLURM."""
+    if folder is None:
+        return set()
+    pattern = Path(folder) / "*_submitted.pkl"
+    return {Path(file) for file in glob(str(pattern).replace("%j", "*"))}
+
+
+def _wait_for(submitted: set[Path]) -> None:
+    import submitit
+
+    print(f"SLURM lost a job; waiting for the others of {len(submitted)}", file=sys.stderr, flush=True)
+    for file in submitted:
+        submitit.SlurmJob(file.parent, file.name.removesuffix("_submitted.pkl")).wait()
