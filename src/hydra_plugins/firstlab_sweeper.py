@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -54,32 +55,33 @@ class GridSweeper(Sweeper):
             launcher = Plugins.instance().instantiate_launcher(
                 hydra_context=self.context, task_function=self.task_function, config=self.config
             )
+            on_slurm = "Slurm" in self.config.hydra.launcher._target_
+            launch = partial(_launch_on_slurm if on_slurm else _launch, launcher)
             run_sweep(
-                expand(self.grids, given),
-                compose=compose,
-                launch=lambda jobs: self._launch(launcher, jobs),
-                settings=self.config.sweep,
-                here="Slurm" not in self.config.hydra.launcher._target_,
+                expand(self.grids, given), compose=compose, launch=launch, settings=self.config.sweep, here=not on_slurm
             )
 
         guarded(run)(arguments)
 
-    def _launch(self, launcher: Launcher, jobs: list[list[str]]) -> None:
-        folder = self.config.hydra.launcher.get("submitit_folder")
-        earlier = _submitted(folder)
-        try:
-            launcher.launch(jobs, initial_job_idx=0)
-        except Exception:
-            # submitit raises at the first job that is lost (killed, out of memory) while others wait or run.
-            if others := _submitted(folder) - earlier:
-                _wait_for(others)
-            raise
+
+def _launch(launcher: Launcher, jobs: list[list[str]]) -> None:
+    launcher.launch(jobs, initial_job_idx=0)
 
 
-def _submitted(folder: str | None) -> set[Path]:
+def _launch_on_slurm(launcher: Any, jobs: list[list[str]]) -> None:
+    folder = launcher.params["submitit_folder"]
+    earlier = _submitted(folder)
+    try:
+        _launch(launcher, jobs)
+    except Exception:
+        # submitit raises at the first job that is lost (killed, out of memory) while others wait or run.
+        if others := _submitted(folder) - earlier:
+            _wait_for(others)
+        raise
+
+
+def _submitted(folder: str) -> set[Path]:
     """What submitit wrote of each job that it handed to SLURM."""
-    if folder is None:
-        return set()
     pattern = Path(folder) / "*_submitted.pkl"
     return {Path(file) for file in glob(str(pattern).replace("%j", "*"))}
 
