@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with its tokenizer, saved once per test process."""
-    from tiny_run import save_tiny_model
+    from support.tiny_run import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 

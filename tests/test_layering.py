@@ -1,4 +1,4 @@
-"""Imports run one way: entry points -> experiment, training -> methods, data, metrics -> model -> nothing."""
+"""Imports run one way: from the commands down to what knows nothing of the rest, never sideways or up."""
 
 import ast
 from collections.abc import Iterator
@@ -7,41 +7,29 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "firstlab"
 
-# Top to bottom: a part imports from its own row or from a lower one.
-LAYERS = (
-    {"train", "evaluate", "generate", "benchmark", "training_speed", "tables", "nano", "dashboard"},
-    {
-        "entry",
-        "sweep",
-        "report",
-        "experiment",
-        "run_directory",
-        "start",
-        "build",
-        "routes",
-        "evaluation",
-        "timing",
-        "speed",
-        "throughput",
-        "tracking",
-        "compose",
-        "config",
-        "targets",
-        "results",
-    }
-    | {"figures", "training"},
-    {"methods", "data", "metrics"},
-    {"model", "files", "energy"},
+# Top to bottom: a folder imports from lower rows and from itself, never from its neighbours.
+ROWS = (
+    {"train", "evaluate", "generate", "benchmark", "nano"},
+    {"run", "bench", "tables"},
+    {"training", "evaluation"},
+    {"methods", "engine", "config"},
+    {"model", "data", "metrics", "store"},
 )
-HEIGHT = {part: -row for row, parts in enumerate(LAYERS) for part in parts}
+HEIGHT = {part: -row for row, parts in enumerate(ROWS) for part in parts}
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def files() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
-def imported_parts(path: Path) -> Iterator[str]:
-    """The top-level parts of firstlab that the file imports, also inside functions and under TYPE_CHECKING."""
+def module_file(dotted: str) -> Path | None:
+    """The file of a module of the package, or None for anything else."""
+    path = PACKAGE.parent.joinpath(*dotted.split("."))
+    return next((each for each in (path.with_suffix(".py"), path / "__init__.py") if each.is_file()), None)
+
+
+def imported(path: Path) -> Iterator[Path]:
+    """Files of the package that a file imports, also inside functions and under TYPE_CHECKING."""
     package = ["firstlab", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
@@ -50,36 +38,36 @@ def imported_parts(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) + 1 - node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            names = [f"{base}.{alias.name}" for alias in node.names]
+            # A name may be a module of its own or something inside the module.
+            names = [f"{base}.{each.name}" if module_file(f"{base}.{each.name}") else base for each in node.names]
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "firstlab" and len(parts) > 1:
-                # What the package root itself offers (version, public class) comes from the model, at the bottom.
-                yield parts[1] if (PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists() else "model"
+            if name == "firstlab":  # what the package itself offers comes from the model
+                yield PACKAGE / "model" / "__init__.py"
+            elif name.startswith("firstlab.") and (file := module_file(name)) is not None:
+                yield file
+            assert not name.startswith("experiments"), f"{path} imports {name}"
 
 
-def import_graph() -> dict[str, set[str]]:
-    graph: dict[str, set[str]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if path != PACKAGE / "__init__.py":
-            graph.setdefault(part_of(path), set()).update(set(imported_parts(path)) - {part_of(path)})
-    return graph
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_every_part_has_a_layer() -> None:
-    unplaced = set(import_graph()) - set(HEIGHT)
-    assert not unplaced, f"give {sorted(unplaced)} a row in LAYERS"
+def test_nothing_but_commands_stands_at_the_root() -> None:
+    assert {part_of(path) for path in files()} == set(HEIGHT)
+    assert {path.stem for path in files() if path.parent == PACKAGE} == ROWS[0]
 
 
-def test_no_part_imports_from_a_higher_layer() -> None:
-    upward = [
-        f"{part} -> {target}"
-        for part, targets in import_graph().items()
-        for target in targets
-        if HEIGHT[target] > HEIGHT[part]
-    ]
-    assert not upward
+def test_imports_run_strictly_down_or_stay_in_their_folder() -> None:
+    wrong = sorted(
+        f"{path.relative_to(PACKAGE)} -> {target.relative_to(PACKAGE)}"
+        for path in files()
+        for target in imported(path)
+        if part_of(target) != part_of(path) and HEIGHT[part_of(target)] >= HEIGHT[part_of(path)]
+    )
+    assert not wrong
 
 
-def test_no_parts_import_each_other() -> None:
-    TopologicalSorter(import_graph()).prepare()  # raises CycleError with the cycle's members
+def test_no_files_import_each_other() -> None:
+    # A package's __init__ hands names on: whoever imports it imports what stands behind them.
+    graph = {path: set(imported(path)) - {path} for path in files()}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle's members

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import firstlab.nano.training as training
-from firstlab.compose import conf_dir
+from firstlab.config.compose import conf_dir
 from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_recall import MiniRecall
 from firstlab.data.mini_translation import MiniTranslation

@@ -59,7 +59,7 @@ def test_wheel_carries_package_assets_configuration_and_licence(wheel: Path) -> 
 
 def test_wheel_finds_its_configuration_without_the_repository(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    program = "import firstlab.compose as c; print(c.__file__); print(c.conf_dir())"
+    program = "import firstlab.config.compose as c; print(c.__file__); print(c.conf_dir())"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -70,7 +70,7 @@ def test_wheel_finds_its_configuration_without_the_repository(wheel: Path, tmp_p
     )
     assert done.returncode == 0, done.stderr
     module, conf = (Path(line) for line in done.stdout.splitlines()[-2:])
-    assert module == tmp_path / "firstlab" / "compose.py"
+    assert module == tmp_path / "firstlab" / "config" / "compose.py"
     assert conf == tmp_path / "firstlab" / "conf"
     assert (conf / "train.yaml").is_file()
 

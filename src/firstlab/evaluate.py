@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from firstlab.entry import guarded, own_folders, split_options
+from firstlab.config.command_line import guarded, own_folders, split_options
 
 
 @guarded
@@ -44,12 +44,14 @@ def main(arguments: list[str]) -> None:
             "model.quantization and, where the base model has moved, model.path change"
         )
 
-    from firstlab import results
-    from firstlab.build import build_data, check_test_set, check_vocabulary, load_run
-    from firstlab.evaluation import evaluate_variant, fingerprint
-    from firstlab.files import claimed
+    from firstlab.config.build import build_data, check_test_set, check_vocabulary
+    from firstlab.evaluation.variant import evaluate_variant, fingerprint
     from firstlab.model.quantization import quantize
-    from firstlab.routes import decided_routes, static_routes
+    from firstlab.run.decisions import decided_routes, static_routes
+    from firstlab.run.load import load_run
+    from firstlab.run.report import print_table, rows_of_record
+    from firstlab.store import machine, results
+    from firstlab.store.files import claimed
     from firstlab.training.prompt_set import PromptSet
 
     config, method, model, variant = load_run(Path(run), variant, options, folders)
@@ -87,10 +89,10 @@ def main(arguments: list[str]) -> None:
             "seed": config.seed,
             "num_layers": model.num_layers,
             "variants": earlier | {variant: result},
-            **results.provenance(),
+            **machine.provenance(),
         }
         results.write(directory, full)
-    results.print_table(f"{config.data.name}: {run}", results.rows(full))
+    print_table(f"{config.data.name}: {run}", rows_of_record(full))
     print(json.dumps({"record": str(directory / results.RESULT)}))
 
 

@@ -11,8 +11,9 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from firstlab.compose import conf_dir, register
-from firstlab.entry import check_command_line, guarded, in_processes, is_sweep_job, isolated
+from firstlab.config.command_line import check_command_line, guarded
+from firstlab.config.compose import conf_dir, register
+from firstlab.run.launch import in_processes, is_sweep_job, isolated
 
 register()
 
@@ -25,15 +26,15 @@ def main(composed: DictConfig) -> None:
 
 def run(composed: DictConfig) -> None:
     """Run one experiment and, for the table, the dense model on the same settings."""
-    from firstlab.compose import load
+    from firstlab.run.load import load
 
     config, method = load(composed)
     if in_processes("firstlab.train", config.trainer):
         return
 
-    from firstlab.build import dense_counterpart
-    from firstlab.experiment import Experiment
-    from firstlab.report import report
+    from firstlab.run.experiment import Experiment
+    from firstlab.run.load import dense_counterpart
+    from firstlab.run.report import report
 
     experiment = Experiment(config, method)
     # Before the dense run: what is impossible for the method and this model shows here.

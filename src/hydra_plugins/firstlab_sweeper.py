@@ -1,4 +1,4 @@
-"""Hydra's door to `firstlab.sweep`: Hydra accepts plugins from the package `hydra_plugins` only."""
+"""Hydra's door to `firstlab.run.sweep`: Hydra accepts plugins from the package `hydra_plugins` only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GridSweeper(Sweeper):
     """Plan a union of grids, then hand the runs that are left to whatever launcher is configured.
 
     Args:
-        grids: Grid name to {override key: value or list of values}; see `firstlab.sweep.expand`.
+        grids: Grid name to {override key: value or list of values}; see `firstlab.run.sweep.expand`.
     """
 
     def __init__(self, grids: Mapping[str, Mapping[str, Any]]) -> None:
@@ -35,8 +35,8 @@ class GridSweeper(Sweeper):
         # Hydra imports every plugin at each start, also for --help.
         from hydra.core.plugins import Plugins
 
-        from firstlab.entry import guarded
-        from firstlab.sweep import expand, run_sweep
+        from firstlab.config.command_line import guarded
+        from firstlab.run.sweep import expand, run_sweep
 
         def compose(overrides: list[str]) -> DictConfig:
             config = self.context.config_loader.load_sweep_config(self.config, overrides)

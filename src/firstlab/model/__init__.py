@@ -1,12 +1,12 @@
 """The router-augmented language model. Imports nothing else of firstlab."""
 
 from firstlab.model.cache import RoutedCache
-from firstlab.model.early_exit import EarlyExit
+from firstlab.model.exit_rule import EarlyExit
 from firstlab.model.lm import RouterAugmentedLM, RouterAugmentedOutput
 from firstlab.model.lora import LoraSettings
+from firstlab.model.prompt_cache import PromptReading
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, layer_skips, routes_from_json, routes_to_json
-from firstlab.model.split import PromptReading
 from firstlab.model.storage import ModelUnavailableError, load_tokenizer
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from firstlab.model.early_exit import EarlyExit, ExitPass
+from firstlab.model.exit_rule import EarlyExit, ExitPass
 from firstlab.model.routers import Routers
 from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, check_routes, decode_steps, layer_skips
 

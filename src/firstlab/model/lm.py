@@ -26,8 +26,8 @@ from firstlab.model.arguments import (
     own_cache,
 )
 from firstlab.model.cache import RoutedCache
-from firstlab.model.early_exit import EarlyExit
-from firstlab.model.generation import CHUNKS_REPEAT_THE_CACHE, check_generation_options, option_value
+from firstlab.model.exit_rule import EarlyExit
+from firstlab.model.generation_options import CHUNKS_REPEAT_THE_CACHE, check_generation_options, option_value
 from firstlab.model.layers import (
     IntermediateHead,
     check_decoder,
@@ -39,10 +39,10 @@ from firstlab.model.layers import (
 )
 from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
 from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
+from firstlab.model.prompt_cache import PromptCache, PromptReading, Split
 from firstlab.model.quantization import is_quantized
 from firstlab.model.routers import Routers, RouterSettings
 from firstlab.model.routes import Routes, check_routes
-from firstlab.model.split import PromptCache, PromptReading, Split
 from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
 
 # Half a GiB of fp32 logits for a vocabulary of 128k.

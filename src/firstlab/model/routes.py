@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firstlab.model.early_exit import EarlyExit
+from firstlab.model.exit_rule import EarlyExit
 
 
 @dataclass(frozen=True, eq=False)

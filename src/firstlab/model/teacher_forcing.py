@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from firstlab.model.early_exit import ExitPass
+from firstlab.model.exit_rule import ExitPass
 from firstlab.model.routers import Routers, mix, pool, straight_through
 from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, decode_steps
 

@@ -18,15 +18,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from firstlab import targets
-from firstlab.compose import conf_dir, settings
+from firstlab.config import instantiate
+from firstlab.config.command_line import check_command_line, guarded
+from firstlab.config.compose import conf_dir, settings
 from firstlab.data.task import Task
-from firstlab.entry import check_command_line, guarded
-from firstlab.files import write_atomically
 from firstlab.nano.config import NanoConfig, check, device_of, recipe
 from firstlab.nano.scoring import score
 from firstlab.nano.text import encode_corpus, frame_lines, train_tokenizer, training_examples
 from firstlab.nano.training import Progress, build_model, load_checkpoint, train_in_processes
+from firstlab.store.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def main(raw: DictConfig) -> None:
     OmegaConf.resolve(raw)
     config = settings(raw, NanoConfig)
     check(config)
-    tasks = {name: targets.build(chosen.task, f"tasks.{name}.task") for name, chosen in config.tasks.items()}
+    tasks = {name: instantiate.build(chosen.task, f"tasks.{name}.task") for name, chosen in config.tasks.items()}
     work = Path(config.work_dir)
     prepare(config, tasks, work)
     train_in_processes(config, work)

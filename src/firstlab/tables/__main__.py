@@ -9,9 +9,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from firstlab.compose import conf_dir
-from firstlab.entry import check_command_line, guarded
-from firstlab.files import write_atomically
+from firstlab.config.command_line import check_command_line, guarded
+from firstlab.config.compose import conf_dir
+from firstlab.store.files import write_atomically
 from firstlab.tables import analysis, page, pictures, quality, speed
 from firstlab.tables.cells import Cells
 from firstlab.tables.config import TablesConfig, load, register

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from firstlab.results import ROW_NAMES
+from firstlab.store.results import ROW_NAMES
 from firstlab.tables import pictures
 from firstlab.tables.cells import BETTER, WORSE, Cells, Match, Score, column
 from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, planned_runs, run_of

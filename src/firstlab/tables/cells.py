@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
-from firstlab import results
 from firstlab.metrics import PairedTest, Scores, bootstrap_interval, from_rows, paired_test
+from firstlab.store import results
 from firstlab.tables.config import TablesConfig
 from firstlab.tables.grid import Run, known_methods, level_keys
 from firstlab.tables.records import Library, Record
@@ -324,7 +324,7 @@ def _rate_by_token(record: Record, variant: str) -> float | None:
 
 
 def column(record: Record, variant: str, name: str) -> Any:
-    """[N] numbers per test prompt (`firstlab.evaluation.example_columns`), or None in older records.
+    """[N] numbers per test prompt (`firstlab.evaluation.variant.example_columns`), or None in older records.
 
     Raises:
         ValueError: They cannot be read.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from firstlab.compose import settings
-from firstlab.tables import paper
+from firstlab.config.compose import settings
+from firstlab.store import paper
 
 
 @dataclass

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from firstlab.compose import conf_dir, own_conf_dirs, search_path
-from firstlab.tables import paper
+from firstlab.config.compose import conf_dir, own_conf_dirs, search_path
+from firstlab.store import paper
+from firstlab.store.paper import QualityTable
 from firstlab.tables.config import ScaleConfig, TablesConfig
-from firstlab.tables.paper import QualityTable
 
 #: Further methods for the detailed tables, behind the paper's own.
 PAPER_METHODS = ("none", "skip_decode", "random_skip", "unified_skip", "first_soft", "first")

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from firstlab.tables import paper
+from firstlab.store import paper
 from firstlab.tables.cells import BETTER, WORSE
 from firstlab.tables.config import TablesConfig
 from firstlab.tables.quality import method_title

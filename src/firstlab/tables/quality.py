@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from firstlab.tables import paper
+from firstlab.store import paper
+from firstlab.store.paper import Printed, QualityTable
 from firstlab.tables.cells import OFF_LEVEL, Cells, Score
 from firstlab.tables.grid import Run, known_methods, methods_of, quality_of, run_of
-from firstlab.tables.paper import Printed, QualityTable
 from firstlab.tables.table import Cell, Column, Table
 
 METRICS = {

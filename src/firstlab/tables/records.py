@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from firstlab import results
-from firstlab.compose import composed_config
-from firstlab.config import UNSAID
+from firstlab.config.compose import composed_config
+from firstlab.config.schema import UNSAID
+from firstlab.store import results
 from firstlab.tables.config import ScaleConfig
 from firstlab.tables.grid import Run, level_keys
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from firstlab.tables import paper, pictures
+from firstlab.store import paper
+from firstlab.tables import pictures
 from firstlab.tables.cells import Cells
 from firstlab.tables.grid import FIRST, known_methods, run_of, tpot_of
 from firstlab.tables.quality import TASKS, method_title, missing_cell, paper_cell, rate_cell

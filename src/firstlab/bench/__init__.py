@@ -1,0 +1,1 @@
+"""Measure the speed of decoding and of training."""

@@ -1,0 +1,141 @@
+"""What a configuration names becomes an object here: task, data, model, trained run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from firstlab.config import instantiate
+from firstlab.config.schema import ExperimentConfig, TrainerConfig
+from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.encoding import pad_id
+from firstlab.data.task import Task
+from firstlab.metrics import PRIMARY_METRIC
+from firstlab.model import RouterAugmentedLM, RouterSettings, load_tokenizer
+from firstlab.model.storage import load_base, load_trained, read_config
+
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUNDLED = {"bundled:nano": _ASSETS / "nano"}
+#: Models of which only the config is bundled, with sizes as published.
+ARCHITECTURES = {
+    "meta-llama/Meta-Llama-3-8B": _ASSETS / "llama3_8b",
+    "meta-llama/Llama-3.2-3B": _ASSETS / "llama32_3b",
+}
+
+
+def model_path(path: str, config_only: bool = False) -> str:
+    """Hub id or folder behind `model.path`; with `config_only` the folder may hold no weights."""
+    return str((BUNDLED | ARCHITECTURES if config_only else BUNDLED).get(path, path))
+
+
+def build_task(config: ExperimentConfig) -> Task:
+    """The task of a configuration; `data.root` is handed to tasks that read files."""
+    node = dict(config.data.task)
+    if "root" in node:
+        node["root"] = config.data.root
+    elif config.data.root is not None:
+        raise ValueError(
+            f"data.root={config.data.root!r}: data={config.data.name} is generated and reads no files, or a mixture, "
+            "whose parts have their own root"
+        )
+    task = instantiate.build(node, "data.task")
+    if not isinstance(task, Task):
+        raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
+    for each in task.parts.values() or [task]:
+        kind = getattr(each, "kind", None)
+        if kind not in PRIMARY_METRIC:
+            raise ValueError(
+                f"data.task._target_={node['_target_']!r}: the kind of {type(each).__name__} is {kind!r}, for which "
+                f"there are no metrics; choose one of {', '.join(PRIMARY_METRIC)}"
+            )
+    return task
+
+
+def build_data(config: ExperimentConfig) -> PromptDataModule:
+    """The data module of a configuration, with the lengths of phase 2."""
+    data = config.data
+    return PromptDataModule(
+        build_task(config),
+        load_tokenizer(model_path(config.model.path), config.model.revision),
+        train_size=data.train_size,
+        val_size=data.val_size,
+        test_size=min(filter(None, (data.test_size, config.evaluation.limit)), default=None),
+        seed=data.split_seed,
+        max_length=data.max_length_lora,
+        max_prompt_length=data.max_prompt_length,
+        max_new_tokens=data.max_new_tokens,
+        eval_batch_size=config.evaluation.batch_size,
+        num_workers=data.num_workers,
+        bucket=data.bucket,
+    )
+
+
+def check_test_set(data: PromptDataModule) -> None:
+    """Raises ValueError if there is nothing to evaluate on."""
+    if not data.test:
+        raise ValueError(f"data.task: {type(data.task).__name__} has no test examples; leave evaluate out of phases")
+
+
+def check_device(trainer: TrainerConfig) -> None:
+    """Raises ValueError if the run asks for GPUs that this machine does not have."""
+    if trainer.accelerator != "gpu":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator='gpu' but this machine has no CUDA device; use trainer=cpu")
+    if trainer.devices > torch.cuda.device_count():
+        raise ValueError(f"trainer.devices={trainer.devices} but this machine has {torch.cuda.device_count()} GPU(s)")
+
+
+def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
+    """A model on the configured device, in eval mode; fresh routers start from the run's seed."""
+    options: dict[str, Any] = {"dtype": config.model.dtype}
+    if config.model.revision is not None:
+        options["revision"] = config.model.revision
+    if config.model.attn_implementation is not None:
+        options["attn_implementation"] = config.model.attn_implementation
+    torch.manual_seed(config.seed)
+    settings = RouterSettings(config.router.input_norm, config.router.threshold)
+    saved, base_path = read_config(path), model_path(config.model.path)
+    own_base = config.init_from is not None or (Path(path) / "base").is_dir() or read_config(base_path) is not None
+    if saved is None or own_base:
+        model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
+    else:  # on the configured base, wherever that was when the routers were saved
+        base = load_base(base_path, **options)
+        model = RouterAugmentedLM(base, RouterSettings(**saved["router"]))
+        load_trained(model, path, saved)
+    check_lengths(config, model.max_positions)
+    model.gradient_checkpointing = config.trainer.gradient_checkpointing
+    model.loss_chunk = config.trainer.loss_chunk
+    on_gpu = config.trainer.accelerator == "gpu"
+    return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
+
+
+def check_vocabulary(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model: RouterAugmentedLM) -> None:
+    """Raises ValueError if the tokenizer gives tokens that the model has no embedding for."""
+    embedding: Any = model.lm.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    # Some models carry markers for images that text never has.
+    markers = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    markers -= {tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)}
+    if any(index >= rows and index not in markers for index in tokenizer.get_vocab().values()):
+        raise ValueError(
+            f"model.path={config.model.path!r}: its tokenizer has {len(tokenizer)} entries, but the model embeds "
+            f"{rows}; give the model its own tokenizer, or resize_token_embeddings() and save it again"
+        )
+
+
+def check_lengths(config: ExperimentConfig, max_positions: int | None) -> None:
+    """Raises ValueError if the lengths of the data go beyond the model's table of positions."""
+    data = config.data
+    new_tokens = max(data.max_new_tokens, config.evaluation.tpot_tokens)
+    for option, length in (
+        ("data.max_length_router", data.max_length_router),
+        ("data.max_length_lora", data.max_length_lora),
+        ("data.max_prompt_length plus new tokens", data.max_prompt_length + new_tokens),
+    ):
+        if max_positions is not None and length > max_positions:
+            raise ValueError(f"{option}={length} exceeds the {max_positions} positions of the model; lower it")

@@ -1,0 +1,1 @@
+"""The decode engine: static key-value caches, CUDA graphs, sampling."""

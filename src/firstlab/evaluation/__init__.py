@@ -1,0 +1,1 @@
+"""Generate predictions, score them, time them."""

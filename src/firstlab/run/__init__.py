@@ -1,0 +1,1 @@
+"""One experiment: train the routers, compensate with LoRA, evaluate, record; and sweeps of such runs."""

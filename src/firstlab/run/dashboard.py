@@ -1,0 +1,126 @@
+"""A saved W&B workspace of the runs, built from code.
+
+python -m firstlab.dashboard entity=NAME [project=firstlab]    # saves it, prints its address (needs `wandb login`)
+python -m firstlab.dashboard dry_run=dashboard.json            # writes what it would save: no login, no network
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from firstlab.config.command_line import guarded, parse_options
+from firstlab.store.files import write_atomically
+
+VARIANTS = ("base", "base_lora", "router", "router_lora")
+QUALITY = ("bleu1", "bleu2", "bleu", "chrf", "comet", "rouge1", "rougeL", "bertscore", "em", "f1")
+
+
+@dataclass
+class DashboardOptions:
+    """Command line.
+
+    Attributes:
+        entity: W&B user or team.
+        project: The project that conf/logger/wandb.yaml writes to.
+        name: Name of the workspace.
+        dry_run: File to write the specification to, instead of saving it to W&B.
+    """
+
+    entity: str | None = None
+    project: str = "firstlab"
+    name: str = "Layer skipping: quality, skip rate, speed"
+    dry_run: str | None = None
+
+
+def specification(name: str) -> dict[str, Any]:
+    """Sections and panels; every metric is one that `firstlab.run.loggers` or the training modules log."""
+
+    def bars(title: str, key: str) -> dict[str, Any]:
+        return {"kind": "bar", "title": title, "metrics": [f"test/{variant}/{key}" for variant in VARIANTS]}
+
+    def line(title: str, metric: str) -> dict[str, Any]:
+        return {"kind": "line", "title": title, "metrics": [f"{phase}/{metric}" for phase in ("router", "lora")]}
+
+    return {
+        "name": name,
+        "group_by": ["group", "job_type"],
+        "sections": [
+            {"name": "Quality", "panels": [bars(key, key) for key in QUALITY]},
+            {
+                "name": "Skip rate and speed",
+                "panels": [
+                    bars("skip rate", "skip_rate"),
+                    bars("TPOT ratio", "tpot_ratio"),
+                    bars("perplexity", "perplexity"),
+                ],
+            },
+            {
+                "name": "Training",
+                "panels": [
+                    line("training loss", "train/loss"),
+                    line("validation loss", "val/cross_entropy"),
+                    line("validation skip rate", "val/skip_rate"),
+                ],
+            },
+        ],
+    }
+
+
+def workspace(spec: dict[str, Any], entity: str, project: str) -> Any:
+    """The specification as a `wandb_workspaces` workspace, not yet saved.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as ws
+    except ImportError as error:
+        raise ValueError(f"{error}: install it with pip install 'firstlab[dashboard]', or use dry_run=FILE") from error
+
+    def panel(node: dict[str, Any]) -> Any:
+        if node["kind"] == "bar":
+            return panels.BarPlot(title=node["title"], metrics=node["metrics"])
+        return panels.LinePlot(title=node["title"], x="Step", y=node["metrics"])
+
+    sections = [
+        ws.Section(name=each["name"], panels=[panel(node) for node in each["panels"]], is_open=True)
+        for each in spec["sections"]
+    ]
+    grouping = ws.RunsetSettings(groupby=[ws.Metric(key) for key in spec["group_by"]])
+    return ws.Workspace(entity=entity, project=project, name=spec["name"], sections=sections, runset_settings=grouping)
+
+
+@guarded
+def main(arguments: list[str]) -> None:
+    """Write the specification, or save the workspace."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    options, words = parse_options(DashboardOptions(), arguments)
+    if words:
+        raise ValueError(f"{words[0]!r} is not an option; use entity=, project=, name= or dry_run=")
+    spec = specification(options.name)
+    if options.dry_run is not None:
+        target = {"entity": options.entity, "project": options.project}
+        write_atomically(Path(options.dry_run), json.dumps({**target, **spec}, indent=2) + "\n")
+        print(f"specification: {options.dry_run}")
+        return
+    if options.entity is None:
+        raise ValueError("entity is not set; give your W&B user or team with entity=NAME, or use dry_run=FILE")
+    built = workspace(spec, options.entity, options.project)
+    from wandb.errors import Error
+
+    try:
+        built.save()
+    except Error as error:
+        raise ValueError(f"W&B: {error}") from error
+    print(f"workspace: {built.url}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,126 @@
+"""What a run's method decides: made once, kept in the run directory, read by training, evaluation and generation.
+
+`routes.json` holds a decision for all prompts, null where trained routers decide; `routes.jsonl` one line per prompt
+where every prompt has its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from firstlab.data.task import Example
+from firstlab.methods.base import Method, Routes, routes_without
+from firstlab.model import routes_from_json, routes_to_json
+from firstlab.store.files import write_atomically
+from firstlab.store.ranks import barrier, rank
+from firstlab.training.prompt_set import PromptSet
+from firstlab.training.router_start import STATIC_ORDER
+
+
+def shared_routes(directory: Path, method: Method, training: PromptSet) -> Routes | None:
+    """The decision that holds for all prompts, or None where trained routers decide.
+
+    Args:
+        directory: Run directory.
+        method: Its method, one that is not `per_prompt`.
+        training: Training prompts, looked at only when nothing is decided yet.
+    """
+    file = directory / "routes.json"
+    if not file.is_file() and rank()[0] == 0:
+        routes = method.routes(training)
+        _check_shape(method, routes, [training.num_layers])
+        write_atomically(file, json.dumps(None if routes is None else routes_to_json(routes)) + "\n")
+    barrier()
+    return _read_shared(file)
+
+
+def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> Tensor:
+    """[N, L], the decision for each of these prompts; what is on disk already is not decided again.
+
+    Args:
+        directory: Run directory.
+        method: Its method, a `per_prompt` one.
+        prompts: The prompts.
+        progress_bar: Show one.
+    """
+    file = directory / "routes.jsonl"
+    keys = [_key(text, example) for text, example in zip(prompts.texts, prompts.examples, strict=True)]
+    if rank()[0] == 0:
+        known = _read_lines(file)
+        missing = {key: example for key, example in zip(keys, prompts.examples, strict=True) if key not in known}
+        left, size = list(missing.items()), prompts.batch_size
+        for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=not progress_bar):
+            chunk = left[start : start + size]
+            examples = [each for _, each in chunk]
+            routes = method.routes(PromptSet(prompts.model, prompts.data, examples, size, prompts.cache_bytes))
+            if not isinstance(routes, Tensor):
+                raise ValueError(f"method {method.name} decides per prompt, so routes() must give a tensor")
+            _check_shape(method, routes, [len(chunk), prompts.num_layers])
+            with file.open("a", encoding="utf-8") as out:
+                for (key, _), route in zip(chunk, routes, strict=True):
+                    skipped = (~route).nonzero()[:, 0].tolist()
+                    out.write(json.dumps({"prompt": key, "skipped": skipped}) + "\n")
+    barrier()
+    known = _read_lines(file)
+    return torch.stack([routes_without(prompts.num_layers, known[key]) for key in keys])
+
+
+def decided_routes(directory: Path, method: Method, variant: str, prompts: PromptSet) -> Routes | None:
+    """What a trained run decodes these prompts with: every layer for the base, else what its method decided.
+
+    Raises:
+        ValueError: The run has not come as far as its decision.
+    """
+    if variant == "base":
+        return routes_without(prompts.num_layers, [])
+    if method.per_prompt:
+        return prompt_routes(directory, method, prompts, progress_bar=False)
+    file = directory / "routes.json"
+    if not file.is_file():
+        raise ValueError(f"{directory} has no routes.json: {method.name} has not decided yet; run its training first")
+    return _read_shared(file)
+
+
+def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | None:
+    """[L], the static set of k layers at the method's skip rate, where the run has found its order."""
+    file = directory / STATIC_ORDER
+    if not file.is_file() or method.target_skip is None:
+        return None
+    order = json.loads(file.read_text(encoding="utf-8"))
+    return routes_without(num_layers, order[: round(method.target_skip * num_layers)])
+
+
+def _check_shape(method: Method, routes: Routes | None, shape: list[int]) -> None:
+    """Raises ValueError for a decision that must not be kept."""
+    if isinstance(routes, Tensor) and (list(routes.shape) != shape or routes.dtype != torch.bool):
+        raise ValueError(
+            f"method {method.name}: routes() gave {routes.dtype} of shape {list(routes.shape)}, "
+            f"and must give torch.bool of shape {shape}"
+        )
+
+
+def _read_shared(file: Path) -> Routes | None:
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return None if saved is None else routes_from_json(saved)
+
+
+def _read_lines(file: Path) -> dict[str, list[int]]:
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    whole, _, torn = text.rpartition("\n")
+    if torn:  # a line cut off by a kill is decided again
+        write_atomically(file, whole + "\n" if whole else "")
+    records = [json.loads(line) for line in whole.splitlines()]
+    return {record["prompt"]: record["skipped"] for record in records}
+
+
+def _key(text: str, example: Example) -> str:
+    """Names a prompt and its references, all that a decision may depend on."""
+    return hashlib.sha256(json.dumps([text, *example.references]).encode()).hexdigest()[:24]

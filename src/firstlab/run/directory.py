@@ -1,0 +1,107 @@
+"""What a run directory says: whose run it is, what is done, and what is still wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from firstlab.config.compose import load_dict, read_saved
+from firstlab.config.schema import ExperimentConfig
+from firstlab.methods.base import Method
+from firstlab.store import results
+
+CONFIG = "config.yaml"
+
+
+def variant_names(method: Method) -> tuple[str, str]:
+    """The variants of a method: before and after LoRA."""
+    return ("base", "base_lora") if method.name == "none" else ("router", "router_lora")
+
+
+def wanted_variants(config: ExperimentConfig, method: Method) -> list[str]:
+    """What the requested phases, together with what is on disk, let us evaluate."""
+    if "evaluate" not in config.phases:
+        return []
+    before, after = variant_names(method)
+    trained = "lora" in config.phases or (config.directory(method.label) / "lora").is_dir()
+    return [before, after] if trained else [before]
+
+
+def is_trained(config: ExperimentConfig, method: Method) -> bool:
+    """Whether a run that was to train and not to be evaluated has done so."""
+    products = [name for name in config.phases if name != "router" or method.trains_routers]
+    directory = config.directory(method.label)
+    return "evaluate" not in products and not config.overwrite and all((directory / name).is_dir() for name in products)
+
+
+def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] | None:
+    """The record of a run that has nothing left to do, or None.
+
+    Raises:
+        ValueError: The run directory belongs to another configuration, or its record cannot be read.
+    """
+    directory = config.directory(method.label)
+    failed = (directory / results.FAILURE).is_file()  # to run it again, with the earlier result still there
+    if config.overwrite or failed or not (directory / CONFIG).is_file():
+        return None
+    check_same(directory, config)
+    record = results.read(directory)
+    wanted = set(wanted_variants(config, method))
+    return record if record is not None and wanted <= set(record["variants"]) else None
+
+
+def check_directory(directory: Path, config: ExperimentConfig) -> None:
+    """Raises ValueError if a run of this configuration cannot use the directory: nothing in it gets lost."""
+    if _is_run(directory):
+        if not config.overwrite:
+            check_same(directory, config)
+    elif directory.is_file():
+        raise ValueError(f"run_dir={directory} is a file; choose another run_dir")
+    elif has_begun(directory):
+        raise ValueError(
+            f"run_dir={directory} is not empty and holds no {CONFIG} of a run, so firstlab did not make "
+            "it and leaves it alone; choose another run_dir"
+        )
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether a directory holds the settings of a run."""
+    try:
+        return bool(read_saved(directory / CONFIG))
+    except ValueError:
+        return False
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a run directory holds more than its settings and why the last try failed."""
+    if not directory.is_dir():
+        return False
+    names = {each.name for each in directory.iterdir() if not each.name.startswith(f".{CONFIG}.")}
+    return bool(names - {CONFIG, results.FAILURE})
+
+
+def check_same(directory: Path, config: ExperimentConfig) -> None:
+    """Raises ValueError if the run directory belongs to a configuration that gives other numbers.
+
+    One where nothing has been done yet belongs to none: a wrong `data.root` must not block the right one.
+    """
+    if not has_begun(directory):
+        return
+    file = directory / CONFIG
+    try:
+        saved = load_dict(read_saved(file))
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another run_dir, or delete {directory}") from error
+    old, new = (_flat(each.located().identity()) for each in (saved, config))
+    changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    if changed:
+        raise ValueError(
+            f"run directory {directory} belongs to another configuration ({'; '.join(changed[:6])}); give this run a "
+            "note or choose another run_dir, or pass overwrite=true to delete it"
+        )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix.rstrip("."): node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}{key}.").items()}

@@ -1,0 +1,125 @@
+"""Start the processes of a run, and keep one failing run of a sweep from ending the others."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from firstlab.config.command_line import quiet
+from firstlab.config.schema import TrainerConfig
+from firstlab.store import results
+
+
+def is_sweep_job() -> bool:
+    """Whether Hydra runs this as one job of a sweep."""
+
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Let a sweep outlive a failing run: its error and traceback go to failure.json in the run directory."""
+
+    @functools.wraps(main)
+    def run(composed: DictConfig) -> None:
+        quiet()
+        from firstlab.run.directory import check_directory
+        from firstlab.run.load import load
+        from firstlab.run.loggers import close_failed
+        from firstlab.store.files import claimed
+
+        directory, ours = None, False
+        try:
+            config, method = load(composed)
+            directory = config.directory(method.label)
+            print(f"run: {directory}", flush=True)
+            check_directory(directory, config)
+            ours = True
+            (directory / results.FAILURE).unlink(missing_ok=True)
+            main(composed)
+        # Processes of a run that ended badly come back as SystemExit.
+        except (Exception, SystemExit) as error:
+            print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
+            if ours and directory is not None:
+                close_failed(config.logger)
+                # Not in a run that another process is doing; nor instead of what one of its own processes said.
+                with suppress(ValueError), claimed(directory, wait=False):
+                    if not (directory / results.FAILURE).is_file():
+                        results.write_failure(directory, error)
+
+    return run
+
+
+def _finish(command: list[str], patience_s: float = 1.0) -> int:
+    """The exit status of a launcher of processes, which is stopped with us and given the time to stop its own.
+
+    `subprocess.run` would kill it, and leave its processes running. On Ctrl-C a terminal has told it already.
+    """
+    with subprocess.Popen(command) as launcher:
+        try:
+            return launcher.wait()
+        except KeyboardInterrupt:
+            try:
+                launcher.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                launcher.terminate()
+                launcher.wait()
+            raise
+
+
+def in_processes(module: str, trainer: TrainerConfig) -> bool:
+    """Start `module` again under torchrun when several processes are asked for and this is not one of them.
+
+    Several nodes are started from outside, with torchrun on every node.
+
+    Returns:
+        True if the processes were started and have ended well; the caller is done.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if trainer.devices * trainer.num_nodes == 1:
+        return False
+    if world > 1:
+        _join(trainer)
+        return False
+    if trainer.num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes={trainer.num_nodes}: start this command on every node with torchrun --nnodes "
+            f"{trainer.num_nodes} --nproc-per-node {trainer.devices} -m {module} ..."
+        )
+
+    from firstlab.config.compose import own_conf_dirs, search_path
+    from firstlab.store import results
+
+    # A job of a sweep names its sweep file, which would start the whole sweep again.
+    overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
+    if is_sweep_job():
+        os.environ[results.SWEEP_JOB] = "1"
+    code = _finish([*launcher, "-m", module, *overrides])
+    if code:
+        sys.exit(code)
+    return True
+
+
+def _join(trainer: TrainerConfig) -> None:
+    import torch
+    import torch.distributed as dist
+
+    world, wanted = int(os.environ["WORLD_SIZE"]), trainer.devices * trainer.num_nodes
+    if world != wanted:
+        raise ValueError(
+            f"{world} processes were started but trainer.devices={trainer.devices} on {trainer.num_nodes} node(s) "
+            f"makes {wanted}; start as many as the configuration says"
+        )
+    if not dist.is_initialized():
+        if trainer.accelerator == "gpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait for what the first does alone: a search, an evaluation with COMET, timing.
+        dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo", timeout=timedelta(days=1))

@@ -1,0 +1,179 @@
+"""Load what a run needs: its checked configuration and method, or a trained run as it stands on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from firstlab.config import instantiate
+from firstlab.config.build import check_device, load_model, model_path
+from firstlab.config.compose import _without_retired, composed_config, conf_dir, read_saved, search_path, settings
+from firstlab.config.schema import PHASES, ExperimentConfig, PhaseConfig, RouterConfig
+from firstlab.methods.base import Method
+from firstlab.methods.first import First
+from firstlab.methods.none import Dense
+from firstlab.model import ModelUnavailableError, RouterAugmentedLM
+from firstlab.run.directory import variant_names
+
+
+def check_start(router: RouterConfig, method: Method) -> None:
+    """Raises ValueError if calibrated routers would have to start at no probability."""
+    if not isinstance(method, First) or method.start == "random":
+        return
+    if not method.start_margin < router.threshold < 1 - method.start_margin:
+        raise ValueError(
+            f"method.start_margin={method.start_margin} on both sides of router.threshold={router.threshold} leaves "
+            "the probabilities between 0 and 1; lower the margin, or choose method.start=random"
+        )
+
+
+class TrainedRun(NamedTuple):
+    """A trained run as it stands on disk."""
+
+    config: ExperimentConfig
+    method: Method
+    model: RouterAugmentedLM
+    variant: str
+
+
+def load_run(
+    directory: Path, variant: str | None, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
+) -> TrainedRun:
+    """Configuration, method, model and variant of a trained run.
+
+    Args:
+        directory: Run directory.
+        variant: base, base_lora, router or router_lora; None takes the most trained one there is.
+        overrides: Keys that replace the saved ones; `data` names a file of conf/data.
+        config_dirs: Searched for such a file, too.
+
+    Raises:
+        ValueError: Not a run directory, the variant was not trained, or a device is asked for that is not there.
+    """
+    config, method = read(directory / "config.yaml", overrides, config_dirs)
+    start = directory / "router" if method.trains_routers else None
+    if config.init_from is not None and not (directory / "router").is_dir():
+        start = Path(model_path(config.init_from))
+    if overrides and "model.path" in overrides:
+        config = replace(config, init_from=None)  # which has a base of its own
+    check_device(config.trainer)
+    # Not the saved ones, which are how it was trained.
+    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & (overrides or {}).keys()
+    if asked and config.trainer.devices * config.trainer.num_nodes > 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}: a saved run is "
+            "evaluated by one process; choose trainer=cpu or gpu"
+        )
+    before, after = variant_names(method)
+    folders = {"base": None, before: start, after: directory / "lora"}
+    if variant is None:
+        variant = [name for name, folder in folders.items() if folder is None or folder.is_dir()][-1]
+        if variant == "base" and config.init_from is not None and start is not None:
+            raise ValueError(
+                f"init_from={config.init_from!r} is not there any more; put it back, or choose variant=base"
+            )
+    if variant not in folders:
+        raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(folders)}")
+    folder = folders[variant]
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"variant={variant}: {folder} is not there; train it, or choose another variant")
+    path = folder or model_path(config.model.path)
+    try:
+        return TrainedRun(config, method, load_model(config, path), variant)
+    except ModelUnavailableError as error:
+        raise ValueError(f"{error}; if the base model has moved, give model.path=FOLDER") from error
+
+
+def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
+    """The same settings with method=none: what skipping is compared with."""
+    dense = Dense()
+    node = {"_target_": f"{Dense.__module__}.{Dense.__qualname__}"}
+    directory = (
+        None if config.run_dir is None else str(Path(config.run_dir).with_name(Path(config.run_dir).name + "-none"))
+    )
+    phases = list(PHASES) if "lora" in config.phases else ["evaluate"]
+    # What only routers use is left at its default, so that every method shares one dense run.
+    counterpart = replace(
+        config,
+        method=node,
+        router=RouterConfig(),
+        router_phase=PhaseConfig(),
+        run_dir=directory,
+        init_from=None,
+        phases=phases,
+        overwrite=False,
+    )
+    return counterpart, dense
+
+
+def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
+    """The checked configuration and its method.
+
+    Raises:
+        ValueError: One message with the option, its value and what is allowed.
+    """
+    experiment = settings(config, ExperimentConfig)
+    method = instantiate.build(experiment.method, "method")
+    if not isinstance(method, Method):
+        raise ValueError(f"method._target_={experiment.method.get('_target_')!r} is not a firstlab method")
+    if not isinstance(getattr(method, "name", None), str):
+        raise ValueError(f"method._target_={experiment.method['_target_']!r}: the class has no `name`, as tables need")
+    instantiate.check(experiment.data.task, "data.task")
+    if experiment.logger:
+        instantiate.check(experiment.logger, "logger")
+    if method.name == "none":
+        # What only routers use is left at its default, so that every method shares one dense run.
+        experiment = replace(experiment, router=RouterConfig(), router_phase=PhaseConfig())
+    return experiment, method
+
+
+def read(
+    file: Path, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
+) -> tuple[ExperimentConfig, Method]:
+    """A run's own saved configuration, with some keys replaced.
+
+    Args:
+        file: config.yaml of a run directory.
+        overrides: Dotted key to value; `data` and `trainer` name a file of conf/data and conf/trainer.
+        config_dirs: Searched for these files, too.
+
+    Raises:
+        ValueError: There is no such file, it is not a run's, or a key or value is wrong.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")
+    saved = OmegaConf.create(_without_retired(read_saved(file)))
+    overrides = dict(overrides or {})
+    for group in {"data", "trainer"} & overrides.keys():
+        name = overrides.pop(group)
+        places = [Path(each) / group for each in (conf_dir(), *config_dirs)]
+        names = {each.stem for place in places for each in place.glob("*.yaml")}
+        if name not in names:
+            raise ValueError(f"{group}={name!r} is unknown; choose one of {', '.join(sorted(names))}")
+        saved[group] = composed_config([*search_path(config_dirs), f"{group}={name}"])[group]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    for key, value in overrides.items():
+        if not value.strip():
+            raise ValueError(f"{key}= has no value; write {key}=null for none")
+        try:
+            part = OmegaConf.select(merged, key)
+            if OmegaConf.is_dict(part) and not isinstance(yaml.safe_load(value), dict):
+                raise ValueError(f"{key}={value}: {key} is a group; give its keys, {', '.join(map(str, part))}")
+            merged.merge_with_dotlist([f"{key}={value}"])
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key}={value} is not valid YAML; quote the value, as in '{key}=\"...\"'") from error
+        except OmegaConfBaseException as error:
+            part = OmegaConf.select(merged, key.rpartition(".")[0]) if "." in key else merged
+            keys = f"; keys there: {', '.join(map(str, part))}" if OmegaConf.is_dict(part) else ""
+            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}{keys}") from error
+    return load(merged)

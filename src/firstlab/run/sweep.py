@@ -1,0 +1,370 @@
+"""Sweeps: grids become runs, a plan is printed, what is left is launched, and failures are listed at the end.
+
+A sweep file (conf/sweep) declares a union of grids; the plugin `hydra_plugins.firstlab_sweeper` calls `run_sweep` with
+Hydra's launcher.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from firstlab.config.compose import load_dict
+from firstlab.config.schema import ExperimentConfig
+from firstlab.run.load import load
+from firstlab.store.files import write_atomically
+
+if TYPE_CHECKING:
+    from firstlab.methods.base import Method
+
+Record = dict[str, Any]
+
+
+def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The overrides of every run: grid after grid, the last key of a grid changing fastest.
+
+    Args:
+        grids: Grid name to {override key: value or list of values}; "{KEY}" in a value is the run's value of KEY.
+        given: Command-line keys and their values. A key that grids sweep narrows those grids to the given values; any
+            other key holds for all runs, its values being one more axis.
+
+    Raises:
+        ValueError: A given value is in no grid.
+    """
+    axes = {
+        name: {key: [_text(v) for v in (values if _is_list(values) else [values])] for key, values in grid.items()}
+        for name, grid in grids.items()
+    }
+    swept: dict[str, list[str]] = defaultdict(list)
+    for grid in axes.values():
+        for key, values in grid.items():
+            swept[key] += values
+    for key, wanted in given.items():
+        unknown = [value for value in wanted if key in swept and value not in swept[key]]
+        if unknown:
+            raise ValueError(
+                f"{key}={','.join(unknown)} is not in the sweep, which has {', '.join(dict.fromkeys(swept[key]))}; "
+                "values on the command line narrow a sweep"
+            )
+    everywhere = {key: list(values) for key, values in given.items() if key not in swept}
+    runs: dict[tuple[str, ...], None] = {}
+    for grid in axes.values() or [{}]:
+        narrowed = {key: [v for v in values if v in given.get(key, values)] for key, values in grid.items()}
+        product = {**everywhere, **narrowed}
+        for chosen in itertools.product(*product.values()):
+            run = dict(zip(product, chosen, strict=True))
+            runs[tuple(f"{key}={_filled(value, run)}" for key, value in run.items())] = None
+    return [list(run) for run in runs]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or OmegaConf.is_list(value)
+
+
+def _filled(value: str, run: Mapping[str, str]) -> str:
+    return re.sub(r"\{([\w.]+)\}", lambda found: run.get(found[1], found[0]), value)
+
+
+def _text(value: Any) -> str:
+    """A YAML value in Hydra's override grammar."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else str(value)
+
+
+@dataclass
+class PlannedRun:
+    """One run of a sweep.
+
+    Attributes:
+        overrides: What composes it.
+        state: "finished", "failed earlier", "interrupted" or "to do".
+        error: Why it failed earlier.
+        seconds: Wall time: measured if finished, else estimated; None if unknown.
+    """
+
+    overrides: list[str]
+    config: ExperimentConfig
+    method: Method
+    state: str = "to do"
+    error: str | None = None
+    seconds: float | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.config.directory(self.method.label)
+
+
+def plan(
+    runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig], recorded: Path | None
+) -> list[PlannedRun]:
+    """Compose and check every run, find out which are finished, estimate the others.
+
+    Args:
+        runs: Overrides of each run.
+        compose: Makes a configuration of overrides.
+        recorded: Folder with NAME/results/*.json of runs that need not be repeated.
+
+    Raises:
+        ValueError: Runs that do not compose, that would share a directory, or whose directory is another run's.
+    """
+    planned = _composed(runs, compose)
+    records = list(_read_all(sorted(recorded.glob("*/results/*.json")) if recorded is not None else []))
+    known = _by_hash(records, planned)
+    problems = []
+    for run in planned:
+        try:
+            _look_up(run, known.get(run.config.hash()))
+        except ValueError as error:
+            problems.append(f"{error}; in a sweep overwrite=true starts every run again")
+    _raise_all(problems)
+    times = [record for _, record in records]
+    for folder in {run.config.runs for run in planned}:
+        times += [record for _, record in _read_all(sorted(Path(folder).glob("*/*/result.json")))]
+    _estimate(planned, times)
+    return planned
+
+
+def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]) -> list[PlannedRun]:
+    planned: dict[Path, PlannedRun] = {}
+    broken: dict[str, list[str]] = defaultdict(list)  # what every run would be told is said once
+    problems = []
+    shared = set(runs[0]).intersection(*runs) if len(runs) > 1 else set()
+    for overrides in runs:
+        try:
+            run = PlannedRun(overrides, *load(compose(overrides)))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            own = " ".join(each for each in overrides if each not in shared)
+            broken[str(error).strip().splitlines()[0]].append(own or "every run")
+            continue
+        other = planned.setdefault(run.directory, run)
+        if other.config.hash() != run.config.hash():
+            problems.append(
+                f"{' '.join(overrides)}: its run directory {run.directory} is also that of another run of this sweep "
+                f"({' '.join(other.overrides)}); give one of them a note"
+            )
+    for message, affected in broken.items():
+        others = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
+        problems.append(f"{affected[0]}{others}: {message}")
+    _raise_all(problems)
+    return list(planned.values())
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def _by_hash(records: Sequence[tuple[Path, Record]], planned: Sequence[PlannedRun]) -> dict[str, Record]:
+    """Records that may be of a planned run, by the hash that their configuration has in this version."""
+    # Most are not, and the hash of a configuration takes its time.
+    configs = [run.config for run in planned]
+    wanted = [(each.data.name, each.model.name, each.seed, each.method["_target_"]) for each in configs]
+    found = {}
+    for file, record in records:
+        config = record["config"]
+        if (record["data"], record["model"], config.get("seed"), config["method"].get("_target_")) not in wanted:
+            continue
+        try:
+            found[load_dict(config).hash()] = record
+        except ValueError as error:
+            print(f"note: {file} is of another version and does not count as finished ({error})", file=sys.stderr)
+    return found
+
+
+def _read_all(files: Sequence[Path]) -> Iterator[tuple[Path, Record]]:
+    """Files with their records; what is torn or no record is named and left out, for no run depends on it."""
+    for file in files:
+        try:
+            yield file, _read(file)
+        except ValueError as error:
+            print(f"note: {file} is left out: {error}", file=sys.stderr)
+
+
+def _read(file: Path) -> Record:
+    """A record as far as a plan needs it.
+
+    Raises:
+        ValueError: It is torn, or no record.
+    """
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    kinds = {"data": str, "model": str, "method": str, "config": dict, "variants": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)
+    ]
+    if wrong:
+        raise ValueError(f"not a result of firstlab (it has no {', '.join(wrong)})")
+    if not isinstance(record["config"].get("method"), dict):
+        raise ValueError("not a result of firstlab (its config has no method)")
+    if not isinstance(record.get("wall_s"), int | float):  # an evaluation of another run has none
+        record.pop("wall_s", None)
+    found: Record = record
+    return found
+
+
+def _look_up(run: PlannedRun, recorded: Record | None) -> None:
+    """Set the state of a run from its directory, or from a recorded result."""
+    from firstlab.run.directory import finished_record, is_trained, wanted_variants
+    from firstlab.store import results
+
+    record = finished_record(run.config, run.method)
+    if record is None and recorded is not None and not run.config.overwrite:
+        record = recorded if set(wanted_variants(run.config, run.method)) <= set(recorded["variants"]) else None
+    failure = results.read_failure(run.directory)
+    if record is not None:
+        run.state, run.seconds, run.error = "finished", record.get("wall_s"), None
+    elif failure is None and is_trained(run.config, run.method):
+        run.state, run.error = "finished", None
+    elif failure is not None:
+        run.state, run.error = "failed earlier", failure["error"]
+    elif (run.directory / "config.yaml").is_file():
+        run.state = "interrupted"
+
+
+def _estimate(planned: list[PlannedRun], records: list[Record]) -> None:
+    """Median wall time of finished runs on the same data and model: with the same method, or else with any."""
+    times: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for record in records:
+        for kind in ((record["data"], record["model"], record["method"]), (record["data"], record["model"])):
+            # An evaluation of another run has none, a resumed run only that since then.
+            if "wall_s" in record and not record.get("resumed"):
+                times[kind].append(record["wall_s"])
+    for run in planned:
+        place = (run.config.data.name, run.config.model.name)
+        measured = times.get((*place, run.method.name)) or times.get(place)
+        if run.state != "finished" and measured:
+            run.seconds = statistics.median(measured)
+
+
+def describe(name: str, planned: list[PlannedRun]) -> str:
+    """The plan as text: totals, then one line per run."""
+    counts = Counter(run.state for run in planned)
+    left = [run for run in planned if run.state != "finished"]
+    known = [run.seconds for run in left if run.seconds is not None]
+    time = f"about {duration(sum(known))} one after another" if known else "time unknown"
+    if known and len(known) < len(left):
+        time += f" for {len(known)} of them, unknown for {len(left) - len(known)}"
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    lines = [f"{name}: {len(planned)} runs ({states}); {len(left)} to run" + (f", {time}" if left else "")]
+    for run in planned:
+        seconds = "unknown" if run.seconds is None else duration(run.seconds)
+        lines.append(f"  {run.state:15} {seconds:>10}  {run.directory}" + (f"  ({run.error})" if run.error else ""))
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def run_sweep(
+    runs: Sequence[list[str]],
+    *,
+    compose: Callable[[list[str]], DictConfig],
+    launch: Callable[[list[list[str]]], Any],
+    settings: Any,
+    here: bool = True,
+) -> None:
+    """Print the plan, launch what is not finished, report; exits with 1 if a run has no result.
+
+    Args:
+        runs: Overrides of each run.
+        compose: Makes a configuration of overrides.
+        launch: Runs jobs given as overrides; each job records its own failure.
+        settings: The `sweep` node of the configuration.
+        here: Whether jobs run on this machine, so that it must have the devices they ask for.
+
+    Raises:
+        ValueError: See `plan`; or a device is missing.
+    """
+    name = settings.name or "sweep"
+    recorded = None if settings.recorded is None else Path(settings.recorded)
+    planned = plan(runs, compose, recorded)
+    print(describe(name, planned), flush=True)
+    left = [run for run in planned if run.state != "finished"]
+    if settings.plan_only:
+        return
+    if left:
+        if here:
+            _check_devices(left)
+        _launch(name, planned, left, launch)
+    if settings.collect is not None:
+        collect(planned, Path(settings.collect))
+    if any(run.state != "finished" for run in left):
+        sys.exit(1)
+
+
+def _check_devices(left: Sequence[PlannedRun]) -> None:
+    from firstlab.config.build import check_device
+
+    for run in left:
+        check_device(run.config.trainer)
+
+
+def collect(planned: Sequence[PlannedRun], folder: Path) -> None:
+    """Copy the records of finished runs to FOLDER/results, under their run directories' names.
+
+    Raises:
+        ValueError: A file of that name records another run, or none.
+    """
+    for run in planned:
+        file = run.directory / "result.json"
+        if run.state != "finished" or not file.is_file():
+            continue
+        target = folder / "results" / f"{run.directory.parent.name}--{run.directory.name}.json"
+        try:
+            same = not target.is_file() or load_dict(_read(target)["config"]).hash() == run.config.hash()
+        except ValueError as error:
+            raise ValueError(
+                f"sweep.collect={folder}: {target} is not a result that may be replaced ({error}); delete it or choose "
+                "another folder"
+            ) from error
+        if not same:
+            raise ValueError(f"sweep.collect={folder}: {target} records another configuration; choose another folder")
+        write_atomically(target, file.read_text(encoding="utf-8"))
+    print(f"records: {folder / 'results'}")
+
+
+def _launch(
+    name: str, planned: Sequence[PlannedRun], left: Sequence[PlannedRun], launch: Callable[[list[list[str]]], Any]
+) -> None:
+    """Launch what is left and say how it went."""
+    lost = None
+    try:
+        launch([run.overrides for run in left])
+    except Exception as error:
+        # A launcher raises when it loses a job (killed, out of memory): say so, go on to the report.
+        lost = f"{type(error).__name__}: {str(error).strip()}"
+    for run in left:
+        run.state, run.config = "to do", replace(run.config, overwrite=False)
+        _look_up(run, None)
+    failed = [run for run in left if run.state != "finished"]
+    print(f"{name}: {len(planned) - len(failed)} of {len(planned)} runs finished")
+    for run in failed:
+        print(f"  failed: {run.directory}: {run.error or 'ended without a result and without an error of its own'}")
+    if lost is not None:
+        print(f"  the launcher stopped: {lost}")
+    if failed:
+        print("the same command tries them again; tracebacks are in failure.json of each run directory")

@@ -1,0 +1,122 @@
+"""Where phase 1 begins, and the threshold after it: routers calibrated on prompts, without gradients of the loss.
+
+What is found on the way stands in the run directory, so that an interrupted run does not search again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from firstlab.methods.base import check_count
+from firstlab.methods.first import First
+from firstlab.methods.sleb import elimination
+from firstlab.store.files import write_atomically
+from firstlab.store.ranks import barrier, rank
+from firstlab.training.calibration import start_routers
+from firstlab.training.codebook import (
+    cluster,
+    constant_accuracy,
+    find_codebook,
+    fit_to_routes,
+    nearest,
+    pooled_states,
+    threshold_at,
+)
+from firstlab.training.prompt_set import PromptSet
+
+# The SLEB order that routers with a calibrated start begin from: layers, best skipped first.
+STATIC_ORDER = "start.json"
+# The routes of the codebook, and how well the routers were fitted to it.
+CODEBOOK = "codebook.json"
+
+
+def start_phase_1(directory: Path, method: First, training: PromptSet) -> dict[str, float]:
+    """Put the routers of the prompts' model where phase 1 begins: `method.start`, if that is not random.
+
+    Args:
+        directory: Run directory.
+        method: Its method.
+        training: All training prompts, of which the first `method.calibration_prompts` are used; a codebook is
+            measured, and the routers fitted to it, on `method.fit_prompts` behind them.
+
+    Returns:
+        What is to be recorded about it.
+
+    Raises:
+        ValueError: Too few prompts for a codebook.
+    """
+    if method.start == "codebook" and method.codebook_size > 1:
+        return _from_codebook(directory, method, training)
+    prompts = training.slice(0, method.calibration_prompts)
+    rate, order = 0.0, []
+    if method.start != "dense":
+        rate = method.target_skip or 0.0
+        order = _static_order(directory, prompts, rate * prompts.num_layers, method.search_width)
+    start_routers(prompts.model, prompts.batches, order, rate, method.start_margin)
+    return {}
+
+
+def _static_order(directory: Path, prompts: PromptSet, count: float, width: int) -> list[int]:
+    """Layers to skip, the last of them for a share of the prompts if the count is not whole."""
+    file = directory / STATIC_ORDER
+    if not file.is_file() and rank()[0] == 0:
+        layers = prompts.num_layers
+        check_count(math.ceil(count), layers, 1, 1)
+        # The whole layers first, by themselves: with the last one in the search their set need not be the best.
+        order = elimination(layers, math.floor(count), prompts.loss, width=width)
+        order = elimination(layers, math.ceil(count), prompts.loss, first=order)
+        write_atomically(file, json.dumps(order) + "\n")
+    barrier()
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _from_codebook(directory: Path, method: First, training: PromptSet) -> dict[str, float]:
+    assert method.target_skip is not None
+    first = method.calibration_prompts
+    prompts, others = training.slice(0, first), training.slice(first, first + method.fit_prompts)
+    model = training.model
+    if len(others) < 4:
+        raise ValueError(
+            f"method.start=codebook needs at least 4 training prompts behind the first {first}, and there are "
+            f"{len(others)}: lower method.calibration_prompts, or raise data.train_size"
+        )
+    states = pooled_states(model, prompts.batches)
+    centres = cluster(states, method.codebook_size)
+    measured = nearest(pooled_states(model, others.batches), centres)
+    file = directory / CODEBOOK
+    if not file.is_file() and rank()[0] == 0:
+        found = find_codebook(prompts, nearest(states, centres), others, measured, method.target_skip)
+        write_atomically(file, json.dumps({"routes": found.tolist()}) + "\n")
+    barrier()
+    routes = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["routes"])
+    wanted = routes[measured]
+    trained = math.ceil(len(others) * 3 / 4)
+    accuracy = fit_to_routes(model, others.batches, wanted, method.start_margin, trained)
+    started = {
+        "start_accuracy": float(accuracy.mean()),
+        "start_constant_accuracy": float(constant_accuracy(wanted, trained).mean()),
+    }
+    if rank()[0] == 0:
+        print(
+            f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
+            f"{100 * started['start_accuracy']:.1f} % of decisions right on held-out prompts, "
+            f"{100 * started['start_constant_accuracy']:.1f} % by constant ones",
+            flush=True,
+        )
+        record = {"routes": routes.tolist(), "held_out_accuracy": accuracy.tolist()}
+        write_atomically(file, json.dumps(record) + "\n")
+    return started
+
+
+def calibrate_rate(validation: PromptSet, skip_rate: float) -> float:
+    """Move the routers' threshold so that these prompts skip `skip_rate` on average; returns the new threshold."""
+    model = validation.model
+    rho = torch.cat([model.prompt_rho(batch["input_ids"], batch["prompt_mask"]) for batch in validation.batches])
+    threshold = threshold_at(rho.cpu(), skip_rate)
+    model.routers.settings = replace(model.routers.settings, threshold=threshold)
+    return threshold

@@ -1,0 +1,73 @@
+import re
+
+import pytest
+
+from firstlab.data.parallel_text import ParallelText
+from support.parallel_files import write
+
+
+def test_texts_are_joined_in_order(tmp_path):
+    write(tmp_path, "a", [("one", "eins"), ("two", "zwei")])
+    write(tmp_path, "b", [("three", "drei")])
+    write(tmp_path, "val", [("four", "vier")])
+    write(tmp_path, "test", [("five", "fünf")])
+    task = ParallelText("en", "de", str(tmp_path), train=["a", "b"], validation="val", test="test")
+    assert [example.id for example in task.train_pool()] == ["a:1", "a:2", "b:1"]
+    assert [example.references for example in task.train_pool()] == [("eins",), ("zwei",), ("drei",)]
+    assert [example.source for example in task.validation()] == ["four"]
+    assert [example.source for example in task.test()] == ["five"]
+    assert task.kind == "translation" and task.target_language == "de"
+
+
+def test_prompt_names_the_languages(tmp_path):
+    write(tmp_path, "test", [("five", "五")], target="zh")
+    task = ParallelText("en", "zh", str(tmp_path), test="test")
+    (example,) = task.test()
+    assert task.prompt(example) == (
+        "### Instruction:\nTranslate the following sentences from English to Chinese.\n\n"
+        "### Input:\nfive\n\n### Response:\n"
+    )
+    assert "### Input:\n\n\n" in task.prompt(example, "")
+    assert task.validation() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source_language": "xx"}, "data.task.source_language=xx is unknown: choose one of ar, cs, da"),
+        ({"target_language": "German"}, "data.task.target_language=German is unknown"),
+        ({"train": []}, "data.task.train=[] names no training text"),
+        ({"train": ["a", "a"]}, "data.task.train=a and data.task.train=a are the same text"),
+        ({"train": "test"}, "data.task.train=test and data.task.test=test are the same text"),
+        ({"validation": "train"}, "data.task.train=train and data.task.validation=train are the same text"),
+        ({"test": "./train"}, "data.task.train=train and data.task.test=./train are the same text"),
+        ({"validation": "../r/test"}, "data.task.test=test and data.task.validation=../r/test are the same text"),
+    ],
+)
+def test_impossible_options(options, message):
+    defaults = {"source_language": "en", "target_language": "de", "root": "r", "test": "test"}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ParallelText(**{**defaults, **options})
+
+
+def test_links_to_one_file_are_one_text(tmp_path):
+    write(tmp_path, "a", [("one", "eins")])
+    (tmp_path / "b.en").symlink_to("a.en")
+    with pytest.raises(ValueError, match=r"data\.task\.train=a and data\.task\.test=b are the same text"):
+        ParallelText("en", "de", str(tmp_path), train="a", test="b")
+
+
+def test_every_missing_file_is_named_at_once(tmp_path):
+    write(tmp_path, "a", [("one", "eins")])
+    with pytest.raises(ValueError, match=r"lacks b\.en, b\.de, c\.en, c\.de of the expected a\.en, a\.de, b\.en"):
+        ParallelText("en", "de", str(tmp_path), train=["a", "b", "c"]).train_pool()
+
+
+def test_an_unset_root_is_named():
+    with pytest.raises(ValueError, match=r"data\.root is not set: .* holds t\.en, t\.de"):
+        ParallelText("en", "de", None, test="t").test()
+
+
+def test_one_language_twice():
+    with pytest.raises(ValueError, match=r"data\.task\.source_language and data\.task\.target_language are both de"):
+        ParallelText("de", "de", "folder")

@@ -1,0 +1,154 @@
+"""The step from replays: what it makes, when, and that it reads its buffers only."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from firstlab.engine.graph_step import GraphStep, size_of, window_of
+from firstlab.engine.graphs import Graphs
+from firstlab.engine.llama_step import LlamaStep
+from firstlab.model.exit_rule import EarlyExit
+from support.models import ARCHITECTURES, HIDDEN, LAYERS, tiny_model
+from support.tape import Tape
+
+HEADS, DIM = 2, 8  # of keys and values
+
+
+def test_windows() -> None:
+    assert [window_of(n, 10**6) for n in (1, 64, 65, 80, 81, 128, 129, 545, 640, 8191)] == [
+        *(64, 64, 80, 80, 96, 128, 160, 640, 640, 8192)
+    ]
+    assert window_of(70, 72) == 72
+    for length in range(1, 5000, 7):
+        assert length <= window_of(length, 10**6) < max(64, 1.25 * length) + 1
+
+
+def test_sizes() -> None:
+    assert [size_of(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+
+
+def joined(step: LlamaStep, routes: list[list[int]], lengths: list[int], seed: int = 0) -> LlamaStep:
+    """The step with rows of random keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    for route, length in zip(routes, lengths, strict=True):
+        shape = (2, HEADS, length, DIM)
+        step.join({layer: torch.randn(shape, generator=generator) for layer in route}, length)
+    return step
+
+
+EVERY = list(range(LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("routes", "lengths"),
+    [
+        ([EVERY], [5]),
+        ([[0, 2, 5]], [62]),
+        ([EVERY, EVERY, EVERY], [3, 70, 9]),
+        ([[0, 1, 3], [0, 3, 4, 5], [1, 3], [], [3, 5]], [3, 61, 9, 1, 30]),
+    ],
+)
+def test_logits_of_the_eager_step(routes: list[list[int]], lengths: list[int]) -> None:
+    lm = tiny_model("llama")
+    tape = Tape()
+    eager, graphs = LlamaStep(lm, 6, 100), GraphStep(lm, 6, 100, tape)
+    for seed in (0, 1):  # the second round replays
+        for step in (eager, graphs):
+            step.clear()
+            joined(step, routes, lengths, seed)
+        for token in range(6):
+            tokens = torch.arange(len(routes)) + 10 + token
+            torch.testing.assert_close(graphs(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
+        made = len(tape)
+    assert len(tape) == made and tape.played > made
+    # Leaving gives places to others.
+    for step in (eager, graphs):
+        step.leave(0)
+    if len(routes) > 1:
+        torch.testing.assert_close(graphs(tokens[1:]), eager(tokens[1:]), atol=1e-4, rtol=1e-4)
+
+
+def test_any_route_is_a_list_of_replays_that_exist() -> None:
+    tape = Tape()
+    step = GraphStep(tiny_model("llama"), 1, 64, tape)
+    addresses = [buffer.data_ptr() for buffer in (step._x, step._scores, step._mask, step._filled)]
+    joined(step, [EVERY], [5])
+    step(torch.tensor([7]))
+    assert len(tape) == LAYERS + 2
+    for seed in range(5):
+        route = (torch.rand(LAYERS, generator=torch.Generator().manual_seed(seed)) > 0.4).nonzero().flatten().tolist()
+        step.clear()
+        joined(step, [route], [5 + seed])
+        before, kept = tape.played, [None if kv is None else kv.clone() for kv in step.kv]
+        step(torch.tensor([8 + seed]))
+        assert tape.played - before == len(route) + 2
+        for layer, (old, new) in enumerate(zip(kept, step.kv, strict=True)):
+            assert torch.equal(old, new) == (layer not in route)  # skipped layers are not written
+    assert len(tape) == LAYERS + 2
+    assert addresses == [buffer.data_ptr() for buffer in (step._x, step._scores, step._mask, step._filled)]
+
+
+def test_graphs_grow_with_sizes_and_windows_only() -> None:
+    tape = Tape()
+    step = joined(GraphStep(tiny_model("llama"), 8, 200, tape), [EVERY] * 3, [60, 20, 3])
+    tokens, made = torch.tensor([5, 6, 7]), []
+    for _ in range(40):
+        step(tokens)
+        made.append(len(tape))
+    # Windows of 64, 80, 96 and 112 places, each with its begin; one end.
+    assert sorted(set(made)) == [windows * (LAYERS + 1) + 1 for windows in (1, 2, 3, 4)]
+    joined(step, [EVERY], [10])
+    step(torch.tensor([5, 6, 7, 8]))  # the size of four rows stands for three
+    assert len(tape) == made[-1]
+
+
+def test_early_exit_between_steps() -> None:
+    lm = tiny_model("llama")
+    steps = [joined(each, [EVERY] * 2, [4, 9]) for each in (LlamaStep(lm, 2, 64), GraphStep(lm, 2, 64, Tape()))]
+    tokens, at = torch.tensor([5, 6]), torch.zeros(2, dtype=torch.long)
+    found = [(step(tokens).clone(), *step.exit_early(tokens, EarlyExit(0.3), at), step(tokens)) for step in steps]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_replaced_weights_are_noticed() -> None:
+    lm = tiny_model("llama")
+    step = GraphStep(lm, 1, 16, Tape())
+    assert step.is_current()
+    with torch.no_grad():
+        lm.model.layers[0].self_attn.o_proj.weight.mul_(2)  # in place: graphs see it
+    assert step.is_current()
+    lm.model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(torch.zeros(HIDDEN, HIDDEN))
+    assert not step.is_current()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_layers_compile_whole_and_once(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced as for the GPU; the code that inductor makes of the trace would take a minute.
+    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda what, options, **given: compiler(what, backend=counter, **given))
+    lm = tiny_model(architecture)
+    eager, compiled = LlamaStep(lm, 1, 64), GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), compiled=True)
+    for step in (eager, compiled):
+        joined(step, [[0, 1, 3, 4, 5]], [5])
+    for token in range(3):
+        tokens = torch.tensor([10 + token])
+        torch.testing.assert_close(compiled(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 2  # before and after attention, the same for all layers
+
+
+def test_models_of_one_process_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    general, compiler = [], torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> torch.fx.GraphModule:
+        general.append(any(isinstance(each, torch.SymInt) for each in inputs))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda what, options, **given: compiler(what, backend=backend, **given))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width, dtype in ((48, torch.float32), (40, torch.float32), (48, torch.bfloat16)):
+            monkeypatch.setitem(ARCHITECTURES["llama"], "intermediate_size", width)
+            lm = tiny_model("llama").to(dtype)
+            step = GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), compiled=True)
+            joined(step, [[0, 1, 3]], [5])(torch.tensor([10]))
+    assert general == [False] * 6

@@ -1,0 +1,353 @@
+"""Saving, loading, and errors a user can act on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from firstlab.model import LoraSettings, ModelUnavailableError, RouterSettings, load_tokenizer
+from firstlab.model.lm import RouterAugmentedLM
+from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_routers, tiny_model
+from support.tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trained(path, lora=True, settings=None) -> RouterAugmentedLM:
+    """A model from a folder with random routers and, if asked, working LoRA."""
+    model = RouterAugmentedLM.from_pretrained(path)
+    if settings is not None:
+        model.routers.settings = settings
+    random_routers(model, seed=4)
+    if lora:
+        model.add_lora(LoraSettings(rank=4, lora_alpha=16))
+        for name, parameter in model.lm.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_saved_and_loaded_model_has_the_same_logits(base_folder, tmp_path, lora):
+    model = trained(base_folder, lora, RouterSettings("rms", 0.45))
+    model.save_pretrained(tmp_path / "saved")
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(other), logits(model))
+    assert other.routers.settings == RouterSettings("rms", 0.45)
+    assert other.has_lora is lora
+    ids, mask = prompts()
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(other.generate(ids, **options), model.generate(ids, **options))
+    # And once more from there.
+    other.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "again")), logits(model))
+
+
+def test_what_is_written(base_folder, tmp_path):
+    model = trained(base_folder)
+    model.save_pretrained(tmp_path / "saved")
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"config.json", "routers.safetensors", "adapter_config.json", "adapter_model.safetensors"} <= names
+    assert not any(name.startswith(("model", "pytorch", "base")) for name in names)
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder)
+    assert config["router"] == {"input_norm": "none", "threshold": 0.5}
+    weight = load_file(tmp_path / "saved" / "routers.safetensors")["weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, model.routers.weight)
+
+
+def test_base_saved_along_makes_a_folder_that_moves(tmp_path):
+    model = RouterAugmentedLM(tiny_model("llama"))
+    model.save_pretrained(tmp_path / "saved", save_base=True)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "moved")), logits(model))
+
+
+def test_a_base_without_a_place_must_be_saved_along(tmp_path):
+    with pytest.raises(ValueError, match="save_base=True"):
+        RouterAugmentedLM(tiny_model("llama")).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_merged_lora_is_saved_with_its_base_or_not_at_all(base_folder, tmp_path):
+    model = trained(base_folder)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        model.save_pretrained(tmp_path / "saved", save_base=True)
+    assert not (tmp_path / "saved").exists()
+    # Into the folder of the unmerged model: its adapter must not be applied a second time.
+    model.save_pretrained(tmp_path / "saved")
+    model.merge_and_unload()
+    with pytest.raises(ValueError, match="LoRA was merged into it"):
+        model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved", save_base=True)
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+    assert not other.has_lora
+    torch.testing.assert_close(logits(other), logits(model), atol=1e-6, rtol=1e-6)
+
+
+def test_adapter_is_a_plain_peft_adapter(base_folder, tmp_path):
+    model = trained(base_folder)
+    model.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(base_folder)
+    peft_model = PeftModel.from_pretrained(plain, tmp_path / "saved").eval()
+    ids, mask = prompts()
+    with torch.no_grad():
+        found = peft_model(ids, attention_mask=mask).logits
+        expected = model.lm(ids, attention_mask=mask).logits
+        dense = pair("llama")[0](ids, attention_mask=mask).logits
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, dense, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype_is_for_the_base_and_never_for_the_routers(base_folder, tmp_path, dtype):
+    model = trained(base_folder, lora=False)
+    model.save_pretrained(tmp_path / "saved")
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "saved", dtype=dtype)
+    assert other.lm.dtype == dtype
+    assert other.routers.weight.dtype == torch.float32
+    assert torch.equal(other.routers.weight, model.routers.weight)
+
+
+def test_loading_a_plain_folder_gives_fresh_routers(base_folder):
+    model = RouterAugmentedLM.from_pretrained(str(base_folder))
+    ids, mask = prompts()
+    with torch.no_grad():
+        assert torch.equal(model.lm(ids, attention_mask=mask).logits, pair("llama")[0](ids, attention_mask=mask).logits)
+    assert not model.has_lora
+
+
+@pytest.mark.parametrize("name", ["routers.safetensors", "adapter_model.safetensors"])
+def test_truncated_files_are_named(base_folder, tmp_path, name):
+    trained(base_folder).save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / name
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"{name} is missing or truncated"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_missing_routers_are_named(base_folder, tmp_path):
+    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "routers.safetensors").unlink()
+    with pytest.raises(ValueError, match="routers.safetensors is missing or truncated"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_broken_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "firstlab"')
+    with pytest.raises(ModelUnavailableError, match="config.json is not valid JSON"):
+        RouterAugmentedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "config.json holds no JSON object"),
+        ('{"model_type": "firstlab"}', "has no key base_model_name_or_path and no key router"),
+    ],
+)
+def test_incomplete_config_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelUnavailableError, match=message):
+        RouterAugmentedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_hidden_layers": LAYERS + 1},
+            rf"9 missing \(model\.layers\.{LAYERS}\.input_layernorm\.weight, ",
+        ),
+        ({"intermediate_size": 64}, rf"{3 * LAYERS} misshapen \(model\.layers\.0\.mlp\.down_proj\.weight, "),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_not_drawn_at_random(base_folder, change, message):
+    file = base_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ModelUnavailableError, match=f"do not fit config.json: {message}"):
+        RouterAugmentedLM.from_pretrained(base_folder)
+
+
+def test_code_in_a_model_folder_is_neither_run_nor_asked_about(base_folder, monkeypatch):
+    file, map_ = base_folder / "config.json", {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "own", "auto_map": map_}))
+    (base_folder / "code.py").write_text("raise SystemExit('was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ModelUnavailableError, match="needs code from the hub, which firstlab does not run"):
+        RouterAugmentedLM.from_pretrained(base_folder)
+    with pytest.raises(ModelUnavailableError):
+        load_tokenizer(base_folder)
+
+
+def test_options_whose_package_is_missing_say_so(base_folder):
+    with pytest.raises(ModelUnavailableError, match="a package that it, .* is missing: install it, or drop the option"):
+        RouterAugmentedLM.from_pretrained(base_folder, attn_implementation="flash_attention_2")
+
+
+def test_a_broken_tokenizer_is_named(base_folder):
+    tiny_tokenizer().save_pretrained(base_folder)
+    file = base_folder / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+        load_tokenizer(base_folder)
+
+
+def test_truncated_base_is_named(base_folder):
+    file = base_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+        RouterAugmentedLM.from_pretrained(base_folder)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_another_base_in_its_place_is_noticed(base_folder, tmp_path, lora):
+    trained(base_folder, lora).save_pretrained(tmp_path / "saved")
+    tiny_model("gpt2").save_pretrained(base_folder)
+    other = tiny_model("llama").config
+    other.num_hidden_layers = 4
+    AutoModelForCausalLM.from_config(other).save_pretrained(base_folder)
+    with pytest.raises(ValueError, match="was another base model put in its place"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_vanished_base_is_named(base_folder, tmp_path):
+    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
+    base_folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelUnavailableError, match=r"base.* is not available: no such folder"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_unknown_models_say_what_to_do():
+    with pytest.raises(ModelUnavailableError, match="model.path='nobody/no-such-model'.*set model.path to its folder"):
+        RouterAugmentedLM.from_pretrained("nobody/no-such-model")
+    with pytest.raises(ModelUnavailableError, match="model.path='nobody/no-such-model' is not available"):
+        load_tokenizer("nobody/no-such-model")
+
+
+def test_empty_folders_say_what_to_do(tmp_path):
+    for load in (RouterAugmentedLM.from_pretrained, load_tokenizer):
+        with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+            load(tmp_path)
+
+
+def test_pickled_weights_are_not_read(base_folder):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    torch.save(model.state_dict(), base_folder / "pytorch_model.bin")
+    (base_folder / "model.safetensors").unlink()
+    with pytest.raises(ModelUnavailableError, match="has no safetensors, the one format read"):
+        RouterAugmentedLM.from_pretrained(base_folder)
+
+
+def test_tokenizer_of_a_saved_folder_is_that_of_its_base(base_folder, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(base_folder)
+    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
+    expected = AutoTokenizer.from_pretrained(base_folder)
+    assert load_tokenizer(tmp_path / "saved").get_vocab() == expected.get_vocab()
+    assert load_tokenizer(base_folder).get_vocab() == expected.get_vocab()
+
+
+def test_saving_again_overwrites(base_folder, tmp_path):
+    model = trained(base_folder)
+    for _ in range(2):
+        with torch.no_grad():
+            model.routers.weight.mul_(-1)
+        model.save_pretrained(tmp_path / "saved")
+        other = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+        assert torch.equal(other.routers.weight, model.routers.weight)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "bloom", "gemma2", "mixtral", "phi3", "gpt_neox"])
+def test_other_architectures_round_trip(architecture, tmp_path):
+    tiny_model(architecture).save_pretrained(tmp_path / "base")
+    model = trained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_the_base_is_the_one_that_was_saved_with_the_routers(tmp_path):
+    RouterAugmentedLM(tiny_model("llama")).save_pretrained(tmp_path / "saved", save_base=True)
+    again = RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+    again.save_pretrained(tmp_path / "saved")  # of the same base
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(again))
+    tiny_model("llama", seed=9).save_pretrained(tmp_path / "other")
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(other))
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_routers_without_what_belongs_to_them_are_not_replaced_by_fresh_ones(base_folder, tmp_path, name):
+    trained(base_folder).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / name).unlink()
+    with pytest.raises(ValueError, match=f"but no {name}; save the model again; in a run directory"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.skipif("laguna" not in CONFIG_MAPPING, reason="not in this transformers")
+def test_modules_that_the_hubs_checkpoint_names_otherwise(tmp_path):
+    sizes = {**ARCHITECTURES["qwen3"], "sliding_window": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("laguna", **sizes))
+    lm.save_pretrained(tmp_path / "base")
+    model = RouterAugmentedLM.from_pretrained(tmp_path / "base")
+    model.add_lora(LoraSettings(dropout=0.0))
+    for name, parameter in model.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    assert any("shared_experts" in name for name, _ in model.lm.named_parameters())
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_an_adapter_that_lacks_a_weight_is_named(base_folder, tmp_path):
+    trained(base_folder).save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "adapter_model.safetensors"
+    adapter = load_file(file)
+    del adapter["base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"]
+    save_file(adapter, file)
+    message = r"layers\.3\.self_attn\.q_proj\.lora_B\.weight is absent in the file and \[32, 4\] in the model"
+    with pytest.raises(ValueError, match=message):
+        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_an_adapter_that_transformers_loaded(base_folder, tmp_path):
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = RouterAugmentedLM.from_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    assert model.has_lora
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), expected)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged", save_base=True)
+    merged = RouterAugmentedLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_name(base_folder, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(base_folder)
+    settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    lm.add_adapter(settings, adapter_name="mine")
+    model = RouterAugmentedLM(lm)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))
+    lm.add_adapter(settings, adapter_name="yours")
+    with pytest.raises(ValueError, match=r"several adapters \(mine, yours\)"):
+        model.save_pretrained(tmp_path / "both")
