@@ -134,5 +134,5 @@ def test_settings_that_do_not_fit_the_model(folder: Path) -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, firstlab.training_speed; sys.exit('torch' in sys.modules)"
+    code = "import sys, firstlab.bench.training; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

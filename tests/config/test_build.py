@@ -134,7 +134,7 @@ class Riddles(MiniQA):
 
 
 def test_a_task_of_unknown_kind_is_named(tmp_path: Path):
-    config, _ = composed(*overrides(tmp_path, tmp_path, "data=mini_qa", "data.task._target_=test_build.Riddles"))
+    config, _ = composed(*overrides(tmp_path, tmp_path, "data=mini_qa", f"data.task._target_={__name__}.Riddles"))
     with pytest.raises(ValueError, match="kind of Riddles is 'riddle'.*choose one of translation, summarization, qa"):
         build_task(config)
 

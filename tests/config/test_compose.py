@@ -141,5 +141,5 @@ class Nameless(Method):
 
 
 def test_a_method_needs_a_name():
-    with pytest.raises(ValueError, match="test_compose.Nameless': the class has no `name`"):
-        composed("method=none", "method._target_=test_compose.Nameless")
+    with pytest.raises(ValueError, match="Nameless': the class has no `name`"):
+        composed("method=none", f"method._target_={__name__}.Nameless")
