@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,8 @@ def generate_predictions(
     """
     examples = data.test
     my_rank, world = rank()
-    done = {p.index: p for part in _parts(file) for p in _read(part)}
+    test_set = fingerprint(examples)
+    done = {p.index: p for part in _parts(file) for p in _read(part, test_set)}
     rows = PromptRows(data.task, examples, data.tokenizer, data.max_prompt_length, data.prompt_option)
     # Batches are cut before finished ones are left out, so that a resumed run pads and samples as an uninterrupted one.
     # What the engine says, greedy, does not depend on the batch.
@@ -110,8 +111,8 @@ def generate_predictions(
         if not all(i in done for i in batch)
     ]
     part = file.with_name(f"{file.stem}.{my_rank}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    _drop_torn_line(part)
+    own = {p.index: p for p in _read(part, test_set)} if part.is_file() else {}
+    write_atomically(part, "".join([f"{test_set}\n", *map(_line, own.values())]))  # without what is torn or foreign
     decode = _by_engine if config.decoder == "engine" else _by_generate
     responses = decode(model, data, config, rows, batches, routes, seed)
     with part.open("a", encoding="utf-8") as out:
@@ -124,11 +125,11 @@ def generate_predictions(
             done[i] = Prediction(
                 i, example.id, text.strip(), len(tokens), skipped, example.difficulty, by_step, example.part
             )
-            out.write(json.dumps(asdict(done[i]), ensure_ascii=False) + "\n")
+            out.write(_line(done[i]))
             out.flush()
     if world > 1:
         dist.barrier()
-        done = {p.index: p for part in _parts(file) for p in _read(part)}
+        done = {p.index: p for part in _parts(file) for p in _read(part, test_set)}
     return [done[i] for i in range(len(examples))]
 
 
@@ -235,18 +236,30 @@ def _parts(file: Path) -> list[Path]:
     return sorted(file.parent.glob(f"{file.stem}.*.part"))
 
 
-def _drop_torn_line(part: Path) -> None:
-    """Cut off what a kill left of a last line, which would spoil the line that is appended next."""
-    if part.is_file():
-        whole = part.read_bytes()
-        if whole and not whole.endswith(b"\n"):
-            os.truncate(part, whole.rfind(b"\n") + 1)
+def _line(prediction: Prediction) -> str:
+    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
 
 
-def _read(part: Path) -> Iterator[Prediction]:
-    lines = part.read_text(encoding="utf-8").split("\n")
-    for line in lines[:-1]:  # a torn last line is generated again
-        yield Prediction(**json.loads(line))
+def _read(file: Path, test_set: str | None = None) -> Iterator[Prediction]:
+    """The predictions of a file, without lines that a kill or a hand has damaged.
+
+    Args:
+        file: The predictions of a variant, or one process's part of them.
+        test_set: Fingerprint of the prompts, which the first line of a part holds; a part about others gives nothing.
+    """
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    if test_set is not None and lines[0] != test_set:
+        return
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            found = Prediction(**json.loads(line))
+            if isinstance(found.index, int) and isinstance(found.text, str) and isinstance(found.skipped, list):
+                yield found
+
+
+def is_complete(file: Path, count: int) -> bool:
+    """Whether a file holds a variant's prediction for each of `count` test prompts."""
+    return file.is_file() and [p.index for p in _read(file)] == list(range(count))
 
 
 @torch.no_grad()
@@ -473,5 +486,5 @@ def evaluate_variant(
             )
         examples["scores"] = {key: results.pack(score.rows) for key, score in scores.items() if len(score.rows)}
         result["examples"] = examples
-        write_atomically(file, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
+        write_atomically(file, "".join(map(_line, predictions)))
     return result
