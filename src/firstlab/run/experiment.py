@@ -191,10 +191,11 @@ class Experiment(Run):
         test_set, predictions = fingerprint(self.data.test), self.directory / "predictions"
 
         def parse(saved: Any) -> dict[str, Any]:
-            results.check_variant(saved)
-            whole = is_complete(predictions / f"{name}.jsonl", len(self.data.test))
-            if saved["n"] != len(self.data.test) or saved["examples"]["test_set"] != test_set or not whole:
-                raise ValueError("it is not about these test prompts, or predictions are missing")
+            figures = (saved["metrics"][saved["primary_metric"]]["value"], saved["skip"]["skip_rate"])
+            whole = all(isinstance(each, float) for each in figures) and saved["n"] == len(self.data.test)
+            whole = whole and is_complete(predictions / f"{name}.jsonl", len(self.data.test))
+            if not whole or saved["examples"]["test_set"] != test_set:
+                raise ValueError("it is not about all these test prompts, or predictions are missing")
             return dict(saved)
 
         if file.is_file():

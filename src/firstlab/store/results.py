@@ -46,23 +46,7 @@ def read(directory: Path, remedy: str = "pass overwrite=true to run again") -> d
         raise ValueError(f"{file} is not valid JSON ({error}); {remedy}") from error
     if not isinstance(record, dict) or not isinstance(record.get("variants"), dict):
         raise ValueError(f"{file} is not a result of firstlab (it has no variants); {remedy}")
-    for name, variant in record["variants"].items():
-        try:
-            check_variant(variant)
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged (variant {name}: {error}); {remedy}") from error
     return record
-
-
-def check_variant(variant: Any) -> None:
-    """Raises ValueError unless this is what an evaluation says of a variant, with the headline metric and skip rate."""
-    try:
-        score, rate = variant["metrics"][variant["primary_metric"]]["value"], variant["skip"]["skip_rate"]
-        known = all(isinstance(each, int | float) for each in (score, rate, variant["n"]))
-    except (LookupError, TypeError):
-        known = False
-    if not known:
-        raise ValueError("it lacks its number of prompts, its headline metric or its skip rate")
 
 
 def write_failure(directory: Path, error: BaseException) -> None:
