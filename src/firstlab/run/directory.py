@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,15 +75,17 @@ def check_directory(directory: Path, config: ExperimentConfig) -> None:
 
 
 def _check_name(directory: Path) -> None:
-    """Raises ValueError if the file system has no room for the names of the directory and of its longest file."""
-    lock = directory.parent / f".{directory.name}.lock"
-    try:
-        for path in (lock, directory / "checkpoints" / "router" / f".last.ckpt.{2**22}.tmp"):
-            path.exists()
-    except OSError as error:
-        raise ValueError(
-            f"run directory {directory} cannot be used ({error.strerror}); shorten note, runs or run_dir"
-        ) from error
+    """Raises ValueError if the file system has no room for the name of the directory, or for paths inside it."""
+    place = directory.absolute()
+    there = next(each for each in place.parents if os.path.isdir(each))
+    name = max(len(os.fsencode(each)) for each in (*place.parts, f".{place.name}.lock"))
+    path = len(os.fsencode(place / "checkpoints" / "router" / f".last.ckpt.{2**22}.tmp"))
+    for length, most in ((name, os.pathconf(there, "PC_NAME_MAX")), (path, os.pathconf(there, "PC_PATH_MAX"))):
+        if length > most:
+            raise ValueError(
+                f"run directory {directory}: with the files of a run a name has {length} bytes, and the file system "
+                f"takes {most}; shorten note, runs or run_dir"
+            )
 
 
 def _is_run(directory: Path) -> bool:
