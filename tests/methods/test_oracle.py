@@ -66,7 +66,7 @@ def test_where_every_layer_that_may_be_skipped_is_there_is_nothing_to_exchange()
 
 
 def test_negative_rounds_are_refused():
-    with pytest.raises(ValueError, match="method.swap_rounds=-1 must not be negative"):
+    with pytest.raises(ValueError, match="method.swap_rounds=-1 must be at least 0"):
         Oracle(swap_rounds=-1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -73,9 +73,21 @@ class Method(ABC):
 
     name: ClassVar[str]
     trains_routers: ClassVar[bool] = False
+    #: What a class's own settings must at least be, where they are not null, and which values others may have.
+    least: ClassVar[Mapping[str, float]] = {}
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {}
     target_skip: float | None = None
 
     def __post_init__(self) -> None:
+        for kind in type(self).__mro__:
+            for option, least in vars(kind).get("least", {}).items():
+                value = getattr(self, option)
+                if value is not None and value < least:
+                    raise ValueError(f"method.{option}={value} must be at least {least}")
+            for option, allowed in vars(kind).get("choices", {}).items():
+                value = getattr(self, option)
+                if value not in allowed:
+                    raise ValueError(f"method.{option}={value!r}: choose one of {', '.join(allowed)}")
         if self.target_skip is not None and not 0 < self.target_skip < 1:
             raise ValueError(f"method.target_skip={self.target_skip} must lie strictly between 0 and 1, e.g. 0.15")
 
@@ -146,6 +158,7 @@ class FixedCount(Method):
         protect_first, protect_last: Layers at either end that always run.
     """
 
+    least: ClassVar[Mapping[str, float]] = {"protect_first": 0, "protect_last": 0}
     target_skip: float | None = 0.15
     protect_first: int = 1
     protect_last: int = 1
@@ -154,9 +167,6 @@ class FixedCount(Method):
         super().__post_init__()
         if self.target_skip is None:
             raise ValueError(f"method.target_skip=null: {self.name} needs a skip rate, e.g. 0.15")
-        for option in ("protect_first", "protect_last"):
-            if getattr(self, option) < 0:
-                raise ValueError(f"method.{option}={getattr(self, option)} must not be negative")
 
     def skipped_layers(self, num_layers: int) -> int:
         """k = round(s · L), the nearest number of whole layers to the wanted skip rate.
@@ -194,13 +204,9 @@ class CalibratedSet(FixedCount):
             layer, as for every other method.
     """
 
+    least: ClassVar[Mapping[str, float]] = {"calibration_prompts": 1}
     calibration_prompts: int = 128
     skip_prefill: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibration_prompts < 1:
-            raise ValueError(f"method.calibration_prompts={self.calibration_prompts} must be at least 1")
 
     @property
     def label(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ class ConfidenceExit(Method):
     """
 
     name: ClassVar[str] = "early_exit"
+    least: ClassVar[Mapping[str, float]] = {"bisections": 1, "calibration_prompts": 1}
     target_skip: float | None = 0.15
     confidence: str = "softmax"
     threshold: float | None = None
@@ -41,11 +42,6 @@ class ConfidenceExit(Method):
         if (self.target_skip is None) == (self.threshold is None):
             raise ValueError(
                 f"method.target_skip={self.target_skip} and method.threshold={self.threshold}: give one of them"
-            )
-        if self.bisections < 1 or self.calibration_prompts < 1:
-            raise ValueError(
-                f"method.bisections={self.bisections} and method.calibration_prompts={self.calibration_prompts} "
-                "must be at least 1"
             )
         self.rule(0.5, 1)
 

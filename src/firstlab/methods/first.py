@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +10,8 @@ from torch import Tensor
 
 from firstlab.methods.base import Method, Prompts
 from firstlab.methods.objective import RouterStart, RoutingObjective
-from firstlab.methods.sleb import check_width
 from firstlab.model.teacher_forcing import GATES, OBJECTIVES, POOLED_TOKENS
 
-STARTS = ("random", "dense", "static", "codebook")
 # Chosen on validation prompts: without it LoRA scatters the routes of prompts near the threshold.
 _HOLD = 10.0
 
@@ -48,6 +47,14 @@ class First(Method):
 
     name: ClassVar[str] = "first"
     trains_routers: ClassVar[bool] = True
+    least: ClassVar[Mapping[str, float]] = {
+        "alpha": 0, "beta": 0, "lam": 0, "dual_rate": 0, "tolerance": 0, "hold_routes": 0,
+        "calibration_prompts": 1, "codebook_size": 1, "fit_prompts": 4, "search_width": 1,
+    }  # fmt: skip
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {
+        "objective": OBJECTIVES, "gate": GATES, "lora_gate": GATES, "pooled_tokens": POOLED_TOKENS,
+        "start": ("random", "dense", "static", "codebook"),
+    }  # fmt: skip
     alpha: float = 0.0
     beta: float | None = None
     lam: float = 0.01
@@ -69,19 +76,6 @@ class First(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("alpha", "beta", "lam", "dual_rate", "tolerance", "hold_routes"):
-            value = getattr(self, option)
-            if value is not None and value < 0:
-                raise ValueError(f"method.{option}={value} must not be negative")
-        for option, allowed in (
-            ("objective", OBJECTIVES),
-            ("gate", GATES),
-            ("lora_gate", GATES),
-            ("pooled_tokens", POOLED_TOKENS),
-            ("start", STARTS),
-        ):
-            if getattr(self, option) not in allowed:
-                raise ValueError(f"method.{option}={getattr(self, option)!r}: choose one of {', '.join(allowed)}")
         if not 0 < self.start_margin < 0.5:
             raise ValueError(f"method.start_margin={self.start_margin} must lie between 0 and 0.5")
         if self.start in ("static", "codebook") and self.target_skip is None:
@@ -100,11 +94,6 @@ class First(Method):
                 f"method.hold_routes={self.hold_routes} holds routes of a phase 1 with "
                 "method.objective=decode_consistent and method.one_phase=false: set these, or method.hold_routes=0"
             )
-        least_of = {"calibration_prompts": 1, "codebook_size": 1, "fit_prompts": 4}
-        for option, least in least_of.items():
-            if getattr(self, option) < least:
-                raise ValueError(f"method.{option}={getattr(self, option)} must be at least {least}")
-        check_width(self.search_width)
         if self.search_width > 1 and self.start != "static":
             raise ValueError(
                 f"method.search_width={self.search_width} searches the static set, and method.start={self.start}: "

@@ -5,7 +5,7 @@ No method that has to decide from the prompt can know this: it is the ceiling th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
@@ -30,12 +30,8 @@ class Oracle(FixedCount):
     """
 
     name: ClassVar[str] = "oracle"
+    least: ClassVar[Mapping[str, float]] = {"swap_rounds": 0}
     swap_rounds: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.swap_rounds < 0:
-            raise ValueError(f"method.swap_rounds={self.swap_rounds} must not be negative")
 
     @property
     def per_prompt(self) -> bool:

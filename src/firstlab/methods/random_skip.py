@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,13 +25,9 @@ class RandomSkip(FixedCount):
     """
 
     name: ClassVar[str] = "random_skip"
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {"draw": ("run", "prompt")}
     seed: int = 0
     draw: str = "run"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.draw not in ("run", "prompt"):
-            raise ValueError(f"method.draw={self.draw!r}: choose one of run, prompt")
 
     @property
     def label(self) -> str:

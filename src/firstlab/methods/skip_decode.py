@@ -5,7 +5,7 @@ No code of it is public. Taken here: t counts from the first decoded token, the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +29,9 @@ class SkipDecode(Method):
     """
 
     name: ClassVar[str] = "skip_decode"
+    least: ClassVar[Mapping[str, float]] = {
+        "num_warmup_layers": 0, "tolerance": 0, "horizon": 1, "calibration_prompts": 1,
+    }  # fmt: skip
     target_skip: float | None = 0.15
     min_exit_layer: int | None = None
     max_exit_layer: int | None = None
@@ -45,10 +48,6 @@ class SkipDecode(Method):
                 f"method.target_skip={self.target_skip} with method.min_exit_layer={given[0]} and "
                 f"method.max_exit_layer={given[1]}: give either the skip rate or both layers"
             )
-        for option, least in (("num_warmup_layers", 0), ("tolerance", 0), ("horizon", 1), ("calibration_prompts", 1)):
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise ValueError(f"method.{option}={value} must be at least {least}")
 
     def routes(self, prompts: Prompts) -> StepRoutes:
         """The schedule, calibrated unless both exit layers are given."""

@@ -5,7 +5,7 @@ Layers that hurt least alone need not hurt least together: a beam keeps several 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,11 +24,8 @@ class SLEB(CalibratedSet):
     """
 
     name: ClassVar[str] = "sleb"
+    least: ClassVar[Mapping[str, float]] = {"search_width": 1}
     search_width: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_width(self.search_width)
 
     def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
         """[L], k layers switched off, each set measured as it is to be skipped."""
@@ -40,12 +37,6 @@ class SLEB(CalibratedSet):
         ends = self.protect_first, self.protect_last
         order = elimination(layers, self.skipped_layers(layers), loss_of, *ends, width=self.search_width)
         return self.applied(routes_without(layers, order))
-
-
-def check_width(width: int) -> None:
-    """Raises ValueError for a search that keeps no set."""
-    if width < 1:
-        raise ValueError(f"method.search_width={width} must be at least 1")
 
 
 def elimination(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,12 +24,11 @@ class StaticFirst(First):
     """
 
     name: ClassVar[str] = "static_first"
+    least: ClassVar[Mapping[str, float]] = {"vote_prompts": 1}
     vote_prompts: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vote_prompts < 1:
-            raise ValueError(f"method.vote_prompts={self.vote_prompts} must be at least 1")
         if self.one_phase:
             raise ValueError(
                 "method.one_phase=true trains the routers after static_first has taken its route from them: "

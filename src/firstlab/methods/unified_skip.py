@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,12 +22,11 @@ class UnifiedSkip(FixedCount):
     """
 
     name: ClassVar[str] = "unified_skip"
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {"rule": ("official", "even")}
     rule: str = "official"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in ("official", "even"):
-            raise ValueError(f"method.rule={self.rule!r}: choose one of official, even")
         if (self.protect_first, self.protect_last) != (1, 1):
             raise ValueError("method.protect_first and method.protect_last are 1 in unified_skip; leave them out")
 

@@ -19,21 +19,12 @@ SAMPLES = 50
 class JsonLinesLogger(Logger):
     """One JSON object per logged step, appended to a file; a resumed run repeats the steps since its checkpoint."""
 
+    name, version = "jsonl", ""
+
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
 
-    @property
-    def name(self) -> str:
-        """Name of the logger."""
-        return "jsonl"
-
-    @property
-    def version(self) -> str:
-        """There is one file."""
-        return ""
-
-    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The configuration stands in config.yaml."""
 
@@ -51,6 +42,7 @@ class PhaseLogger(Logger):
     def __init__(self, logger: Logger, phase: str) -> None:
         super().__init__()
         self.logger, self.phase = logger, phase
+        self.save, self.after_save_checkpoint = logger.save, logger.after_save_checkpoint
 
     @property
     def name(self) -> str | None:
@@ -68,14 +60,6 @@ class PhaseLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """With the phase in front of the names."""
         self.logger.log_metrics({f"{self.phase}/{name}": value for name, value in metrics.items()}, step)
-
-    def save(self) -> None:
-        """As the logger does."""
-        self.logger.save()
-
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """As the logger does: W&B may keep checkpoints (logger.log_model)."""
-        self.logger.after_save_checkpoint(checkpoint_callback)
 
 
 def _is_wandb(logger: dict[str, Any]) -> bool:
