@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from recipe import world as world
+from recipe import world
 
 
 @dataclass(frozen=True, slots=True)
