@@ -21,6 +21,7 @@ from firstlab.config.schema import SweepConfig
 from firstlab.run import sweep
 from firstlab.run.load import load
 from firstlab.run.sweep import PlannedRun, describe, duration, expand, plan, run_sweep
+from firstlab.store import results
 from firstlab.store.files import claimed
 from firstlab.tables.grid import ablation_runs, planned_runs
 
@@ -153,12 +154,14 @@ def test_runs_that_cannot_work_stop_the_sweep_before_it_starts(tmp_path: Path):
 
 def finish(run: PlannedRun, seconds: float) -> None:
     """What a finished run leaves, as far as a plan reads it."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / "config.yaml").write_text(json.dumps(run.config.to_dict()))
     names = {"data": run.config.data.name, "model": run.config.model.name, "method": run.method.name}
-    variants = dict.fromkeys(("base", "base_lora") if run.method.name == "none" else ("router", "router_lora"))
-    record = {**names, "variants": variants, "wall_s": seconds, "config": run.config.identity()}
-    (run.directory / "result.json").write_text(json.dumps(record))
+    where = {"label": run.method.label, "directory": str(run.directory), "seed": run.config.seed, "num_layers": 1}
+    settings = {"config": run.config.identity(), "config_hash": run.config.hash()}
+    skip, metrics = {"skip_rate": 0, "per_layer": [0]}, {"bleu": {"value": 1, "low": 1, "high": 1}}
+    variant = {"n": 1, "skip": skip, "metrics": metrics, "primary_metric": "bleu"}
+    variants = dict.fromkeys(("base", "base_lora") if run.method.name == "none" else ("router", "router_lora"), variant)
+    results.write(run.directory, {**names, **where, **settings, "variants": variants, "wall_s": seconds})
+    (run.directory / "config.yaml").write_text(json.dumps(run.config.to_dict()))
 
 
 def test_a_plan_knows_what_is_finished_and_estimates_the_rest(tmp_path: Path):
@@ -213,6 +216,10 @@ def test_torn_and_foreign_records_are_named_and_stop_no_plan(tmp_path: Path, cap
     finish(plan(runs, make, None)[0], 120)
     good = json.loads(next(tmp_path.rglob("result.json")).read_text())
     foreign = ["{", "[]", "{}", json.dumps({**good, "config": {"method": None}}), json.dumps({**good, "data": ["x"]})]
+    target = {"_target_": "os.system", "command": f"touch {tmp_path / 'MARK'}"}
+    method = {**good, "config": {**good["config"], "method": target}, "config_hash": "x"}
+    (tmp_path / "kept" / "results").mkdir(parents=True)
+    (tmp_path / "kept" / "results" / "hostile.json").write_text(json.dumps(method))
     for i, text in enumerate(foreign):
         for file in (f"runs/another/{i}/result.json", f"kept/one/results/{i}.json"):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +229,7 @@ def test_torn_and_foreign_records_are_named_and_stop_no_plan(tmp_path: Path, cap
     assert [(run.state, run.seconds) for run in planned] == [("finished", 120), ("to do", 120)]
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2 * len(foreign) and all(".json is left out: " in note for note in notes)
+    assert not (tmp_path / "MARK").exists()
 
 
 def test_a_failure_that_cannot_be_read_is_a_failure(tmp_path: Path):
@@ -233,8 +241,6 @@ def test_a_failure_that_cannot_be_read_is_a_failure(tmp_path: Path):
 
 
 def test_only_what_is_left_is_launched_and_failures_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture):
-    from firstlab.store import results
-
     runs = [[f"runs={tmp_path}", *run] for run in ([], ["seed=1"], ["seed=2"], ["seed=3"])]
     finish(plan(runs, make, None)[0], 60)
     launched: list[list[str]] = []
@@ -281,18 +287,12 @@ def test_finished_runs_are_collected_for_the_record(tmp_path: Path):
         finish(run, 60)
     settings = SweepConfig(recorded=None, collect=str(tmp_path / "kept"))
     run_sweep(runs, compose=make, launch=lambda jobs: None, settings=settings)
-    kept = sorted(file.name for file in (tmp_path / "kept" / "results").iterdir())
-    assert kept == [f"mini_ende-nano--first-skip0.15-seed{seed}.json" for seed in (0, 1)]
+    kept = [file.name for file, _ in results.read_all(tmp_path / "kept", pytest.fail)]
+    assert kept == [f"mini_ende-nano--first-skip0.15-seed{seed}" for seed in (0, 1)]
     assert {run.state for run in plan([run[1:] for run in runs], make, tmp_path)} == {"finished"}
-    torn = tmp_path / "kept" / "results" / kept[0]
-    whole = torn.read_text()
-    torn.write_text(whole[:20])
-    with pytest.raises(ValueError, match=rf"{kept[0]} is not a result that may be replaced .*; delete it or choose"):
-        run_sweep(runs, compose=make, launch=lambda jobs: None, settings=settings)
-    torn.write_text(whole)
     other = [[*runs[0], "router_phase.learning_rate=1", "overwrite=true"]]
     finish(plan(other, make, None)[0], 60)
-    with pytest.raises(ValueError, match="records another configuration"):
+    with pytest.raises(ValueError, match=r"sweep.collect=.*: .*seed0 records another configuration"):
         run_sweep([other[0][:-1]], compose=make, launch=lambda jobs: None, settings=settings)
 
 
