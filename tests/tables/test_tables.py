@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from firstlab.config.compose import conf_dir, search_path
+from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_of
 from firstlab.methods.unified_skip import UnifiedSkip
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.store import results
@@ -26,7 +27,6 @@ from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
 from firstlab.tables.cells import WORSE, Cells
 from firstlab.tables.config import TablesConfig, load, register
-from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, planned_runs, run_of
 from firstlab.tables.quality import missing_cell, score_cell
 from firstlab.tables.records import Library, read
 from firstlab.tables.speed import overhead_table, tpot_tables
@@ -243,7 +243,7 @@ def test_an_ablation_is_one_run_where_that_of_another_level_is_nearer(config: Ta
 
 
 def test_an_ablation_without_a_level_takes_whatever_its_settings_skip(config: TablesConfig, tmp_path: Path):
-    rows = {(group, name): run for group, name, run in ablation_runs(config)}
+    rows = {(group, name): run for group, name, run in ablation_runs(config.scale, 15)}
     none, some = (rows["β (paper's form, α = 0.01)", beta] for beta in ("0.0", "0.003"))
     assert none.level is None and "method.alpha=0.01" in none.overrides and "target_skip" not in none.command()
     for name, run, rate in (("none", none, 0.62), ("some", some, 0.4)):
@@ -537,16 +537,16 @@ def test_settings_out_of_range_are_named(override: str, message: str):
 @pytest.mark.parametrize("scale", ["nano", "llama"])
 def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
     config = settings(f"scale={scale}")
-    plan = planned_runs(config)
+    plan = planned_runs(config.scale)
     register()
     named = {table for tables in plan.values() for table in tables}
-    assert {f"table{n}" for n in ("1", "2", "3a", "4b", "5", "7b", "9", "14b")} | {"ablations"} <= named
-    assert {run.method for run in plan} == set(known_methods(config.scale))
+    assert {f"table{n}" for n in ("1", "2", "3a", "4b", "5", "7b", "9", "14b")} <= named
+    assert {run.method for run in plan} == set(config.scale.methods)
     dense = [run for run in plan if run.method == "none"]
     assert len(dense) == len({(run.task, run.model) for run in dense}), "one dense run per task and model"
     # One run of each method and each ablation: composing is slow.
     chosen = {run.method: run for run in plan if not run.changes}
-    ablations = [run for _, _, run in ablation_runs(config)][-3:]
+    ablations = [run for _, _, run in ablation_runs(config.scale, 15)][-3:]
     from firstlab.config.compose import composed_config
 
     for run in [*chosen.values(), *ablations]:
@@ -559,7 +559,7 @@ def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
 
 def test_levels_are_those_that_the_grid_plans_for_each_task():
     config = settings("scale=llama")
-    cells, plan = Cells(config, Library()), planned_runs(config)
+    cells, plan = Cells(config, Library()), planned_runs(config.scale)
     commands = {run.command() for run in plan}
     tables = [equal_rates(cells), pareto(cells), adaptivity(cells)]
     assert not {command for table in tables for command in table.commands} - commands
@@ -580,7 +580,7 @@ def test_a_scale_may_stand_for_a_part_of_the_paper(tmp_path: Path):
     assert printed == {"table1", "table5", "table8", "table10", "table15", "figure3"} and "ablations" not in tables
     assert {row[0].text for row in tables["table10"].rows} == {"0 %", "15 %", "25 %"}  # the paper also has 35 %
     assert len(tables["table5"].rows) == 2 * 2 and len(tables["table8"].rows) == 1
-    assert {run.task for run in planned_runs(config)} == {"multi30k"}
+    assert {run.task for run in planned_runs(config.scale)} == {"multi30k"}
     narrow = replace(config, scale=replace(config.scale, levels={25: 0.25}), ablation_level=25)
     assert "figure3" not in {table.key for table in build(narrow, read(narrow.results))}
 

@@ -1,7 +1,7 @@
 """Sweeps: grids become runs, a plan is printed, what is left is launched, and failures are listed at the end.
 
-A sweep file (conf/sweep) declares a union of grids; the plugin `hydra_plugins.firstlab_sweeper` calls `run_sweep` with
-Hydra's launcher.
+A sweep file (conf/sweep) names cells of the paper's grid, or grids of its own; the plugin
+`hydra_plugins.firstlab_sweeper` calls `run_sweep` with Hydra's launcher.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from firstlab.config.grid import CellsConfig, ScaleConfig, sweep_runs
 from firstlab.config.schema import ExperimentConfig
 from firstlab.run.load import load
 from firstlab.store import results
@@ -66,6 +67,23 @@ def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[
             run = dict(zip(product, chosen, strict=True))
             runs[tuple(f"{key}={_filled(value, run)}" for key, value in run.items())] = None
     return [list(run) for run in runs]
+
+
+def with_cells(
+    scale: Mapping[str, Any], cells: Mapping[str, Any], grids: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The runs that a sweep wants of a scale's grid (`firstlab.config.grid.CellsConfig`), each a grid, then `grids`.
+
+    Raises:
+        ValueError: An unknown key, or a value of the wrong type.
+    """
+    try:
+        typed = {name: OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for name, each in cells.items()}
+        known: Any = OmegaConf.to_object(OmegaConf.merge(ScaleConfig, scale)) if cells else None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"hydra.sweeper: {str(error).strip().splitlines()[0]}") from error
+    runs = sweep_runs(known, typed) if cells else []  # type: ignore[arg-type]
+    return {f"cell {number}": run for number, run in enumerate(runs)} | dict(grids)
 
 
 def _is_list(value: Any) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 from hydra.utils import get_object
 
 from firstlab.config.compose import composed_config
+from firstlab.config.grid import Run, level_keys
 from firstlab.store import results
 from firstlab.tables.config import ScaleConfig
-from firstlab.tables.grid import Run, level_keys
 
 #: Settings that decide what a run is, beside its level; where one ran and what else was measured does not.
 _SECTIONS = ("method", "router", "lora", "router_phase", "lora_phase")
