@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_of
 from firstlab.store.results import ROW_NAMES
 from firstlab.tables import pictures
 from firstlab.tables.cells import BETTER, WORSE, Cells, Match, Score, column
-from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, planned_runs, run_of
 from firstlab.tables.quality import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
 from firstlab.tables.table import Cell, Column, Table
 
@@ -28,7 +28,7 @@ def pareto(cells: Cells) -> Table:
         for lora in (False, True):
             curves: list[pictures.Curve] = []
             base, _ = cells.score(run_of(scale, task, model, "none", 0), lora, HEADLINE[task])
-            for method in known_methods(scale):
+            for method in scale.methods:
                 points = [] if base is None or method == "none" else [_point(base)]
                 scores = dict.fromkeys(  # a run that stands for two levels is one point
                     cells.score(run_of(scale, task, model, method, level), lora, HEADLINE[task])[0]
@@ -74,7 +74,7 @@ def equal_rates(cells: Cells) -> Table:
         for level in planned[task, reference]:
             run = run_of(scale, task, model, reference, level)
             for lora in (False, True):
-                for method in (each for each in STATIC if each in known_methods(scale)):
+                for method in (each for each in STATIC if each in scale.methods):
                     other = run_of(scale, task, model, method, level)
                     rate = Cell(f"{100 * scale.levels[level]:g} %", 100 * scale.levels[level])
                     row = [Cell(ours), rate, Cell("+ LoRA" if lora else "–"), Cell(method_title(method))]
@@ -148,8 +148,8 @@ def ablations(cells: Cells) -> Table:
     for group in ("Router", "Router + LoRA"):
         columns += [Column("skip", group), Column(METRICS[metric], group), Column("perplexity", group)]
     rows = []
-    reference = ablation_runs(cells.config)[0][2]
-    for group, name, run in ablation_runs(cells.config):
+    reference = ablation_runs(scale, cells.config.ablation_level, cells.config.reference)[0][2]
+    for group, name, run in ablation_runs(scale, cells.config.ablation_level, cells.config.reference):
         row = [Cell(group), Cell(method_title(name) if group == "default" else name)]
         for lora in (False, True):
             match, _ = cells.find(run, lora)
@@ -176,9 +176,7 @@ def adaptivity(cells: Cells) -> Table:
     columns += [Column("different routes", "routes"), Column("entropy, bits", "routes")]
     columns += [Column("like most frequent", "routes"), Column("like static set", "routes")]
     columns += [Column("value", "headline metric"), Column("gap to oracle", "headline metric")]
-    methods = [
-        name for name in ("first_soft", "first", "static_first", "sleb", "oracle") if name in known_methods(scale)
-    ]
+    methods = [name for name in ("first_soft", "first", "static_first", "sleb", "oracle") if name in scale.methods]
     rows = []
     for task, ours in scale.tasks.items():
         for level in sorted({level for method in methods for level in planned[task, method]}):
@@ -238,7 +236,7 @@ def _by_group(cells: Cells, key: str, title: str, name: str) -> Table:
     panels = []
     for task, ours in scale.tasks.items():
         curves: list[pictures.Curve] = []
-        for method in (each for each in ("first_soft", "first", "sleb") if each in known_methods(scale)):
+        for method in (each for each in ("first_soft", "first", "sleb") if each in scale.methods):
             for lora in (False, True):
                 run, base_run = run_of(scale, task, model, method, level), run_of(scale, task, model, "none", 0)
                 match, _ = cells.find(run, lora)
@@ -344,7 +342,8 @@ def _planned(cells: Cells) -> dict[tuple[str, str], list[int]]:
 
     One of the paper's levels per skip rate of ours. Where a scale has none of the paper's levels, all that it has.
     """
-    scale, plan = cells.config.scale, planned_runs(cells.config)
+    scale = cells.config.scale
+    plan = planned_runs(scale)
     model = next(iter(scale.models))
     first = {rate: level for level, rate in sorted(scale.levels.items(), reverse=True)}
     levels = [first[rate] for rate in sorted(first)]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from firstlab.config.grid import Run, level_keys
 from firstlab.metrics import PairedTest, Scores, bootstrap_interval, from_rows, paired_test
 from firstlab.store import results
 from firstlab.tables.config import TablesConfig
-from firstlab.tables.grid import Run, known_methods, level_keys
 from firstlab.tables.records import Library, Record
 
 BETTER, WORSE = "▲", "▼"
@@ -135,14 +135,11 @@ class Cells:
         self.config, self.library = config, library
         self._records = functools.cache(self._records_of)
         self._tested = functools.cache(self._test)
-        self._known = known_methods(config.scale)
         self.used: set[Record] = set()
 
     def find(self, run: Run, lora: bool) -> tuple[Match | None, str]:
         """The runs for a cell and "", or None and why there are none."""
         variant = variant_name(run.method, lora)
-        if run.method not in self._known:
-            return None, f"this version has no conf/method/{run.method}.yaml"
         matches = self._matches(run, variant)
         if run.changes:  # an ablation's row is one run, also where that of another level is nearer
             matches = [match for match in matches if self._asked_for(match.records[0], run)]

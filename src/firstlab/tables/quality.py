@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from firstlab.config.grid import Run, methods_of, quality_of, run_of
 from firstlab.store import paper
 from firstlab.store.paper import Printed, QualityTable
 from firstlab.tables.cells import OFF_LEVEL, Cells, Score
-from firstlab.tables.grid import Run, known_methods, methods_of, quality_of, run_of
 from firstlab.tables.table import Cell, Column, Table
 
 METRICS = {
@@ -160,7 +160,7 @@ def overview(cells: Cells) -> Table:
     for task in scale.tasks:
         group = f"{scale.tasks[task]}: {METRICS[HEADLINE[task]]}"
         columns += [Column(f"{100 * rate:g} % skip", group) for rate, _ in wanted]
-    for method in known_methods(scale):
+    for method in scale.methods:
         row = [Cell(method_title(method) + " + LoRA")]
         for task in scale.tasks:
             base = run_of(scale, task, model, "none", 0)

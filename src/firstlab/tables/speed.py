@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from firstlab.config.grid import FIRST, run_of, tpot_of
 from firstlab.store import paper
 from firstlab.tables import pictures
 from firstlab.tables.cells import Cells
-from firstlab.tables.grid import FIRST, known_methods, run_of, tpot_of
 from firstlab.tables.quality import TASKS, method_title, missing_cell, paper_cell, rate_cell
 from firstlab.tables.records import expected_settings
 from firstlab.tables.table import Cell, Column, Table
@@ -20,7 +20,7 @@ def tpot_tables(cells: Cells) -> list[Table]:
 
 def _tpot_table(cells: Cells, number: str, node: dict[str, Any]) -> Table:
     scale = cells.config.scale
-    methods = [name for name in FIRST if name in known_methods(scale)]
+    methods = [name for name in FIRST if name in scale.methods]
     columns, rows = [Column("Method"), Column("Level")], []
     for task in node["tasks"]:
         group = f"{TASKS[task]}, {scale.tasks[task]}"
@@ -99,7 +99,7 @@ def per_layer_table(cells: Cells) -> Table:
     theirs = len(data)
     ours = node["model"] in scale.models and node["task"] in scale.tasks
     levels = [level for level in (15, 25, 35) if ours and level in scale.levels]
-    for method in (name for name in FIRST if name in known_methods(scale)):
+    for method in (name for name in FIRST if name in scale.methods):
         for level in levels:
             run = run_of(scale, node["task"], node["model"], method, level)
             for lora in (False, True):
@@ -144,7 +144,7 @@ def figures(cells: Cells) -> list[Table]:
             column = paper.read()["per_layer"]["columns"][1]
             panels.append(("Paper, LLaMA-3-8B, Table 15", paper.per_layer_shares(column, 32)))
         rows.append([Cell("paper, LLaMA-3-8B (text)"), _layers(node["fully"]), _layers(node["partly"])])
-        for method in (name for name in FIRST if name in known_methods(scale)):
+        for method in (name for name in FIRST if name in scale.methods):
             run = run_of(scale, node["task"], next(iter(scale.models)), method, level)
             for lora in (False, True):
                 name = f"{method_title(method)}{' + LoRA' if lora else ''}, {scale.tasks[node['task']]}"

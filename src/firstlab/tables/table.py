@@ -113,13 +113,20 @@ class Table:
         """Whether a column holds words only."""
         return all(row[index].value is None and row[index].kind != "missing" and row[index].text for row in self.rows)
 
-    def leads(self, index: int) -> bool:
-        """Whether a column names the rows of a grouped table: it stands before the first group."""
-        return any(column.group for column in self.columns) and not any(c.group for c in self.columns[: index + 1])
+    def classes(self, index: int, cell: Cell | None = None) -> dict[str, str | None]:
+        """CSS classes of a cell, or of a column's heading.
 
-    def starts_group(self, index: int) -> bool:
-        """Whether a column is the first of a group."""
-        return index > 0 and self.columns[index].group != self.columns[index - 1].group
+        A column leads that stands before the first group of a grouped table: it names the rows.
+        """
+        groups = [column.group for column in self.columns]
+        names = {
+            "lead": any(groups) and not any(groups[: index + 1]),
+            "none": cell is not None and not cell.text,
+            "text": self.text_column(index),
+            "start": index > 0 and groups[index] != groups[index - 1],
+        }
+        chosen = [name for name, holds in names.items() if holds] + ([cell.kind] if cell and cell.kind else [])
+        return {"class": " ".join(chosen) or None}
 
 
 def full_name(column: Column) -> str:
