@@ -380,3 +380,18 @@ def test_another_training_is_not_held_to_what_was_resumed():
         data.train_dataloader()
     data.start_over()
     assert len(list(data.train_dataloader())) == 6
+
+
+def test_ids_and_copies_are_told(capsys):
+    class Odd(Houses):
+        def test(self):
+            return [
+                Example(name, name, (answer,)) for name, answer in [("a", "b"), ("a", "c"), ("a#2", "d"), ("e", "e")]
+            ]
+
+    data = module(Odd())
+    assert names(data.test) == ["a", "a#2", "a#2#2", "e"]
+    assert names(data.train) == names(module().train)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: 2 of 4 test examples have the id of an earlier one (for instance 'a'); they are")
+    assert second.startswith("warning: 1 of 4 test examples (for instance 'e') have a reference that is their source")

@@ -40,7 +40,7 @@ def test_examples_keep_what_their_part_gave_them(mixture: Mixture):
         assert example.max_new_tokens == {"de": 64, "qa": None}[example.part]
 
 
-@pytest.mark.parametrize("test_size", [8, 7, 3, 2, None])
+@pytest.mark.parametrize("test_size", [8, 7, 3, 2, 1, None])
 def test_every_split_has_the_parts_in_turn(mixture: Mixture, test_size: int | None):
     data = data_of(mixture, val_size=8, test_size=test_size)
     assert len(data.test) == (test_size or 24)

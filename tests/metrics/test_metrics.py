@@ -16,7 +16,7 @@ PREDICTIONS = ["The cat sat on the mat .", "", "x \u0301 \n two\r\nlines \u200f"
 REFERENCES = [("The cat sat on a mat .",), ("nothing",), ("two lines", "x"), ("Good morning everybody here",)]
 METRICS = {
     "translation": ["bleu1", "bleu2", "bleu", "chrf"],
-    "summarization": ["rouge1", "rougeL"],
+    "summarization": ["rouge1", "rougeL", "rougeLsum"],
     "qa": ["em", "f1"],
 }
 

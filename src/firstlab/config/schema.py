@@ -430,6 +430,8 @@ class ExperimentConfig:
         if config["data"]["bucket"] == 1:
             # Off is what runs were before there was this setting; they stay themselves.
             del config["data"]["bucket"]
+        if config["data"]["task"].get("drop_empty") is False:
+            del config["data"]["task"]["drop_empty"]
         if config["model"]["quantization"] is None:
             del config["model"]["quantization"]
         if config["evaluation"]["decoder"] == "generate":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +30,7 @@ from firstlab.data.encoding import (
     pad_id,
     prompt_ids,
 )
-from firstlab.data.files import spread
+from firstlab.data.files import spread, warn
 from firstlab.data.task import Example, Task
 
 
@@ -155,9 +155,8 @@ class PromptDataModule(L.LightningDataModule):
             for example in self._tight(self.test, self.max_prompt_length):
                 fit_prompt(self.task, example, self.tokenizer, self.max_prompt_length, self.prompt_option)
 
-    @rank_zero_only
     def _warn_of_repeats(self) -> None:
-        """One line on stderr, the first time, if examples to validate or test on are also trained on."""
+        """Say, the first time, if examples to validate or test on are also trained on."""
         if self._repeats_checked:
             return
         self._repeats_checked = True
@@ -168,11 +167,9 @@ class PromptDataModule(L.LightningDataModule):
             if (repeated := sum(_content(example) in trained for example in examples))
         ]
         if counts:
-            print(
-                f"warning: {' and '.join(counts)} are also training examples (same source and first reference), which "
-                "flatters their scores: remove them from the training data",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"{' and '.join(counts)} are also training examples (same source and first reference), which "
+                "flatters their scores: remove them from the training data"
             )
 
     def _tight(self, examples: Sequence[Example], room: int) -> list[Example]:
@@ -194,7 +191,7 @@ class PromptDataModule(L.LightningDataModule):
 
     @cached_property
     def _train_val(self) -> tuple[list[Example], list[Example]]:
-        pool = self._shuffled(self.task.train_pool())
+        pool = self._shuffled(_told_apart(self.task.train_pool(), "training"))
         own_validation = getattr(self.task, "validation", None)
         held_out = own_validation() if own_validation is not None else None
         if held_out is not None:
@@ -203,7 +200,7 @@ class PromptDataModule(L.LightningDataModule):
                     f"data.val_size={self.val_size}, but the validation set has {len(held_out)} examples: "
                     f"set data.val_size to at most {len(held_out)}"
                 )
-            val, rest = self._shuffled(held_out)[: self.val_size], pool
+            val, rest = self._shuffled(_told_apart(held_out, "validation"))[: self.val_size], pool
         else:
             if len(pool) <= self.val_size:
                 raise ValueError(
@@ -232,7 +229,7 @@ class PromptDataModule(L.LightningDataModule):
     @cached_property
     def test(self) -> list[Example]:
         """Test examples in published order, those of a mixture one part in turn with the others."""
-        parts = by_part(self.task.test())
+        parts = by_part(_told_apart(self.task.test(), "test"))
         if self.test_size is None:
             return interleaved(parts)
         shares = [len(range(first, self.test_size, len(parts))) for first in range(len(parts))]
@@ -381,6 +378,33 @@ class PromptDataModule(L.LightningDataModule):
 
 def _content(example: Example) -> tuple[str, str, str]:
     return example.source, example.question, example.references[0]
+
+
+def _told_apart(examples: Sequence[Example], split: str) -> list[Example]:
+    """The examples under ids of their own; says so where some share one, or have a reference that is their source."""
+    counts: Counter[str] = Counter()
+    taken: set[str] = set()
+    renamed = []
+    for example in examples:
+        name = example.id
+        while name in taken:
+            counts[example.id] += 1
+            name = f"{example.id}#{counts[example.id] + 1}"
+        taken.add(name)
+        renamed.append(example if name == example.id else replace(example, id=name))
+    if counts:
+        first = next(iter(counts))
+        warn(
+            f"{counts.total()} of {len(examples)} {split} examples have the id of an earlier one (for instance "
+            f"'{first}'); they are called '{first}#2' and so on: give each its own"
+        )
+    copies = [example.id for example in renamed if not example.question and example.source in example.references]
+    if copies:
+        warn(
+            f"{len(copies)} of {len(examples)} {split} examples (for instance '{copies[0]}') have a reference that is "
+            "their source: check that they are what the task asks for"
+        )
+    return renamed
 
 
 def by_part(examples: Sequence[Example]) -> list[list[Example]]:

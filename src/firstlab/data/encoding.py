@@ -51,7 +51,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, markup: bool = False) -> list[int]:
     """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS behind it.
 
-    Some tokenizers are set to close every text with EOS, after which a model would have nothing to say.
+    Some tokenizers are set to close every text with EOS, after which a model would have nothing to say. Text that a
+    chat template has begun with BOS does not get a second one, with which routes and responses would differ.
 
     Args:
         tokenizer: Whose tokens.
@@ -59,6 +60,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, markup: bool = F
         markup: Whether names of special tokens in it stand for them; see `Task.markup`.
     """
     ids = _ids(tokenizer, prompt, True, markup)
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        del ids[0]
     if ids[-1:] == [tokenizer.eos_token_id]:
         bare = _ids(tokenizer, prompt, False, markup)
         return ids if bare[-1:] == ids[-1:] else ids[:-1]

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
+import sys
+import unicodedata
+import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_only
+
 Item = TypeVar("Item")
 
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's control and format characters and all its white space
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON escapes can smuggle one in
+_NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_PACKED = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # zip, bzip2, xz, zstandard
+
+
+@rank_zero_only
+def warn(message: str) -> None:
+    """One line on stderr, from the first process alone."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def without_marks(text: str) -> str:
+    """`text` without byte order marks, which files joined by `cat` have in their middle, too."""
+    return text.replace("\ufeff", "")
+
+
+def has_text(text: str) -> bool:
+    """Whether there is anything to see: not white space and zero-width characters alone."""
+    return any(unicodedata.category(character) not in _INVISIBLE for character in text)
 
 
 def data_files(root: str, names: Sequence[str]) -> list[Path]:
-    """Paths of the files `names` in the directory `root`.
+    """Paths of the files `names`, or of NAME.gz, in the directory `root`.
 
     Raises:
         ValueError: `root` is no directory, or a file is missing; lists what was expected and what is there.
@@ -26,7 +51,8 @@ def data_files(root: str, names: Sequence[str]) -> list[Path]:
     if not folder.is_dir():
         fault = "is a file, not a directory" if folder.exists() else "does not exist"
         raise ValueError(f"data.root={root} {fault}: set data.root to the directory that holds {wanted}")
-    missing = [name for name in names if not (folder / name).is_file()]
+    paths = [next(filter(Path.is_file, (folder / name, folder / f"{name}.gz")), None) for name in names]
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         found = sorted(entry.name for entry in folder.iterdir())
         shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
@@ -34,43 +60,52 @@ def data_files(root: str, names: Sequence[str]) -> list[Path]:
             f"data.root={root} lacks {', '.join(missing)} of the expected {wanted}; the directory holds "
             f"{shown or 'nothing'}. Add the missing files or set data.root to another directory"
         )
-    return [folder / name for name in names]
+    return [path for path in paths if path is not None]
 
 
-def clean_text(value: object, where: str, what: str) -> str:
+def clean_text(value: object, where: str, what: str, advice: str = "fill it in or remove this entry") -> str:
     """`value` without outer white space, checked to be text that a tokenizer can take.
 
     Args:
         value: What stood in the file.
         where: Where it stood, for the message.
         what: What it should be, for instance "source sentence".
+        advice: What to do if it is empty.
 
     Raises:
-        ValueError: No string, nothing but white space, or half of a surrogate pair.
+        ValueError: No string, nothing to see in it, a NUL, or half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise ValueError(f"{where}: the {what} is {type(value).__name__}, not text; correct or remove this entry")
-    if not value.strip():
-        raise ValueError(f"{where}: the {what} is empty; fill it in or remove this entry")
-    if _SURROGATE.search(value):
+    text = without_marks(value).strip()
+    if not has_text(text):
+        raise ValueError(f"{where}: the {what} is empty; {advice}")
+    if "\0" in text:
+        raise ValueError(f"{where}: the {what} holds a NUL, which no text has; remove that character")
+    if _SURROGATE.search(text):
         raise ValueError(f"{where}: the {what} holds half of a surrogate pair; replace that character")
-    return value.strip()
+    return text
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark.
+    """The UTF-8 text of a file, unpacked if gzip packed it, without byte order marks.
 
     Raises:
-        ValueError: The file is empty, not UTF-8, or holds a NUL.
+        ValueError: The file is empty, packed in another way, not UTF-8, or holds a NUL.
     """
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        text = without_marks(data.decode("utf-8"))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: the gzip file is damaged ({error}); download or create it again") from error
     except UnicodeDecodeError as error:
-        # Positions count from behind a byte order mark, as `error.object` does.
-        line = error.object[: error.start].count(b"\n") + 1
+        if data.startswith(_PACKED):
+            raise ValueError(f"{path}: the file is compressed; unpack it, or use gzip") from error
+        line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
-    if not text.strip():
+    if not has_text(text):
         raise ValueError(f"{path}: the file is empty; download or create it again")
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
@@ -90,14 +125,16 @@ def read_lines(path: Path) -> list[str]:
     text = read_text(path)
     if "\n" not in text and "\r" in text.rstrip("\r"):
         raise ValueError(f"{path}, line 1: lines end in CR alone; convert them to LF or CRLF")
-    lines = text.split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def read_parallel(source: Path, reference: Path) -> list[tuple[str, str]]:
-    """Line-aligned pairs (source, reference).
+def read_parallel(source: Path, reference: Path, drop_empty: bool = False) -> list[tuple[int, str, str]]:
+    """Line-aligned text as (line number, source, reference).
+
+    Args:
+        source: File of the source sentences.
+        reference: File of their translations.
+        drop_empty: Leave out pairs with an empty side, and say how many.
 
     Raises:
         ValueError: An empty file or line, or files of different length.
@@ -109,23 +146,45 @@ def read_parallel(source: Path, reference: Path) -> list[tuple[str, str]]:
             f"{source} has {len(sources)} lines but {reference} has {len(references)}: line {shorter + 1} "
             "has no counterpart; parallel text needs line i of one file to translate line i of the other"
         )
-    return [
+    advice = "fill it in, remove the pair, or set data.task.drop_empty=true to leave such pairs out"
+    pairs = [
         (
-            clean_text(text, f"{source}, line {number}", "source sentence"),
-            clean_text(translation, f"{reference}, line {number}", "reference sentence"),
+            number,
+            clean_text(text, f"{source}, line {number}", "source sentence", advice),
+            clean_text(translation, f"{reference}, line {number}", "reference sentence", advice),
         )
         for number, (text, translation) in enumerate(zip(sources, references, strict=True), start=1)
+        if not drop_empty or (has_text(text) and has_text(translation))
     ]
+    if len(pairs) < len(sources):
+        left_out = len(sources) - len(pairs)
+        warn(f"{source} and {reference}: left out {left_out} of {len(sources)} pairs, one side of which is empty")
+    return pairs
 
 
-def member(mapping: object, key: str, where: str) -> Any:
-    """`mapping[key]`, or a `ValueError` that says where the key is missing and what is there instead."""
+def members(mapping: object, keys: Sequence[str], where: str) -> list[Any]:
+    """`mapping[key]` for every key, or a `ValueError` that says where which are missing and what is there instead."""
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where}: expected an object with the key '{key}', found {type(mapping).__name__}")
-    if key not in mapping:
+        raise ValueError(f"{where}: expected an object with {_named(keys)}, found {type(mapping).__name__}")
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
         present = ", ".join(map(str, mapping)) or "none"
-        raise ValueError(f"{where}: the key '{key}' is missing (present: {present}); add it or remove this entry")
-    return mapping[key]
+        raise ValueError(
+            f"{where}: {_named(missing)} {verb} missing (present: {present}); add {them} or remove this entry"
+        )
+    return [mapping[key] for key in keys]
+
+
+def _named(keys: Sequence[str]) -> str:
+    return f"the key{'s' if len(keys) > 1 else ''} " + ", ".join(f"'{key}'" for key in keys)
+
+
+def as_list(value: object, key: str, where: str) -> list[Any]:
+    """`value`, the member `key` of an object, or a `ValueError` if it is no list."""
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: '{key}' is {type(value).__name__}, not a list")
+    return value
 
 
 def identifier(value: object, where: str, what: str) -> str:
@@ -137,15 +196,10 @@ def identifier(value: object, where: str, what: str) -> str:
     return clean_text(str(value) if type(value) is int else value, where, what)
 
 
-def members(mapping: object, key: str, where: str) -> list[Any]:
-    """`mapping[key]` that must be a list, or a `ValueError`."""
-    value = member(mapping, key, where)
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: '{key}' is {type(value).__name__}, not a list")
-    return value
-
-
 def _parse(text: str, path: Path, first_line: int) -> Any:
+    if nul := _NUL_ESCAPE.search(text):
+        line = first_line + text[: nul.end()].count("\n")
+        raise ValueError(f"{path}, line {line}: \\u0000 stands for a NUL, which no text has; remove it")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -159,7 +213,7 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
     Raises:
-        ValueError: The file is empty, not UTF-8 or not JSON.
+        ValueError: As `read_text`, or not JSON.
     """
     return _parse(read_text(path), path, first_line=1)
 
@@ -168,11 +222,11 @@ def read_jsonl(path: Path) -> list[Any]:
     """The values of a file with one JSON value a line; value i stands on line i + 1.
 
     Raises:
-        ValueError: The file or a line is empty, or a line is not JSON.
+        ValueError: As `read_lines`, or a line is empty or not JSON.
     """
     values = []
     for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
+        if not has_text(line):
             raise ValueError(f"{path}, line {number}: the line is empty; remove it")
         values.append(_parse(line, path, first_line=number))
     return values
@@ -212,5 +266,5 @@ def spread(items: Sequence[Item], count: int | None) -> list[Item]:
     if count is None or count >= total:
         return list(items)
     generator = random.Random(0)
-    bounds = [position * total // count for position in range(count + 1)]
+    bounds = [*(position * total // count for position in range(count)), total]
     return [items[generator.randrange(start, end)] for start, end in pairwise(bounds)]

@@ -3,7 +3,7 @@
 | kind | metrics |
 |---|---|
 | translation | bleu1, bleu2 (NLTK), bleu, chrf (sacreBLEU), comet |
-| summarization | rouge1, rougeL, bertscore |
+| summarization | rouge1, rougeL, rougeLsum, bertscore |
 | qa | em, f1 (SQuAD v1.1) |
 """
 
