@@ -12,7 +12,7 @@ from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_translation import MiniTranslation
 from firstlab.data.mixture import Mixture, Part
 from firstlab.data.task import Example
-from firstlab.evaluation.variant import mean_score, score_texts
+from firstlab.evaluation.scoring import mean_score, score_texts
 from firstlab.metrics import evaluate_predictions
 from support.tiny_run import composed
 from support.tiny_tokenizer import tiny_tokenizer

@@ -14,8 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_only
-
 Item = TypeVar("Item")
 
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's control and format characters and all its white space
@@ -24,10 +22,11 @@ _NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _PACKED = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # zip, bzip2, xz, zstandard
 
 
-@rank_zero_only
 def warn(message: str) -> None:
     """One line on stderr, from the first process alone."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    from lightning.pytorch.utilities import rank_zero_only  # slow to import
+
+    rank_zero_only(print)(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def without_marks(text: str) -> str:

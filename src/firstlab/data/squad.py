@@ -62,7 +62,7 @@ def _examples_of_file(path: Path) -> Iterator[Example]:
             where = f"{of_article}, paragraph {paragraph_number}"
             context, questions = members(paragraph, ["context", "qas"], where)
             for qa in as_list(questions, "qas", where):
-                question_id = identifier(*members(qa, ["id"], where), where, "question id")
+                question_id = identifier(members(qa, ["id"], where)[0], where, "question id")
                 of_question = f"{path}, question '{question_id}'"
                 question, given = members(qa, ["question", "answers"], of_question)
                 answers = [members(each, ["text"], of_question)[0] for each in as_list(given, "answers", of_question)]
