@@ -7,7 +7,7 @@ weighted sum. One seed draws the same resamples for every metric and system of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,10 +32,6 @@ class PairedTest:
     p_value: float
     low: float
     high: float
-
-    def to_dict(self) -> dict[str, float]:
-        """All fields, ready for JSON."""
-        return asdict(self)
 
 
 def bootstrap_interval(

@@ -69,9 +69,7 @@ def _rouge_lsum(prediction: str, reference: str) -> float:
     return float(_rouge_lsum_score(*lines)["fmeasure"])
 
 
-def bertscore(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], config: BertScoreConfig | None = None
-) -> Scores:
+def bertscore(predictions: Sequence[str], references: Sequence[Sequence[str]], config: BertScoreConfig) -> Scores:
     """Mean BERTScore F1 (Zhang et al. 2020), 0..100, best reference; no idf weights, no rescaling.
 
     A blank text has no tokens to match: its F1 is 0 and the encoder never sees it.
@@ -81,7 +79,6 @@ def bertscore(
         MetricUnavailableError: The encoder is not there.
     """
     check_pairs(predictions, references)
-    config = config or BertScoreConfig()
     texts = [_encodable(prediction) for prediction in predictions]
     pairs = [
         (index, texts[index], _encodable(reference))
