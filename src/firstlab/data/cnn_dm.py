@@ -31,9 +31,6 @@ class CnnDailyMail(Task):
             each article, with an "id", text or a number, or without; None takes the hub's data set.
         pool_size: How many articles of the train split to keep in memory, at even distances; None keeps all
             287,113.
-
-    Raises:
-        ValueError: Reading raises it for missing or faulty files and when the hub cannot be reached.
     """
 
     kind: ClassVar[str] = "summarization"

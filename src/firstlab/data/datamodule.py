@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from firstlab.data.batching import Buckets, DistributedBatches, FixedBatches, batch_count, shard_batches
+from firstlab.data.batching import Buckets, DistributedBatches, batch_count, shard_batches
 from firstlab.data.encoding import (
     LENGTHS,
     LossOn,
@@ -217,7 +217,7 @@ class PromptDataModule(L.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, rows: TrainingRows, batches: DistributedBatches | FixedBatches) -> DataLoader[Row]:
+    def _loader(self, rows: TrainingRows, batches: DistributedBatches | list[list[int]]) -> DataLoader[Row]:
         return DataLoader(
             rows,
             batch_sampler=batches,
@@ -285,7 +285,7 @@ class PromptDataModule(L.LightningDataModule):
                 f"evaluation.batch_size to at least 2, a number of examples that {world_size} divides, or "
                 "fewer trainer.devices"
             )
-        return self._loader(self._rows(self.val), FixedBatches(shards[rank]))
+        return self._loader(self._rows(self.val), shards[rank])
 
     # Checkpoints
 

@@ -65,14 +65,9 @@ def data_files(root: str, names: Sequence[str]) -> list[Path]:
 def clean_text(value: object, where: str, what: str, advice: str = "fill it in or remove this entry") -> str:
     """`value` without outer white space, checked to be text that a tokenizer can take.
 
-    Args:
-        value: What stood in the file.
-        where: Where it stood, for the message.
-        what: What it should be, for instance "source sentence".
-        advice: What to do if it is empty.
-
     Raises:
-        ValueError: No string, nothing to see in it, a NUL, or half of a surrogate pair.
+        ValueError: No string, nothing to see in it, a NUL, or half of a surrogate pair. The message says `where` the
+            value stood, `what` it should be ("source sentence"), and for an empty one the `advice`.
     """
     if not isinstance(value, str):
         raise ValueError(f"{where}: the {what} is {type(value).__name__}, not text; correct or remove this entry")
@@ -128,12 +123,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_parallel(source: Path, reference: Path, drop_empty: bool = False) -> list[tuple[int, str, str]]:
-    """Line-aligned text as (line number, source, reference).
-
-    Args:
-        source: File of the source sentences.
-        reference: File of their translations.
-        drop_empty: Leave out pairs with an empty side, and say how many.
+    """Line-aligned text as (line number, source, reference); `drop_empty` leaves out pairs with an empty side.
 
     Raises:
         ValueError: An empty file or line, or files of different length.
@@ -187,11 +177,7 @@ def as_list(value: object, key: str, where: str) -> list[Any]:
 
 
 def identifier(value: object, where: str, what: str) -> str:
-    """An id, a number or text, as text.
-
-    Raises:
-        ValueError: As `clean_text`.
-    """
+    """An id, a number or text, as text."""
     return clean_text(str(value) if type(value) is int else value, where, what)
 
 
@@ -209,20 +195,12 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        ValueError: As `read_text`, or not JSON.
-    """
+    """The value in a JSON file."""
     return _parse(read_text(path), path, first_line=1)
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The values of a file with one JSON value a line; value i stands on line i + 1.
-
-    Raises:
-        ValueError: As `read_lines`, or a line is empty or not JSON.
-    """
+    """The values of a file with one JSON value a line; value i stands on line i + 1."""
     values = []
     for number, line in enumerate(read_lines(path), start=1):
         if not has_text(line):
@@ -234,14 +212,8 @@ def read_jsonl(path: Path) -> list[Any]:
 def load_hub_split(hub_id: str, config: str | None, split: str, names: Sequence[str]) -> Any:
     """One split of a data set on the Hugging Face hub, from the local cache or the network.
 
-    Args:
-        hub_id: Owner and name.
-        config: Configuration (version) of the data set.
-        split: "train", "validation" or "test".
-        names: The files that `data.root` would have to hold instead, for the message.
-
     Raises:
-        ValueError: The data set cannot be had.
+        ValueError: The data set cannot be had; `names` are the files that `data.root` would have to hold instead.
     """
     from datasets import load_dataset  # slow to import and not needed with data.root
 

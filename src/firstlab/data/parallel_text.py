@@ -45,10 +45,6 @@ class ParallelText(Task):
         validation: Name of a validation text; None draws validation from the training text.
         test: Name of the test text.
         drop_empty: Leave out pairs of lines one of which is empty, and say how many.
-
-    Raises:
-        ValueError: A language without a name for the prompt, or a text used twice. Reading raises it for
-            missing and faulty files.
     """
 
     kind: ClassVar[str] = "translation"

@@ -20,9 +20,6 @@ class Squad(Task):
     Args:
         root: Directory with train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's
             data set.
-
-    Raises:
-        ValueError: Reading raises it for missing or faulty files and when the hub cannot be reached.
     """
 
     kind: ClassVar[str] = "qa"

@@ -20,9 +20,6 @@ class WMTTranslation(ParallelText):
             sets with sacrebleu (kept in its own cache).
         train_years: The news test sets that make up the training pool.
         drop_empty: See `ParallelText`.
-
-    Raises:
-        ValueError: Unknown pair, the test year among the training years, or one of them twice.
     """
 
     def __init__(

@@ -32,16 +32,10 @@ class Decoding:
     """Every setting that moves a score or the search; `pinned_generation` keeps the model's own ones out.
 
     Attributes:
-        decoder: "generate" or "engine".
         max_new_tokens: Tokens of a response at most; examples may have a lower limit.
         stop_tokens: Tokens that end a response: the tokenizer's EOS and those of the model's generation config.
-        do_sample: Draw tokens instead of taking the most likely one.
-        temperature: Scores are divided by it when tokens are drawn.
-        top_k: Tokens are drawn from this many of the most likely ones; 0 for all.
-        top_p: Tokens are drawn from the most likely ones that together reach this probability.
-        num_beams: Beams of beam search.
+        temperature, top_k, top_p, seed: Of drawn tokens, where `do_sample`.
         batch_size: Rows decoded together.
-        seed: Of drawn tokens.
     """
 
     decoder: str

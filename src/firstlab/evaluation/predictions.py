@@ -70,7 +70,7 @@ def generate_predictions(
         decoding: How to decode; every batch of drawn tokens is seeded by its first example.
         file: Where this variant's predictions are collected; every process writes its own part beside it.
         routes: The method's routes of the test prompts, or None to let the routers decide.
-        title: For the progress bar.
+        title: Of the progress bar.
         progress_bar: Show one.
 
     Raises:

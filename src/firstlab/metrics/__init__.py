@@ -91,7 +91,7 @@ def evaluate_predictions(
         predictions: One text per example.
         references: One tuple of accepted texts per example.
         sources: Source texts; only COMET reads them.
-        target_language: Language code of a translation; decides the tokenizer of BLEU.
+        target_language: Code or tag of a translation's language; decides the tokenizer of BLEU.
         confidence: Coverage of the intervals.
         resamples: Bootstrap resamples.
         seed: Seed of the resampling.
@@ -99,8 +99,8 @@ def evaluate_predictions(
         comet: Model of COMET; None leaves "comet" out.
 
     Raises:
-        ValueError: Unknown kind, empty or unpaired inputs, or a setting out of range.
-        MetricUnavailableError: BERTScore or COMET was asked for and its model or program is not there.
+        ValueError: Unknown kind, or empty or unpaired inputs.
+        MetricUnavailableError: A metric's model, program or tokenizer is not there.
     """
     match kind:
         case "translation":

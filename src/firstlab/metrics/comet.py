@@ -53,7 +53,6 @@ def comet(
     An empty prediction scores 0 without being sent: models give silence undeserved credit.
 
     Raises:
-        ValueError: Empty or unpaired inputs.
         MetricUnavailableError: The program is absent, the model cannot be had, or the program failed.
     """
     check_pairs(predictions, references)

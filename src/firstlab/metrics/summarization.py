@@ -47,9 +47,6 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
     Computed by torchmetrics: it is maintained, while rouge-score, equal to it figure by figure, had its last
     release in 2022. Both lower-case, keep only a-z and 0-9, and do not stem here: text in other scripts scores 0.
-
-    Raises:
-        ValueError: Empty or unpaired inputs.
     """
     check_pairs(predictions, references)
     best: dict[str, list[float]] = {"rouge1": [], "rougeL": [], "rougeLsum": []}

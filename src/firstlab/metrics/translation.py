@@ -74,16 +74,11 @@ def bleu_n(
 
     Not smoothed, as NLTK does by default: an order without any match takes the smallest float for its
     precision, so the score is 0 for all purposes.
-
-    Raises:
-        ValueError: Empty or unpaired inputs, or `order` below 1.
     """
     from nltk import __version__ as nltk_version
     from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
     check_pairs(predictions, references)
-    if order < 1:
-        raise ValueError(f"order={order} must be at least 1: 1 for BLEU-1, 2 for BLEU-2")
     rows = []
     for prediction, accepted in zip(predictions, references, strict=True):
         hypothesis = tokenize(prediction, target_language)
@@ -104,18 +99,13 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], target
     """sacreBLEU's BLEU-4, 0..100, with its tokenizer for the target language and exponential smoothing.
 
     Raises:
-        ValueError: Empty or unpaired inputs.
         MetricUnavailableError: As `load_bleu`.
     """
     return _sacrebleu(load_bleu(target_language), _bleu, predictions, references)
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """sacreBLEU's chrF2 (character 1..6-grams, no words), 0..100.
-
-    Raises:
-        ValueError: Empty or unpaired inputs.
-    """
+    """sacreBLEU's chrF2 (character 1..6-grams, no words), 0..100."""
     return _sacrebleu(CHRF(), _chrf, predictions, references)
 
 
@@ -137,7 +127,7 @@ def _sacrebleu(
 
 
 def _brevity(hypothesis_length: FloatArray, reference_length: FloatArray) -> FloatArray:
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         shorter = np.exp(1 - reference_length / hypothesis_length)
     return np.where(hypothesis_length < reference_length, shorter, 1.0)
 
