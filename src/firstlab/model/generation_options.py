@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -92,6 +94,7 @@ _SCORE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (None,),
     "watermarking_config": (None,),
 }
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_score_settings(defaults: GenerationConfig) -> None:
@@ -103,3 +106,26 @@ def check_score_settings(defaults: GenerationConfig) -> None:
                 f"the model's generation config has {name}={given!r}, which the decode engine does not follow: set "
                 f"lm.generation_config.{name} = None, or decode with RouterAugmentedLM.generate"
             )
+
+
+@contextmanager
+def pinned_generation(lm: Any) -> Iterator[None]:
+    """Within it, `generate` and the decode engine follow what they are given and nothing that the model's folder says.
+
+    The model's generation config is put aside but for its special tokens, so that no penalty, cut-off or search of it
+    moves a score.
+    """
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig(**{name: getattr(own, name) for name in _SPECIAL_TOKENS})
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
+def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a response: those of the model's generation config and the tokenizer's EOS, sorted."""
+    found: set[int] = set()
+    for given in (lm.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
+        found |= {given} if isinstance(given, int) else set(given or ())
+    return sorted(found)

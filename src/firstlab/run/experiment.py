@@ -30,7 +30,9 @@ from firstlab.config.build import (
 from firstlab.config.schema import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.task import Example
-from firstlab.evaluation.variant import check_engine, check_metrics, evaluate_variant
+from firstlab.evaluation.decoding import check_engine
+from firstlab.evaluation.scoring import check_metrics
+from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method, Routes
 from firstlab.methods.first import First
 from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
