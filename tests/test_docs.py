@@ -1,6 +1,7 @@
 """README and docs tell the truth: every command parses, every snippet runs, every link leads somewhere."""
 
 import functools
+import html
 import importlib
 import io
 import itertools
@@ -29,6 +30,7 @@ from support.tiny_run import SMALL, composed
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RESULTS = ROOT / "experiments" / "tables" / "nano" / "index.html"
 GATED = "meta-llama/Llama-3.2-3B"  # what snippets load; here the bundled model takes its place
 HYDRA_FLAGS = ("--help", "--cfg", "job", "--multirun")
 TEXT_COMMANDS = ("generate", "evaluate", "run.dashboard")
@@ -100,6 +102,8 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         check_module(arguments[arguments.index("-m") + 1 :], command, monkeypatch)
     elif program == "python" and arguments[0] == "-m":
         check_module(arguments[1:], command, monkeypatch)
+    elif program == "python" and arguments[0].startswith("experiments/"):
+        check_recipe(ROOT / arguments[0], arguments[1:])
     else:
         pytest.fail(f"{command.page}: nobody checks {' '.join(command.words)!r}: say how, or leave it out")
 
@@ -117,6 +121,14 @@ def check_pip(arguments: list[str]) -> None:
     assert arguments[:2] == ["install", "-e"]
     extras = re.fullmatch(r"\.\[([\w,]+)\]", arguments[2])
     assert extras and all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras[1].split(","))
+
+
+def check_recipe(script: Path, arguments: list[str]) -> None:
+    """The recipe of the bundled model, which is no part of the package."""
+    flag, name, *options = arguments
+    assert script.is_file() and flag == "--config-name"
+    text = (script.parent / "conf" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{option.partition('=')[0]}: ", text, re.MULTILINE) for option in options)
 
 
 def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +249,23 @@ def test_pages_are_short() -> None:
         "index.md",
         *re.findall(r"\]\(([\w-]+\.md)\)", index),
     }
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_table_of_results_is_that_of_the_records(page: str) -> None:
+    """Kept share and measured rate of every cell stand in the method's row of the page that the records make."""
+    [overview] = re.findall(r"<table.*?</table>", RESULTS.read_text(encoding="utf-8"), re.DOTALL)[:1]
+    rows = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", overview, re.DOTALL):
+        name, *cells = (html.unescape(re.sub(r"<[^>]+>", " ", each)) for each in row.split("</td>"))
+        rows[name.replace(" ", "").lower()] = " ".join(cells)
+    checked = 0
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        name = line.lstrip("| ").partition(" |")[0].replace(" ", "").lower() + "+lora"
+        for kept, rate in re.findall(r"\| ([\d.]+)(?: %)? \(([\d.]+)(?: %)?\)", line):
+            assert f"{kept} % kept at {rate} %" in rows[name], line
+            checked += 1
+    assert checked >= 16
 
 
 def test_names_of_the_data_flow_exist() -> None:
