@@ -243,7 +243,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_pages_are_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
     for page in PAGES[1:]:
-        assert len(page.read_text(encoding="utf-8").split()) <= 1250, page.name
+        assert len(page.read_text(encoding="utf-8").split()) <= 1300, page.name
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert {page.name for page in (ROOT / "docs").glob("*.md")} == {
         "index.md",
