@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from firstlab.bench import benchmark
 from firstlab.config.build import model_path
-from firstlab.config.command_line import check_command_line, own_folders, parse_options
+from firstlab.config.command_line import own_folders, parse_options
 from firstlab.config.compose import conf_dir, register, search_path
 from firstlab.run.dashboard import DashboardOptions
 from firstlab.run.load import load, read
@@ -144,8 +144,6 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
     if name in TEXT_COMMANDS:
         check_text_command(name, arguments, command.piped, monkeypatch)
         return
-    if any(each.startswith("+") and not each.startswith(("+experiment=", "+sweep=")) for each in arguments):
-        check_command_line(name, arguments)
     arguments, folders = own_folders([each for each in arguments if each not in HYDRA_FLAGS])
     overrides = [*search_path(folders), *arguments]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
