@@ -30,7 +30,7 @@ from support.tiny_run import SMALL, composed
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RESULTS = ROOT / "experiments" / "tables" / "nano" / "index.html"
+RESULTS = ROOT / "docs" / "results" / "nano.html"
 GATED = "meta-llama/Llama-3.2-3B"  # what snippets load; here the bundled model takes its place
 HYDRA_FLAGS = ("--help", "--cfg", "job", "--multirun")
 TEXT_COMMANDS = ("generate", "evaluate", "run.dashboard")
