@@ -27,7 +27,7 @@ from firstlab.engine.engine import engine_for
 from firstlab.engine.llama_step import check_supported
 from firstlab.engine.sampling import Sampling
 from firstlab.evaluation.timing import measure_tpot
-from firstlab.methods.base import Routes, routes_without, rows_of
+from firstlab.methods.base import routes_without, rows_of
 from firstlab.metrics import (
     PRIMARY_METRIC,
     BertScoreConfig,
@@ -36,7 +36,7 @@ from firstlab.metrics import (
     evaluate_predictions,
     perplexity,
 )
-from firstlab.model import EarlyExit, PrunedRoutes, RoutedCache, RouterAugmentedLM, StepRoutes
+from firstlab.model import FixedRoutes, RoutedCache, RouterAugmentedLM, Routes
 from firstlab.model.generation_options import check_score_settings
 from firstlab.store import results
 from firstlab.store.files import write_atomically
@@ -119,7 +119,7 @@ def generate_predictions(
         for i, tokens, shares in tqdm(responses, desc=title, unit="prompt", total=count, disable=quiet):
             text: Any = data.tokenizer.decode(tokens, skip_special_tokens=True)
             skipped = [layer for layer, share in enumerate(shares) if share == 1]
-            by_step = shares if isinstance(routes, StepRoutes | EarlyExit) else None
+            by_step = shares if routes is not None and routes.decides_each_step else None
             example = examples[i]
             done[i] = Prediction(
                 i, example.id, text.strip(), len(tokens), skipped, example.difficulty, by_step, example.part
@@ -203,7 +203,7 @@ def _by_engine(
 
 def _skips(cache: RoutedCache, routes: Routes | None, new_tokens: Sequence[int], beams: int) -> list[list[float]]:
     """Of every row, the share of its own decode steps that skipped each layer."""
-    if isinstance(routes, StepRoutes | EarlyExit):
+    if routes is not None and routes.decides_each_step:
         steps = torch.tensor(new_tokens).sub(1).clamp_min(0)
         return cache.layer_skips(steps.repeat_interleave(beams))[::beams].tolist()
     assert cache.routes is not None
@@ -352,9 +352,9 @@ def _adaptivity(predictions: Sequence[Prediction], skipped: np.ndarray, static: 
 
 def _routes_of(predictions: Sequence[Prediction], routes: Routes | None, num_layers: int) -> list[Routes]:
     """What each prompt's tokens ran: the method's rule, or the route that the prompt got."""
-    if isinstance(routes, StepRoutes | EarlyExit | PrunedRoutes):
-        return [routes] * len(predictions)
-    return [routes_without(num_layers, p.skipped) for p in predictions]
+    if routes is not None:
+        return [routes.rows([p.index]) for p in predictions]
+    return [FixedRoutes(routes_without(num_layers, p.skipped)) for p in predictions]
 
 
 def score_texts(

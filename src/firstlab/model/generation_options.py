@@ -1,7 +1,9 @@
-"""Generation options that routed decoding cannot honour, named before anything runs."""
+"""Options of generation: which ones routed decoding cannot honour, which are in force, and what ends a response."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -92,14 +94,51 @@ _SCORE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (None,),
     "watermarking_config": (None,),
 }
+#: The same, in force where tokens are drawn.
+_SAMPLING_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "min_p": (None, 0, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1, 1.0),
+    "epsilon_cutoff": (None, 0, 0.0),
+    "eta_cutoff": (None, 0, 0.0),
+}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def check_score_settings(defaults: GenerationConfig) -> None:
-    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not."""
-    for name, off in _SCORE_SETTINGS.items():
+def check_score_settings(defaults: GenerationConfig, drawn: bool = False) -> None:
+    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not.
+
+    Args:
+        defaults: The config. Within `pinned_generation` it holds special tokens alone.
+        drawn: Whether tokens are drawn.
+    """
+    for name, off in (_SCORE_SETTINGS | (_SAMPLING_SETTINGS if drawn else {})).items():
         given = getattr(defaults, name, None)
         if given not in off:
             raise ValueError(
                 f"the model's generation config has {name}={given!r}, which the decode engine does not follow: set "
                 f"lm.generation_config.{name} = None, or decode with RouterAugmentedLM.generate"
             )
+
+
+@contextmanager
+def pinned_generation(lm: Any) -> Iterator[None]:
+    """Within it, `generate` and the decode engine follow what they are given and nothing that the model's folder says.
+
+    The model's generation config is put aside but for its special tokens, so that no penalty, cut-off or search of it
+    moves a score.
+    """
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig(**{name: getattr(own, name) for name in _SPECIAL_TOKENS})
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
+def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a response: those of the model's generation config and the tokenizer's EOS, sorted."""
+    found: set[int] = set()
+    for given in (lm.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
+        found |= {given} if isinstance(given, int) else set(given or ())
+    return sorted(found)
