@@ -134,6 +134,20 @@ def check_new_tokens(prompt: Tensor, attention_mask: Tensor | None, cache: Route
         raise ValueError("the new tokens after past_key_values are padded on the right; pad them on the left")
 
 
+def padded_on_the_left(
+    attention_mask: Tensor, input_ids: Tensor | None, embeds: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The mask [B, T], ids [B, T] and embeddings [B, T, D] with padding on the right moved to the left."""
+    if attention_mask[:, -1].all():
+        return attention_mask, input_ids, embeds
+    order = attention_mask.long().argsort(dim=1, stable=True)
+    if input_ids is not None and input_ids.shape == order.shape:
+        input_ids = input_ids.gather(1, order)
+    if embeds is not None:
+        embeds = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
+    return attention_mask.gather(1, order), input_ids, embeds
+
+
 def assumed_mask(prompt: Tensor, pad: Any, eos: Any) -> Tensor:
     """The mask [B, T] that transformers' generate assumes where none is given: padding is what is not the EOS token.
 

@@ -13,22 +13,12 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from firstlab.model import lora, storage
+from firstlab.model import inputs, lora, storage
 from firstlab.model.cache import RoutedCache
 from firstlab.model.generation_options import CHUNKS_REPEAT_THE_CACHE, check_generation_options, option_value
-from firstlab.model.inputs import (
-    assumed_mask,
-    check_continuation,
-    check_forward,
-    check_mask,
-    check_new_tokens,
-    check_not_wrapped,
-    check_prompt,
-    own_cache,
-    warn_of_padding,
-)
 from firstlab.model.layers import (
     IntermediateHead,
+    Routing,
     check_decoder,
     find_decoder,
     make_dense,
@@ -69,7 +59,7 @@ class RouterAugmentedLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
         super().__init__()
-        check_not_wrapped(lm)
+        inputs.check_not_wrapped(lm)
         decoder, layers = find_decoder(lm)
         if not isinstance(lm, GenerationMixin):
             raise ValueError(
@@ -131,7 +121,7 @@ class RouterAugmentedLM(nn.Module):
         The base takes its generation config along, and its tokenizer where that can be found.
 
         Raises:
-            ValueError: The base is asked for and is quantized or has unmerged LoRA, is not asked for and could not be
+            ValueError: The base cannot be saved (it is quantized, or LoRA is not merged), is not saved and could not be
                 found again, or there are several adapters.
         """
         if save_base and is_quantized(self.lm):
@@ -142,12 +132,10 @@ class RouterAugmentedLM(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The wrapped model's config."""
         return self.lm.config
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
         return self.lm.device
 
     @property
@@ -159,7 +147,6 @@ class RouterAugmentedLM(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers L."""
         return self.routers.num_layers
 
     @property
@@ -250,9 +237,8 @@ class RouterAugmentedLM(nn.Module):
         """One pass: teacher-forced without a cache, routed inference with one.
 
         Args:
-            input_ids: [B, T].
+            input_ids, labels: [B, T]; labels -100 where no loss is wanted.
             attention_mask: [B, T], or [B, seen + T] with a cache; 0 on padding.
-            labels: [B, T], -100 where no loss is wanted; what follows no token has none either.
             prompt_mask: [B, T], true on prompt tokens. Default: the tokens before the first label, or all of them
                 without labels.
             objective, gate, pooled_tokens, routes: See `TeacherForcedPass`.
@@ -262,9 +248,6 @@ class RouterAugmentedLM(nn.Module):
             prompt_continues: The tokens are a prompt's beginning, such as a system prompt whose cache is to be copied:
                 the route is decided later, on the whole prompt, by the first call without this option or by `generate`.
 
-        Returns:
-            `logits` [B, T, V] (None with `keep_logits=False`), `loss` (mean cross-entropy), `rho` and `loss_terms`.
-
         Raises:
             ValueError: Arguments that do not go together or do not fit the batch.
         """
@@ -272,19 +255,19 @@ class RouterAugmentedLM(nn.Module):
         shape_source = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if shape_source is None:
             raise ValueError("forward needs input_ids [batch, tokens] or inputs_embeds")
-        check_forward(self.lm, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs)
+        inputs.check_forward(self.lm, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs)
         if attention_mask is None:
-            warn_of_padding(shape_source, self.lm.generation_config.pad_token_id)
+            inputs.warn_of_padding(shape_source, self.lm.generation_config.pad_token_id)
         if past_key_values is not None:
-            cache = own_cache(past_key_values)
-            check_continuation(cache, shape_source.shape[1], generating=False)
+            cache = inputs.own_cache(past_key_values)
+            inputs.check_continuation(cache, shape_source.shape[1], generating=False)
             cache.set_prompt_continues(prompt_continues)
-            return self._cached_pass(input_ids, attention_mask, cache, shape_source.shape[1], kwargs)
+            return self._cached_pass(input_ids, attention_mask, cache, shape_source.shape[1], **kwargs)
         if prompt_continues:
             raise ValueError("prompt_continues=True needs past_key_values=model.new_cache(), which the rest comes to")
         if attention_mask is None:
             attention_mask = torch.ones(shape_source.shape[:2], dtype=torch.long, device=shape_source.device)
-        check_mask(shape_source, attention_mask)
+        inputs.check_mask(shape_source, attention_mask)
         attended = attention_mask.bool()
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
@@ -308,47 +291,33 @@ class RouterAugmentedLM(nn.Module):
             if reading is not None:
                 return self.respond(reading, labels, gate)
         run = self.lm if keep_logits else self.backbone
-        with routing(current):
-            out = run(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **self._positions(attention_mask) | kwargs,
-            )
+        out = self._run(current, run, input_ids, attention_mask, **kwargs)
         kept = known_fields(out) if keep_logits else {}
-        if labels is None:
-            return RouterAugmentedOutput(**kept, rho=current.rho, ran=current.ran)
-        found, head = (out.logits, None) if keep_logits else (out.last_hidden_state, self.output_head())
-        return RouterAugmentedOutput(**kept | self._losses(found, head, labels, attended, current.rho), ran=current.ran)
+        if labels is not None:
+            found, head = (out.logits, None) if keep_logits else (out.last_hidden_state, self.output_head())
+            kept |= self._losses(found, head, labels, attended, current.rho)
+        return RouterAugmentedOutput(**kept | {"rho": current.rho}, ran=current.ran)
 
     def _cached_pass(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        cache: RoutedCache,
-        tokens: int,
-        kwargs: dict[str, Any],
+        self, ids: Tensor | None, mask: Tensor | None, cache: RoutedCache, tokens: int, **options: Any
     ) -> RouterAugmentedOutput:
         """Routed inference: the cache says which layers run."""
-        if attention_mask is not None and "position_ids" not in kwargs:
-            positions = self._positions(attention_mask)
-            kwargs |= {name: value[:, -tokens:] for name, value in positions.items()}
-        out = self.lm(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **kwargs
-        )
+        if mask is not None:
+            options = {name: value[:, -tokens:] for name, value in self._positions(mask).items()} | options
+        out = self.lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return RouterAugmentedOutput(**known_fields(out), rho=cache.rho)
+
+    def _run(self, current: Routing, module: nn.Module, ids: Tensor | None, mask: Tensor, **options: Any) -> Any:
+        """The module's output in one pass without a cache."""
+        with routing(current):
+            options = self._positions(mask) | options
+            return module(input_ids=ids, attention_mask=mask, use_cache=False, **options)
 
     def read_prompts(self, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor) -> PromptReading | None:
         """Prompts alone, as prefill runs them, without a graph but that from rho to the routers; for `respond`.
 
-        Args:
-            input_ids: [B, T].
-            attention_mask: [B, T], 0 on padding.
-            prompt_mask: [B, T], true on prompt tokens.
-
-        Returns:
-            None where prompts and responses cannot be told apart (see `Layout.of`), or the model's cache holds more
-            than keys and values.
+        None where prompts and responses cannot be told apart (see `Layout.of`), or the model's cache holds more than
+        keys and values.
         """
         attended = attention_mask.bool()
         prompt = prompt_mask.bool() & attended
@@ -449,31 +418,17 @@ class RouterAugmentedLM(nn.Module):
         self._check_wrapped()
         if attention_mask is None:
             defaults = self.lm.generation_config
-            attention_mask = assumed_mask(input_ids, defaults.pad_token_id, defaults.eos_token_id)
-        check_prompt(input_ids, attention_mask)
+            attention_mask = inputs.assumed_mask(input_ids, defaults.pad_token_id, defaults.eos_token_id)
+        inputs.check_prompt(input_ids, attention_mask)
         # What stands behind every prompt's last token, such as responses, cannot matter.
         end = int(attention_mask.any(0).nonzero()[-1]) + 1
         input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
         current = PromptPass(self.routers, attention_mask.bool())
-        with routing(current):
-            self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **self._positions(attention_mask),
-            )
+        self._run(current, self.backbone, input_ids, attention_mask)
         return current.rho
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Which layers decode will run for these prompts.
-
-        Args:
-            input_ids: [B, T] prompts, padded on any side.
-            attention_mask: [B, T], 0 on padding.
-
-        Returns:
-            [B, L] boolean, true where the layer runs.
-        """
+        """[B, L] boolean, true where decode runs the layer for these prompts [B, T], padded on any side."""
         return self.routers.decide(self.prompt_rho(input_ids, attention_mask))
 
     def new_cache(self, prompt_length: int | None = None, routes: Routes | Tensor | None = None) -> RoutedCache:
@@ -514,11 +469,11 @@ class RouterAugmentedLM(nn.Module):
         embeds = kwargs.get("inputs_embeds")
         if input_ids is None and embeds is None:
             raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")
-        cache = self.new_cache() if past_key_values is None else own_cache(past_key_values)
+        cache = self.new_cache() if past_key_values is None else inputs.own_cache(past_key_values)
         prompt = input_ids if embeds is None else embeds
         assert prompt is not None
         if cache.get_seq_length():
-            check_new_tokens(prompt, attention_mask, cache)
+            inputs.check_new_tokens(prompt, attention_mask, cache)
             # New tokens behind a cache are then one piece, which gives the same tokens.
             if CHUNKS_REPEAT_THE_CACHE:
                 kwargs["prefill_chunk_size"] = None
@@ -526,15 +481,11 @@ class RouterAugmentedLM(nn.Module):
             if attention_mask is None:
                 defaults = self.lm.generation_config
                 pad, eos = (option_value(name, kwargs, defaults) for name in ("pad_token_id", "eos_token_id"))
-                attention_mask = assumed_mask(prompt, pad, eos)
-            check_prompt(prompt, attention_mask)
-            if not attention_mask[:, -1].all():
-                order = attention_mask.long().argsort(dim=1, stable=True)
-                attention_mask = attention_mask.gather(1, order)
-                if input_ids is not None and input_ids.shape == order.shape:
-                    input_ids = input_ids.gather(1, order)
-                if embeds is not None:
-                    kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
+                attention_mask = inputs.assumed_mask(prompt, pad, eos)
+            inputs.check_prompt(prompt, attention_mask)
+            attention_mask, input_ids, embeds = inputs.padded_on_the_left(attention_mask, input_ids, embeds)
+            if embeds is not None:
+                kwargs["inputs_embeds"] = embeds
         if not cache.decided:
             forced = None if routes is None else as_routes(routes)
             if forced is not None:

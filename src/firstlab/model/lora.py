@@ -59,28 +59,27 @@ def check_lora(model: PreTrainedModel | PretrainedConfig, settings: LoraSettings
         ValueError: A name of `target_modules` matches no linear map of the decoder layers.
     """
     if isinstance(model, PretrainedConfig):
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(model, trust_remote_code=False)
-    found: dict[str, list[str]] = {}
-    for name in linear_names(model):
-        found.setdefault(name.rpartition(".")[2], []).append(name)
-    targets = list(found) if settings.target_modules is None else settings.target_modules
-    if unknown := [each for each in targets if each not in found]:
+        with torch.device("meta"):
+            lm: PreTrainedModel = AutoModelForCausalLM.from_config(model, trust_remote_code=False)
+    else:
+        lm = model
+    shapes = {name: list(lm.get_parameter(f"{name}.weight").shape) for name in linear_names(lm)}
+    known = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
+    targets = known if settings.target_modules is None else settings.target_modules
+    if unknown := [each for each in targets if each not in known]:
         raise ValueError(
-            f"lora.target_modules={list(targets)}: the decoder layers of {type(model).__name__} have no linear map "
-            f"{', '.join(unknown)}; choose from {', '.join(found)}"
+            f"lora.target_modules={list(targets)}: the decoder layers of {type(lm).__name__} have no linear map "
+            f"{', '.join(unknown)}; choose from {', '.join(known)}"
         )
-    names = [name for each in dict.fromkeys(targets) for name in found[each]]
-    sides = {name: min(model.get_submodule(name).weight.shape) for name in names}
-    if narrow := [name for name in names if sides[name] < settings.rank]:
+    names = [name for name in shapes if name.rpartition(".")[2] in targets]
+    if narrow := [name for name in names if min(shapes[name]) < settings.rank]:
+        side = min(shapes[narrow[0]])
         warnings.warn(
             f"lora.rank={settings.rank} is above the smaller side of {len(narrow)} linear map(s), such as {narrow[0]} "
-            f"{list(model.get_submodule(narrow[0]).weight.shape)}: more than {sides[narrow[0]]} adds nothing there",
+            f"{shapes[narrow[0]]}: more than {side} adds nothing there",
             stacklevel=3,
         )
-    inside = set(names)
-    return [name for name in linear_names(model) if name in inside]
+    return names
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

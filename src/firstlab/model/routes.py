@@ -86,30 +86,24 @@ class FixedRoutes(Routes):
             )
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
-        """See `Routes`."""
         if self.ran.shape[-1] != num_layers:
             raise ValueError(f"routes of shape {list(self.ran.shape)} do not fit a model of {num_layers} layers")
         if prompts is not None and self.ran.ndim == 2 and len(self.ran) != prompts:
             raise ValueError(f"routes has {len(self.ran)} rows for {prompts} prompts; give one row per prompt")
 
     def first(self, num_layers: int) -> Tensor:
-        """See `Routes`."""
         return self.ran.reshape(-1, num_layers)
 
     def gates(self, steps: Tensor) -> Tensor:
-        """See `Routes`."""
         return self.ran.to(steps.device).reshape(-1, 1, self.ran.shape[-1])
 
     def rows(self, index: Sequence[int]) -> Routes:
-        """See `Routes`."""
         return replace(self, ran=self.ran[list(index)]) if self.ran.ndim == 2 else self
 
     def to(self, device: torch.device) -> Routes:
-        """See `Routes`."""
         return replace(self, ran=self.ran.to(device))
 
     def to_json(self) -> Any:
-        """Nested lists."""
         return self.ran.tolist()
 
 
@@ -130,7 +124,6 @@ class PrunedRoutes(FixedRoutes):
             )
 
     def to_json(self) -> Any:
-        """See `Routes`."""
         return {"pruned": self.ran.tolist()}
 
 
@@ -165,31 +158,25 @@ class StepRoutes(Routes):
             )
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
-        """See `Routes`."""
         layers = self.schedule.shape[1]
         if layers != num_layers:
             raise ValueError(f"StepRoutes has a schedule of {layers} layers; the model has {num_layers}")
 
     def first(self, num_layers: int) -> Tensor:
-        """See `Routes`."""
         return self.schedule[:1]
 
     def gates(self, steps: Tensor) -> Tensor:
-        """See `Routes`."""
         schedule = self.schedule.to(steps.device)
         return schedule[steps.clamp(0, len(schedule) - 1)] | (steps < 0).unsqueeze(-1)
 
     def window(self, start: int, steps: int) -> Tensor:
-        """See `Routes`."""
         return self.schedule[torch.arange(start, start + steps).clamp_max(len(self.schedule) - 1)]
 
     def drops(self) -> dict[int, list[int]]:
-        """See `Routes`."""
         ends = self.schedule[:-1] & ~self.schedule[1:]
         return {step + 1: layers.nonzero().flatten().tolist() for step, layers in enumerate(ends) if layers.any()}
 
     def to_json(self) -> Any:
-        """See `Routes`."""
         return {"schedule": self.schedule.tolist()}
 
 
@@ -236,25 +223,20 @@ class EarlyExit(Routes):
             )
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
-        """See `Routes`."""
         if self.min_layers > num_layers:
             raise ValueError(f"EarlyExit: min_layers={self.min_layers} but the model has {num_layers} layers")
 
     def first(self, num_layers: int) -> Tensor:
-        """See `Routes`."""
         return torch.ones(1, num_layers, dtype=torch.bool)
 
     def gates(self, steps: Tensor) -> None:
-        """See `Routes`."""
         return None
 
     @property
     def exit_rule(self) -> EarlyExit:
-        """See `Routes`."""
         return self
 
     def to_json(self) -> Any:
-        """See `Routes`."""
         return {"early_exit": asdict(self)}
 
     def thresholds(self, steps: Tensor) -> Tensor:

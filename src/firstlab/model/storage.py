@@ -254,8 +254,7 @@ def _save_tokenizer(source: str, directory: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _adapter_name(lm: PreTrainedModel) -> str | None:
