@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from firstlab.model import RoutedCache
+from firstlab.model import RoutedCache, stop_tokens
 from support.models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model
 from support.reference import prompt_rho, slow_generate, step_logits
 
@@ -671,3 +672,12 @@ def test_input_ids_beside_embeds_are_moved_with_their_padding():
     embeds = model.lm.get_input_embeddings()(ids)
     found = model.generate(ids, attention_mask=mask, inputs_embeds=embeds, max_new_tokens=3)
     assert torch.equal(found[:, : ids.shape[1]], left)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "expected"),
+    [(None, None, []), (2, None, [2]), ([9, 2], 2, [2, 9]), ([9], 2, [2, 9]), (None, 0, [0]), (0, 5, [0, 5])],
+)
+def test_every_stop_token_counts(config, tokenizer, expected):
+    lm = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=config))
+    assert stop_tokens(lm, SimpleNamespace(eos_token_id=tokenizer)) == expected

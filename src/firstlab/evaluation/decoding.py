@@ -16,8 +16,8 @@ from firstlab.data.encoding import PromptRows, collate_prompts
 from firstlab.engine.engine import engine_for
 from firstlab.engine.llama_step import check_supported
 from firstlab.engine.sampling import Sampling
-from firstlab.methods.base import Routes, rows_of
-from firstlab.model import EarlyExit, RoutedCache, RouterAugmentedLM, StepRoutes
+from firstlab.methods.base import rows_of
+from firstlab.model import RoutedCache, RouterAugmentedLM, Routes
 from firstlab.model.generation_options import stop_tokens
 
 #: A prompt's place in the test set, its response with the token that ended it, and of each layer the share of its
@@ -166,7 +166,7 @@ def _by_engine(
 
 def _skips(cache: RoutedCache, routes: Routes | None, new_tokens: Sequence[int], beams: int) -> list[list[float]]:
     """Of every row, the share of its own decode steps that skipped each layer."""
-    if isinstance(routes, StepRoutes | EarlyExit):
+    if routes is not None and routes.decides_each_step:
         steps = torch.tensor(new_tokens).sub(1).clamp_min(0)
         return cache.layer_skips(steps.repeat_interleave(beams))[::beams].tolist()
     assert cache.routes is not None

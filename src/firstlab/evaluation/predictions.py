@@ -16,8 +16,7 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.files import warn
 from firstlab.data.task import Example
 from firstlab.evaluation.decoding import Decoding, decode
-from firstlab.methods.base import Routes
-from firstlab.model import EarlyExit, RouterAugmentedLM, StepRoutes
+from firstlab.model import RouterAugmentedLM, Routes
 from firstlab.store.files import write_atomically
 from firstlab.store.ranks import barrier, rank
 
@@ -104,7 +103,7 @@ def generate_predictions(
                 new_tokens=len(tokens),
                 skipped=[layer for layer, share in enumerate(shares) if share == 1],
                 difficulty=examples[i].difficulty,
-                shares=shares if isinstance(routes, StepRoutes | EarlyExit) else None,
+                shares=shares if routes is not None and routes.decides_each_step else None,
                 part=examples[i].part,
             )
             out.write(_line(done[i], key))

@@ -20,9 +20,9 @@ from firstlab.evaluation.predictions import Prediction, fingerprint, generate_pr
 from firstlab.evaluation.scoring import primary_metric, score_texts
 from firstlab.evaluation.skips import skip_statistics
 from firstlab.evaluation.timing import measure_tpot
-from firstlab.methods.base import Routes, routes_without, rows_of
+from firstlab.methods.base import routes_without, rows_of
 from firstlab.metrics import perplexity
-from firstlab.model import EarlyExit, PrunedRoutes, RouterAugmentedLM, StepRoutes
+from firstlab.model import FixedRoutes, RouterAugmentedLM, Routes
 from firstlab.model.generation_options import pinned_generation
 from firstlab.store import results
 from firstlab.store.ranks import rank
@@ -136,6 +136,6 @@ def example_columns(
 
 def _routes_of(predictions: Sequence[Prediction], routes: Routes | None, num_layers: int) -> list[Routes]:
     """What each prompt's tokens ran: the method's rule, or the route that the prompt got."""
-    if isinstance(routes, StepRoutes | EarlyExit | PrunedRoutes):
-        return [routes] * len(predictions)
-    return [routes_without(num_layers, p.skipped) for p in predictions]
+    if routes is not None:
+        return [routes.rows([p.index]) for p in predictions]
+    return [FixedRoutes(routes_without(num_layers, p.skipped)) for p in predictions]

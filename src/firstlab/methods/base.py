@@ -10,11 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from firstlab.model import EarlyExit, PrunedRoutes, StepRoutes
-
-# [L] boolean for every prompt alike, or [N, L] with one row per prompt, true = the layer runs; or a rule that changes
-# from decode step to decode step; or layers that the prompt passes by as well.
-Routes = Tensor | StepRoutes | EarlyExit | PrunedRoutes
+from firstlab.model import EarlyExit, FixedRoutes, PrunedRoutes, Routes, as_routes
 
 
 class Prompts(Protocol):
@@ -39,7 +35,7 @@ class Prompts(Protocol):
     def losses(self, routes: Tensor) -> Tensor:
         """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
 
-    def loss(self, routes: Tensor | PrunedRoutes) -> float:
+    def loss(self, routes: Tensor | Routes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L])."""
 
     def new_tokens(self) -> list[int]:
@@ -91,7 +87,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def routes(self, prompts: Prompts) -> Routes | None:
+    def routes(self, prompts: Prompts) -> Tensor | Routes | None:
         """The method's decision; None lets the trained routers decide.
 
         Args:
@@ -99,7 +95,8 @@ class Method(ABC):
                 prompts to route.
 
         Returns:
-            [L], or where `per_prompt` [N, L].
+            A boolean tensor, true = the layer runs: [L] for every prompt alike, or where `per_prompt` [N, L]; or any
+            other `Routes`.
         """
 
 
@@ -167,9 +164,9 @@ class CalibratedSet(FixedCount):
         """Says so when the prompt skips, too."""
         return f"{super().label}-prefill" if self.skip_prefill else super().label
 
-    def applied(self, routes: Tensor) -> Tensor | PrunedRoutes:
+    def applied(self, routes: Tensor) -> Routes:
         """[L] routes as the method runs them: in decode, or in prefill as well."""
-        return PrunedRoutes(routes) if self.skip_prefill else routes
+        return PrunedRoutes(routes) if self.skip_prefill else FixedRoutes(routes)
 
 
 def check_count(count: int, num_layers: int, protect_first: int, protect_last: int) -> int:
@@ -194,8 +191,6 @@ def routes_without(num_layers: int, skipped: Sequence[int]) -> Tensor:
     return routes
 
 
-def rows_of(routes: Routes | None, index: Sequence[int], device: torch.device) -> Routes | None:
-    """What these prompts, by position, get: their rows of [N, L] routes; anything else holds for all prompts."""
-    if isinstance(routes, Tensor):
-        return (routes[list(index)] if routes.ndim == 2 else routes).to(device)
-    return routes
+def rows_of(routes: Tensor | Routes | None, index: Sequence[int], device: torch.device) -> Routes | None:
+    """What these prompts, by position, get."""
+    return None if routes is None else as_routes(routes).rows(index).to(device)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from firstlab.methods.base import CalibratedSet, Prompts, check_count, routes_without
-from firstlab.model import PrunedRoutes
+from firstlab.model import Routes
 
 
 @dataclass
@@ -30,7 +30,7 @@ class SLEB(CalibratedSet):
         super().__post_init__()
         check_width(self.search_width)
 
-    def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
+    def routes(self, prompts: Prompts) -> Routes:
         """[L], k layers switched off, each set measured as it is to be skipped."""
         layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
 

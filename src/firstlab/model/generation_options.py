@@ -1,4 +1,4 @@
-"""Generation options that routed decoding cannot honour, named before anything runs."""
+"""Options of generation: which ones routed decoding cannot honour, which are in force, and what ends a response."""
 
 from __future__ import annotations
 
@@ -94,12 +94,25 @@ _SCORE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (None,),
     "watermarking_config": (None,),
 }
+#: The same, in force where tokens are drawn.
+_SAMPLING_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "min_p": (None, 0, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1, 1.0),
+    "epsilon_cutoff": (None, 0, 0.0),
+    "eta_cutoff": (None, 0, 0.0),
+}
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def check_score_settings(defaults: GenerationConfig) -> None:
-    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not."""
-    for name, off in _SCORE_SETTINGS.items():
+def check_score_settings(defaults: GenerationConfig, drawn: bool = False) -> None:
+    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not.
+
+    Args:
+        defaults: The config. Within `pinned_generation` it holds special tokens alone.
+        drawn: Whether tokens are drawn.
+    """
+    for name, off in (_SCORE_SETTINGS | (_SAMPLING_SETTINGS if drawn else {})).items():
         given = getattr(defaults, name, None)
         if given not in off:
             raise ValueError(

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from firstlab.data.task import Example
-from firstlab.methods.base import Method, Routes, routes_without
-from firstlab.model import routes_from_json, routes_to_json
+from firstlab.methods.base import Method, routes_without
+from firstlab.model import FixedRoutes, Routes, as_routes, routes_from_json
 from firstlab.store.files import write_atomically
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.prompt_set import PromptSet
@@ -35,12 +35,12 @@ def shared_routes(directory: Path, method: Method, training: PromptSet) -> Route
     if not file.is_file() and rank()[0] == 0:
         routes = method.routes(training)
         _check_shape(method, routes, [training.num_layers])
-        write_atomically(file, json.dumps(None if routes is None else routes_to_json(routes)) + "\n")
+        write_atomically(file, json.dumps(None if routes is None else as_routes(routes).to_json()) + "\n")
     barrier()
     return _read_shared(file)
 
 
-def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> Tensor:
+def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> FixedRoutes:
     """[N, L], the decision for each of these prompts; what is on disk already is not decided again.
 
     Args:
@@ -68,7 +68,7 @@ def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_
                     out.write(json.dumps({"prompt": key, "skipped": skipped}) + "\n")
     barrier()
     known = _read_lines(file)
-    return torch.stack([routes_without(prompts.num_layers, known[key]) for key in keys])
+    return FixedRoutes(torch.stack([routes_without(prompts.num_layers, known[key]) for key in keys]))
 
 
 def decided_routes(directory: Path, method: Method, variant: str, prompts: PromptSet) -> Routes | None:
@@ -78,7 +78,7 @@ def decided_routes(directory: Path, method: Method, variant: str, prompts: Promp
         ValueError: The run has not come as far as its decision.
     """
     if variant == "base":
-        return routes_without(prompts.num_layers, [])
+        return FixedRoutes(routes_without(prompts.num_layers, []))
     if method.per_prompt:
         return prompt_routes(directory, method, prompts, progress_bar=False)
     file = directory / "routes.json"
@@ -96,7 +96,7 @@ def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | 
     return routes_without(num_layers, order[: round(method.target_skip * num_layers)])
 
 
-def _check_shape(method: Method, routes: Routes | None, shape: list[int]) -> None:
+def _check_shape(method: Method, routes: Tensor | Routes | None, shape: list[int]) -> None:
     """Raises ValueError for a decision that must not be kept."""
     if isinstance(routes, Tensor) and (list(routes.shape) != shape or routes.dtype != torch.bool):
         raise ValueError(

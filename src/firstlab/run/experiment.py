@@ -16,12 +16,12 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from firstlab.config import instantiate
 from firstlab.config.build import (
     build_data,
     check_device,
+    check_lora_targets,
     check_test_set,
     check_vocabulary,
     load_model,
@@ -33,9 +33,9 @@ from firstlab.data.task import Example
 from firstlab.evaluation.decoding import check_engine
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
-from firstlab.methods.base import Method, Routes
+from firstlab.methods.base import Method
 from firstlab.methods.first import First
-from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
+from firstlab.model import FixedRoutes, LoraSettings, RouterAugmentedLM, Routes
 from firstlab.run.decisions import prompt_routes, shared_routes, static_routes
 from firstlab.run.directory import CONFIG, check_directory, has_begun, variant_names, wanted_variants
 from firstlab.run.load import check_start
@@ -165,7 +165,7 @@ class Experiment:
             "num_layers": self.model.num_layers,
             "variants": variants,
             "phases": {name: self._phase_record(name) for name in ("router", "lora")},
-            "fixed_routes": None if routes is None or self.method.per_prompt else routes_to_json(routes),
+            "fixed_routes": None if routes is None or self.method.per_prompt else routes.to_json(),
             # A resumed run's times are those since it was resumed.
             "resumed": self._resumed,
             "wall_s": time.perf_counter() - start,
@@ -188,6 +188,7 @@ class Experiment:
         initial = self.config.init_from
         if initial is not None and not Path(model_path(initial)).is_dir():
             raise ValueError(f"init_from={initial!r} does not exist; give the folder of a saved model")
+        check_lora_targets(self.config)
         loggers = self._loggers()
         L.seed_everything(self.config.seed, workers=True, verbose=False)
         self.data = build_data(self.config)
@@ -271,9 +272,9 @@ class Experiment:
         used = self.data.trained_on()
         routes = torch.ones(len(self.data.train), self.model.num_layers, dtype=torch.bool)
         decided = self._routes([self.data.train[i] for i in used])
-        assert isinstance(decided, Tensor)
-        routes[used] = decided
-        return routes
+        assert isinstance(decided, FixedRoutes)
+        routes[used] = decided.ran
+        return FixedRoutes(routes)
 
     def _prompts(self, examples: Sequence[Example]) -> PromptSet:
         room = self.config.trainer.prompt_cache_mib * 2**20
@@ -315,9 +316,15 @@ class Experiment:
 
     def _add_lora(self) -> None:
         lora = self.config.lora
-        targets = None if lora.target_modules is None else tuple(lora.target_modules)
         torch.manual_seed(self.config.seed)
-        self.model.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
+        self.model.add_lora(
+            LoraSettings(
+                rank=lora.rank,
+                lora_alpha=lora.lora_alpha,
+                dropout=lora.dropout,
+                target_modules=lora.target_modules,
+            )
+        )
 
     def _train(self, name: str, loggers: list[Logger]) -> None:
         config, method = self.config, self.method

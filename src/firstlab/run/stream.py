@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> None:
     from firstlab.data.encoding import fit_prompt, prompt_ids
     from firstlab.data.task import Example
     from firstlab.evaluation.decoding import check_engine
-    from firstlab.model import RouterAugmentedLM, load_tokenizer
+    from firstlab.model import FixedRoutes, RouterAugmentedLM, load_tokenizer
     from firstlab.model.generation_options import pinned_generation
     from firstlab.model.quantization import check_quantization, quantize
     from firstlab.run.decisions import decided_routes
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> None:
             )
         model, task = RouterAugmentedLM.from_pretrained(options.run), None
         if options.variant == "base":
-            routes = torch.ones(model.num_layers, dtype=torch.bool)
+            routes = FixedRoutes(torch.ones(model.num_layers, dtype=torch.bool))
         tokenizer = load_tokenizer(options.run)
         limit, new_tokens = 0, options.max_new_tokens or 80
     check_engine(model, "decoder", options.decoder)
@@ -169,7 +169,7 @@ def _by_generate(
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(
         ids,
-        routes=routes.to(model.device) if isinstance(routes, torch.Tensor) else routes,
+        routes=None if routes is None else routes.to(model.device),
         max_new_tokens=limit,
         do_sample=options.do_sample,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from firstlab.methods.base import routes_without, rows_of
-from firstlab.model import PromptReading, PrunedRoutes, RouterAugmentedLM
+from firstlab.model import PromptReading, RouterAugmentedLM, Routes, as_routes
 from firstlab.model.layers import routing
 from firstlab.model.routers import pool, probabilities_of, token_readings
 
@@ -27,7 +27,7 @@ _BISECTIONS = 12
 def losses_under_routes(
     model: RouterAugmentedLM,
     batches: Sequence[Batch],
-    routes: Tensor | PrunedRoutes,
+    routes: Tensor | Routes,
     readings: Iterable[PromptReading | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Response cross-entropy of every prompt when decode runs exactly `routes`.
@@ -37,13 +37,13 @@ def losses_under_routes(
         batches: Teacher-forced batches, N rows in all.
         routes: [L] boolean, or [N, L] with one row per prompt; or layers that the prompts do not run either.
         readings: The prompts of each batch as the model read them earlier, with every layer; by default they are read
-            here. Of no use to `PrunedRoutes`.
+            here. Of no use where prompts skip layers, too.
 
     Returns:
         (summed over response tokens [N], number of response tokens [N]), on the CPU.
     """
     sums, counts, seen = [], [], 0
-    if isinstance(routes, PrunedRoutes):
+    if as_routes(routes).skips_prompt:
         readings = [None] * len(batches)
     elif readings is None:
         readings = read_prompts(model, batches)
@@ -53,7 +53,6 @@ def losses_under_routes(
         labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
         forced = rows_of(routes, rows, labels.device)
         if reading is not None:
-            assert isinstance(forced, Tensor)
             out = model.respond(reading, labels, routes=forced)
         else:
             out = model(

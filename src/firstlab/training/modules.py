@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from firstlab.methods.base import Routes, rows_of
-from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, layer_skips
+from firstlab.methods.base import rows_of
+from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, Routes, layer_skips
 from firstlab.model.loss import in_chunks
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
 
@@ -180,8 +180,6 @@ class _Phase(L.LightningModule):
         return local_mean * (local_weight * world / total)
 
     def _hard_skip_rate(self, out: RouterAugmentedOutput, batch: dict[str, Tensor], routes: Routes | None) -> Tensor:
-        if isinstance(routes, Tensor):
-            return 1 - routes.float().mean()
         if routes is not None:
             return _step_skips(out, batch).mean()
         rho = out.rho
@@ -329,6 +327,6 @@ class OnePhaseModule(RouterModule):
 
 
 def _step_skips(out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
-    """[B, L], how often the response's tokens skipped each layer, where that changes from token to token."""
+    """[B, L], how often the response's tokens skipped each layer under forced routes."""
     assert out.ran is not None
     return layer_skips(out.ran, batch["attention_mask"].bool() & ~batch["prompt_mask"].bool())

@@ -13,7 +13,7 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import Row, TrainingRows, collate_training
 from firstlab.data.task import Example
 from firstlab.methods.early_exit import teacher_forced_skip_rates
-from firstlab.model import EarlyExit, PromptReading, PrunedRoutes, RouterAugmentedLM
+from firstlab.model import EarlyExit, PromptReading, RouterAugmentedLM, Routes, as_routes
 from firstlab.model.layers import routing
 from firstlab.training.calibration import Batch, losses_under_routes, read_prompts
 
@@ -97,17 +97,16 @@ class PromptSet:
         sums, counts = self._sums(routes)
         return sums / counts
 
-    def loss(self, routes: Tensor | PrunedRoutes) -> float:
+    def loss(self, routes: Tensor | Routes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L] or [N, L])."""
         sums, counts = self._sums(routes)
         return float(sums.sum() / counts.sum())
 
-    def _sums(self, routes: Tensor | PrunedRoutes) -> tuple[Tensor, Tensor]:
+    def _sums(self, routes: Tensor | Routes) -> tuple[Tensor, Tensor]:
         order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
-        if isinstance(routes, Tensor) and routes.ndim == 2:
-            routes = routes[order]
+        forced = as_routes(routes).rows(order.tolist())
         with self.model.lora_disabled():
-            sums, counts = losses_under_routes(self.model, self._by_length, routes, self._read())
+            sums, counts = losses_under_routes(self.model, self._by_length, forced, self._read())
         back = order.argsort()
         return sums[back], counts[back]
 

@@ -1,10 +1,11 @@
-"""What `RouterAugmentedLM` is given: refused by name where it does not fit, completed where something is left out.
+"""Check what `RouterAugmentedLM` is given, by name, and complete what is left out.
 
 Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from firstlab.model.cache import RoutedCache
 from firstlab.model.routers import Routers
 from firstlab.model.routes import Routes
+
+#: Tokens that may come at once behind a decided route without a warning.
+FEW_TOKENS = 32
 
 
 def check_not_wrapped(lm: Any) -> None:
@@ -31,7 +35,7 @@ def check_forward(
     lm: nn.Module,
     tokens: Tensor,
     labels: Tensor | None,
-    routes: Routes | None,
+    routes: Routes | Tensor | None,
     keep_logits: bool,
     cached: bool,
     options: dict[str, Any],
@@ -90,12 +94,6 @@ def check_prompt(prompt: Tensor, attention_mask: Tensor) -> None:
         raise ValueError("a prompt has no tokens; give every row at least one (for instance the BOS token)")
 
 
-def check_rows(routes: Routes | None, rows: int) -> None:
-    """Raises ValueError for forced routes [R, L] with another number of rows than there are prompts."""
-    if isinstance(routes, Tensor) and routes.ndim == 2 and routes.shape[0] != rows:
-        raise ValueError(f"routes has {routes.shape[0]} rows for {rows} prompts; give one row per prompt")
-
-
 def own_cache(cache: Any) -> RoutedCache:
     """The cache, if it can carry routes; raises ValueError for any other."""
     if not isinstance(cache, RoutedCache):
@@ -106,10 +104,74 @@ def own_cache(cache: Any) -> RoutedCache:
     return cache
 
 
-def assumed_mask(prompt: Tensor, pad_token_id: Any, eos: Any) -> Tensor:
-    """The mask [B, T] that transformers' generate assumes where none is given: padding is what is not the EOS token."""
+def check_continuation(cache: RoutedCache, tokens: int, generating: bool) -> None:
+    """Warn where tokens that may belong to the prompt come behind a route that is decided.
+
+    They run with skipped layers. That is right for the response, and for a short follow-up in a chat. It is taken for a
+    prompt that goes on if more than `FEW_TOKENS` come at once, or, in `generate`, if there are several behind a route
+    that no token was decoded with yet, as when a system prompt is cached.
+    """
+    if cache.decided and (tokens > FEW_TOKENS or (generating and tokens > 1 and not cache.has_decoded)):
+        warnings.warn(
+            f"{tokens} tokens come at once behind a route that past_key_values has decided already: they run with "
+            "skipped layers. If they belong to the prompt, read what is cached with prompt_continues=True, so that "
+            "the route is decided on the whole prompt",
+            stacklevel=3,
+        )
+
+
+def check_new_tokens(prompt: Tensor, attention_mask: Tensor | None, cache: RoutedCache) -> None:
+    """Raises ValueError for what `generate` cannot put behind a cache; see `check_continuation` for its warning."""
+    new = prompt.shape[1] - cache.get_seq_length()
+    if prompt.ndim == 2:
+        if new < 1:
+            raise ValueError(
+                f"past_key_values holds {cache.get_seq_length()} tokens and input_ids has {prompt.shape[1]}: give the "
+                "whole text, with one new token at least"
+            )
+        check_continuation(cache, new, generating=True)
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError("the new tokens after past_key_values are padded on the right; pad them on the left")
+
+
+def padded_on_the_left(
+    attention_mask: Tensor, input_ids: Tensor | None, embeds: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The mask [B, T], ids [B, T] and embeddings [B, T, D] with padding on the right moved to the left."""
+    if attention_mask[:, -1].all():
+        return attention_mask, input_ids, embeds
+    order = attention_mask.long().argsort(dim=1, stable=True)
+    if input_ids is not None and input_ids.shape == order.shape:
+        input_ids = input_ids.gather(1, order)
+    if embeds is not None:
+        embeds = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
+    return attention_mask.gather(1, order), input_ids, embeds
+
+
+def assumed_mask(prompt: Tensor, pad: Any, eos: Any) -> Tensor:
+    """The mask [B, T] that transformers' generate assumes where none is given: padding is what is not the EOS token.
+
+    As there, a batch whose padding cannot be told from its EOS token gets a warning.
+    """
     mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
-    if prompt.ndim != 2 or pad_token_id is None or pad_token_id in (eos if isinstance(eos, list) else [eos]):
-        return mask
-    padded = (prompt != pad_token_id).long()
-    return padded if padded.any(dim=1).all() else mask
+    ends = eos if isinstance(eos, list) else [eos]
+    if pad is not None and pad not in ends:
+        padded = (prompt != pad).long() if prompt.ndim == 2 else mask
+        return padded if padded.any(dim=1).all() else mask
+    if eos is not None and len(prompt) > 1:
+        warnings.warn(
+            "a batch has no attention_mask, and padding cannot be told from the EOS token: rows that are padded get "
+            "other routes and other text; pass the attention_mask of the tokenizer",
+            stacklevel=3,
+        )
+    return mask
+
+
+def warn_of_padding(prompt: Tensor, pad: Any) -> None:
+    """Warn as transformers' models do: no mask was given, and a row begins or ends with the padding token."""
+    if prompt.ndim == 2 and pad is not None and (prompt[:, [-1, 0]] == pad).any():
+        warnings.warn(
+            f"input_ids begin or end with the padding token {pad} and have no attention_mask: every token counts; "
+            "pass the attention_mask of the tokenizer",
+            stacklevel=3,
+        )
