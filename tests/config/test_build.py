@@ -15,6 +15,7 @@ from firstlab.config.build import build_data, build_task, check_lengths, check_t
 from firstlab.data.mini_qa import MiniQA
 from firstlab.model import load_tokenizer
 from firstlab.run.decisions import shared_routes
+from firstlab.run.directory import taken_over
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
 from support.models import pair
@@ -69,7 +70,8 @@ def trained_run(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(tiny_model_dir, tmp_path / "there" / "base")
     monkeypatch.chdir(tmp_path / "there")
     run = Experiment(*composed(*overrides(Path("base"), Path("runs"), "phases=[router]", "run_dir=run")))
-    run._prepare_directory()
+    with taken_over(run.directory, run.config):
+        pass
     load_model(run.config, "base").save_pretrained("run/router")
     Experiment(*composed(*overrides(Path("base"), Path("runs"), "phases=[router]", "run_dir=run")))  # the same run
     return tmp_path / "there" / "run"
@@ -85,7 +87,9 @@ def test_a_run_that_began_from_a_saved_model_is_that_model(
 ):
     monkeypatch.chdir(trained_run.parent)
     arguments = overrides(Path("base"), Path("runs"), "phases=[evaluate]", "run_dir=other", "init_from=run/router")
-    Experiment(*composed(*arguments))._prepare_directory()
+    other = Experiment(*composed(*arguments))
+    with taken_over(other.directory, other.config):
+        pass
     Experiment(*composed(*arguments))  # the same run
     saved = load_run(trained_run, None).model
     saved.routers.weight.data += 1

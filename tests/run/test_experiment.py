@@ -23,25 +23,14 @@ from firstlab import evaluate, train
 from firstlab.config.compose import conf_dir, register
 from firstlab.model import RouterAugmentedLM
 from firstlab.run import experiment as experiment_module
+from firstlab.run.directory import taken_over
 from firstlab.run.experiment import Experiment
-from firstlab.run.load import dense_counterpart, load_run
-from firstlab.run.report import neighbours, report
+from firstlab.run.load import load_run
+from firstlab.run.report import neighbours
 from firstlab.store import results
 from firstlab.tables.records import read as read_records
 from firstlab.training.codebook import constant_accuracy
 from support.tiny_run import composed, flat, overrides
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One finished run of FiRST with its dense counterpart beside it."""
-    runs = tmp_path_factory.mktemp("runs")
-    config, method = composed(*overrides(tiny_model_dir, runs, "method.target_skip=0.25"))
-    Experiment(*dense_counterpart(config)).run()
-    run = Experiment(config, method)
-    run.run()
-    report(run)
-    return run.directory
 
 
 def test_a_run_leaves_everything_a_reader_needs(finished: Path):
@@ -352,7 +341,8 @@ def test_overwriting_deletes_nothing_before_the_new_run_has_started(
 ):
     arguments = overrides(tiny_model_dir, tmp_path, f"run_dir={tmp_path / 'run'}", "logger=csv")
     experiment = Experiment(*composed(*arguments))
-    experiment._prepare_directory()
+    with taken_over(experiment.directory, experiment.config):
+        pass
     (experiment.directory / "router").mkdir()
     (experiment.directory / "result.json").write_text("{}")
     before = contents(experiment.directory)
@@ -480,12 +470,12 @@ def test_a_line_torn_by_a_kill_spoils_no_later_line(finished: Path, tiny_model_d
     shutil.copytree(finished, run)
     part = run / "predictions" / "router.0.part"
     whole = part.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(whole) == 7
-    part.write_text("".join(whole[:5])[:-9], encoding="utf-8")
+    assert len(whole) == 1 + 7
+    part.write_text("".join(whole[:6])[:-9], encoding="utf-8")
     for file in (run / "result.json", run / "evaluation" / "router.yaml", run / "predictions" / "router.jsonl"):
         file.unlink()
     given = overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", f"run_dir={run}", "phases=[evaluate]")
     Experiment(*composed(*given)).run()
-    lines = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()[1:]]
     assert {line["index"] for line in lines} == set(range(7))
     assert (run / "predictions" / "router.jsonl").read_text() == (finished / "predictions" / "router.jsonl").read_text()

@@ -141,7 +141,7 @@ def test_a_run_from_a_codebook_to_the_calibrated_rate(tiny_model_dir: Path, tmp_
     assert {"mean", "mini_ende/bleu", "mini_qa/f1", "mini_summarization/rougeL"} <= set(variant["metrics"])
     assert variant["primary_metric"] == "mean"
     assert run.model.routers.settings.threshold != 0.5
-    assert (~run._prompts(run.data.val).routed()).float().mean() == pytest.approx(0.25)
+    assert (~run.prompts(run.data.val).routed()).float().mean() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("option", ["start=codebook", "calibrate_rate=true"])

@@ -219,8 +219,9 @@ def _variants(
     from peft import get_peft_model
 
     from firstlab.bench.timed_training import firstlab_steps, transformers_steps
+    from firstlab.methods.objective import RoutingObjective
     from firstlab.model import LoraSettings, RouterAugmentedLM
-    from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
+    from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule
 
     lora = config.lora
     targets = None if lora.target_modules is None else list(lora.target_modules)

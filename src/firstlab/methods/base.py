@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from firstlab.methods.objective import RouterStart, RoutingObjective
 from firstlab.model import EarlyExit, FixedRoutes, PrunedRoutes, Routes, as_routes
 
 
@@ -58,6 +59,8 @@ class Prompts(Protocol):
 class Method(ABC):
     """One file with one subclass and one YAML in `conf/method/` per method.
 
+    Besides `routes`, which every method has, a method that trains routers says how they start and train.
+
     Attributes:
         name: Name in tables.
         trains_routers: Whether there is a phase 1.
@@ -78,12 +81,44 @@ class Method(ABC):
         return self.name if self.target_skip is None else f"{self.name}-skip{self.target_skip:g}"
 
     @property
+    def level(self) -> str:
+        """The skip level as tables print it."""
+        return "" if self.target_skip is None else f"target {100 * self.target_skip:g} %"
+
+    @property
     def per_prompt(self) -> bool:
         """Whether `routes` answers for the very prompts it is given, not for all prompts."""
         return False
 
+    @property
+    def one_phase(self) -> bool:
+        """Whether phase 1 only puts routers at their start, to be trained together with LoRA in phase 2."""
+        return False
+
+    @property
+    def threshold_skip(self) -> float | None:
+        """The skip rate on validation prompts at which the threshold is put after phase 1; None leaves it."""
+        return None
+
+    def router_start(self) -> RouterStart | None:
+        """How routers are calibrated before phase 1; None starts them at random."""
+        return None
+
+    def training_objective(self, phase: str, reached: float | None = None) -> RoutingObjective:
+        """What a phase minimises.
+
+        Args:
+            phase: "router" or "lora".
+            reached: The multiplier that phase 1 ended with, where there was one.
+        """
+        return RoutingObjective(objective="decode_consistent")
+
     def rounding(self, num_layers: int) -> str | None:
-        """How the wanted rate becomes whole layers, where it does; the measured rate is what counts."""
+        """How the wanted rate becomes whole layers, where it does; the measured rate is what counts.
+
+        Raises:
+            ValueError: A model of so many layers cannot skip at this rate.
+        """
         return None
 
     @abstractmethod
@@ -124,10 +159,15 @@ class FixedCount(Method):
         """k = round(s · L), the nearest number of whole layers to the wanted skip rate.
 
         Raises:
-            ValueError: Fewer layers than that may be skipped.
+            ValueError: That is none, or fewer layers may be skipped.
         """
         assert self.target_skip is not None
         count = round(self.target_skip * num_layers)
+        if count == 0:
+            raise ValueError(
+                f"method.target_skip={self.target_skip} of {num_layers} layers rounds to none: one layer is "
+                f"{1 / num_layers:.3g}; raise it, or choose method=none"
+            )
         return check_count(count, num_layers, self.protect_first, self.protect_last)
 
     def rounding(self, num_layers: int) -> str:

@@ -8,7 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from firstlab.methods.base import Method, Prompts
+from firstlab.methods.objective import RouterStart, RoutingObjective
 from firstlab.methods.sleb import check_width
+from firstlab.model.teacher_forcing import GATES, OBJECTIVES, POOLED_TOKENS
 
 STARTS = ("random", "dense", "static", "codebook")
 # Chosen on validation prompts: without it LoRA scatters the routes of prompts near the threshold.
@@ -72,10 +74,10 @@ class First(Method):
             if value is not None and value < 0:
                 raise ValueError(f"method.{option}={value} must not be negative")
         for option, allowed in (
-            ("objective", ("soft", "decode_consistent")),
-            ("gate", ("soft", "hard", "bernoulli")),
-            ("lora_gate", ("soft", "hard", "bernoulli")),
-            ("pooled_tokens", ("sequence", "prompt")),
+            ("objective", OBJECTIVES),
+            ("gate", GATES),
+            ("lora_gate", GATES),
+            ("pooled_tokens", POOLED_TOKENS),
             ("start", STARTS),
         ):
             if getattr(self, option) not in allowed:
@@ -115,13 +117,6 @@ class First(Method):
             )
 
     @property
-    def route_weight(self) -> float:
-        """`hold_routes`, or what None stands for."""
-        if self.hold_routes is not None:
-            return self.hold_routes
-        return _HOLD if self._decides_before_lora else 0.0
-
-    @property
     def _decides_before_lora(self) -> bool:
         return self.objective == "decode_consistent" and not self.one_phase
 
@@ -131,6 +126,50 @@ class First(Method):
         level = f"a{self.alpha:g}" if self.target_skip is None else f"skip{self.target_skip:g}"
         form = "first" if self.objective == "decode_consistent" else "first_soft"
         return f"{form}-{level}"
+
+    @property
+    def level(self) -> str:
+        """The target, or α."""
+        return super().level or f"α = {self.alpha:g}"
+
+    @property
+    def threshold_skip(self) -> float | None:
+        """The target, if the threshold is to be moved."""
+        return self.target_skip if self.calibrate_rate else None
+
+    def router_start(self) -> RouterStart | None:
+        """See `start`; a codebook of one route is the static start."""
+        if self.start == "random":
+            return None
+        several = self.start == "codebook" and self.codebook_size > 1
+        return RouterStart(
+            margin=self.start_margin,
+            skip_rate=0.0 if self.start == "dense" else self.target_skip or 0.0,
+            calibration_prompts=self.calibration_prompts,
+            search_width=self.search_width,
+            codebook_size=self.codebook_size if several else 1,
+            fit_prompts=self.fit_prompts if several else 0,
+        )
+
+    def training_objective(self, phase: str, reached: float | None = None) -> RoutingObjective:
+        """α prices the layers that run in phase 1 (§4.1), β in phase 2 (§4.2); both follow the target, if any."""
+        in_phase_1 = phase == "router"
+        alpha = self.alpha if in_phase_1 or self.target_skip is None or reached is None else reached
+        beta = alpha / 3 if self.beta is None else self.beta
+        hold = self.hold_routes
+        if hold is None:
+            hold = _HOLD if self._decides_before_lora else 0.0
+        return RoutingObjective(
+            objective=self.objective,
+            gate=self.gate if in_phase_1 else self.lora_gate,
+            pooled_tokens=self.pooled_tokens,
+            multiplier=alpha if in_phase_1 else beta,
+            target_skip=self.target_skip,
+            dual_rate=self.dual_rate,
+            tolerance=self.tolerance,
+            lam=self.lam,
+            hold_routes=0.0 if in_phase_1 else hold,
+        )
 
     def routes(self, prompts: Prompts) -> Tensor | None:
         """The routers decide."""

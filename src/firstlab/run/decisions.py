@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +20,10 @@ from tqdm import tqdm
 from firstlab.data.task import Example
 from firstlab.methods.base import Method, routes_without
 from firstlab.model import FixedRoutes, Routes, as_routes, routes_from_json
-from firstlab.store.files import write_atomically
+from firstlab.store.files import read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.prompt_set import PromptSet
-from firstlab.training.router_start import STATIC_ORDER
+from firstlab.training.router_start import STATIC_ORDER, read_order
 
 
 def shared_routes(directory: Path, method: Method, training: PromptSet) -> Routes | None:
@@ -34,10 +37,11 @@ def shared_routes(directory: Path, method: Method, training: PromptSet) -> Route
     file = directory / "routes.json"
     if not file.is_file() and rank()[0] == 0:
         routes = method.routes(training)
-        _check_shape(method, routes, [training.num_layers])
+        if isinstance(routes, Tensor):
+            _check_tensor(method, routes, [training.num_layers])
         write_atomically(file, json.dumps(None if routes is None else as_routes(routes).to_json()) + "\n")
     barrier()
-    return _read_shared(file)
+    return _read_shared(file, training.num_layers)
 
 
 def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> FixedRoutes:
@@ -52,22 +56,20 @@ def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_
     file = directory / "routes.jsonl"
     keys = [_key(text, example) for text, example in zip(prompts.texts, prompts.examples, strict=True)]
     if rank()[0] == 0:
-        known = _read_lines(file)
+        known = _read_lines(file, prompts.num_layers)
+        write_atomically(file, "".join(map(_line, known.items())))  # without what a kill or a hand has damaged
         missing = {key: example for key, example in zip(keys, prompts.examples, strict=True) if key not in known}
         left, size = list(missing.items()), prompts.batch_size
         for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=not progress_bar):
             chunk = left[start : start + size]
             examples = [each for _, each in chunk]
             routes = method.routes(PromptSet(prompts.model, prompts.data, examples, size, prompts.cache_bytes))
-            if not isinstance(routes, Tensor):
-                raise ValueError(f"method {method.name} decides per prompt, so routes() must give a tensor")
-            _check_shape(method, routes, [len(chunk), prompts.num_layers])
+            decided = _check_tensor(method, routes, [len(chunk), prompts.num_layers])
             with file.open("a", encoding="utf-8") as out:
-                for (key, _), route in zip(chunk, routes, strict=True):
-                    skipped = (~route).nonzero()[:, 0].tolist()
-                    out.write(json.dumps({"prompt": key, "skipped": skipped}) + "\n")
+                for (key, _), route in zip(chunk, decided, strict=True):
+                    out.write(_line((key, (~route).nonzero()[:, 0].tolist())))
     barrier()
-    known = _read_lines(file)
+    known = _read_lines(file, prompts.num_layers)
     return FixedRoutes(torch.stack([routes_without(prompts.num_layers, known[key]) for key in keys]))
 
 
@@ -84,41 +86,57 @@ def decided_routes(directory: Path, method: Method, variant: str, prompts: Promp
     file = directory / "routes.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no routes.json: {method.name} has not decided yet; run its training first")
-    return _read_shared(file)
+    return _read_shared(file, prompts.num_layers)
 
 
 def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | None:
     """[L], the static set of k layers at the method's skip rate, where the run has found its order."""
-    file = directory / STATIC_ORDER
-    if not file.is_file() or method.target_skip is None:
+    if not (directory / STATIC_ORDER).is_file() or method.target_skip is None:
         return None
-    order = json.loads(file.read_text(encoding="utf-8"))
-    return routes_without(num_layers, order[: round(method.target_skip * num_layers)])
+    count = method.target_skip * num_layers
+    return routes_without(num_layers, read_order(directory, num_layers, math.ceil(count))[: round(count)])
 
 
-def _check_shape(method: Method, routes: Tensor | Routes | None, shape: list[int]) -> None:
-    """Raises ValueError for a decision that must not be kept."""
-    if isinstance(routes, Tensor) and (list(routes.shape) != shape or routes.dtype != torch.bool):
-        raise ValueError(
-            f"method {method.name}: routes() gave {routes.dtype} of shape {list(routes.shape)}, "
-            f"and must give torch.bool of shape {shape}"
-        )
+def _check_tensor(method: Method, routes: Tensor | Routes | None, shape: list[int]) -> Tensor:
+    """The decision, if it may be kept.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    if not isinstance(routes, Tensor) or list(routes.shape) != shape or routes.dtype != torch.bool:
+        got = f"{routes.dtype} of shape {list(routes.shape)}" if isinstance(routes, Tensor) else repr(routes)
+        raise ValueError(f"method {method.name}: routes() gave {got}, and must give torch.bool of shape {shape}")
+    return routes
 
 
-def _read_shared(file: Path) -> Routes | None:
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    return None if saved is None else routes_from_json(saved)
+def _read_shared(file: Path, num_layers: int) -> Routes | None:
+    def parse(saved: Any) -> Routes | None:
+        if saved is None:
+            return None
+        routes = routes_from_json(saved)
+        routes.check(num_layers)
+        if isinstance(routes, FixedRoutes) and routes.ran.ndim != 1:
+            raise ValueError("it holds routes of single prompts")
+        return routes
+
+    return read_own(file, parse)
 
 
-def _read_lines(file: Path) -> dict[str, list[int]]:
-    if not file.is_file():
-        return {}
-    text = file.read_text(encoding="utf-8")
-    whole, _, torn = text.rpartition("\n")
-    if torn:  # a line cut off by a kill is decided again
-        write_atomically(file, whole + "\n" if whole else "")
-    records = [json.loads(line) for line in whole.splitlines()]
-    return {record["prompt"]: record["skipped"] for record in records}
+def _line(decision: tuple[str, list[int]]) -> str:
+    key, skipped = decision
+    return json.dumps({"prompt": key, "skipped": skipped}) + "\n"
+
+
+def _read_lines(file: Path, num_layers: int) -> dict[str, list[int]]:
+    """The decisions on disk; a line cut off by a kill, or damaged, is left out, for its prompt is decided again."""
+    known: dict[str, list[int]] = {}
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError, LookupError, TypeError):
+                decision = json.loads(line)
+                if set(decision["skipped"]) <= set(range(num_layers)):
+                    known[str(decision["prompt"])] = list(decision["skipped"])
+    return known
 
 
 def _key(text: str, example: Example) -> str:

@@ -1,14 +1,22 @@
-"""What a run directory says: whose run it is, what is done, and what is still wanted."""
+"""What a run directory says (whose run it is, what is done, what is still wanted), and how a run takes it over."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from firstlab.config.compose import load_dict, read_saved
 from firstlab.config.schema import ExperimentConfig
 from firstlab.methods.base import Method
 from firstlab.store import results
+from firstlab.store.files import remove_torn, write_atomically
+from firstlab.store.ranks import barrier, rank
 
 CONFIG = "config.yaml"
 
@@ -41,6 +49,7 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
         ValueError: The run directory belongs to another configuration, or its record cannot be read.
     """
     directory = config.directory(method.label)
+    _check_name(directory)
     failed = (directory / results.FAILURE).is_file()  # to run it again, with the earlier result still there
     if config.overwrite or failed or not (directory / CONFIG).is_file():
         return None
@@ -52,6 +61,7 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
 
 def check_directory(directory: Path, config: ExperimentConfig) -> None:
     """Raises ValueError if a run of this configuration cannot use the directory: nothing in it gets lost."""
+    _check_name(directory)
     if _is_run(directory):
         if not config.overwrite:
             check_same(directory, config)
@@ -62,6 +72,20 @@ def check_directory(directory: Path, config: ExperimentConfig) -> None:
             f"run_dir={directory} is not empty and holds no {CONFIG} of a run, so firstlab did not make "
             "it and leaves it alone; choose another run_dir"
         )
+
+
+def _check_name(directory: Path) -> None:
+    """Raises ValueError if the file system has no room for the name of the directory, or for paths inside it."""
+    place = directory.absolute()
+    there = next(each for each in place.parents if os.path.isdir(each))
+    name = max(len(os.fsencode(each)) for each in (*place.parts, f".{place.name}.lock"))
+    path = len(os.fsencode(place / "checkpoints" / "router" / f".last.ckpt.{2**22}.tmp"))
+    for length, most in ((name, os.pathconf(there, "PC_NAME_MAX")), (path, os.pathconf(there, "PC_PATH_MAX"))):
+        if length > most:
+            raise ValueError(
+                f"run directory {directory}: with the files of a run a name has {length} bytes, and the file system "
+                f"takes {most}; shorten note, runs or run_dir"
+            )
 
 
 def _is_run(directory: Path) -> bool:
@@ -105,3 +129,47 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix.rstrip("."): node}
     return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+
+
+@contextmanager
+def taken_over(directory: Path, config: ExperimentConfig) -> Iterator[bool]:
+    """Make the directory this run's while the body starts it; after a start that failed, it holds what it held.
+
+    With `overwrite` the old run is moved aside, and deleted once the new one has started.
+
+    Yields:
+        Whether an earlier try has left something to go on from.
+    """
+    replaced, resumed = directory.parent / f".{directory.name}.old", False
+    if rank()[0] == 0:
+        check_directory(directory, config)  # again: another process may have been here in between
+        if config.overwrite and directory.exists():
+            if replaced.exists():  # by a start that was killed
+                shutil.rmtree(directory)
+            else:
+                directory.rename(replaced)
+        remove_torn(directory)
+        resumed = has_begun(directory)
+        text = yaml.safe_dump(config.located().to_dict(), sort_keys=False, allow_unicode=True)
+        write_atomically(directory / CONFIG, text)
+    barrier()
+    try:
+        yield resumed
+    except BaseException:
+        if rank()[0] == 0:
+            _restore(directory, replaced, resumed)
+        raise
+    if rank()[0] == 0:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _restore(directory: Path, replaced: Path, resumed: bool) -> None:
+    if replaced.exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        replaced.rename(directory)
+    elif not resumed:  # loggers may have written
+        for each in directory.iterdir():
+            if each.is_dir():
+                shutil.rmtree(each)
+            elif each.name not in (CONFIG, results.FAILURE):
+                each.unlink()

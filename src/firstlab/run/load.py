@@ -16,21 +16,9 @@ from firstlab.config.build import check_device, load_model, model_path
 from firstlab.config.compose import _without_retired, composed_config, conf_dir, read_saved, search_path, settings
 from firstlab.config.schema import PHASES, ExperimentConfig, PhaseConfig, RouterConfig
 from firstlab.methods.base import Method
-from firstlab.methods.first import First
 from firstlab.methods.none import Dense
 from firstlab.model import ModelUnavailableError, RouterAugmentedLM
 from firstlab.run.directory import variant_names
-
-
-def check_start(router: RouterConfig, method: Method) -> None:
-    """Raises ValueError if calibrated routers would have to start at no probability."""
-    if not isinstance(method, First) or method.start == "random":
-        return
-    if not method.start_margin < router.threshold < 1 - method.start_margin:
-        raise ValueError(
-            f"method.start_margin={method.start_margin} on both sides of router.threshold={router.threshold} leaves "
-            "the probabilities between 0 and 1; lower the margin, or choose method.start=random"
-        )
 
 
 class TrainedRun(NamedTuple):

@@ -48,6 +48,7 @@ def neighbours(directory: Path, record: dict) -> list[dict]:
         try:
             candidate = results.read(other)
             if candidate is not None and settings(candidate) == settings(record):
+                rows_of_record(candidate)
                 found.append(candidate)
         except (OSError, ValueError, KeyError, TypeError):
             print(f"note: {other / results.RESULT} is left out: damaged, or of another program", file=sys.stderr)
@@ -71,10 +72,18 @@ def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "perplexity": variant.get("perplexity"),
                 "skip": variant["skip"],
                 "timing": variant.get("timing"),
+                "warnings": _warnings(record, name),
                 "directory": record["directory"],
             }
         )
     return found
+
+
+def _warnings(record: dict[str, Any], variant: str) -> list[str]:
+    """What went wrong in the phases that made a variant."""
+    trained = ("router", "lora") if variant.endswith("_lora") else ("router",)
+    phases = {name: (record.get("phases") or {}).get(name) or {} for name in trained}
+    return [f"phase {name}: {phase['warning']}" for name, phase in phases.items() if phase.get("warning")]
 
 
 def row_title(row: dict[str, Any]) -> str:
@@ -111,6 +120,9 @@ def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
         view.add_row(row_title(row), *cells)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(view)
+    for row in table:
+        for warning in row["warnings"]:
+            print(f"warning: {row_title(row)}: {warning}")
 
 
 def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:

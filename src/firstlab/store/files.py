@@ -10,11 +10,15 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
+
+Parsed = TypeVar("Parsed")
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -23,6 +27,29 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(temporary, file)
+
+
+def read_own(
+    file: Path,
+    parse: Callable[[Any], Parsed],
+    remedy: str = "delete it and give the training command again, which makes it again",
+) -> Parsed:
+    """What a JSON or YAML file that firstlab wrote stands for; a kill or a hand may have damaged it since.
+
+    Args:
+        file: Its name tells the format.
+        parse: Checks what the file holds and makes something of it.
+        remedy: What to do about a damaged file.
+
+    Raises:
+        ValueError: It cannot be read, or `parse` does not know what it holds.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        return parse(yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file} is missing or damaged ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 def check_writable(directory: Path, option: str) -> None:

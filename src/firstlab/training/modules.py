@@ -16,38 +16,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from firstlab.methods.base import rows_of
+from firstlab.methods.objective import RoutingObjective
 from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, Routes, layer_skips
 from firstlab.model.loss import in_chunks
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
-
-
-@dataclass(frozen=True)
-class RoutingObjective:
-    """How a training pass is routed, and what drives the skip rate; see `TeacherForcedPass` and §4.1.
-
-    Attributes:
-        objective: "soft" (paper) or "decode_consistent".
-        gate: "soft", "hard" or "bernoulli".
-        pooled_tokens: "sequence" (paper) or "prompt".
-        multiplier: α in phase 1, β in phase 2; the starting value when there is a target.
-        target_skip: Wanted skip rate in (0, 1), or None to keep the multiplier fixed.
-        dual_rate: Step size of the dual ascent on the multiplier.
-        tolerance: Distance to the target that "best by validation" forgives.
-        lam: λ of the router regulariser.
-        distill: Weight of the divergence from the dense model's predictions, added to the cross-entropy.
-        hold_routes: Phase 2: weight of the squared distance between rho with and without LoRA, summed over layers.
-    """
-
-    objective: str = "soft"
-    gate: str = "soft"
-    pooled_tokens: str = "sequence"
-    multiplier: float = 0.0
-    target_skip: float | None = None
-    dual_rate: float = 0.0
-    tolerance: float = 0.02
-    lam: float = 0.01
-    distill: float = 0.0
-    hold_routes: float = 0.0
 
 
 @dataclass(frozen=True)

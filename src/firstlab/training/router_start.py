@@ -9,13 +9,15 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from firstlab.methods.base import check_count
-from firstlab.methods.first import First
+from firstlab.methods.objective import RouterStart
 from firstlab.methods.sleb import elimination
-from firstlab.store.files import write_atomically
+from firstlab.store.files import read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.calibration import start_routers
 from firstlab.training.codebook import (
@@ -35,50 +37,62 @@ STATIC_ORDER = "start.json"
 CODEBOOK = "codebook.json"
 
 
-def start_phase_1(directory: Path, method: First, training: PromptSet) -> dict[str, float]:
-    """Put the routers of the prompts' model where phase 1 begins: `method.start`, if that is not random.
+def start_phase_1(directory: Path, start: RouterStart, training: PromptSet) -> dict[str, float]:
+    """Put the routers of the prompts' model where phase 1 begins.
 
     Args:
         directory: Run directory.
-        method: Its method.
-        training: All training prompts, of which the first `method.calibration_prompts` are used; a codebook is
-            measured, and the routers fitted to it, on `method.fit_prompts` behind them.
+        start: The method's.
+        training: All training prompts; those behind the ones to calibrate on are for a codebook.
 
     Returns:
         What is to be recorded about it.
 
     Raises:
-        ValueError: Too few prompts for a codebook.
+        ValueError: Too few prompts for a codebook, or a damaged file of an earlier try.
     """
-    if method.start == "codebook" and method.codebook_size > 1:
-        return _from_codebook(directory, method, training)
-    prompts = training.slice(0, method.calibration_prompts)
-    rate, order = 0.0, []
-    if method.start != "dense":
-        rate = method.target_skip or 0.0
-        order = _static_order(directory, prompts, rate * prompts.num_layers, method.search_width)
-    start_routers(prompts.model, prompts.batches, order, rate, method.start_margin)
+    if start.codebook_size > 1:
+        return _from_codebook(directory, start, training)
+    prompts = training.slice(0, start.calibration_prompts)
+    order = _static_order(directory, prompts, start) if start.skip_rate > 0 else []
+    start_routers(prompts.model, prompts.batches, order, start.skip_rate, start.margin)
     return {}
 
 
-def _static_order(directory: Path, prompts: PromptSet, count: float, width: int) -> list[int]:
+def _static_order(directory: Path, prompts: PromptSet, start: RouterStart) -> list[int]:
     """Layers to skip, the last of them for a share of the prompts if the count is not whole."""
     file = directory / STATIC_ORDER
+    layers, count = prompts.num_layers, start.skip_rate * prompts.num_layers
     if not file.is_file() and rank()[0] == 0:
-        layers = prompts.num_layers
         check_count(math.ceil(count), layers, 1, 1)
         # The whole layers first, by themselves: with the last one in the search their set need not be the best.
-        order = elimination(layers, math.floor(count), prompts.loss, width=width)
+        order = elimination(layers, math.floor(count), prompts.loss, width=start.search_width)
         order = elimination(layers, math.ceil(count), prompts.loss, first=order)
         write_atomically(file, json.dumps(order) + "\n")
     barrier()
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_order(directory, layers, math.ceil(count))
 
 
-def _from_codebook(directory: Path, method: First, training: PromptSet) -> dict[str, float]:
-    assert method.target_skip is not None
-    first = method.calibration_prompts
-    prompts, others = training.slice(0, first), training.slice(first, first + method.fit_prompts)
+def read_order(directory: Path, num_layers: int, count: int) -> list[int]:
+    """At least `count` layers in the order in which they are best skipped, as the run directory has them.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+
+    def parse(saved: Any) -> list[int]:
+        order = [int(layer) for layer in saved]
+        if order != saved or len(set(order)) != len(order) or len(order) < count or not set(order) <= layers:
+            raise ValueError(f"it is no order of {count} layers")
+        return order
+
+    layers = set(range(num_layers))
+    return read_own(directory / STATIC_ORDER, parse)
+
+
+def _from_codebook(directory: Path, start: RouterStart, training: PromptSet) -> dict[str, float]:
+    first = start.calibration_prompts
+    prompts, others = training.slice(0, first), training.slice(first, first + start.fit_prompts)
     model = training.model
     if len(others) < 4:
         raise ValueError(
@@ -86,17 +100,24 @@ def _from_codebook(directory: Path, method: First, training: PromptSet) -> dict[
             f"{len(others)}: lower method.calibration_prompts, or raise data.train_size"
         )
     states = pooled_states(model, prompts.batches)
-    centres = cluster(states, method.codebook_size)
+    centres = cluster(states, start.codebook_size)
     measured = nearest(pooled_states(model, others.batches), centres)
     file = directory / CODEBOOK
     if not file.is_file() and rank()[0] == 0:
-        found = find_codebook(prompts, nearest(states, centres), others, measured, method.target_skip)
+        found = find_codebook(prompts, nearest(states, centres), others, measured, start.skip_rate)
         write_atomically(file, json.dumps({"routes": found.tolist()}) + "\n")
     barrier()
-    routes = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["routes"])
+
+    def parse(saved: Any) -> Tensor:
+        found = torch.tensor(saved["routes"])
+        if found.dtype != torch.bool or found.ndim != 2 or len(found) <= int(measured.max()):
+            raise ValueError("it holds no routes of these prompts")
+        return found
+
+    routes = read_own(file, parse)
     wanted = routes[measured]
     trained = math.ceil(len(others) * 3 / 4)
-    accuracy = fit_to_routes(model, others.batches, wanted, method.start_margin, trained)
+    accuracy = fit_to_routes(model, others.batches, wanted, start.margin, trained)
     started = {
         "start_accuracy": float(accuracy.mean()),
         "start_constant_accuracy": float(constant_accuracy(wanted, trained).mean()),

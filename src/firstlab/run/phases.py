@@ -1,0 +1,341 @@
+"""The training steps of a run: routers, then LoRA; each leaves a record (NAME.yaml) and a saved model (NAME/)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.loggers import Logger
+
+from firstlab.config.build import load_model, model_path
+from firstlab.config.schema import ExperimentConfig, PhaseConfig
+from firstlab.data.batching import batch_count
+from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.task import Example
+from firstlab.methods.base import Method
+from firstlab.model import FixedRoutes, LoraSettings, RouterAugmentedLM, Routes
+from firstlab.run.decisions import prompt_routes, shared_routes
+from firstlab.run.directory import variant_names
+from firstlab.run.loggers import PhaseLogger
+from firstlab.store.files import read_own, write_atomically
+from firstlab.store.ranks import barrier, rank
+from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, OptimizerSettings, RouterModule
+from firstlab.training.prompt_set import PromptSet
+from firstlab.training.router_start import calibrate_rate, start_phase_1
+from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
+
+PHASES = ("router", "lora")
+
+
+class Run:
+    """What the steps of a run share.
+
+    Attributes:
+        config, method: What is run.
+        directory: Where it leaves everything.
+        data: Its prompts.
+        model: As the last step has left it.
+        loggers: Where it reports.
+    """
+
+    config: ExperimentConfig
+    method: Method
+    directory: Path
+    data: PromptDataModule
+    model: RouterAugmentedLM
+    loggers: list[Logger]
+
+    def prompts(self, examples: Sequence[Example]) -> PromptSet:
+        """Prompts for the method to look at."""
+        room = self.config.trainer.prompt_cache_mib * 2**20
+        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room)
+
+    def routes(self, examples: Sequence[Example]) -> Routes | None:
+        """The method's decision: [L] for all prompts, [N, L] for these, or None where the routers decide."""
+        with self.memory_for("deciding routes"):
+            if not self.method.per_prompt:
+                return shared_routes(self.directory, self.method, self.prompts(self.data.train))
+            prompts = self.prompts(examples)
+            return prompt_routes(self.directory, self.method, prompts, self.config.trainer.progress_bar)
+
+    def settings(self, phase: str) -> PhaseConfig:
+        """Those of a training phase."""
+        return self.config.router_phase if phase == "router" else self.config.lora_phase
+
+    @contextmanager
+    def memory_for(self, step: str, phase: str | None = None) -> Iterator[None]:
+        """Where a GPU runs out of memory, say in which step, and what to lower."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            part = "evaluation" if phase is None else f"{phase}_phase"
+            size = self.config.evaluation.batch_size if phase is None else self.settings(phase).batch_size
+            ways = [f"trainer.prompt_cache_mib={self.config.trainer.prompt_cache_mib}"]
+            if phase is not None:
+                ways = [
+                    "trainer.loss_chunk",
+                    f"data.max_length_{phase}",
+                    "or set trainer.gradient_checkpointing=true or trainer.precision=bf16-mixed "
+                    f"({part}.accumulate makes up for a smaller batch)",
+                ]
+            raise ValueError(
+                f"the GPU ran out of memory in {step} with {part}.batch_size={size}: lower it, {', '.join(ways)}"
+            ) from error
+
+
+def say(message: str) -> None:
+    """Print a line, once for all processes."""
+    if rank()[0] == 0:
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print a line to stderr, once for all processes."""
+    if rank()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def train_routers(run: Run) -> None:
+    """Phase 1 (§4.1): put the routers at the method's start and train them; everything else is frozen."""
+    method = run.method
+    if not method.trains_routers or not _is_wanted(run, "router"):
+        return
+    steps = _read_as(run, "router")
+    record = _start_routers(run)
+    objective = method.training_objective("router")  # α is its multiplier
+    if method.one_phase:
+        record |= {"steps": 0, "multiplier": objective.multiplier, "seconds": 0.0}
+    else:
+        objective = replace(objective, distill=run.settings("router").distill)
+        module = RouterModule(run.model, objective, _optimizer(run, "router", steps), run.config.seed)
+        record = _fit(run, "router", module, steps) | record
+    _finish(run, "router", record)
+
+
+def compensate_with_lora(run: Run) -> None:
+    """Phase 2 (§4.2): train LoRA under the routes that phase 1, or the method, has fixed."""
+    method, config = run.method, run.config
+    if not _is_wanted(run, "lora"):
+        return
+    steps = _read_as(run, "lora")
+    optimizer = _optimizer(run, "lora", steps)
+    distill = run.settings("lora").distill
+    module: RouterModule | LoRACompensationModule
+    if method.one_phase:
+        _add_lora(run)
+        objective = replace(method.training_objective("router"), distill=distill)
+        optimizer = replace(optimizer, router_learning_rate=config.router_phase.learning_rate)
+        module = OnePhaseModule(run.model, objective, optimizer, config.seed)
+    else:
+        before = phase_record(run.directory, "router")
+        objective = method.training_objective("lora", None if before is None else before["multiplier"])
+        objective = replace(objective, distill=distill)
+        routes, val_routes = _training_routes(run), run.routes(run.data.val)
+        if routes is not None:
+            objective = replace(objective, target_skip=None, objective="decode_consistent")
+        _add_lora(run)
+        module = LoRACompensationModule(run.model, objective, optimizer, config.seed, routes, val_routes)
+    _finish(run, "lora", _fit(run, "lora", module, steps))
+
+
+def phase_record(directory: Path, phase: str) -> dict[str, Any] | None:
+    """What NAME.yaml says about a phase; None if this run has not trained it.
+
+    Raises:
+        ValueError: The file is damaged, or missing beside the phase's model.
+    """
+
+    def parse(saved: Any) -> dict[str, Any]:
+        if not all(isinstance(saved[key], int | float) for key in ("steps", "multiplier", "seconds")):
+            raise ValueError("it holds no record of a phase")
+        return dict(saved)
+
+    file, product = directory / f"{phase}.yaml", directory / phase
+    if not file.is_file() and not product.is_dir():
+        return None
+    return read_own(file, parse, f"delete it and {product}, and give the training command again to train this phase")
+
+
+def load_product(config: ExperimentConfig, directory: Path, phase: str) -> RouterAugmentedLM:
+    """The model that a phase has saved.
+
+    Raises:
+        ValueError: Something of it is missing.
+    """
+    folder = directory / phase
+    model = load_model(config, folder)
+    if phase == "lora" and not model.has_lora:
+        raise ValueError(
+            f"{folder} has no LoRA weights (adapter_model.safetensors); put them back, or delete the folder and give "
+            "the training command again"
+        )
+    return model
+
+
+def _is_wanted(run: Run, phase: str) -> bool:
+    """Whether to train a phase now. If it has been trained, load its model; without either leave the model as it is."""
+    directory = run.directory
+    if (directory / phase).is_dir():
+        run.model = load_product(run.config, directory, phase)
+        return False
+    if phase not in run.config.phases:
+        return False
+    if phase == "router" and (directory / "lora").is_dir():
+        raise ValueError(
+            f"{directory} has lora/ but not router/, under whose routes it was trained: put router/ back, or delete "
+            "lora/ to train both again"
+        )
+    if rank()[0] == 0:
+        _forget(directory, phase, run.method)
+    barrier()
+    return True
+
+
+def _forget(directory: Path, phase: str, method: Method) -> None:
+    """Delete what was made with an earlier model of a phase that is to be trained again."""
+    for variant in variant_names(method)[phase == "lora" :]:
+        for file in (directory / "evaluation" / f"{variant}.yaml", *directory.glob(f"predictions/{variant}.*")):
+            file.unlink(missing_ok=True)
+    if phase == "router":
+        (directory / "routes.json").unlink(missing_ok=True)
+
+
+def _read_as(run: Run, phase: str) -> int:
+    """Let the data be read as a phase wants it; returns the number of its optimizer steps."""
+    data, settings, lengths = run.data, run.settings(phase), run.config.data
+    data.batch_size = settings.batch_size
+    data.loss_on = "all" if settings.loss_on == "all" else "response"
+    data.max_length = lengths.max_length_router if phase == "router" else lengths.max_length_lora
+    per_epoch = math.ceil(batch_count(len(data.train), settings.batch_size) / settings.accumulate)
+    steps = int(min(settings.epochs * per_epoch, settings.max_steps or math.inf))
+    data.total_batches = steps * settings.accumulate
+    return steps
+
+
+def _optimizer(run: Run, phase: str, steps: int) -> OptimizerSettings:
+    settings = run.settings(phase)
+    return OptimizerSettings(
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_fraction=settings.warmup_fraction,
+        total_steps=steps,
+    )
+
+
+def _start_routers(run: Run) -> dict[str, Any]:
+    """Calibrate the routers as the method wants them; what is to be recorded about it."""
+    start = run.method.router_start()
+    if start is None:
+        return {}
+    count = min(start.calibration_prompts + start.fit_prompts, len(run.data.train))
+    say(f"calibrating the routers' start on {count} training prompts")
+    with run.memory_for("the routers' calibration"):
+        return dict(start_phase_1(run.directory, start, run.prompts(run.data.train)))
+
+
+def _training_routes(run: Run) -> Routes | None:
+    """The method's routes of the training prompts; only those that the phase comes to are decided."""
+    if not run.method.per_prompt:
+        return run.routes(run.data.train)
+    used = run.data.trained_on()
+    routes = torch.ones(len(run.data.train), run.model.num_layers, dtype=torch.bool)
+    decided = run.routes([run.data.train[i] for i in used])
+    assert isinstance(decided, FixedRoutes)
+    routes[used] = decided.ran
+    return FixedRoutes(routes)
+
+
+def _add_lora(run: Run) -> None:
+    lora = run.config.lora
+    torch.manual_seed(run.config.seed)
+    run.model.add_lora(
+        LoraSettings(
+            rank=lora.rank,
+            lora_alpha=lora.lora_alpha,
+            dropout=lora.dropout,
+            target_modules=None if lora.target_modules is None else tuple(lora.target_modules),
+        )
+    )
+
+
+def _fit(run: Run, phase: str, module: RouterModule | LoRACompensationModule, steps: int) -> dict[str, Any]:
+    """Train a phase from its last checkpoint, or its start; what is to be recorded about it."""
+    settings, trainer = run.settings(phase), run.config.trainer
+    say(f"phase {phase}: {steps} steps of {settings.batch_size * settings.accumulate} prompts, {run.method.label}")
+    checkpoints = run.directory / "checkpoints" / phase
+    resume = run.config.ckpt == "last"
+    resumed = resume and (checkpoints / "last.ckpt").is_file()
+    begun = time.perf_counter()
+    with run.memory_for(f"phase {phase}", phase):
+        kept: dict[str, Any] = fit_phase(
+            module,
+            run.data,
+            FitSettings(
+                accelerator=trainer.accelerator,
+                devices=trainer.devices,
+                num_nodes=trainer.num_nodes,
+                strategy=trainer.strategy,
+                precision=trainer.precision,
+                accumulate=settings.accumulate,
+                max_steps=steps,
+                gradient_clip=settings.gradient_clip,
+                validate_every=settings.validate_every,
+                checkpoint_every=settings.checkpoint_every,
+                patience=settings.patience,
+                progress_bar=trainer.progress_bar,
+            ),
+            checkpoints,
+            [PhaseLogger(each, phase) for each in run.loggers],
+            resume,
+        )
+    seconds = time.perf_counter() - begun
+    record = {"steps": steps, "multiplier": module.multiplier, "seconds": seconds, **kept}
+    if record.get("warning") is not None:
+        warn(f"phase {phase}: {record['warning']}")
+    record["resumed"] = resumed or None  # the seconds are those since then
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
+    """Record a phase, save its model, and go on with that as any later run does."""
+    # What follows reads prompts and responses as long as in phase 2, whether or not phase 1 ran just now.
+    run.data.max_length = run.config.data.max_length_lora
+    if rank()[0] == 0:
+        write_atomically(run.directory / f"{phase}.yaml", yaml.safe_dump(record, sort_keys=False))
+    if run.config.trainer.strategy == "fsdp":
+        _load_best(run, phase)
+    skip_rate = run.method.threshold_skip
+    if phase == "router" and skip_rate is not None:
+        with run.memory_for("placing the threshold"):
+            threshold = calibrate_rate(run.prompts(run.data.val), skip_rate)
+        say(f"threshold {threshold:.4f} for a skip rate of {skip_rate:g}")
+    if rank()[0] == 0:
+        temporary = run.directory / f".{phase}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        run.model.save_pretrained(temporary)
+        temporary.rename(run.directory / phase)
+    barrier()
+    run.model = load_product(run.config, run.directory, phase)
+
+
+def _load_best(run: Run, phase: str) -> None:
+    """After sharded training: an unsharded model with the weights of the phase's best checkpoint."""
+    router = run.directory / "router"
+    start = router if phase == "lora" and router.is_dir() else model_path(run.config.model.path)
+    run.model = load_model(run.config, start)
+    if phase == "lora":
+        _add_lora(run)
+    file = run.directory / "checkpoints" / phase / "best.ckpt"
+    if phase == "router" and not file.is_file():
+        return  # one phase trains them later
+    best = read_checkpoint(file)["state_dict"]
+    run.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)
