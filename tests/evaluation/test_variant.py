@@ -19,7 +19,7 @@ from firstlab.data.encoding import PromptRows
 from firstlab.evaluation.decoding import Decoding
 from firstlab.evaluation.predictions import Prediction, generate_predictions, is_complete
 from firstlab.evaluation.variant import evaluate_variant
-from firstlab.model import EarlyExit, PrunedRoutes, RouterAugmentedLM, Routes, StepRoutes
+from firstlab.model import EarlyExit, FixedRoutes, PrunedRoutes, RouterAugmentedLM, Routes, StepRoutes
 from firstlab.run.experiment import Experiment
 from firstlab.store.results import unpack
 from support.models import random_routers, tiny_model
@@ -54,8 +54,8 @@ def predict(setting, file: Path, routes: Routes | None, **evaluation: object) ->
 SCHEDULE = torch.tensor([[True, True, True, True], [True, True, False, True], [True, False, False, True]])
 RULES: dict[str, Routes | None] = {
     "routers": None,
-    "one": torch.tensor([True, False, True, True]),
-    "each": torch.rand(LIMIT, 4, generator=torch.Generator().manual_seed(1)) > 0.4,
+    "one": FixedRoutes(torch.tensor([True, False, True, True])),
+    "each": FixedRoutes(torch.rand(LIMIT, 4, generator=torch.Generator().manual_seed(1)) > 0.4),
     "steps": StepRoutes(SCHEDULE),
     "early exit": EarlyExit(0.02),
     "pruned": PrunedRoutes(torch.tensor([True, True, False, True])),
@@ -266,7 +266,7 @@ def test_references_weigh_the_rate_by_token_with_or_without_perplexity(setting, 
     options = replace(config.evaluation, perplexity=measured, tpot_prompts=0)
     record = evaluate_variant(model, data, options, tmp_path, "router", RULES["each"], seed=5, progress_bar=False)
     lengths = [len(data.tokenizer(each.references[0], add_special_tokens=False)["input_ids"]) for each in data.test]
-    steps, skipped = torch.tensor(lengths), (~RULES["each"]).float().mean(1)  # the first token is prefill's, EOS is one
+    steps, skipped = torch.tensor(lengths), (~RULES["each"].ran).float().mean(1)
     assert record["skip"]["skip_rate_by_token"] == pytest.approx(float((skipped * steps).sum() / steps.sum()))
     assert unpack(record["examples"]["response_tokens"]).tolist() == [length + 1 for length in lengths]
     assert ("perplexity" in record) is measured

@@ -433,7 +433,10 @@ def test_bad_rules_are_refused(make, message):
     [
         (StepRoutes(torch.ones(2, 5, dtype=torch.bool)), "schedule of 5 layers; the model has 6"),
         (EarlyExit(0.5, min_layers=7), "min_layers=7 but the model has 6 layers"),
-        (PrunedRoutes(torch.ones(5, dtype=torch.bool)), r"routes of shape \[5\] do not fit a model of 6 layers"),
+        (
+            PrunedRoutes(torch.ones(5, dtype=torch.bool)),
+            r"routes must be a boolean tensor \[6\] or \[batch, 6\] .* got \[5\]",
+        ),
         ([True] * 6, "routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got list"),
     ],
 )

@@ -14,7 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from firstlab.model.routers import Routers
-from firstlab.model.routes import ExitPass, Routes, as_routes, decode_steps, layer_skips
+from firstlab.model.routes import ExitPass, FixedRoutes, Routes, as_routes, decode_steps, layer_skips
+
+#: Stands for the routers' own decision where a rule is asked.
+_BY_ROUTERS = FixedRoutes(torch.ones(0, dtype=torch.bool))
 
 
 class RoutedCache(DynamicCache):
@@ -84,14 +87,14 @@ class RoutedCache(DynamicCache):
         self._exit_record: list[Tensor] = []
 
     def _force(self, routes: Routes | Tensor | None, exit_head: Callable[[Tensor], Tensor] | None) -> None:
-        forced = None if routes is None else as_routes(routes)
-        if forced is not None:
-            forced.check(self._routers.num_layers)
-            if forced.exit_rule is not None and exit_head is None:
-                raise ValueError("EarlyExit asks the LM head after every layer: make the cache with model.new_cache()")
-            if forced.skips_prompt and self.get_seq_length():
-                raise ValueError("the prompt in past_key_values ran every layer, which PrunedRoutes forbid: start anew")
-        self._forced, self._exit_head = forced, exit_head
+        rule = _BY_ROUTERS if routes is None else as_routes(routes)
+        if routes is not None:
+            rule.check(self._routers.num_layers)
+        if rule.exit_rule is not None and exit_head is None:
+            raise ValueError("EarlyExit asks the LM head after every layer: make the cache with model.new_cache()")
+        if rule.skips_prompt and self._seen:
+            raise ValueError("the prompt in past_key_values ran every layer, which PrunedRoutes forbid: start anew")
+        self._rule, self._exit_head, self._measures = rule, exit_head, routes is None
 
     @property
     def decided(self) -> bool:
@@ -129,7 +132,7 @@ class RoutedCache(DynamicCache):
                 f"past_key_values holds {rows} rows and the batch has {batch_size}; repeat the cached rows with "
                 "past_key_values.batch_repeat_interleave(...)"
             )
-        if self.routes is None and self._forced is not None and self._forced.skips_prompt:
+        if self.routes is None and self._rule.skips_prompt:
             self._set_routes(self._forced_rows(batch_size, self._routers.weight.device))
         if self.decided:
             self._begin_decode(attention_mask)
@@ -141,20 +144,18 @@ class RoutedCache(DynamicCache):
 
     def _begin_decode(self, attention_mask: Tensor | None) -> None:
         assert self.routes is not None
-        if self._forced is None:
-            return
-        gates = self._forced.window(self._steps, self._pass_tokens)
+        gates = self._rule.window(self._steps, self._pass_tokens)
         if gates is not None:
             self._any_row, self._all_rows = gates.any(0).tolist(), gates.all(0).tolist()
             self._gates = gates.unsqueeze(0)
-        elif self._forced.exit_rule is not None:
+        elif self._rule.exit_rule is not None:
             assert self._exit_head is not None
             if attention_mask is not None and attention_mask.ndim == 2:
                 response = attention_mask[:, self._prompt_seen :].bool()
             else:
                 response = self.routes.new_ones(len(self.routes), self._steps + self._pass_tokens)
             steps = decode_steps(response)[:, -self._pass_tokens :]
-            self._exits = ExitPass(self._forced.exit_rule, self._exit_head, steps, self._routers.num_layers)
+            self._exits = ExitPass(self._rule.exit_rule, self._exit_head, steps, self._routers.num_layers)
 
     @property
     def layers_run(self) -> list[bool]:
@@ -171,7 +172,7 @@ class RoutedCache(DynamicCache):
             skip: The layer's output when nothing is computed.
         """
         if self.routes is None:
-            if self._forced is None:
+            if self._measures:
                 self._readings.append(self._routers.readings(hidden, index))
             return run()
         if self._exits is not None:
@@ -191,15 +192,15 @@ class RoutedCache(DynamicCache):
         """Called after the decoder ran: count the tokens and, after the last prompt chunk, fix the routes."""
         self._seen += self._pass_tokens
         if not self.decided:
-            if self._forced is None:
+            if self._measures:
                 self._pool()
             if not self.prompt_continues and self._seen >= (self._prompt_length or 0):
                 self._fix_routes()
         elif self._exits is not None:
             self._exit_record.append(self._exits.ran)
             self._exits = None
-        elif self._forced is not None:
-            self._follow_schedule(self._forced)
+        else:
+            self._follow_schedule()
         self._sync_skipped_lengths()
 
     def _sync_skipped_lengths(self) -> None:
@@ -225,7 +226,7 @@ class RoutedCache(DynamicCache):
 
     def _fix_routes(self) -> None:
         self._prompt_seen = self._seen
-        if self._forced is None:
+        if self._measures:
             assert self._sums is not None and self._counts is not None
             self.rho = self._sums / self._counts.clamp_min(1).unsqueeze(1)
             self._set_routes(self._routers.decide(self.rho))
@@ -235,16 +236,14 @@ class RoutedCache(DynamicCache):
         self._free_skipped()
 
     def _forced_rows(self, rows: int, device: torch.device) -> Tensor:
-        assert self._forced is not None
-        routes = self._forced.first(self._routers.num_layers)
+        routes = self._rule.first(self._routers.num_layers)
         if rows % len(routes):
             raise ValueError(f"routes has {len(routes)} rows, which do not divide the batch of {rows}")
         return routes.to(device).repeat_interleave(rows // len(routes), dim=0)
 
-    def _follow_schedule(self, forced: Routes) -> None:
-        assert self.routes is not None
-        upcoming, last = forced.window(self._steps, 1), forced.window(self._steps - self._pass_tokens, 1)
-        if upcoming is None or last is None:
+    def _follow_schedule(self) -> None:
+        upcoming, last = (self._rule.window(step, 1) for step in (self._steps, self._steps - self._pass_tokens))
+        if upcoming is None or last is None or self.routes is None:
             return
         self._any_row = self._all_rows = upcoming[0].tolist()
         if not torch.equal(upcoming, last):
@@ -291,10 +290,10 @@ class RoutedCache(DynamicCache):
     def ran(self) -> Tensor:
         """[B, steps, L] boolean, the layers that each row ran at each decode step until now."""
         routes = self._known_routes()
-        schedule = None if self._forced is None else self._forced.window(0, self._steps)
+        schedule = self._rule.window(0, self._steps)
         if schedule is not None:
             return schedule.to(routes.device).expand(len(routes), -1, -1)
-        if self._forced is not None and self._forced.exit_rule is not None:
+        if self._rule.exit_rule is not None:
             return torch.cat([routes.unsqueeze(1)[:, :0], *self._exit_record], dim=1)
         return routes.unsqueeze(1).expand(-1, self._steps, -1)
 
@@ -310,7 +309,7 @@ class RoutedCache(DynamicCache):
             steps; else 0 in a row without steps.
         """
         routes = self._known_routes()
-        if self._forced is None or not self._forced.decides_each_step:
+        if not self._rule.decides_each_step:
             return 1 - routes.float()
         ran = self.ran
         place = torch.arange(ran.shape[1], device=ran.device).expand(len(ran), -1)
@@ -353,14 +352,13 @@ class RoutedCache(DynamicCache):
         seen = max(0, self._seen - abs(tokens_to_remove))
         if self._counts is not None:
             raise ValueError("tokens of a prompt that goes on cannot be taken back: start again with an empty cache")
-        if self._forced is not None:
-            step = max(0, seen - self._prompt_seen)
-            then, now = self._forced.window(step, 1), self._forced.window(self._steps, 1)
-            if then is not None and now is not None and not torch.equal(then, now):
-                raise ValueError(
-                    f"cannot go back from decode step {self._steps} to {step}: StepRoutes ran more layers then, and "
-                    "their keys and values are freed; start again from the prompt"
-                )
+        step = max(0, seen - self._prompt_seen)
+        then, now = self._rule.window(step, 1), self._rule.window(self._steps, 1)
+        if then is not None and now is not None and not torch.equal(then, now):
+            raise ValueError(
+                f"cannot go back from decode step {self._steps} to {step}: StepRoutes ran more layers then, and "
+                "their keys and values are freed; start again from the prompt"
+            )
         super().crop(tokens_to_remove)
         self._seen = seen
         if self._exit_record:

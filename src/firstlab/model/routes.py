@@ -87,7 +87,10 @@ class FixedRoutes(Routes):
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
         if self.ran.shape[-1] != num_layers:
-            raise ValueError(f"routes of shape {list(self.ran.shape)} do not fit a model of {num_layers} layers")
+            raise ValueError(
+                f"routes must be a boolean tensor [{num_layers}] or [batch, {num_layers}] (true = the layer runs); "
+                f"got {list(self.ran.shape)}"
+            )
         if prompts is not None and self.ran.ndim == 2 and len(self.ran) != prompts:
             raise ValueError(f"routes has {len(self.ran)} rows for {prompts} prompts; give one row per prompt")
 

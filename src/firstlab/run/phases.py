@@ -262,7 +262,7 @@ def _add_lora(run: Run) -> None:
             rank=lora.rank,
             lora_alpha=lora.lora_alpha,
             dropout=lora.dropout,
-            target_modules=None if lora.target_modules is None else tuple(lora.target_modules),
+            target_modules=lora.target_modules,
         )
     )
 
