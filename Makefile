@@ -49,10 +49,11 @@ nano: setup ## train the bundled nano model again, from generated text
 
 comet: $(COMET_INSTALLED) ## install the COMET metric into .venv-comet, its own environment
 
-# What fails is listed and the tables are written all the same. docs/results keeps the page.
+# What fails is listed and the tables are written all the same. docs/results keeps the page and a picture.
 reproduce-tables: setup ## run what the tables lack (SCALE=nano, or llama on a GPU), then write them; only write: python -m firstlab.tables
 	$(PY) -m firstlab.train +sweep=$(SWEEP_$(SCALE)); failed=$$?; $(PY) -m firstlab.tables scale=$(SCALE) \
-	  && cp tables/$(SCALE)/index.html docs/results/$(SCALE).html && exit $$failed
+	  && cp tables/$(SCALE)/index.html docs/results/$(SCALE).html \
+	  && { cp tables/$(SCALE)/svg/pareto.svg docs/results/$(SCALE)_pareto.svg || true; } && exit $$failed
 
 lock: setup ## renew constraints.txt: the newest versions that work together on Python 3.10 and later
 	$(PY) -m pip install --quiet uv
