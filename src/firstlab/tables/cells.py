@@ -126,23 +126,16 @@ class Cells:
             matches = [match for match in matches if self._asked_for(match.records[0], run)]
         if not matches:
             return None, "no run"
-        wanted = run.level
-        # Of runs that are equally near, to a point, the one that was asked for the level stands for it.
-        nearest = matches[0]
+        wanted, nearest = run.level, matches[0]
         if wanted is not None:
-            nearest = min(
-                matches,
-                key=lambda match: (
-                    round(abs(match.skip_rate - wanted), 2),
-                    not self._asked_for(match.records[0], run),
-                    abs(match.skip_rate - wanted),
-                ),
-            )
-        if wanted is not None and abs(nearest.skip_rate - wanted) > self.config.tolerance + 1e-9:
             asked = next((match for match in matches if self._asked_for(match.records[0], run)), None)
-            if asked is not None:
-                return None, f"{OFF_LEVEL}: asked for {wanted:.1%}, skipped {asked.skip_rate:.1%}"
-            return None, f"no run near {wanted:.1%}; the nearest skipped {nearest.skip_rate:.1%}"
+            # Of runs that are equally near, to a point, the one that was asked for the level stands for it.
+            off = {match: abs(match.skip_rate - wanted) for match in matches}
+            nearest = min(matches, key=lambda match: (round(off[match], 2), match is not asked, off[match]))
+            if off[nearest] > self.config.tolerance + 1e-9:
+                if asked is not None:
+                    return None, f"{OFF_LEVEL}: asked for {wanted:.1%}, skipped {asked.skip_rate:.1%}"
+                return None, f"no run near {wanted:.1%}; the nearest skipped {nearest.skip_rate:.1%}"
         self.used.update(nearest.records)
         return nearest, ""
 
