@@ -56,9 +56,11 @@ test-nano: setup ## test the recipe of the bundled model and tasks
 
 comet: $(COMET_INSTALLED) ## install the COMET metric into .venv-comet, its own environment
 
-# What fails is listed and the tables are written all the same.
+# What fails is listed and the tables are written all the same. docs/results keeps the page and a picture.
 reproduce-tables: setup ## run what the tables lack (SCALE=nano, or llama on a GPU), then write them; only write: python -m firstlab.tables
-	$(PY) -m firstlab.train +sweep=$(SWEEP_$(SCALE)); failed=$$?; $(PY) -m firstlab.tables scale=$(SCALE) && exit $$failed
+	$(PY) -m firstlab.train +sweep=$(SWEEP_$(SCALE)); failed=$$?; $(PY) -m firstlab.tables scale=$(SCALE) \
+	  && cp tables/$(SCALE)/index.html docs/results/$(SCALE).html \
+	  && { cp tables/$(SCALE)/svg/pareto.svg docs/results/$(SCALE)_pareto.svg || true; } && exit $$failed
 
 lock: setup ## renew constraints.txt: the newest versions that work together on Python 3.10 and later
 	$(PY) -m pip install --quiet uv

@@ -90,7 +90,17 @@ def test_the_ablation_sweep_runs_what_the_table_shows(scale: str, name: str):
 
 @pytest.mark.parametrize(
     ("cells", "message"),
-    [({}, "needs tables, ablations or methods"), ({"tasks": 1}, "hydra.sweeper: "), ({"nothing": 1}, "'nothing'")],
+    [
+        ({}, "is no run of the scale nano"),
+        ({"tables": ["table1"], "tasks": ["nothing"]}, "is no run of the scale nano"),
+        (
+            {"methods": ["nothing"], "rates": [0.5]},
+            "scale.methods has no entry for 'nothing'; it has none, skip_decode",
+        ),
+        ({"methods": ["none"], "models": ["nothing"]}, "scale.models has no entry for 'nothing'"),
+        ({"tasks": 1}, "hydra.sweeper: "),
+        ({"nothing": 1}, "'nothing'"),
+    ],
 )
 def test_cells_that_say_nothing_are_refused(cells: dict, message: str):
     scale = compose("train", ["+sweep=table1"], return_hydra_config=True).hydra.sweeper.scale

@@ -23,6 +23,7 @@ from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_
 from firstlab.methods.unified_skip import UnifiedSkip
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.store import results
+from firstlab.tables import __main__ as tables_command
 from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
 from firstlab.tables.cells import WORSE, Cells
@@ -663,6 +664,13 @@ def test_everything_is_written_and_the_page_stands_alone(tmp_path: Path):
     again = {file: file.read_bytes() for file in index.parent.rglob("*.*")}
     write(config, build(config, read(config.results)), library)
     assert again == {file: file.read_bytes() for file in index.parent.rglob("*.*")}, "the same results, the same files"
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tables_command, "read", lambda _: pytest.fail("read"))
+    with pytest.raises(ValueError, match=f"out={tmp_path / 'file' / 'x'} cannot be written .* another folder"):
+        tables_command.run(settings(f"out={tmp_path}/file/x"))
 
 
 def test_forms_of_a_table():

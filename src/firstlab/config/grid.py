@@ -67,16 +67,12 @@ class ScaleConfig:
 
     def check(self) -> None:
         """Raises ValueError with the option's full name."""
-        for option, ours, theirs in (
-            ("models", self.models, paper.models()),
-            ("tasks", self.tasks, paper.tasks()),
-        ):
-            unknown = sorted(set(ours) - set(theirs))
-            if unknown or not ours:
-                wrong = f"{unknown[0]!r} is not the paper's" if unknown else "it is empty"
-                raise ValueError(
-                    f"scale.{option}={dict(ours)}: {wrong}; say what stands for any of {', '.join(theirs)}"
-                )
+        for option, theirs in (("models", paper.models()), ("tasks", paper.tasks())):
+            ours = getattr(self, option)
+            if not ours or set(ours) - set(theirs):
+                wrong = f"{min(set(ours) - set(theirs))!r} is not the paper's" if ours else "it is empty"
+                known = ", ".join(theirs)
+                raise ValueError(f"scale.{option}={dict(ours)}: {wrong}; say what stands for any of {known}")
         if "none" not in self.methods:
             raise ValueError("scale.methods has no entry for 'none': every table compares with the dense model")
         if self.ablation_model is not None and self.ablation_model not in self.models:
@@ -84,12 +80,21 @@ class ScaleConfig:
         for level, rate in self.levels.items():
             if not 0 < rate < 1:
                 raise ValueError(f"scale.levels.{level}={rate} is not a skip rate: strictly between 0 and 1")
+        missing = sorted(set(self.levels) - set(self.alphas))
         for method, overrides in self.methods.items():
-            if any("{alpha}" in each for each in overrides) and set(self.levels) - set(self.alphas):
-                missing = sorted(set(self.levels) - set(self.alphas))
-                raise ValueError(
-                    f"scale.methods.{method} takes an α, and scale.alphas has none for the levels {missing}"
-                )
+            if missing and any("{alpha}" in each for each in overrides):
+                raise ValueError(f"scale.methods.{method} takes an α, and scale.alphas has none for {missing}")
+
+    def entry(self, option: str, key: Any) -> Any:
+        """What the scale has for a model, task, level or method.
+
+        Raises:
+            ValueError: Nothing.
+        """
+        known = getattr(self, option)
+        if key not in known:
+            raise ValueError(f"scale.{option} has no entry for {key!r}; it has {', '.join(map(str, known))}")
+        return known[key]
 
 
 @dataclass
@@ -179,30 +184,24 @@ def run_of(scale: ScaleConfig, task: str, model: str, method: str, level: int, c
     Raises:
         ValueError: The scale has nothing for one of them.
     """
-    for option, wanted, known in (("tasks", task, scale.tasks), ("models", model, scale.models)):
-        if wanted not in known:
-            raise ValueError(f"scale.{option} has no entry for {wanted!r}; it has {', '.join(known)}")
-    if level and level not in scale.levels:
-        raise ValueError(f"scale.levels has no entry for {level}; it has {', '.join(map(str, scale.levels))}")
-    if method not in scale.methods:
-        raise ValueError(f"scale.methods has no entry for {method!r}; it has {', '.join(scale.methods)}")
-    rate = scale.levels[level] if level else 0.0
-    return _run_at(scale, task, model, method, rate, scale.alphas.get(level, 0), changes)
+    rate = scale.entry("levels", level) if level else 0.0
+    return at_rate(scale, task, model, method, rate, scale.alphas.get(level, 0), changes)
 
 
-def at_rate(scale: ScaleConfig, task: str, model: str, method: str, rate: float) -> Run:
-    """As `run_of`, at any skip rate of a method that takes one."""
-    return _run_at(scale, task, model, method, rate, 0, ())
-
-
-def _run_at(
-    scale: ScaleConfig, task: str, model: str, method: str, rate: float, alpha: float, changes: tuple[str, ...]
+def at_rate(
+    scale: ScaleConfig,
+    task: str,
+    model: str,
+    method: str,
+    rate: float,
+    alpha: float = 0,
+    changes: tuple[str, ...] = (),
 ) -> Run:
+    """As `run_of`, at any skip rate of a method that takes one."""
     fill = {"level": f"{rate:.12g}", "alpha": f"{alpha:.12g}"}
-    named = [f"model={scale.models[model]}", f"data={scale.tasks[task]}"]
-    own = [each.format_map(fill) for each in scale.methods[method]]
-    overrides = (*scale.base, *named, *own, *changes)
-    return Run(scale.tasks[task], scale.models[model], method, rate, overrides, changes)
+    data, base = scale.entry("tasks", task), scale.entry("models", model)
+    own = [each.format_map(fill) for each in scale.entry("methods", method)]
+    return Run(data, base, method, rate, (*scale.base, f"model={base}", f"data={data}", *own, *changes), changes)
 
 
 def level_keys(scale: ScaleConfig) -> set[str]:
@@ -279,13 +278,11 @@ def _chosen(scale: ScaleConfig, cells: CellsConfig) -> list[Run]:
         fits = not cells.rates or not run.level or run.level in cells.rates
         if named and fits and all(not names or name in names for name, names in wanted):
             chosen.append(run)
-    if cells.tables:
-        return chosen
-    if not cells.methods:
-        raise ValueError("hydra.sweeper.cells: each entry needs tables, ablations or methods")
     ours = {model: paper_model for paper_model, model in reversed(scale.models.items())}
-    for model, task, method in product(cells.models or ours, scale.tasks, cells.methods):
+    for model, task, method in product(cells.models or ours, scale.tasks, () if cells.tables else cells.methods):
         if not cells.tasks or scale.tasks[task] in cells.tasks:
             for rate in [0.0] if method == "none" else cells.rates:
-                chosen.append(at_rate(scale, task, ours[model], method, rate))
+                chosen.append(at_rate(scale, task, ours.get(model, model), method, rate))
+    if not chosen:
+        raise ValueError(f"hydra.sweeper.cells: {cells} is no run of the scale {scale.name}")
     return chosen

@@ -15,7 +15,7 @@ import math
 import reprlib
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
@@ -185,27 +185,31 @@ def read_all(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, 
 
 
 def _read_file(file: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    place: Path | str = file
     try:
         if file.name != PACKED:
-            yield (
-                file,
-                checked(_json(file.read_text(encoding="utf-8")), Benchmark if file.name == BENCHMARK else Record),
-            )
+            kind = Benchmark if file.name == BENCHMARK else Record
+            yield file, checked(_json(file.read_text(encoding="utf-8")), kind)
             return
         with lzma.open(file, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                place = f"{file}, line {number},"
-                try:
-                    node = _json(line)
-                    if not isinstance(node, dict) or not isinstance(node.get("name"), str):
-                        raise ValueError("it has no name")
-                    place = file / node.pop("name")
-                    yield place, checked(node, Benchmark if "cells" in node else Record)
-                except ValueError as error:
-                    warn(f"{place} is left out: {error}")
+            yield from _read_lines(file, lines, warn)
     except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-        warn(f"{place} is left out: {error}")
+        rest = " or its rest" if file.name == PACKED else ""
+        warn(f"{file}{rest} is left out: {error}")
+
+
+def _read_lines(file: Path, lines: Iterable[str], warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        place = f"line {number}"
+        try:
+            node = _json(line)
+            if not isinstance(node, dict) or not isinstance(node.get("name"), str):
+                raise ValueError("it has no name")
+            place = node.pop("name")
+            found = checked(node, Benchmark if "cells" in node else Record)
+        except ValueError as error:
+            warn(f"{file / place} is left out: {error}")
+        else:
+            yield file / place, found
 
 
 def _json(text: str) -> Any:

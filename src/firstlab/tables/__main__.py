@@ -64,8 +64,12 @@ def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="tables")
 @guarded
 def main(composed: DictConfig) -> None:
+    """The command."""
+    run(load(composed))
+
+
+def run(config: TablesConfig) -> None:
     """Read, compute, write, say what is filled and what is not."""
-    config = load(composed)
     check_writable(Path(config.out), "out")
     library = read(config.results)
     tables = build(config, library)
