@@ -169,7 +169,11 @@ def check_runs(overrides: list[str]) -> None:
     if "+sweep" in given:
         given.pop("hydra.searchpath", None)
         whole = compose("train", [f"{k}={v[0]}" for k, v in given.items() if len(v) == 1], return_hydra_config=True)
-        grids = whole.hydra.sweeper.grids
+        from firstlab.run.sweep import with_cells
+
+        sweeper = whole.hydra.sweeper
+        grids = with_cells(sweeper.scale, sweeper.cells, sweeper.grids)
+        given = {key: values for key, values in given.items() if not key.startswith(("+", "hydra"))}
     runs = expand(grids, given)
     assert runs
     load(compose("train", runs[-1]))
