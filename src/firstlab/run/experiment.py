@@ -52,13 +52,13 @@ from firstlab.store.ranks import barrier, rank
 from firstlab.training.modules import (
     LoRACompensationModule,
     OnePhaseModule,
-    OptimizerSettings,
+    Phase,
     RouterModule,
     RoutingObjective,
 )
 from firstlab.training.prompt_set import PromptSet
 from firstlab.training.router_start import calibrate_rate, start_phase_1
-from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
+from firstlab.training.trainer import fit_phase, read_checkpoint
 
 
 class Experiment:
@@ -327,9 +327,8 @@ class Experiment:
         per_epoch = math.ceil(batch_count(len(data.train), phase.batch_size) / phase.accumulate)
         steps = min(phase.epochs * per_epoch, phase.max_steps or math.inf)
         data.total_batches = int(steps) * phase.accumulate
-        optimizer = OptimizerSettings(phase.learning_rate, phase.weight_decay, phase.warmup_fraction, int(steps))
-        objective = replace(self._objective(name), distill=phase.distill)
-        module: RouterModule | LoRACompensationModule
+        objective = self._objective(name)
+        module: Phase
         started: dict[str, float] = {}
         one_phase = isinstance(method, First) and method.one_phase
         if name == "router":
@@ -341,41 +340,39 @@ class Experiment:
                 data.max_length = config.data.max_length_lora
                 self._record_phase(name, {"steps": 0, "multiplier": objective.multiplier, "seconds": 0.0, **started})
                 return
-            module = RouterModule(self.model, objective, optimizer, config.seed)
+            module = RouterModule(self.model, objective=objective, phase=phase, seed=config.seed)
         elif one_phase:
             self._add_lora()
-            optimizer = replace(optimizer, router_learning_rate=config.router_phase.learning_rate)
             module = OnePhaseModule(
-                self.model, replace(self._objective("router"), distill=phase.distill), optimizer, config.seed
+                self.model,
+                objective=self._objective("router"),
+                phase=phase,
+                seed=config.seed,
+                router_learning_rate=config.router_phase.learning_rate,
             )
         else:
             routes, val_routes = self._training_routes(), self._routes(data.val)
             self._add_lora()
             if routes is not None:
                 objective = replace(objective, target_skip=None, objective="decode_consistent")
-            module = LoRACompensationModule(self.model, objective, optimizer, config.seed, routes, val_routes)
+            module = LoRACompensationModule(
+                self.model, objective=objective, phase=phase, seed=config.seed, routes=routes, val_routes=val_routes
+            )
         _say(f"phase {name}: {int(steps)} steps of {phase.batch_size * phase.accumulate} prompts, {method.label}")
-        trainer = config.trainer
-        settings = FitSettings(
-            trainer.accelerator,
-            trainer.devices,
-            trainer.num_nodes,
-            trainer.strategy,
-            trainer.precision,
-            phase.accumulate,
-            int(steps),
-            phase.gradient_clip,
-            phase.validate_every,
-            phase.checkpoint_every,
-            phase.patience,
-            trainer.progress_bar,
-        )
         checkpoints = self.directory / "checkpoints" / name
         resume = config.ckpt == "last"
         resumed = resume and (checkpoints / "last.ckpt").is_file()
         start = time.perf_counter()
         named: list[Logger] = [PhaseLogger(each, name) for each in loggers]
-        kept = fit_phase(module, data, settings, checkpoints, named, resume)
+        kept = fit_phase(
+            module,
+            data,
+            config=config.trainer,
+            max_steps=int(steps),
+            directory=checkpoints,
+            loggers=named,
+            resume=resume,
+        )
         seconds = time.perf_counter() - start
         record = {"steps": int(steps), "multiplier": module.multiplier, "seconds": seconds, **started, **kept}
         if resumed:
@@ -398,14 +395,14 @@ class Experiment:
                 alpha = record["multiplier"]
             alpha = alpha / 3 if method.beta is None else method.beta
         return RoutingObjective(
-            method.objective,
-            method.gate if name == "router" else method.lora_gate,
-            method.pooled_tokens,
-            alpha,
-            method.target_skip,
-            method.dual_rate,
-            method.tolerance,
-            method.lam,
+            objective=method.objective,
+            gate=method.gate if name == "router" else method.lora_gate,
+            pooled_tokens=method.pooled_tokens,
+            multiplier=alpha,
+            target_skip=method.target_skip,
+            dual_rate=method.dual_rate,
+            tolerance=method.tolerance,
+            lam=method.lam,
             hold_routes=method.route_weight if name == "lora" else 0.0,
         )
 
