@@ -10,9 +10,9 @@ import torch
 
 from firstlab.training.calibration import start_routers
 from firstlab.training.modules import RoutingObjective
+from firstlab.training.prompt_set import PromptSet
 from support.tiny_phase import TinyPhase, weights
 from support.tiny_run import composed
-
 
 OURS = RoutingObjective(objective="decode_consistent", gate="bernoulli", pooled_tokens="prompt", multiplier=0.1)
 PAPER = RoutingObjective(objective="soft", gate="soft", pooled_tokens="sequence", multiplier=0.1)
@@ -86,8 +86,7 @@ def test_routes_are_held_only_after_a_phase_1_of_the_same_kind(other: str):
 
 def test_target_skip_moves_the_hard_rate_towards_the_target(setup: TinyPhase, tmp_path: Path):
     objective = replace(OURS, gate="soft", multiplier=0.0, target_skip=0.5, dual_rate=5.0)
-    batches = [{k: v for k, v in next(iter(setup.data.val_dataloader())).items() if k != "index"}]
-    start_routers(setup.model, batches, [], 0.0, margin=0.01)
+    start_routers(PromptSet(setup.model, setup.data, setup.data.val[:4], 4), [], skip_rate=0.0, margin=0.01)
     module = setup.module("router", objective, learning_rate=0.02)
     kept = setup.fit(module, tmp_path)
     assert kept["val/skip_rate"] > 0.2

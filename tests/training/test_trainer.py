@@ -13,12 +13,17 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from firstlab.training import modules
-from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, Phase, RouterModule, RoutingObjective
+from firstlab.training.modules import Phase, RoutingObjective
 from firstlab.training.trainer import AtomicCheckpointIO, read_checkpoint
 from support.tiny_phase import TinyPhase, weights
 
 TARGET = RoutingObjective(
-    objective="decode_consistent", gate="bernoulli", pooled_tokens="prompt", multiplier=0.1, target_skip=0.3, dual_rate=0.5
+    objective="decode_consistent",
+    gate="bernoulli",
+    pooled_tokens="prompt",
+    multiplier=0.1,
+    target_skip=0.3,
+    dual_rate=0.5,
 )
 OURS = replace(TARGET, target_skip=None)
 PAPER = RoutingObjective(objective="soft", gate="soft", pooled_tokens="sequence", multiplier=0.1)
@@ -229,5 +234,3 @@ def test_a_signal_to_requeue_on_slurm_leaves_nothing_for_other_runs(
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert not list(tmp_path.rglob("hpc_ckpt*")) and {each.name for each in tmp_path.iterdir()} >= {"run"}
-
-

@@ -275,7 +275,8 @@ class Experiment:
 
     def _prompts(self, examples: Sequence[Example]) -> PromptSet:
         room = self.config.trainer.prompt_cache_mib * 2**20
-        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room)
+        shown = self.config.trainer.progress_bar and rank()[0] == 0
+        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room, shown)
 
     def _phase(self, name: str, loggers: list[Logger]) -> None:
         """Train a phase unless its product is there, and load the product; without either the model stays as it is."""
@@ -333,8 +334,6 @@ class Experiment:
         one_phase = isinstance(method, First) and method.one_phase
         if name == "router":
             if isinstance(method, First) and method.start != "random":
-                count = method.calibration_prompts
-                _say(f"calibrating the routers' start ({method.start}) on {count} training prompts")
                 started = start_phase_1(self.directory, method, self._prompts(data.train))
             if one_phase:
                 data.max_length = config.data.max_length_lora

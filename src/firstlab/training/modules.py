@@ -237,9 +237,7 @@ class Phase(L.LightningModule):
             score = float(sums["soft"] / sums["rows"])
         else:
             target, tolerance = self.objective.target_skip, self.objective.tolerance
-            score = selection_score(
-                cross_entropy, skip_rate, target=target, tolerance=tolerance, weight=_TARGET_WEIGHT
-            )
+            score = selection_score(cross_entropy, skip_rate, target=target, tolerance=tolerance, weight=_TARGET_WEIGHT)
         self.score = score
         broken = torch.full_like(sums["rows"][0], math.inf if math.isfinite(score) else self.trainer.global_step)
         self._broken_at = self.trainer.strategy.reduce(

@@ -27,7 +27,7 @@ from firstlab.training.codebook import (
     pooled_states,
     threshold_at,
 )
-from firstlab.training.prompt_set import PromptSet
+from firstlab.training.prompt_set import PromptSet, check_finite
 
 # The SLEB order that routers with a calibrated start begin from: layers, best skipped first.
 STATIC_ORDER = "start.json"
@@ -52,12 +52,13 @@ def start_phase_1(directory: Path, method: First, training: PromptSet) -> dict[s
     """
     if method.start == "codebook" and method.codebook_size > 1:
         return _from_codebook(directory, method, training)
-    prompts = training.slice(0, method.calibration_prompts)
+    prompts = training.take(method.calibration_prompts)
+    _say(f"calibrating the routers' start ({method.start}) on {len(prompts)} training prompts")
     rate, order = 0.0, []
     if method.start != "dense":
         rate = method.target_skip or 0.0
         order = _static_order(directory, prompts, rate * prompts.num_layers, method.search_width)
-    start_routers(prompts.model, prompts.batches, order, rate, method.start_margin)
+    start_routers(prompts, order, skip_rate=rate, margin=method.start_margin)
     return {}
 
 
@@ -68,8 +69,9 @@ def _static_order(directory: Path, prompts: PromptSet, count: float, width: int)
         layers = prompts.num_layers
         check_count(math.ceil(count), layers, 1, 1)
         # The whole layers first, by themselves: with the last one in the search their set need not be the best.
-        order = elimination(layers, math.floor(count), prompts.loss, width=width)
-        order = elimination(layers, math.ceil(count), prompts.loss, first=order)
+        shown = prompts.progress_bar
+        order = elimination(layers, math.floor(count), prompts.loss, width=width, progress_bar=shown)
+        order = elimination(layers, math.ceil(count), prompts.loss, first=order, progress_bar=shown)
         write_atomically(file, json.dumps(order) + "\n")
     barrier()
     return json.loads(file.read_text(encoding="utf-8"))
@@ -79,15 +81,15 @@ def _from_codebook(directory: Path, method: First, training: PromptSet) -> dict[
     assert method.target_skip is not None
     first = method.calibration_prompts
     prompts, others = training.slice(0, first), training.slice(first, first + method.fit_prompts)
-    model = training.model
     if len(others) < 4:
         raise ValueError(
             f"method.start=codebook needs at least 4 training prompts behind the first {first}, and there are "
             f"{len(others)}: lower method.calibration_prompts, or raise data.train_size"
         )
-    states = pooled_states(model, prompts.batches)
+    _say(f"calibrating the routers' start (codebook) on {len(prompts)} training prompts and {len(others)} further ones")
+    states = pooled_states(prompts)
     centres = cluster(states, method.codebook_size)
-    measured = nearest(pooled_states(model, others.batches), centres)
+    measured = nearest(pooled_states(others), centres)
     file = directory / CODEBOOK
     if not file.is_file() and rank()[0] == 0:
         found = find_codebook(prompts, nearest(states, centres), others, measured, method.target_skip)
@@ -96,18 +98,17 @@ def _from_codebook(directory: Path, method: First, training: PromptSet) -> dict[
     routes = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["routes"])
     wanted = routes[measured]
     trained = math.ceil(len(others) * 3 / 4)
-    accuracy = fit_to_routes(model, others.batches, wanted, method.start_margin, trained)
+    accuracy = fit_to_routes(others, wanted, margin=method.start_margin, trained=trained)
     started = {
         "start_accuracy": float(accuracy.mean()),
         "start_constant_accuracy": float(constant_accuracy(wanted, trained).mean()),
     }
+    _say(
+        f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
+        f"{100 * started['start_accuracy']:.1f} % of decisions right on held-out prompts, "
+        f"{100 * started['start_constant_accuracy']:.1f} % by constant ones"
+    )
     if rank()[0] == 0:
-        print(
-            f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
-            f"{100 * started['start_accuracy']:.1f} % of decisions right on held-out prompts, "
-            f"{100 * started['start_constant_accuracy']:.1f} % by constant ones",
-            flush=True,
-        )
         record = {"routes": routes.tolist(), "held_out_accuracy": accuracy.tolist()}
         write_atomically(file, json.dumps(record) + "\n")
     return started
@@ -117,6 +118,12 @@ def calibrate_rate(validation: PromptSet, skip_rate: float) -> float:
     """Move the routers' threshold so that these prompts skip `skip_rate` on average; returns the new threshold."""
     model = validation.model
     rho = torch.cat([model.prompt_rho(batch["input_ids"], batch["prompt_mask"]) for batch in validation.batches])
+    check_finite(rho, "rho of validation prompts")
     threshold = threshold_at(rho.cpu(), skip_rate)
     model.routers.settings = replace(model.routers.settings, threshold=threshold)
     return threshold
+
+
+def _say(message: str) -> None:
+    if rank()[0] == 0:
+        print(message, flush=True)
