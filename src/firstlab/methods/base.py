@@ -18,6 +18,7 @@ class Prompts(Protocol):
     """N prompts with their references and the model that reads them: all that a method may look at."""
 
     texts: Sequence[str]
+    progress_bar: bool
 
     @property
     def num_layers(self) -> int:
