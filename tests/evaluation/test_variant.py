@@ -266,6 +266,7 @@ def test_references_weigh_the_rate_by_token_with_or_without_perplexity(setting, 
     options = replace(config.evaluation, perplexity=measured, tpot_prompts=0)
     record = evaluate_variant(model, data, options, tmp_path, "router", RULES["each"], seed=5, progress_bar=False)
     lengths = [len(data.tokenizer(each.references[0], add_special_tokens=False)["input_ids"]) for each in data.test]
+    # The first token is prefill's, EOS is one.
     steps, skipped = torch.tensor(lengths), (~RULES["each"].ran).float().mean(1)
     assert record["skip"]["skip_rate_by_token"] == pytest.approx(float((skipped * steps).sum() / steps.sum()))
     assert unpack(record["examples"]["response_tokens"]).tolist() == [length + 1 for length in lengths]

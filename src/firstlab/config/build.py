@@ -18,6 +18,7 @@ from firstlab.data.task import Task
 from firstlab.metrics import PRIMARY_METRIC
 from firstlab.model import (
     LoraSettings,
+    ModelUnavailableError,
     RouterAugmentedLM,
     RouterSettings,
     check_lora,
@@ -90,10 +91,13 @@ def check_test_set(data: PromptDataModule) -> None:
 
 def check_lora_targets(config: ExperimentConfig) -> None:
     """Raises ValueError if phase 2 would adapt linear maps that the model does not have; loads no weights."""
-    if "lora" in config.phases:
-        start = config.init_from or config.model.path
-        base = load_base_config(model_path(start), config.model.revision)
-        check_lora(base, LoraSettings(**asdict(config.lora)))
+    if "lora" not in config.phases:
+        return
+    try:
+        base = load_base_config(model_path(config.init_from or config.model.path), config.model.revision)
+    except ModelUnavailableError:
+        return  # loading it says what is wrong, or knows more kinds of folders
+    check_lora(base, LoraSettings(**asdict(config.lora)))
 
 
 def check_device(trainer: TrainerConfig) -> None:

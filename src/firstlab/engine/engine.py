@@ -21,7 +21,7 @@ from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep, orders_anew
 from firstlab.engine.sampling import Sampling, chooser
-from firstlab.model.generation_options import check_score_settings
+from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import Routes, as_routes, layer_skips
 
@@ -228,14 +228,11 @@ class DecodeEngine:
         """Every prompt's row, as they end. What cannot work is refused here, not when the first row is asked for."""
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         self._check(prompts, limits, routes, sampling is not None)
-        if eos is None:
-            given = self.model.lm.generation_config.eos_token_id
-            eos = [] if given is None else given if isinstance(given, list) else [given]
         task = _Task(
             routes,
             chooser(sampling, self.model.device),
             limits,
-            set(eos),
+            set(stop_tokens(self.model.lm, None) if eos is None else eos),
             # A step in vain would draw for the other rows, too.
             0 if sampling is not None or (routes is not None and routes.exit_rule) else self.lookahead,
             on_step or (lambda tokens: None),

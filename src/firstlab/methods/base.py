@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from firstlab.methods.objective import RouterStart, RoutingObjective
-from firstlab.model import EarlyExit, FixedRoutes, PrunedRoutes, Routes, as_routes
+from firstlab.model import EarlyExit, PrunedRoutes, Routes, as_routes
 
 
 class Prompts(Protocol):
@@ -205,9 +205,9 @@ class CalibratedSet(FixedCount):
         """Says so when the prompt skips, too."""
         return f"{super().label}-prefill" if self.skip_prefill else super().label
 
-    def applied(self, routes: Tensor) -> Routes:
+    def applied(self, routes: Tensor) -> Tensor | Routes:
         """[L] routes as the method runs them: in decode, or in prefill as well."""
-        return PrunedRoutes(routes) if self.skip_prefill else FixedRoutes(routes)
+        return PrunedRoutes(routes) if self.skip_prefill else routes
 
 
 def check_count(count: int, num_layers: int, protect_first: int, protect_last: int) -> int:

@@ -21,7 +21,7 @@ class ShortGPT(CalibratedSet):
     protect_first: int = 0
     protect_last: int = 0
 
-    def routes(self, prompts: Prompts) -> Routes:
+    def routes(self, prompts: Prompts) -> Tensor | Routes:
         """[L], without the k least influential of the unprotected layers."""
         layers = prompts.num_layers
         influence = block_influence(prompts.take(self.calibration_prompts)).tolist()

@@ -31,7 +31,7 @@ class SLEB(CalibratedSet):
         super().__post_init__()
         check_width(self.search_width)
 
-    def routes(self, prompts: Prompts) -> Routes:
+    def routes(self, prompts: Prompts) -> Tensor | Routes:
         """[L], k layers switched off, each set measured as it is to be skipped."""
         layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
 

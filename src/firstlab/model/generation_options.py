@@ -13,27 +13,26 @@ from transformers import GenerationConfig
 # Before 5.23 `prefill_chunk_size` cuts the tokens that a given cache already holds into chunks again.
 CHUNKS_REPEAT_THE_CACHE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
 
-# Option -> (values that mean "off", reason and way out).
+_DRAFTS = "it drafts tokens inside the prompt pass, before a route exists"
+_OWN_CACHE = "the routes live in the model's own dynamic cache"
+_HUB_CODE = "it runs code from the hub that may replace the cache"
+# Option -> (values that mean "off", reason). transformers itself reads "hybrid", of older configs, as "dynamic".
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_model": ((None,), "assisted decoding drafts tokens inside the prompt pass, before a route exists"),
-    "prompt_lookup_num_tokens": (
-        (None,),
-        "prompt-lookup decoding drafts tokens inside the prompt pass, before a route exists",
-    ),
-    "assistant_early_exit": ((None,), "self-speculation drafts tokens inside the prompt pass, before a route exists"),
-    "speculation_type": ((None,), "speculation drafts tokens inside the prompt pass, before a route exists"),
-    "use_mtp": ((None, False), "multi-token prediction drafts tokens before a route exists"),
+    "assistant_model": ((None,), _DRAFTS),
+    "prompt_lookup_num_tokens": ((None,), _DRAFTS),
+    "assistant_early_exit": ((None,), _DRAFTS),
+    "speculation_type": ((None,), _DRAFTS),
+    "use_mtp": ((None, False), _DRAFTS),
     "is_assistant": ((None, False), "a draft model's cache is rewound into the prompt pass"),
     "penalty_alpha": ((None, 0, 0.0), "contrastive search rewinds the cache that carries the routes"),
     "dola_layers": ((None,), "DoLa compares layers that a route may skip"),
-    "num_beam_groups": ((None, 1), "group beam search runs code from the hub that may replace the cache"),
-    "constraints": ((None,), "constrained beam search runs code from the hub that may replace the cache"),
-    "force_words_ids": ((None,), "constrained beam search runs code from the hub that may replace the cache"),
+    "num_beam_groups": ((None, 1), _HUB_CODE),
+    "constraints": ((None,), _HUB_CODE),
+    "force_words_ids": ((None,), _HUB_CODE),
+    "custom_generate": ((None,), _HUB_CODE),
     "token_healing": ((None, False), "it tokenizes the prompt again, so that padding and prompt length may change"),
-    # transformers itself reads "hybrid", which older configs carry, as "dynamic".
-    "cache_implementation": ((None, "hybrid"), "the routes live in the model's own dynamic cache"),
-    "cache_config": ((None,), "the routes live in the model's own dynamic cache"),
-    "custom_generate": ((None,), "its code may replace the cache that carries the routes"),
+    "cache_implementation": ((None, "hybrid"), _OWN_CACHE),
+    "cache_config": ((None,), _OWN_CACHE),
     "guidance_scale": ((None, 1, 1.0), "its second, unconditional pass would run unrouted"),
 }
 

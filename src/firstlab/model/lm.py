@@ -109,6 +109,8 @@ class RouterAugmentedLM(nn.Module):
             ValueError: A file of the folder is missing, damaged, or not the one that was saved.
         """
         saved = storage.read_config(path)
+        if saved is None and base is not None:
+            raise ValueError(f"base={str(base)!r} is for a folder written by save_pretrained, which {path} is not")
         if saved is None:
             return cls(storage.load_base(path, **kwargs), settings)
         model = cls(storage.load_base(base or saved.base, **kwargs), saved.router)
@@ -193,11 +195,9 @@ class RouterAugmentedLM(nn.Module):
 
     @property
     def has_lora(self) -> bool:
-        """Whether unmerged LoRA layers are present."""
         return any(True for _ in lora.lora_layers(self.lm))
 
     def lora_disabled(self) -> AbstractContextManager[None]:
-        """Run the model as if it had no LoRA."""
         return lora.lora_disabled(self.lm)
 
     def merge_and_unload(self) -> RouterAugmentedLM:
@@ -256,7 +256,7 @@ class RouterAugmentedLM(nn.Module):
         if shape_source is None:
             raise ValueError("forward needs input_ids [batch, tokens] or inputs_embeds")
         inputs.check_forward(self.lm, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs)
-        if attention_mask is None:
+        if attention_mask is None and not getattr(past_key_values, "decided", False):
             inputs.warn_of_padding(shape_source, self.lm.generation_config.pad_token_id)
         if past_key_values is not None:
             cache = inputs.own_cache(past_key_values)

@@ -326,8 +326,8 @@ def _copy(saved: SavedModel, name: str, found: dict[str, torch.Tensor], own: Map
     if shapes != given:
         key = next(each for each in {**given, **shapes} if given.get(each) != shapes.get(each))
         raise ValueError(
-            f"{file} does not fit the base model: {key} is {given.get(key, 'absent')} in the file and "
-            f"{shapes.get(key, 'absent')} in the model; was another base model put in its place?"
+            f"{file}: the weights do not fit a base model like this: {key} is {given.get(key, 'absent')} in the file "
+            f"and {shapes.get(key, 'absent')} in the model; was another base model put in its place?"
         )
     with torch.no_grad():
         for key, weight in own.items():
