@@ -17,7 +17,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from firstlab.bench import benchmark
 from firstlab.config.build import model_path
 from firstlab.config.command_line import own_folders, parse_options
 from firstlab.config.compose import conf_dir, register, search_path
@@ -150,7 +149,7 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
         if name == "train":
             check_runs(overrides)
         elif name == "benchmark":
-            benchmark.load(compose(name, overrides))
+            importlib.import_module(module).load(compose(name, overrides))
         elif name == "tables":
             tables.load(compose(name, overrides))
         else:
