@@ -17,7 +17,7 @@ COMET_INSTALLED := $(COMET_VENV)/.installed
 # Removes a half-made environment's marker, so that an interrupted set-up starts over.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format nano comet reproduce-tables lock clean
+.PHONY: help setup demo test test-nano lint format nano nano-data comet reproduce-tables lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' Makefile
@@ -25,7 +25,7 @@ help: ## list these targets
 
 setup: $(INSTALLED) ## install firstlab and its locked dependencies into .venv
 
-demo test: export HF_HUB_OFFLINE := 1
+demo test test-nano: export HF_HUB_OFFLINE := 1
 
 demo: setup ## train, evaluate and plot the bundled model twice: 15 % and 25 % of layers skipped
 	$(PY) -m firstlab.train +experiment=demo
@@ -44,14 +44,23 @@ format: setup ## fix what style and formatting checks can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-nano: setup ## train the bundled nano model again, from generated text
-	$(PY) -m firstlab.nano
+nano: setup ## train the bundled model again, from generated text
+	$(PY) experiments/nano/train.py
+
+nano-data: setup ## write the bundled tasks' examples again
+	$(PY) experiments/nano/freeze.py
+
+test-nano: export OMP_NUM_THREADS := 1
+test-nano: setup ## test the recipe of the bundled model and tasks
+	$(PY) -m pytest -n $(WORKERS) experiments/nano/tests
 
 comet: $(COMET_INSTALLED) ## install the COMET metric into .venv-comet, its own environment
 
-# What fails is listed and the tables are written all the same.
+# What fails is listed and the tables are written all the same. docs/results keeps the page and a picture.
 reproduce-tables: setup ## run what the tables lack (SCALE=nano, or llama on a GPU), then write them; only write: python -m firstlab.tables
-	$(PY) -m firstlab.train +sweep=$(SWEEP_$(SCALE)); failed=$$?; $(PY) -m firstlab.tables scale=$(SCALE) && exit $$failed
+	$(PY) -m firstlab.train +sweep=$(SWEEP_$(SCALE)); failed=$$?; $(PY) -m firstlab.tables scale=$(SCALE) \
+	  && cp tables/$(SCALE)/index.html docs/results/$(SCALE).html \
+	  && { cp tables/$(SCALE)/svg/pareto.svg docs/results/$(SCALE)_pareto.svg || true; } && exit $$failed
 
 lock: setup ## renew constraints.txt: the newest versions that work together on Python 3.10 and later
 	$(PY) -m pip install --quiet uv

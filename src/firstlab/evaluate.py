@@ -45,7 +45,9 @@ def main(arguments: list[str]) -> None:
         )
 
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
-    from firstlab.evaluation.variant import evaluate_variant, fingerprint
+    from firstlab.evaluation.predictions import fingerprint
+    from firstlab.evaluation.scoring import check_metrics
+    from firstlab.evaluation.variant import evaluate_variant
     from firstlab.model.quantization import quantize
     from firstlab.run.decisions import decided_routes, static_routes
     from firstlab.run.load import load_run
@@ -57,6 +59,7 @@ def main(arguments: list[str]) -> None:
     config, method, model, variant = load_run(Path(run), variant, options, folders)
     data = build_data(config)
     check_test_set(data)
+    check_metrics(data.task, config.evaluation)
     check_vocabulary(config, data.tokenizer, model)
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
     routes = decided_routes(Path(run), method, variant, prompts)

@@ -20,11 +20,15 @@ class GridSweeper(Sweeper):
     """Plan a union of grids, then hand the runs that are left to whatever launcher is configured.
 
     Args:
+        scale: A file of conf/scale, or nothing.
+        cells: Name to what is wanted of the scale's grid; see `firstlab.config.grid.CellsConfig`.
         grids: Grid name to {override key: value or list of values}; see `firstlab.run.sweep.expand`.
     """
 
-    def __init__(self, grids: Mapping[str, Mapping[str, Any]]) -> None:
-        self.grids = grids
+    def __init__(
+        self, scale: DictConfig, cells: Mapping[str, DictConfig], grids: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.scale, self.cells, self.grids = scale, cells, grids
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
@@ -36,7 +40,7 @@ class GridSweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         from firstlab.config.command_line import guarded
-        from firstlab.run.sweep import expand, run_sweep
+        from firstlab.run.sweep import expand, run_sweep, with_cells
 
         def compose(overrides: list[str]) -> DictConfig:
             config = self.context.config_loader.load_sweep_config(self.config, overrides)
@@ -57,9 +61,8 @@ class GridSweeper(Sweeper):
             )
             on_slurm = "Slurm" in self.config.hydra.launcher._target_
             launch = partial(_launch_on_slurm if on_slurm else _launch, launcher)
-            run_sweep(
-                expand(self.grids, given), compose=compose, launch=launch, settings=self.config.sweep, here=not on_slurm
-            )
+            runs = expand(with_cells(self.scale, self.cells, self.grids), given)
+            run_sweep(runs, compose=compose, launch=launch, settings=self.config.sweep, here=not on_slurm)
 
         guarded(run)(arguments)
 

@@ -137,6 +137,16 @@ class Riddles(MiniQA):
     kind = "riddle"
 
 
+def test_lora_on_maps_that_the_model_lacks_stops_before_anything_loads(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given = overrides(tiny_model_dir, tmp_path, "lora.target_modules=[q_proj,v_porj]")
+    run = Experiment(*composed(*given))
+    monkeypatch.setattr("firstlab.run.experiment.load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"lora\.target_modules=.* no linear map v_porj; choose from q_proj"):
+        run.run()
+
+
 def test_a_task_of_unknown_kind_is_named(tmp_path: Path):
     config, _ = composed(*overrides(tmp_path, tmp_path, "data=mini_qa", f"data.task._target_={__name__}.Riddles"))
     with pytest.raises(ValueError, match="kind of Riddles is 'riddle'.*choose one of translation, summarization, qa"):

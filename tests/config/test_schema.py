@@ -108,6 +108,12 @@ def test_identity_of_runs_from_before_there_were_buckets():
     assert composed("data.bucket=8")[0].identity()["data"]["bucket"] == 8
 
 
+def test_identity_of_runs_from_before_pairs_could_be_left_out():
+    text = ["data=parallel", "data.root=folder"]
+    assert "drop_empty" not in composed(*text)[0].identity()["data"]["task"]
+    assert composed(*text, "data.task.drop_empty=true")[0].identity()["data"]["task"]["drop_empty"] is True
+
+
 @pytest.mark.parametrize("method", ["sleb", "shortgpt"])
 def test_skipping_in_prefill_names_another_run(method: str):
     config, decode_only = composed(f"method={method}")

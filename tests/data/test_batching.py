@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firstlab.data.batching import Buckets, DistributedBatches, batch_count, cut, epoch_batches, shard_batches
+from firstlab.data.batching import Buckets, DistributedBatches, cut, epoch_batches, shard_batches
 
 ORDER = [[1, 5, 6, 0], [9, 4, 7], [2, 8, 3]]  # seed 3, epoch 0
 
@@ -115,8 +115,6 @@ def test_too_many_processes():
 
 
 def test_impossible_sizes():
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
-        batch_count(3, 0)
     with pytest.raises(ValueError, match="data.train_size=0 leaves nothing"):
         DistributedBatches(0, 4, 0, total_batches=1)
 

@@ -41,7 +41,11 @@ def test_reads_both_splits(tmp_path):
         (article(1, id=" "), "line 2: the id is empty"),
         (article(1, highlights=None), "line 2: the highlights is NoneType, not text"),
         ({"id": "1", "article": "a"}, "line 2: the key 'highlights' is missing (present: id, article)"),
-        (["a"], "line 2: expected an object with the key 'article', found list"),
+        (
+            {"text": "a", "summary": "b"},
+            "line 2: the keys 'article', 'highlights' are missing (present: text, summary)",
+        ),
+        (["a"], "line 2: expected an object with the keys 'article', 'highlights', found list"),
     ],
 )
 def test_faulty_lines(tmp_path, row, message):
@@ -56,7 +60,7 @@ def test_missing_file(tmp_path):
         CnnDailyMail(str(tmp_path)).test()
 
 
-def test_hub(monkeypatch, caplog):
+def test_hub(monkeypatch, capsys):
     asked = []
 
     def load_dataset(*args, split):
@@ -65,7 +69,7 @@ def test_hub(monkeypatch, caplog):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert [example.id for example in CnnDailyMail().train_pool()] == ["i0", "i2", "i3"]
-    assert "left out 1 articles" in caplog.text
+    assert "left out 1 articles" in capsys.readouterr().err
     assert [example.id for example in CnnDailyMail(pool_size=2).train_pool()] == [
         f"i{number}" for number in spread(range(4), 2) if number != 1
     ]

@@ -103,21 +103,6 @@ def test_test_examples_are_spread():
     assert len(module(test_size=50).test) == 7
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"val_size": -1}, "data.val_size=-1 must be at least 0"),
-        ({"train_size": 0}, "data.train_size=0 must be at least 1"),
-        ({"batch_size": 0}, "data.batch_size=0 must be at least 1"),
-        ({"epochs": 0}, "data.epochs=0 must be at least 1"),
-        ({"loss_on": "prompt"}, "data.loss_on=prompt is unknown: choose 'all' or 'response'"),
-    ],
-)
-def test_settings_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
-        module(**options)
-
-
 def test_the_limit_of_the_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 300
@@ -233,25 +218,13 @@ def test_ranks_share_every_split():
     ]
     assert together == [batch["index"].tolist() for batch in alone.train_dataloader()]
     assert [rows(rank.val_dataloader()) for rank in ranks] == [[0, 2, 4], [1, 3]]
-    assert [rows(rank.predict_dataloader()) for rank in ranks] == [[0, 2, 4, 6], [1, 3, 5]]
-    assert [len(rank.test_dataloader()) for rank in ranks] == [2, 2]
 
 
 def test_processes_out_of_step_are_refused():
     with pytest.raises(ValueError, match="data.val_size: 5 examples in evaluation.batch_size=1 give some of the 2"):
         on(module(eval_batch_size=1), 0, 2).val_dataloader()
-    assert rows(on(module(eval_batch_size=1), 1, 2).predict_dataloader()) == [1, 3, 5]
     with pytest.raises(ValueError, match="trainer.devices"):
         on(module(), 0, 5).train_dataloader()
-
-
-def test_generation_batches_hold_the_prompts():
-    data = module(test_size=3)
-    (batch,) = data.predict_dataloader()
-    assert set(batch) == {"input_ids", "attention_mask", "index"}
-    for ids, mask, example in zip(batch["input_ids"], batch["attention_mask"], data.test, strict=True):
-        assert ids[mask.bool()].tolist() == TOKENIZER(data.task.prompt(example))["input_ids"]
-        assert mask[-1] == 1
 
 
 def test_no_validation():
@@ -264,7 +237,7 @@ class Recorder(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen, self.validated, self.generated = [], [], []
+        self.seen, self.validated = [], []
 
     def training_step(self, batch, batch_idx):
         self.seen.append(batch["index"].tolist())
@@ -273,9 +246,6 @@ class Recorder(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.validated += batch["index"].tolist()
-
-    def predict_step(self, batch, batch_idx):
-        self.generated += batch["index"].tolist()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -313,22 +283,6 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path):
         )
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_checkpoint_may_be_evaluated_on_other_data(tmp_path):
-    training = trainer(max_steps=1)
-    training.fit(Recorder(), datamodule=module())
-    training.save_checkpoint(tmp_path / "stop.ckpt")
-    recorder = Recorder()
-    trainer().predict(
-        recorder,
-        datamodule=module(batch_size=2, seed=5),
-        ckpt_path=tmp_path / "stop.ckpt",
-        return_predictions=False,
-        weights_only=False,
-    )
-    assert recorder.generated == list(range(7))
-
-
 class Streets(Houses):
     """Houses in rows of very different length."""
 
@@ -361,22 +315,32 @@ def test_a_bucketed_run_goes_on_where_it_was():
     assert rest == whole[-len(rest) :] and 0 < len(rest) < len(whole)
     for saved, now in ((2, 3), (1, 2), (2, 1)):
         other = module(Streets(), epochs=3, bucket=now)
-        other.load_state_dict(module(Streets(), epochs=3, bucket=saved).state_dict())
         with pytest.raises(ValueError, match=r"data\.bucket: .* in the checkpoint"):
-            other.train_dataloader()
-
-
-def test_bucket_of_nothing():
-    with pytest.raises(ValueError, match=r"data\.bucket=0 must be at least 1"):
-        module(bucket=0)
+            other.load_state_dict(module(Streets(), epochs=3, bucket=saved).state_dict())
 
 
 def test_another_training_is_not_held_to_what_was_resumed():
     data = module(total_batches=6)
-    data.load_state_dict({**data.state_dict(), "consumed_batches": 3})
+    state = {**data.state_dict(), "consumed_batches": 3}
+    data.load_state_dict(state)
     assert len(list(data.train_dataloader())) == 3
-    data.batch_size = 2
-    with pytest.raises(ValueError, match="cannot resume in the middle of other training data"):
-        data.train_dataloader()
     data.start_over()
+    data.batch_size = 2
     assert len(list(data.train_dataloader())) == 6
+    with pytest.raises(ValueError, match="cannot resume in the middle of other training data"):
+        data.load_state_dict(state)
+
+
+def test_ids_and_copies_are_told(capsys):
+    class Odd(Houses):
+        def test(self):
+            return [
+                Example(name, name, (answer,)) for name, answer in [("a", "b"), ("a", "c"), ("a#2", "d"), ("e", "e")]
+            ]
+
+    data = module(Odd())
+    assert names(data.test) == ["a", "a#2", "a#2#2", "e"]
+    assert names(data.train) == names(module().train)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: 2 of 4 test examples have the id of an earlier one (for instance 'a'); they are")
+    assert second.startswith("warning: 1 of 4 test examples (for instance 'e') have a reference that is their source")

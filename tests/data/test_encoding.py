@@ -1,9 +1,11 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from firstlab.config.build import model_path
 from firstlab.data.encoding import (
@@ -121,6 +123,35 @@ def test_markup_in_a_prompt_stands_for_special_tokens_where_the_task_says_so():
     assert EOS not in encode(Translation(), Example("a", "</s>", ("b",)), TOKENIZER, 64)[0]
     shortened = Example("a", "house " * 50, ("b",))
     assert encode(Chat(), shortened, TOKENIZER, 30)[0][-1] == EOS
+
+
+def adds_bos(kind):
+    """Tokenizers that put BOS in front: by their post-processor, or because `add_bos_token` says so."""
+    if kind == "post-processor":
+        return tiny_tokenizer()
+    if kind == "both ends":
+        return tiny_tokenizer(closes=True)
+    vocabulary = TOKENIZER.get_vocab()
+    merges = [tuple(pair) for pair in json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["merges"]]
+    return GPT2Tokenizer(vocabulary, merges, bos_token="<s>", eos_token="</s>", add_bos_token=True)
+
+
+@pytest.mark.parametrize("kind", ["post-processor", "both ends", "add_bos_token"])
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(kind):
+    tokenizer = adds_bos(kind)
+    once = [BOS, *bare("the house")]
+    assert prompt_ids(tokenizer, "the house") == prompt_ids(tokenizer, "the house", markup=True) == once
+    assert tokenizer("<s>the house")["input_ids"][:2] == [BOS, BOS]
+    assert prompt_ids(tokenizer, "<s>the house", markup=True) == once
+
+    class Chat(Translation):
+        markup = True
+
+        def prompt(self, example, source=None):
+            return f"<s>{example.source if source is None else source}</s>answer:"
+
+    prompt, _ = encode(Chat(), Example("a", "house " * 50, ("b",)), tokenizer, 30)
+    assert prompt.count(BOS) == 1 and prompt[0] == BOS
 
 
 def test_responses_end():

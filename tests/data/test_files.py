@@ -1,4 +1,6 @@
+import gzip
 import json
+import lzma
 import re
 from collections import Counter
 
@@ -7,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firstlab.data.files import (
+    as_list,
     clean_text,
     data_files,
+    has_text,
     load_hub_split,
-    member,
     members,
     read_json,
     read_jsonl,
@@ -56,7 +59,7 @@ def test_parallel_lines_stay_together(tmp_path):
     source, reference = tmp_path / "a.en", tmp_path / "a.de"
     source.write_bytes("one\u2028more \r\n two\r\n".encode())
     reference.write_bytes("\ufeffeins\nzwei 🏠".encode())
-    assert read_parallel(source, reference) == [("one\u2028more", "eins"), ("two", "zwei 🏠")]
+    assert read_parallel(source, reference) == [(1, "one\u2028more", "eins"), (2, "two", "zwei 🏠")]
 
 
 def test_parallel_text_of_different_length(tmp_path):
@@ -67,11 +70,41 @@ def test_parallel_text_of_different_length(tmp_path):
 
 
 @pytest.mark.parametrize(("empty", "what"), [("a.en", "source sentence"), ("a.de", "reference sentence")])
-def test_an_empty_line_is_named(tmp_path, empty, what):
+@pytest.mark.parametrize("line", ["", "\u3000 ", "\u200b\u2060", "\ufeff", "\u200e\u00ad \u200d"])
+def test_an_empty_line_is_named_or_left_out(tmp_path, capsys, empty, what, line):
     for name in ("a.en", "a.de"):
-        (tmp_path / name).write_text("1\n\u3000 \n3\n" if name == empty else "1\n2\n3\n", encoding="utf-8")
-    with raises(tmp_path / empty, "line 2", what, "is empty"):
+        (tmp_path / name).write_text(f"1\n{line}\n3\n" if name == empty else "1\n2\n3\n", encoding="utf-8")
+    with raises(tmp_path / empty, "line 2", what, "is empty", "data.task.drop_empty=true"):
         read_parallel(tmp_path / "a.en", tmp_path / "a.de")
+    assert read_parallel(tmp_path / "a.en", tmp_path / "a.de", drop_empty=True) == [(1, "1", "1"), (3, "3", "3")]
+    assert "left out 1 of 3 pairs" in capsys.readouterr().err
+
+
+def test_joined_files_keep_no_byte_order_marks(tmp_path):
+    (tmp_path / "a").write_bytes(("\ufeffone\n" + "\ufefftwo" + "\ufeff three\n").encode())
+    assert read_lines(tmp_path / "a") == ["one", "two three"]
+    (tmp_path / "b").write_bytes('\ufeff{"a": 1}\n\ufeff{"a": "\\ufeffx"}\n'.encode())
+    assert read_jsonl(tmp_path / "b") == [{"a": 1}, {"a": "\ufeffx"}]
+    assert clean_text("\ufeffx", "b, line 2", "text") == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"), [("", False), (" \t\u200b\u2063", False), ("\u200bx", True), ("。", True), ("🏠", True)]
+)
+def test_what_there_is_to_see(text, seen):
+    assert has_text(text) is seen
+
+
+def test_packed_files(tmp_path):
+    (tmp_path / "a.en.gz").write_bytes(gzip.compress(b"eins\nzwei\n"))
+    (path,) = data_files(str(tmp_path), ["a.en"])
+    assert read_lines(path) == ["eins", "zwei"]
+    (tmp_path / "b.en").write_bytes(path.read_bytes()[:-9])
+    with raises(tmp_path / "b.en", "the gzip file is damaged"):
+        read_lines(tmp_path / "b.en")
+    (tmp_path / "c.en").write_bytes(lzma.compress(b"eins"))
+    with raises(tmp_path / "c.en", "the file is compressed; unpack it"):
+        read_lines(tmp_path / "c.en")
 
 
 def test_missing_files_and_what_is_there(tmp_path):
@@ -106,6 +139,8 @@ def test_text_that_no_tokenizer_takes():
         clean_text(3, "f, line 3", "article")
     with raises("f, line 3: the article holds half of a surrogate pair"):
         clean_text("a" + json.loads('"\\ud83c"'), "f, line 3", "article")
+    with raises("hub, i1: the article holds a NUL"):
+        clean_text("a\0b", "hub, i1", "article")
     assert clean_text(json.loads('" \\ud83c\\udfe0\\n"'), "f", "article") == "🏠"
 
 
@@ -131,14 +166,25 @@ def test_faulty_json(tmp_path):
         read_json(tmp_path / "a.json")
 
 
+def test_a_nul_behind_an_escape_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": "x\\\\u0000"}\n{"a":\t"x\\\\\\u0000"}\n', encoding="utf-8")
+    with raises(tmp_path / "a.jsonl", "line 2: \\u0000 stands for a NUL"):
+        read_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text('{"a": 1,\n"b": "\\u0000"}', encoding="utf-8")
+    with raises(tmp_path / "a.json", "line 2: \\u0000 stands for a NUL"):
+        read_json(tmp_path / "a.json")
+
+
 def test_members_of_json():
-    assert member({"a": None}, "a", "f") is None
-    with raises("f, line 1: the key 'a' is missing (present: b, c)"):
-        member({"b": 1, "c": 2}, "a", "f, line 1")
+    assert members({"a": None, "b": 1}, ["a"], "f") == [None]
+    with raises("f, line 1: the key 'a' is missing (present: b, c); add it"):
+        members({"b": 1, "c": 2}, ["a", "b"], "f, line 1")
+    with raises("f, line 1: the keys 'a', 'd' are missing (present: none); add them"):
+        members({}, ["a", "d"], "f, line 1")
     with raises("f, line 1: expected an object with the key 'a', found list"):
-        member([], "a", "f, line 1")
+        members([], ["a"], "f, line 1")
     with raises("f: 'a' is str, not a list"):
-        members({"a": "text"}, "a", "f")
+        as_list("text", "a", "f")
 
 
 def test_hub_faults_become_one_message(monkeypatch):
@@ -150,7 +196,7 @@ def test_hub_faults_become_one_message(monkeypatch):
         load_hub_split("owner/name", None, "train", ["a", "b"])
 
 
-@given(st.integers(0, 200), st.integers(1, 200))
+@given(st.integers(0, 200), st.integers(0, 200))
 def test_spread_takes_one_of_every_stretch(total: int, count: int) -> None:
     chosen = spread(range(total), count)
     if count >= total:

@@ -12,7 +12,7 @@ from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_translation import MiniTranslation
 from firstlab.data.mixture import Mixture, Part
 from firstlab.data.task import Example
-from firstlab.evaluation.variant import mean_score, score_texts
+from firstlab.evaluation.scoring import mean_score, score_texts
 from firstlab.metrics import evaluate_predictions
 from support.tiny_run import composed
 from support.tiny_tokenizer import tiny_tokenizer
@@ -40,7 +40,7 @@ def test_examples_keep_what_their_part_gave_them(mixture: Mixture):
         assert example.max_new_tokens == {"de": 64, "qa": None}[example.part]
 
 
-@pytest.mark.parametrize("test_size", [8, 7, 3, 2, None])
+@pytest.mark.parametrize("test_size", [8, 7, 3, 2, 1, None])
 def test_every_split_has_the_parts_in_turn(mixture: Mixture, test_size: int | None):
     data = data_of(mixture, val_size=8, test_size=test_size)
     assert len(data.test) == (test_size or 24)

@@ -19,6 +19,29 @@ def test_texts_are_joined_in_order(tmp_path):
     assert task.kind == "translation" and task.target_language == "de"
 
 
+def test_pairs_without_one_side_can_be_left_out(tmp_path, capsys):
+    write(tmp_path, "test", [("one", "eins"), ("", "zwei"), ("three", "drei")])
+    with pytest.raises(ValueError, match=r"test\.en, line 2: .* is empty; .*data\.task\.drop_empty=true"):
+        ParallelText("en", "de", str(tmp_path), test="test").test()
+    examples = ParallelText("en", "de", str(tmp_path), test="test", drop_empty=True).test()
+    assert [example.id for example in examples] == ["test:1", "test:3"]
+    assert "left out 1 of 3 pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "names"),
+    [
+        ("en-GB", "pt_BR", "from English to Portuguese"),
+        ("ZH-Hant-TW", "ja", "from Chinese to Japanese"),
+        ("th", "zh-CN", "from Thai to Chinese"),
+    ],
+)
+def test_tags_say_more_than_the_language(tmp_path, source, target, names):
+    write(tmp_path, "test", [("one", "two")], source=source, target=target)
+    task = ParallelText(source, target, str(tmp_path), test="test")
+    assert names in task.prompt(task.test()[0]) and task.target_language == target
+
+
 def test_prompt_names_the_languages(tmp_path):
     write(tmp_path, "test", [("five", "五")], target="zh")
     task = ParallelText("en", "zh", str(tmp_path), test="test")
@@ -34,7 +57,7 @@ def test_prompt_names_the_languages(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source_language": "xx"}, "data.task.source_language=xx is unknown: choose one of ar, cs, da"),
+        ({"source_language": "xx"}, "data.task.source_language=xx is unknown: choose one of ar, bg, bo"),
         ({"target_language": "German"}, "data.task.target_language=German is unknown"),
         ({"train": []}, "data.task.train=[] names no training text"),
         ({"train": ["a", "a"]}, "data.task.train=a and data.task.train=a are the same text"),
@@ -68,6 +91,8 @@ def test_an_unset_root_is_named():
         ParallelText("en", "de", None, test="t").test()
 
 
-def test_one_language_twice():
-    with pytest.raises(ValueError, match=r"data\.task\.source_language and data\.task\.target_language are both de"):
-        ParallelText("de", "de", "folder")
+@pytest.mark.parametrize("target", ["de", "de-AT"])
+def test_one_language_twice(target):
+    message = f"data.task.source_language=de and data.task.target_language={target} are both German: change one"
+    with pytest.raises(ValueError, match=message):
+        ParallelText("de", target, "folder")

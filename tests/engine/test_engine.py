@@ -17,6 +17,8 @@ from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.llama_step import LlamaStep
 from firstlab.engine.sampling import Sampling
 from firstlab.model import EarlyExit, LoraSettings, PrunedRoutes, RouterAugmentedLM, StepRoutes
+from firstlab.model.generation_options import pinned_generation
+from support.models import prompts as padded_prompts
 from support.models import random_routers, routed_model, tiny_model
 from support.tape import Tape
 
@@ -543,3 +545,27 @@ def test_one_call_at_a_time() -> None:
     assert tokens == [out.tokens[0] for _, out in engine.as_completed(prompts, NEW, eos=())]
     with pytest.raises(ValueError, match="another call of this engine began"):
         next(former)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_pinned_generation_is_what_the_engine_does(sampled: bool) -> None:
+    model = routed_model()
+    ids, _ = padded_prompts((9,))
+    drawn = {"do_sample": True, "temperature": 0.7, "top_k": 1} if sampled else {"do_sample": False}
+    sampling = Sampling(temperature=0.7, top_k=1) if sampled else None
+    expected = model.generate(ids, max_new_tokens=8, **drawn)[0, 9:].tolist()
+    own = model.lm.generation_config
+    own.update(repetition_penalty=1.9, top_p=0.1, min_p=0.5, no_repeat_ngram_size=1, num_beams=4)
+    assert model.generate(ids, max_new_tokens=8, **drawn)[0, 9:].tolist() != expected
+    with pytest.raises(ValueError, match=r"repetition_penalty=1\.9"):
+        DecodeEngine(model, 32).generate([ids[0].tolist()], 8, sampling=sampling)
+    with pinned_generation(model.lm):
+        assert model.generate(ids, max_new_tokens=8, **drawn)[0, 9:].tolist() == expected
+        assert DecodeEngine(model, 32).generate([ids[0].tolist()], 8, sampling=sampling).tokens == [expected]
+    assert model.lm.generation_config is own
+    own.update(repetition_penalty=1.0, no_repeat_ngram_size=0)
+    if sampled:
+        with pytest.raises(ValueError, match=r"min_p=0\.5"):
+            DecodeEngine(model, 32).generate([ids[0].tolist()], 8, sampling=sampling)
+    else:  # min_p is for drawn tokens
+        assert DecodeEngine(model, 32).generate([ids[0].tolist()], 8).tokens == [expected]

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from firstlab.engine.graph_step import GraphStep, size_of, window_of
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep
-from firstlab.model.exit_rule import EarlyExit
+from firstlab.model.routes import EarlyExit
 from support.models import ARCHITECTURES, HIDDEN, LAYERS, tiny_model
 from support.tape import Tape
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from transformers import GenerationConfig
 
 from firstlab.config.build import build_data, load_model
 from firstlab.config.schema import ExperimentConfig
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.evaluation.variant import Prediction, evaluate_variant, generate_predictions
-from firstlab.model import EarlyExit, PrunedRoutes, RouterAugmentedLM, Routes, StepRoutes
+from firstlab.data.encoding import PromptRows
+from firstlab.evaluation.decoding import Decoding
+from firstlab.evaluation.predictions import Prediction, generate_predictions, is_complete
+from firstlab.evaluation.variant import evaluate_variant
+from firstlab.model import EarlyExit, FixedRoutes, PrunedRoutes, RouterAugmentedLM, Routes, StepRoutes
 from firstlab.run.experiment import Experiment
 from firstlab.store.results import unpack
 from support.models import random_routers, tiny_model
@@ -41,15 +47,15 @@ def setting(tiny_model_dir: Path, tmp_path_factory) -> tuple[ExperimentConfig, P
 
 def predict(setting, file: Path, routes: Routes | None, **evaluation: object) -> list[Prediction]:
     config, data, model = setting
-    options = replace(config.evaluation, **{"batch_size": 3, **evaluation})
-    return generate_predictions(model, data, options, file, routes, 5, "", False)
+    decoding = Decoding.of(model, data, replace(config.evaluation, **{"batch_size": 3, **evaluation}), seed=5)
+    return generate_predictions(model, data, decoding, file=file, routes=routes, title="", progress_bar=False)
 
 
 SCHEDULE = torch.tensor([[True, True, True, True], [True, True, False, True], [True, False, False, True]])
 RULES: dict[str, Routes | None] = {
     "routers": None,
-    "one": torch.tensor([True, False, True, True]),
-    "each": torch.rand(LIMIT, 4, generator=torch.Generator().manual_seed(1)) > 0.4,
+    "one": FixedRoutes(torch.tensor([True, False, True, True])),
+    "each": FixedRoutes(torch.rand(LIMIT, 4, generator=torch.Generator().manual_seed(1)) > 0.4),
     "steps": StepRoutes(SCHEDULE),
     "early exit": EarlyExit(0.02),
     "pruned": PrunedRoutes(torch.tensor([True, True, False, True])),
@@ -83,20 +89,162 @@ def test_drawing_from_all_tokens(setting, tmp_path: Path, decoder: str) -> None:
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_a_killed_evaluation_goes_on(setting, tmp_path: Path, sample: bool) -> None:
+def test_a_killed_evaluation_goes_on(setting, tmp_path: Path, capsys, sample: bool) -> None:
     options = {"decoder": "engine", "do_sample": sample, "temperature": 1.5}
-    whole = predict(setting, tmp_path / "whole.jsonl", None, **options)
-    part = tmp_path / "whole.0.part"
+    whole = predict(setting, tmp_path / "router.jsonl", None, **options)
+    part = tmp_path / "router.0.part"
     lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
     assert len(lines) == LIMIT
-    (tmp_path / "killed.0.part").write_text("".join(lines[:5]) + lines[5][:20], encoding="utf-8")
-    assert predict(setting, tmp_path / "killed.jsonl", None, **options) == whole
-    again = (tmp_path / "killed.0.part").read_text(encoding="utf-8").splitlines()
+    part.write_text("".join(lines[:5]) + lines[5][:20], encoding="utf-8")
+    assert predict(setting, tmp_path / "router.jsonl", None, **options) == whole
+    again = part.read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["index"] for line in again} == set(range(LIMIT))
     # Greedy, no prompt is answered twice; a batch of drawn tokens is drawn again as a whole.
     assert len(again) == LIMIT or sample
-    assert predict(setting, tmp_path / "whole.jsonl", None, **options) == whole  # nothing left to do
+    part.touch()
+    assert predict(setting, tmp_path / "router.jsonl", None, **options) == whole  # nothing left to do
+    assert len(part.read_text(encoding="utf-8").splitlines()) == LIMIT  # nobody twice
+    assert not capsys.readouterr().err
     assert not sample or predict(setting, tmp_path / "greedy.jsonl", None, decoder="engine") != whole
+
+
+def changed(line: str, **values: object) -> str:
+    return json.dumps({**json.loads(line), **values}) + "\n"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda line: line[: len(line) // 2] + "\n",
+        lambda line: "\n",
+        lambda line: "null\n",
+        lambda line: "[" * 100_000 + "\n",
+        lambda line: changed(line, text="something else"),
+        lambda line: changed(line, index=LIMIT),
+        lambda line: changed(line, skipped=None),
+        lambda line: changed(line, foreign=1),
+        lambda line: "\0\ufffd" + line,
+    ],
+    ids=["torn", "empty", "null", "brackets", "text", "index", "type", "key", "bytes"],
+)
+def test_a_wrong_line_in_the_middle_is_named_and_made_again(setting, tmp_path: Path, capsys, harm) -> None:
+    file, part = tmp_path / "router.jsonl", tmp_path / "router.0.part"
+    whole = predict(setting, file, None, decoder="engine")
+    lines = part.read_text(encoding="utf-8").splitlines(keepends=True)
+    part.write_text("".join([*lines[:3], harm(lines[3]), *lines[4:], lines[0]]), encoding="utf-8")
+    assert predict(setting, file, None, decoder="engine") == whole
+    assert f"warning: {part}: 1 lines, the first of them line 4, are damaged" in capsys.readouterr().err
+    assert sorted(part.read_text(encoding="utf-8").splitlines(keepends=True)) == sorted(lines)
+
+
+def test_predictions_of_another_evaluation_are_not_mixed_in(setting, tmp_path: Path, capsys) -> None:
+    config, data, model = setting
+    part = tmp_path / "router.0.part"
+    whole = predict(setting, tmp_path / "router.jsonl", None)
+    foreign = part.read_text(encoding="utf-8")
+    other_tests = deepcopy(data)
+    other_tests.test = [replace(example, source=f"{example.source} too") for example in data.test]
+    shorter = deepcopy(data)
+    shorter.max_new_tokens = 3
+    for given, name, options in (
+        ((config, other_tests, model), "router", {}),
+        ((config, shorter, model), "router", {}),
+        (setting, "router", {"do_sample": True}),
+        (setting, "base", {}),
+    ):
+        expected = predict(given, tmp_path / "apart" / f"{name}.jsonl", None, **options)
+        (tmp_path / f"{name}.0.part").write_text(foreign, encoding="utf-8")
+        capsys.readouterr()
+        assert predict(given, tmp_path / f"{name}.jsonl", None, **options) == expected
+        assert f"{LIMIT} lines, the first of them line 1, are damaged or of an evaluation" in capsys.readouterr().err
+        (tmp_path / "apart" / f"{name}.0.part").unlink()
+    part.write_text(foreign, encoding="utf-8")
+    assert predict(setting, tmp_path / "router.jsonl", None) == whole
+
+
+def test_whether_predictions_are_complete(setting, tmp_path: Path) -> None:
+    config, data, model = setting
+    options = replace(config.evaluation, tpot_prompts=0, perplexity=False)
+    evaluate_variant(model, data, options, tmp_path, "router", None, seed=0, progress_bar=False)
+    file = tmp_path / "router.jsonl"
+    assert is_complete(file, LIMIT) and not is_complete(file, LIMIT + 1) and not is_complete(tmp_path / "no", 0)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    for harmed in (lines[:-1], [*lines[:-1], lines[-1][:9]], [*lines[1:], lines[0]], [*lines[:-1], "{}\n"]):
+        file.write_text("".join(harmed), encoding="utf-8")
+        assert not is_complete(file, LIMIT)
+
+
+HOSTILE = {
+    "repetition_penalty": 1.6,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": [300, 301],
+    "begin_suppress_tokens": [302],
+    "bad_words_ids": [[303]],
+    "min_length": 40,
+    "min_new_tokens": 5,
+    "length_penalty": 3.0,
+    "num_beams": 4,
+    "do_sample": True,
+    "top_p": 0.1,
+    "top_k": 3,
+    "min_p": 0.4,
+    "typical_p": 0.3,
+    "temperature": 3.0,
+    "forced_eos_token_id": 7,
+    "exponential_decay_length_penalty": (1, 1.5),
+    "renormalize_logits": True,
+    "max_length": 3,
+    "use_cache": False,
+    "prompt_lookup_num_tokens": 3,
+}
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_what_the_models_folder_says_moves_no_score(setting, tmp_path: Path, sample: bool) -> None:
+    config, data, model = setting
+    options = replace(config.evaluation, do_sample=sample, tpot_prompts=1, perplexity=False, temperature=1.5, top_k=0)
+    own, found = model.lm.generation_config, {}
+    try:
+        for name, hostile in (("plain", {}), ("hostile", HOSTILE)):
+            model.lm.generation_config = deepcopy(own)
+            model.lm.generation_config.update(**hostile)
+            for decoder in ("generate", "engine"):
+                decoded = replace(options, decoder=decoder)
+                folder = tmp_path / name / decoder
+                record = evaluate_variant(model, data, decoded, folder, "router", None, seed=0, progress_bar=False)
+                found[name, decoder] = (folder / "router.jsonl").read_text(encoding="utf-8")
+                in_force = {"decoder": decoder, "do_sample": sample, "top_p": 1.0, "num_beams": 1}
+                assert in_force.items() <= record["decoding"].items()
+                assert record["decoding"]["ignored"].keys() == hostile.keys() - {"use_cache"}
+                assert yaml.safe_load(yaml.safe_dump(record)) == json.loads(json.dumps(record))
+                assert model.lm.generation_config.repetition_penalty == hostile.get("repetition_penalty")
+    finally:
+        model.lm.generation_config = own
+    assert found["hostile", "generate"] == found["plain", "generate"]
+    assert found["hostile", "engine"] == found["plain", "engine"]
+    assert sample or found["plain", "engine"] == found["plain", "generate"]
+
+
+@pytest.mark.parametrize("decoder", ["generate", "engine"])
+def test_every_stop_token_of_the_model_ends_a_response(setting, tmp_path: Path, decoder: str) -> None:
+    config, data, model = setting
+    before = predict(setting, tmp_path / "before.jsonl", None, decoder=decoder)
+    longest = max(before, key=lambda each: each.new_tokens)
+    eos = data.tokenizer.eos_token_id
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    prompt = torch.tensor([rows[longest.index].prompt])
+    said = model.generate(prompt, max_new_tokens=longest.new_tokens, eos_token_id=eos)[0, prompt.shape[1] :].tolist()
+    stop = said[3]
+    own, model.lm.generation_config = model.lm.generation_config, GenerationConfig(eos_token_id=[stop])
+    try:
+        assert Decoding.of(model, data, config.evaluation, seed=0).stop_tokens == sorted({stop, eos})
+        after = predict(setting, tmp_path / "after.jsonl", None, decoder=decoder)[longest.index]
+    finally:
+        model.lm.generation_config = own
+    first = said.index(stop)
+    assert after.new_tokens == first + 1 < longest.new_tokens
+    # The token that ends a response is not part of its text, also where it is no special token.
+    assert after.text == data.tokenizer.decode(said[:first], skip_special_tokens=True).strip()
 
 
 def test_what_times_a_variant_is_recorded(setting, tmp_path: Path) -> None:
@@ -104,7 +252,7 @@ def test_what_times_a_variant_is_recorded(setting, tmp_path: Path) -> None:
     found = {}
     for decoder in ("generate", "engine"):
         options = replace(config.evaluation, decoder=decoder, limit=2)
-        result = evaluate_variant(model, data, options, tmp_path / decoder, "router", None, 0, False)
+        result = evaluate_variant(model, data, options, tmp_path / decoder, "router", None, seed=0, progress_bar=False)
         found[decoder] = result
         timing = result["timing"]
         assert timing["decoder"] == decoder and timing["tpot_s"] > 0 and timing["measurements"] == 1
@@ -116,9 +264,10 @@ def test_what_times_a_variant_is_recorded(setting, tmp_path: Path) -> None:
 def test_references_weigh_the_rate_by_token_with_or_without_perplexity(setting, tmp_path: Path, measured: bool) -> None:
     config, data, model = setting
     options = replace(config.evaluation, perplexity=measured, tpot_prompts=0)
-    record = evaluate_variant(model, data, options, tmp_path, "router", RULES["each"], 5, False)
+    record = evaluate_variant(model, data, options, tmp_path, "router", RULES["each"], seed=5, progress_bar=False)
     lengths = [len(data.tokenizer(each.references[0], add_special_tokens=False)["input_ids"]) for each in data.test]
-    steps, skipped = torch.tensor(lengths), (~RULES["each"]).float().mean(1)  # the first token is prefill's, EOS is one
+    # The first token is prefill's, EOS is one.
+    steps, skipped = torch.tensor(lengths), (~RULES["each"].ran).float().mean(1)
     assert record["skip"]["skip_rate_by_token"] == pytest.approx(float((skipped * steps).sum() / steps.sum()))
     assert unpack(record["examples"]["response_tokens"]).tolist() == [length + 1 for length in lengths]
     assert ("perplexity" in record) is measured

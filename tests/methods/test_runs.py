@@ -12,6 +12,7 @@ import torch
 from firstlab import evaluate
 from firstlab.config.build import build_data, load_model
 from firstlab.data.encoding import PromptRows, TrainingRows
+from firstlab.model import FixedRoutes
 from firstlab.run import stream
 from firstlab.run.decisions import decided_routes
 from firstlab.run.experiment import Experiment
@@ -59,10 +60,10 @@ def test_a_method_runs_end_to_end(
     assert variant == "router_lora"
     data = build_data(config)
     routes = decided_routes(run.directory, loaded, variant, PromptSet(model, data, data.test, 4))
-    assert isinstance(routes, torch.Tensor)
+    assert isinstance(routes, FixedRoutes)
     lines = [json.loads(x) for x in (run.directory / "predictions.jsonl").read_text().splitlines()]
     for line in lines:
-        route = routes[line["index"]] if by_prompt else routes
+        route = routes.ran[line["index"]] if by_prompt else routes.ran
         assert line["skipped"] == (~route).nonzero()[:, 0].tolist()
 
 

@@ -63,8 +63,9 @@ def test_the_width_of_a_search(method: str):
     wide, built = composed(f"method={method}", "method.search_width=4")
     assert "search_width" not in plain.identity()["method"] and wide.identity()["method"]["search_width"] == 4
     assert built.search_width == 4 and plain.hash() != wide.hash()
-    with pytest.raises(ValueError, match="method.search_width=0 must be at least 1"):
-        composed(f"method={method}", "method.search_width=0")
+    for width, allowed in ((0, "at least 1"), (99999, "at most 64")):
+        with pytest.raises(ValueError, match=f"method.search_width={width} must be {allowed}"):
+            composed(f"method={method}", f"method.search_width={width}")
 
 
 def test_only_the_static_start_is_searched():

@@ -8,7 +8,6 @@ from firstlab.metrics import (
     PRIMARY_METRIC,
     CometConfig,
     MetricUnavailableError,
-    compare,
     evaluate_predictions,
 )
 
@@ -16,7 +15,7 @@ PREDICTIONS = ["The cat sat on the mat .", "", "x \u0301 \n two\r\nlines \u200f"
 REFERENCES = [("The cat sat on a mat .",), ("nothing",), ("two lines", "x"), ("Good morning everybody here",)]
 METRICS = {
     "translation": ["bleu1", "bleu2", "bleu", "chrf"],
-    "summarization": ["rouge1", "rougeL"],
+    "summarization": ["rouge1", "rougeL", "rougeLsum"],
     "qa": ["em", "f1"],
 }
 
@@ -57,19 +56,6 @@ def test_target_language_reaches_bleu():
     assert results["bleu"].value > 40
 
 
-@pytest.mark.parametrize("kind", METRICS)
-def test_compare(kind):
-    texts = [f"sentence number {i} has these words in it" for i in range(12)]
-    worse = [text.replace("these words", "other things") for text in texts]
-    references = [(text,) for text in texts]
-    tests = compare(kind, texts, worse, references, resamples=300)
-    assert list(tests) == METRICS[kind]
-    for name, test in tests.items():
-        assert test.difference > 0 and test.p_value < 0.01 and 0 < test.low <= test.high, name
-    assert all(test.p_value == 1 for test in compare(kind, texts, texts, references, resamples=50).values())
-    assert compare(kind, worse, texts, references, resamples=300)["em" if kind == "qa" else METRICS[kind][0]].high < 0
-
-
 def test_model_based_metrics_run_when_asked(tmp_path):
     config = CometConfig(command=str(tmp_path / "none"))
     with pytest.raises(MetricUnavailableError, match="make comet"):
@@ -92,4 +78,4 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match="nothing to score"):
         evaluate_predictions("qa", [], [])
     with pytest.raises(ValueError, match="2 predictions but 1 references"):
-        compare("qa", ["a"], ["a", "b"], [("a",)])
+        evaluate_predictions("qa", ["a", "b"], [("a",)])

@@ -11,8 +11,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from firstlab.metrics.scores import MetricUnavailableError
 from firstlab.metrics.summarization import BertScoreConfig, bertscore, rouge
 
+KEYS = ["rouge1", "rougeL", "rougeLsum"]
 TEXT = st.text(alphabet="abc AB1-.\n é猫\u2028", max_size=25)
-LIBRARY = RougeScorer(["rouge1", "rougeL"])
+LIBRARY = RougeScorer(KEYS)
 
 
 def test_rouge_by_hand():
@@ -26,7 +27,7 @@ def test_rouge_by_hand():
 @settings(max_examples=60, deadline=None)
 def test_rouge_equals_rouge_score(pairs):
     scores = rouge([prediction for prediction, _ in pairs], [tuple(accepted) for _, accepted in pairs])
-    for key in ("rouge1", "rougeL"):
+    for key in KEYS:
         expected = [100 * LIBRARY.score_multi(accepted, prediction)[key].fmeasure for prediction, accepted in pairs]
         assert scores[key].per_example == pytest.approx(expected, abs=1e-4)
 
@@ -36,6 +37,13 @@ def test_rouge_takes_the_best_reference_for_each_figure():
     scores = rouge(["a b c d"], [("d c b a", "a b c x y")])
     assert scores["rouge1"].value == pytest.approx(100.0)
     assert scores["rougeL"].value == pytest.approx(100 * 2 * 3 / 9)
+
+
+def test_rouge_lsum_compares_line_by_line():
+    # Each line is found whole, but in the other order: of the texts' 4 words only 2 are a common subsequence.
+    scores = rouge(["c d\na b"], [("a b\nc d",)])
+    assert scores["rougeL"].value == pytest.approx(50.0)
+    assert scores["rougeLsum"].value == pytest.approx(100.0)
 
 
 def test_rouge_bad_inputs():

@@ -1,6 +1,7 @@
 """NLTK BLEU against NLTK itself, sacreBLEU against its published example and its own corpus scores."""
 
 import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu
 from sacrebleu.metrics import BLEU, CHRF
 
-from firstlab.metrics.translation import SCORES_OF_SUMS, bleu, bleu_n, chrf, tokenize
+from firstlab.metrics.scores import MetricUnavailableError
+from firstlab.metrics.translation import SCORES_OF_SUMS, bleu, bleu_n, bleu_tokenizer, chrf, tokenize
 
 # The example of sacreBLEU's README: three segments with two references each, BLEU 48.53 and chrF2 59.73.
 PREDICTIONS = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
@@ -40,6 +42,9 @@ def nltk_bleu(predictions, references, order, language):
         ("one\ntwo\u2028 three", None, ["one", "two", "three"]),
         ("我有 2 只猫。\n", "zh", ["我", "有", "2", "只", "猫", "。"]),
         ("猫狗", "zh-CN", ["猫", "狗"]),
+        ("犬は 猫", "ja", ["犬", "は", "猫"]),
+        ("ขาว", "tha_Thai", ["ข", "า", "ว"]),
+        ("개와 고양이", "ko-KR", ["개와", "고양이"]),
         ("猫狗", "de", ["猫狗"]),
         ("", "zh", []),
     ],
@@ -118,6 +123,42 @@ def test_chinese_counts_characters():
     assert bleu_n(["我有一只猫"], [("我有一只狗",)], 1, "de").value == 0.0
 
 
+@pytest.mark.parametrize(
+    ("tags", "tokenizer"),
+    [
+        ([None, "de", "pt_BR", "sr-Latn", "mn"], "13a"),
+        (["zh", "zh-CN", "ZH_Hant_TW", "zho_Hans", "cmn", "yue-HK"], "zh"),
+        (["ja", "ja-JP", "jpn_Jpan"], "ja-mecab"),
+        (["ko", "ko_KR", "kor_Hang"], "ko-mecab"),
+        (["th", "th-TH", "khm_Khmr", "lo", "my", "bo", "dz"], "char"),
+    ],
+)
+def test_tags_decide_the_tokenizer(tags, tokenizer):
+    assert {bleu_tokenizer(tag) for tag in tags} == {tokenizer}
+
+
+@pytest.mark.parametrize(
+    ("language", "package", "text"),
+    [
+        ("ja-JP", "MeCab", "赤い家は古い川のそばにある。"),
+        ("ko", "mecab_ko", "빨간 집은 강가에 있다."),
+        ("th", None, "บ้านสีแดงอยู่ริมแม่น้ำ"),
+        ("km", None, "ផ្ទះក្រហម"),
+        ("my_MM", None, "အိမ်နီ"),
+        ("zh-Hant", None, "紅房子在老河邊。"),
+    ],
+)
+def test_identical_sentences_of_unspaced_scripts(language, package, text, monkeypatch):
+    if package is None or find_spec(package):
+        scores = [bleu([text] * 3, [(text,)] * 3, language), bleu_n([text] * 3, [(text,)] * 3, 2, language)]
+        assert [each.value for each in scores] == pytest.approx([100.0, 100.0])
+    if package is not None:
+        monkeypatch.setattr(f"sacrebleu.tokenizers.tokenizer_{language[:2]}_mecab.MeCab", None)
+        message = rf"target_language={language} needs .*-mecab: pip install 'sacrebleu\[{language[:2]}\]'"
+        with pytest.raises(MetricUnavailableError, match=message):
+            bleu([text], [(text,)], language)
+
+
 def test_perfect_empty_and_disjoint():
     text = ["Ein Hund läuft über die Wiese ."]
     for score in (bleu_n(text, [tuple(text)], 2), bleu(text, [tuple(text)]), chrf(text, [tuple(text)])):
@@ -138,5 +179,3 @@ def test_bad_inputs(metric):
         metric(["a"], [()])
     with pytest.raises(ValueError, match=r"references\[0\] is a string"):
         metric(["a"], ["a"])
-    with pytest.raises(ValueError, match="order=0"):
-        bleu_n(["a"], [("a",)], 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from firstlab.model import RoutedCache
+from firstlab.model import RoutedCache, stop_tokens
 from support.models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model
 from support.reference import prompt_rho, slow_generate, step_logits
 
@@ -523,7 +524,7 @@ def test_routes_of_wrong_type_or_shape_are_refused(routes):
         lambda: model.new_cache(routes=routes),
         lambda: model(ids, routes=routes),
     ):
-        with pytest.raises(ValueError, match=rf"routes must be a boolean tensor \[{LAYERS}\] or"):
+        with pytest.raises(ValueError, match=rf"routes must be a boolean tensor \[({LAYERS}|layers)\] or"):
             call()
 
 
@@ -534,7 +535,7 @@ def test_routes_must_have_one_row_per_prompt(rows):
     routes = torch.ones(rows, LAYERS, dtype=torch.bool)
     with pytest.raises(ValueError, match=f"routes has {rows} rows for 4 prompts"):
         model.generate(ids, attention_mask=mask, routes=routes)
-    with pytest.raises(ValueError, match=f"routes has {rows} rows but the batch has 4"):
+    with pytest.raises(ValueError, match=f"routes has {rows} rows for 4 prompts"):
         model(ids, attention_mask=mask, routes=routes)
 
 
@@ -542,7 +543,7 @@ def test_a_cache_serves_only_its_own_rows_and_routes():
     _, model = pair("llama")
     ids, mask = prompts((4, 6))
     cache = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY).past_key_values
-    with pytest.raises(ValueError, match="this cache holds the routes of 2 rows but the batch has 3"):
+    with pytest.raises(ValueError, match="past_key_values holds 2 rows and the batch has 3"):
         model(torch.full((3, 1), 5), past_key_values=cache)
     longer = torch.full((2, cache.get_seq_length() + 3), 5)
     with pytest.raises(ValueError, match="already carries routes"):
@@ -671,3 +672,12 @@ def test_input_ids_beside_embeds_are_moved_with_their_padding():
     embeds = model.lm.get_input_embeddings()(ids)
     found = model.generate(ids, attention_mask=mask, inputs_embeds=embeds, max_new_tokens=3)
     assert torch.equal(found[:, : ids.shape[1]], left)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "expected"),
+    [(None, None, []), (2, None, [2]), ([9, 2], 2, [2, 9]), ([9], 2, [2, 9]), (None, 0, [0]), (0, 5, [0, 5])],
+)
+def test_every_stop_token_counts(config, tokenizer, expected):
+    lm = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=config))
+    assert stop_tokens(lm, SimpleNamespace(eos_token_id=tokenizer)) == expected

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -265,3 +268,44 @@ def test_models_that_are_their_own_base_model_lose_no_loss():
     with torch.no_grad():
         losses = [model(ids, mask, labels=labels, keep_logits=keep).loss for keep in (True, False)]
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mixtral", "gptj", "bloom", "falcon", "opt"])
+def test_attentions_have_one_entry_per_layer(architecture):
+    lm = tiny_model(architecture)
+    lm.set_attn_implementation("eager")
+    model = RouterAugmentedLM(lm)
+    ids, mask = prompts()
+    routes = torch.tensor([False, True, True, False, True, False])
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        routes=routes,
+        max_new_tokens=3,
+        do_sample=False,
+        eos_token_id=None,
+        output_attentions=True,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    assert [x is not None for x in out.attentions[0]] == [True] * LAYERS
+    for step, hidden in zip(out.attentions[1:], out.hidden_states[1:], strict=True):
+        assert [x is not None for x in step] == routes.tolist()
+        assert len(hidden) == LAYERS + 1
+
+
+def test_padding_that_nobody_can_see_is_named():
+    model = routed_model()
+    ids, mask = prompts()
+    # Told apart from the EOS token, padding is found, as in transformers.
+    assert torch.equal(model.route(ids), model.route(ids, mask))
+    model.lm.generation_config.pad_token_id = 2
+    padded = ids.masked_fill(mask == 0, 2)
+    calls = (model.route, partial(model.generate, max_new_tokens=1), model)
+    for call in calls:
+        with pytest.warns(UserWarning, match="attention_mask"):
+            call(padded)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(padded, attention_mask=mask)
+            call(padded[2:])  # nothing is padded

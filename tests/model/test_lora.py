@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from firstlab.model import LoraSettings, RouterAugmentedLM
-from firstlab.model.lora import linear_names, lora_layers
+from firstlab.model import LoraSettings, RouterAugmentedLM, check_lora
+from firstlab.model.lora import linear_names, lora_layers, lora_parameters
 from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, routed_model, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -103,13 +106,76 @@ def test_disabling_without_lora_is_harmless():
 
 def test_target_modules_choose_a_part():
     model = routed_model()
-    model.add_lora(LoraSettings(rank=2, target_modules=("q_proj", "v_proj")))
+    model.add_lora(LoraSettings(rank=2, target_modules=["q_proj", "v_proj"]))
     assert len(list(lora_layers(model.lm))) == 2 * LAYERS
 
 
 def test_target_modules_that_match_nothing_are_named():
-    with pytest.raises(ValueError, match=r"lora.target_modules=\('lm_head',\) matches no linear map"):
-        routed_model().add_lora(LoraSettings(target_modules=("lm_head",)))
+    for names, unknown in ((["lm_head"], "lm_head"), (["q_proj", "v_porj"], "v_porj")):
+        with pytest.raises(ValueError, match=rf"have no linear map {unknown}; choose from q_proj, k_proj"):
+            routed_model().add_lora(LoraSettings(target_modules=names))
+        # And before any weights are there.
+        with pytest.raises(ValueError, match=rf"have no linear map {unknown}; choose from q_proj, k_proj"):
+            check_lora(tiny_model("llama").config, LoraSettings(target_modules=names))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "lora.rank=0 must be at least 1"),
+        ({"lora_alpha": 0}, "lora.lora_alpha=0 must be at least 1"),
+        ({"dropout": 1.0}, "lora.dropout=1.0 must be at least 0 and below 1"),
+        ({"target_modules": []}, r"lora.target_modules=\[\] names nothing"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraSettings(**settings)
+
+
+def test_a_rank_above_the_smaller_side_is_named():
+    config = tiny_model("llama").config
+    with pytest.warns(
+        UserWarning, match=r"lora.rank=17 .* 12 linear map\(s\), such as .*k_proj \[16, 32\]: more than 16"
+    ):
+        assert len(check_lora(config, LoraSettings(rank=17))) == 7 * LAYERS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_lora(config, LoraSettings(rank=16))
+        check_lora(config, LoraSettings(rank=17, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "dots1"])
+def test_adapters_are_float32_on_any_base(architecture, tmp_path):
+    """Forward, autocast, backward, a file, moves, and merging."""
+    dtype = torch.bfloat16
+    lm = AutoModelForCausalLM.from_config(dots1_config()) if architecture == "dots1" else tiny_model(architecture)
+    lm.to(dtype).save_pretrained(tmp_path / "base")
+    model = RouterAugmentedLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    model.add_lora(LoraSettings(rank=2, dropout=0.0))
+    for name, parameter in model.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.freeze_all_but("lora")
+    ids, mask = prompts(side="right")
+    out = model(ids, mask, labels=ids)
+    out.loss.backward()
+    assert out.logits.dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, mask, labels=ids).loss.backward()
+    weights = lora_parameters(model.lm)
+    assert weights and {p.dtype for p in weights} == {p.grad.dtype for p in weights} == {torch.float32}
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert {x.dtype for x in load_file(tmp_path / "saved" / "adapter_model.safetensors").values()} == {torch.float32}
+    other = RouterAugmentedLM.from_pretrained(tmp_path / "saved", dtype=dtype)
+    assert {p.dtype for p in lora_parameters(other.lm)} == {torch.float32}
+    assert torch.equal(logits(other), expected)
+    model.half()
+    assert all(torch.equal(p, q) for p, q in zip(weights, lora_parameters(other.lm), strict=True))
+    other.merge_and_unload()
+    assert {p.dtype for p in other.lm.parameters()} == {dtype}
+    torch.testing.assert_close(logits(other), expected, atol=0.2, rtol=0.1)
 
 
 @pytest.mark.parametrize(("architecture", "maps"), [("phimoe", 4), ("falcon", 4), ("ctrl", 6)])
@@ -135,16 +201,22 @@ def test_maps_outside_the_decoder_layers_stay():
     lm.tower = torch.nn.Module()
     lm.tower.q_proj = torch.nn.Linear(4, 4)
     model = RouterAugmentedLM(lm)
-    model.add_lora(LoraSettings(target_modules=("q_proj",)))
+    model.add_lora(LoraSettings(target_modules=["q_proj"]))
     assert len(list(lora_layers(lm))) == LAYERS and type(lm.tower.q_proj) is torch.nn.Linear
 
 
-def test_experts_that_peft_adapts_only_without_dropout():
+def dots1_config():
+    """Experts whose stacked weights PEFT adapts as well."""
     config = AutoConfig.for_model(
         "dots1", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     config.update({"n_routed_experts": 2, "moe_intermediate_size": 16, "intermediate_size": 48, "head_dim": 8})
     config.update({"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1})
+    return config
+
+
+def test_experts_that_peft_adapts_only_without_dropout():
+    config = dots1_config()
     with pytest.raises(ValueError, match=r"lora\.dropout=0\.1: PEFT adapts the stacked experts .* set lora\.dropout=0"):
         RouterAugmentedLM(AutoModelForCausalLM.from_config(config)).add_lora()
     model = RouterAugmentedLM(AutoModelForCausalLM.from_config(config))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.prompt_cache import Split
+from firstlab.model.prompt_cache import Layout
 from firstlab.model.routers import Routers, RouterSettings, pool
 from support.models import ARCHITECTURES, LAYERS, batch, routed_model
 
@@ -154,7 +154,7 @@ def test_a_prompt_that_goes_on_behind_a_response() -> None:
     model = phase_1()
     ids, mask, labels, prompt_mask = batch()
     prompt_mask[:, 7] = True
-    assert Split.of(prompt_mask, mask.bool() & ~prompt_mask) is None
+    assert Layout.of(prompt_mask, mask.bool() & ~prompt_mask) is None
     options = {"prompt_mask": prompt_mask, "objective": "decode_consistent"}
     out = model(ids, mask, labels, **options, keep_logits=False)
     torch.testing.assert_close(out.loss, model(ids, mask, labels, **options).loss, atol=1e-5, rtol=1e-5)
@@ -185,7 +185,7 @@ def test_a_split_loses_nothing_and_keeps_the_order(rows: list[tuple[int, int, in
     prompt = (column >= left) & (column < left + prompts)
     response = (column >= left + prompts) & (column < left + prompts + responses)
     values = torch.arange(1, len(rows) * width + 1).reshape(len(rows), width)
-    split = Split.of(prompt, response)
+    split = Layout.of(prompt, response)
     if split is None:
         assert not prompts.any() or not responses.any()
         return

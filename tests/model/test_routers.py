@@ -191,9 +191,7 @@ def test_weights_stay_fp32_and_unchanged(convert):
     torch.optim.SGD(routers.parameters(), 0.1).step()
 
 
-def test_settings_are_validated_and_plain():
-    assert RouterSettings().to_dict() == {"input_norm": "none", "threshold": 0.5}
-    assert RouterSettings(**RouterSettings("rms", 0.4).to_dict()) == RouterSettings("rms", 0.4)
+def test_settings_are_validated():
     with pytest.raises(ValueError, match="router.input_norm='layer' is unknown; choose one of none, rms"):
         RouterSettings(input_norm="layer")
     for threshold in (0.0, 1.0, -0.1, 1.5):

@@ -396,8 +396,17 @@ def test_routes_survive_json():
     assert routes_from_json(routes_to_json(rule)) == rule
     assert torch.equal(routes_from_json(routes_to_json(SCHEDULE)).schedule, SCHEDULE.schedule)
     fixed = random_routes(2)
-    assert torch.equal(routes_from_json(routes_to_json(fixed)), fixed)
-    assert torch.equal(routes_from_json(routes_to_json(PRUNED)).ran, PRUNED.ran)
+    assert torch.equal(routes_from_json(routes_to_json(fixed)).ran, fixed)
+    pruned = routes_from_json(routes_to_json(PRUNED))
+    assert isinstance(pruned, PrunedRoutes) and torch.equal(pruned.ran, PRUNED.ran)
+
+
+@pytest.mark.parametrize(
+    "saved", [5, "a", [1, 0], [[True], [True, False]], {}, {"pruned": [0.5]}, {"early_exit": {"p": 1}}, {"other": []}]
+)
+def test_damaged_routes_are_one_message(saved):
+    with pytest.raises(ValueError, match="these are no saved routes"):
+        routes_from_json(saved)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +433,10 @@ def test_bad_rules_are_refused(make, message):
     [
         (StepRoutes(torch.ones(2, 5, dtype=torch.bool)), "schedule of 5 layers; the model has 6"),
         (EarlyExit(0.5, min_layers=7), "min_layers=7 but the model has 6 layers"),
-        (PrunedRoutes(torch.ones(5, dtype=torch.bool)), "PrunedRoutes names 5 layers; the model has 6"),
+        (
+            PrunedRoutes(torch.ones(5, dtype=torch.bool)),
+            r"routes must be a boolean tensor \[6\] or \[batch, 6\] .* got \[5\]",
+        ),
         ([True] * 6, "routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got list"),
     ],
 )

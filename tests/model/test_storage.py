@@ -137,19 +137,6 @@ def test_truncated_files_are_named(base_folder, tmp_path, name):
         RouterAugmentedLM.from_pretrained(tmp_path / "saved")
 
 
-def test_missing_routers_are_named(base_folder, tmp_path):
-    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / "routers.safetensors").unlink()
-    with pytest.raises(ValueError, match="routers.safetensors is missing or truncated"):
-        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
-
-
-def test_broken_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "firstlab"')
-    with pytest.raises(ModelUnavailableError, match="config.json is not valid JSON"):
-        RouterAugmentedLM.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -200,7 +187,7 @@ def test_a_broken_tokenizer_is_named(base_folder):
     tiny_tokenizer().save_pretrained(base_folder)
     file = base_folder / "tokenizer.json"
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+    with pytest.raises(ModelUnavailableError, match="the folder holds no tokenizer that can be read"):
         load_tokenizer(base_folder)
 
 
@@ -237,8 +224,11 @@ def test_unknown_models_say_what_to_do():
 
 
 def test_empty_folders_say_what_to_do(tmp_path):
-    for load in (RouterAugmentedLM.from_pretrained, load_tokenizer):
-        with pytest.raises(ModelUnavailableError, match="the folder exists but cannot be read"):
+    for load, message in (
+        (RouterAugmentedLM.from_pretrained, "the folder exists but cannot be read"),
+        (load_tokenizer, "the folder holds no tokenizer that can be read"),
+    ):
+        with pytest.raises(ModelUnavailableError, match=message):
             load(tmp_path)
 
 
@@ -292,12 +282,135 @@ def test_the_base_is_the_one_that_was_saved_with_the_routers(tmp_path):
     assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(other))
 
 
-@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
-def test_routers_without_what_belongs_to_them_are_not_replaced_by_fresh_ones(base_folder, tmp_path, name):
-    trained(base_folder).save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / name).unlink()
-    with pytest.raises(ValueError, match=f"but no {name}; save the model again; in a run directory"):
+def no_hashes(folder):
+    """As folders were saved before config.json named their files."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    del config["files"]
+    file.write_text(json.dumps(config))
+
+
+ADAPTER = {name: f"adapter_{name}" for name in ("config.json", "model.safetensors")}
+EACH = ("config.json", "routers.safetensors", *ADAPTER.values())
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("name", EACH)
+def test_what_belongs_to_the_routers_is_never_left_out(base_folder, tmp_path, name, earlier):
+    saved = tmp_path / "saved"
+    trained(base_folder).save_pretrained(saved)
+    if earlier:
+        no_hashes(saved)
+    torch.save({}, saved / "adapter_model.bin")  # never read
+    (saved / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}.*save the model again; in a run"):
+        RouterAugmentedLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("name", EACH)
+def test_truncated_files_are_one_message(base_folder, tmp_path, name, earlier):
+    saved = tmp_path / "saved"
+    trained(base_folder).save_pretrained(saved)
+    if earlier:
+        no_hashes(saved)
+    content = (saved / name).read_bytes()
+    for size in (0, len(content) // 2, len(content) - 4):
+        (saved / name).write_bytes(content[:size])
+        with pytest.raises(
+            ValueError, match=f"{name} (is missing or truncated|is not valid JSON).*save the model again"
+        ):
+            RouterAugmentedLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", EACH[1:])
+def test_files_of_another_model_are_noticed(base_folder, tmp_path, name):
+    for number in range(2):
+        model = trained(base_folder)
+        with torch.no_grad():
+            model.routers.weight.add_(number)
+        model.lm.peft_config["default"].lora_alpha += number
+        model.save_pretrained(tmp_path / str(number))
+    (tmp_path / "0" / name).write_bytes((tmp_path / "1" / name).read_bytes())
+    with pytest.raises(ValueError, match=f"{name} is not the file that was saved with config.json"):
+        RouterAugmentedLM.from_pretrained(tmp_path / "0")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"weights": torch.zeros(LAYERS, 32)}, r"weights is \[6, 32\] in the file and absent in the model"),
+        ({"weight": torch.zeros(LAYERS, 32, dtype=torch.long)}, "weight .* other than finite numbers"),
+        ({"weight": torch.full((LAYERS, 32), float("nan"))}, "weight .* other than finite numbers"),
+        ({"weight": torch.zeros(LAYERS + 1, 32)}, r"weight is \[7, 32\] in the file and \[6, 32\] in the model"),
+    ],
+)
+def test_routers_that_cannot_be_meant_are_refused(base_folder, tmp_path, weights, message):
+    trained(base_folder, lora=False).save_pretrained(tmp_path / "saved")
+    save_file(weights, tmp_path / "saved" / "routers.safetensors")
+    with pytest.raises(ValueError, match=rf"routers\.safetensors.*{message}"):
         RouterAugmentedLM.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"router": "rms"}, "router='rms'"),
+        ("config.json", {"router": {"threshold": "0.5"}}, "router={'threshold': '0.5'}"),
+        ("config.json", {"router": {"norm": "rms"}}, "unexpected keyword argument 'norm'"),
+        ("config.json", {"base_model_name_or_path": 5}, "base_model_name_or_path must be text"),
+        ("config.json", {"files": []}, "files an object"),
+        ("config.json", {"model_type": "llama"}, "must have model_type='firstlab'"),
+        ("adapter_config.json", {"r": "4"}, "r='4' must be a number"),
+        ("adapter_config.json", {"r": None}, "r=None must be a number"),
+        ("adapter_config.json", {"target_modules": 3}, "target_modules=3 must be names of modules"),
+        ("adapter_config.json", {"peft_type": "IA3"}, "peft_type must be LORA"),
+        ("adapter_config.json", {"future_option": True}, "the installed PEFT knows no 'future_option'"),
+    ],
+)
+def test_wrong_types_and_unknown_keys_are_one_message(base_folder, tmp_path, name, change, message):
+    saved = tmp_path / "saved"
+    trained(base_folder).save_pretrained(saved)
+    no_hashes(saved)
+    file = saved / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"{name}.*{message}.*"):
+        RouterAugmentedLM.from_pretrained(saved)
+
+
+def test_keys_of_a_newer_peft_that_are_off_do_not_matter(base_folder, tmp_path):
+    model, saved = trained(base_folder), tmp_path / "saved"
+    model.save_pretrained(saved)
+    no_hashes(saved)
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"future_option": None}))
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained(saved)), logits(model))
+
+
+def test_home_is_spelled_out(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = RouterAugmentedLM.from_pretrained("~/base")
+    model.save_pretrained("~/saved")
+    assert torch.equal(logits(RouterAugmentedLM.from_pretrained("~/saved", base="~/base")), logits(model))
+    assert (tmp_path / "saved").is_dir() and not (tmp_path / "~").exists()
+    with pytest.raises(ModelUnavailableError, match="holds no tokenizer"):
+        load_tokenizer("~/saved")
+
+
+def test_a_merged_base_takes_its_tokenizer_and_generation_config_along(base_folder, tmp_path):
+    model = trained(base_folder)
+    model.lm.generation_config.eos_token_id = [2, 9]
+    model.merge_and_unload().save_pretrained(tmp_path / "without", save_base=True)
+    message = (
+        r"the tokenizer of model.path='.*/without/base' .* put it there with tokenizer.save_pretrained\('.*base'\)"
+    )
+    with pytest.raises(ModelUnavailableError, match=message):
+        load_tokenizer(tmp_path / "without")
+    tiny_tokenizer().save_pretrained(base_folder)
+    model.save_pretrained(tmp_path / "with", save_base=True)
+    assert load_tokenizer(tmp_path / "with").get_vocab() == tiny_tokenizer().get_vocab()
+    assert RouterAugmentedLM.from_pretrained(tmp_path / "with").lm.generation_config.eos_token_id == [2, 9]
 
 
 @pytest.mark.skipif("laguna" not in CONFIG_MAPPING, reason="not in this transformers")

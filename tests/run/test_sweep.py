@@ -15,14 +15,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from firstlab import tables
 from firstlab.config.compose import conf_dir, register
+from firstlab.config.grid import ablation_runs, planned_runs
 from firstlab.config.schema import SweepConfig
 from firstlab.run import sweep
 from firstlab.run.load import load
-from firstlab.run.sweep import PlannedRun, describe, duration, expand, plan, run_sweep
+from firstlab.run.sweep import PlannedRun, describe, duration, expand, plan, run_sweep, with_cells
+from firstlab.store import results
 from firstlab.store.files import claimed
-from firstlab.tables.grid import ablation_runs, planned_runs
+from firstlab.tables import config as tables_config
 
 FOLDER = Path(conf_dir()) / "sweep"
 FILES = sorted(
@@ -30,7 +31,6 @@ FILES = sorted(
     for file in FOLDER.rglob("*.yaml")
     if not file.name.startswith("_")
 )
-METHODS = {file.stem for file in (Path(conf_dir()) / "method").glob("*.yaml")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,8 @@ def configuration() -> Iterator[None]:
 
 
 def grids_of(name: str) -> dict[str, Any]:
-    return compose("train", [f"+sweep={name}"], return_hydra_config=True).hydra.sweeper.grids
+    sweeper = compose("train", [f"+sweep={name}"], return_hydra_config=True).hydra.sweeper
+    return with_cells(sweeper.scale, sweeper.cells, sweeper.grids)
 
 
 def of_run(overrides: list[str]) -> dict[str, str]:
@@ -53,19 +54,17 @@ def test_every_grid_of_every_sweep_composes(name: str):
     composed = compose("train", [f"+sweep={name}"], return_hydra_config=True)
     assert composed.hydra.mode.name == "MULTIRUN" and composed.sweep.name == name and composed.sweep.tables
     assert not composed.compare_with_base
-    own = OmegaConf.select(OmegaConf.load(FOLDER / f"{name}.yaml"), "hydra.sweeper.grids") or {}
-    assert own.keys() <= composed.hydra.sweeper.grids.keys()
-    for key in own:  # those of other sweeps are composed in theirs
-        first = next(run for run in expand({key: composed.hydra.sweeper.grids[key]}, {"+sweep": [name]}))
-        if of_run(first).get("method", "first") in METHODS:  # a file that names a missing method is refused by its plan
-            config, method = load(compose("train", first))
-            assert config.sweep.name == name
-            assert (method.target_skip is None) == ("method.target_skip" not in of_run(first))
+    runs = expand(grids_of(name), {"+sweep": [name]})
+    assert runs
+    for run in {of_run(each)["method"]: each for each in runs}.values():  # one of each method: composing is slow
+        config, method = load(compose("train", run))
+        assert config.sweep.name == name
+        assert (method.target_skip is None) == ("method.target_skip" not in of_run(run))
 
 
-@pytest.mark.parametrize("name", ["table15", "ablations", "llama/table2"])
+@pytest.mark.parametrize("name", ["table15", "ablations", "llama/table1"])
 def test_no_two_runs_of_a_sweep_share_a_directory(name: str):
-    runs = [run for run in expand(grids_of(name), {"+sweep": [name]}) if of_run(run).get("method", "first") in METHODS]
+    runs = list({frozenset(of_run(run).items()): run for run in expand(grids_of(name), {"+sweep": [name]})}.values())
     planned = plan(runs, lambda each: compose("train", each), None)
     assert len({run.directory for run in planned}) == len(runs)
 
@@ -74,34 +73,44 @@ def test_no_two_runs_of_a_sweep_share_a_directory(name: str):
     ("scale", "name", "least"), [("nano", "tables", 100), ("llama", "llama/tables", 100), ("multi30k", "multi30k", 14)]
 )
 def test_sweeps_run_what_the_tables_show(scale: str, name: str, least: int):
-    implied = ("model=nano", "+experiment=_paper", "model=nano_parallel", "data=multi30k", "evaluation.limit=null")
-    swept = {frozenset(o for o in run if not o.startswith("seed=")) for run in expand(grids_of(name), {})}
-    tables.config.register()
-    plan = planned_runs(tables.config.load(compose("tables", [f"scale={scale}"])))
-    wanted = [run.overrides for run, names in plan.items() if names != ["ablations"]]
-    assert len(wanted) > least
-    runs = {run - frozenset(implied) for run in swept}
-    missing = [overrides for overrides in wanted if frozenset(overrides) - frozenset(implied) not in runs]
-    assert not missing
+    tables_config.register()
+    plan = planned_runs(tables_config.load(compose("tables", [f"scale={scale}"])).scale)
+    wanted = {frozenset((*run.overrides, "seed=0")) for run in plan}
+    assert len(wanted) > least and wanted <= set(map(frozenset, expand(grids_of(name), {})))
 
 
 @pytest.mark.parametrize(("scale", "name"), [("nano", "ablations"), ("llama", "llama/ablations")])
 def test_the_ablation_sweep_runs_what_the_table_shows(scale: str, name: str):
-    def identities(runs: list[list[str]]) -> set[tuple[str | None, str]]:
-        configs = [load(compose("train", run))[0] for run in runs]
-        return {(config.note, config.hash()) for config in configs}
+    tables_config.register()
+    config = tables_config.load(compose("tables", [f"scale={scale}"]))
+    wanted = [dict(each.split("=", 1) for each in run.overrides) for _, _, run in ablation_runs(config.scale, 15)]
+    swept = [of_run(run) for run in expand(grids_of(name), {})]
+    assert len(wanted) > 20 and all({**each, "seed": "0"} in swept for each in wanted)
 
-    tables.config.register()
-    config = tables.config.load(compose("tables", [f"scale={scale}"]))
-    wanted = [list(run.overrides) for _, _, run in ablation_runs(config)]
-    levels = {"method.target_skip=0.15", "method=first_soft"}
-    swept = [run for run in expand(grids_of(name), {"+sweep": [name]}) if levels & set(run)]
-    assert len(wanted) > 20
-    assert identities(wanted) <= identities(swept)
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({}, "is no run of the scale nano"),
+        ({"tables": ["table1"], "tasks": ["nothing"]}, "is no run of the scale nano"),
+        (
+            {"methods": ["nothing"], "rates": [0.5]},
+            "scale.methods has no entry for 'nothing'; it has none, skip_decode",
+        ),
+        ({"methods": ["none"], "models": ["nothing"]}, "scale.models has no entry for 'nothing'"),
+        ({"tasks": 1}, "hydra.sweeper: "),
+        ({"nothing": 1}, "'nothing'"),
+    ],
+)
+def test_cells_that_say_nothing_are_refused(cells: dict, message: str):
+    scale = compose("train", ["+sweep=table1"], return_hydra_config=True).hydra.sweeper.scale
+    with pytest.raises(ValueError, match=message):
+        with_cells(scale, {"a": OmegaConf.create(cells)}, {})
 
 
 def test_the_paper_form_on_llama_is_the_papers_experiment():
-    [run] = [r for r in expand(grids_of("llama/table15"), {"+sweep": ["llama/table15"]}) if "method.alpha=0.01" in r]
+    runs = expand(grids_of("llama/table1"), {"+sweep": ["llama/table1"], "data": ["wmt_ende"]})
+    [run] = [each for each in runs if "method.alpha=0.01" in each]
     assert load(compose("train", run))[0].hash() == load(compose("train", ["+experiment=wmt_ende_a0.01"]))[0].hash()
 
 
@@ -153,12 +162,14 @@ def test_runs_that_cannot_work_stop_the_sweep_before_it_starts(tmp_path: Path):
 
 def finish(run: PlannedRun, seconds: float) -> None:
     """What a finished run leaves, as far as a plan reads it."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / "config.yaml").write_text(json.dumps(run.config.to_dict()))
     names = {"data": run.config.data.name, "model": run.config.model.name, "method": run.method.name}
-    variants = dict.fromkeys(("base", "base_lora") if run.method.name == "none" else ("router", "router_lora"))
-    record = {**names, "variants": variants, "wall_s": seconds, "config": run.config.identity()}
-    (run.directory / "result.json").write_text(json.dumps(record))
+    where = {"label": run.method.label, "directory": str(run.directory), "seed": run.config.seed, "num_layers": 1}
+    settings = {"config": run.config.identity(), "config_hash": run.config.hash()}
+    skip, metrics = {"skip_rate": 0, "per_layer": [0]}, {"bleu": {"value": 1, "low": 1, "high": 1}}
+    variant = {"n": 1, "skip": skip, "metrics": metrics, "primary_metric": "bleu"}
+    variants = dict.fromkeys(("base", "base_lora") if run.method.name == "none" else ("router", "router_lora"), variant)
+    results.write(run.directory, {**names, **where, **settings, "variants": variants, "wall_s": seconds})
+    (run.directory / "config.yaml").write_text(json.dumps(run.config.to_dict()))
 
 
 def test_a_plan_knows_what_is_finished_and_estimates_the_rest(tmp_path: Path):
@@ -213,6 +224,10 @@ def test_torn_and_foreign_records_are_named_and_stop_no_plan(tmp_path: Path, cap
     finish(plan(runs, make, None)[0], 120)
     good = json.loads(next(tmp_path.rglob("result.json")).read_text())
     foreign = ["{", "[]", "{}", json.dumps({**good, "config": {"method": None}}), json.dumps({**good, "data": ["x"]})]
+    target = {"_target_": "os.system", "command": f"touch {tmp_path / 'MARK'}"}
+    method = {**good, "config": {**good["config"], "method": target}, "config_hash": "x"}
+    (tmp_path / "kept" / "results").mkdir(parents=True)
+    (tmp_path / "kept" / "results" / "hostile.json").write_text(json.dumps(method))
     for i, text in enumerate(foreign):
         for file in (f"runs/another/{i}/result.json", f"kept/one/results/{i}.json"):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +237,7 @@ def test_torn_and_foreign_records_are_named_and_stop_no_plan(tmp_path: Path, cap
     assert [(run.state, run.seconds) for run in planned] == [("finished", 120), ("to do", 120)]
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2 * len(foreign) and all(".json is left out: " in note for note in notes)
+    assert not (tmp_path / "MARK").exists()
 
 
 def test_a_failure_that_cannot_be_read_is_a_failure(tmp_path: Path):
@@ -233,8 +249,6 @@ def test_a_failure_that_cannot_be_read_is_a_failure(tmp_path: Path):
 
 
 def test_only_what_is_left_is_launched_and_failures_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture):
-    from firstlab.store import results
-
     runs = [[f"runs={tmp_path}", *run] for run in ([], ["seed=1"], ["seed=2"], ["seed=3"])]
     finish(plan(runs, make, None)[0], 60)
     launched: list[list[str]] = []
@@ -281,18 +295,12 @@ def test_finished_runs_are_collected_for_the_record(tmp_path: Path):
         finish(run, 60)
     settings = SweepConfig(recorded=None, collect=str(tmp_path / "kept"))
     run_sweep(runs, compose=make, launch=lambda jobs: None, settings=settings)
-    kept = sorted(file.name for file in (tmp_path / "kept" / "results").iterdir())
-    assert kept == [f"mini_ende-nano--first-skip0.15-seed{seed}.json" for seed in (0, 1)]
+    kept = [file.name for file, _ in results.read_all(tmp_path / "kept", pytest.fail)]
+    assert kept == [f"mini_ende-nano--first-skip0.15-seed{seed}" for seed in (0, 1)]
     assert {run.state for run in plan([run[1:] for run in runs], make, tmp_path)} == {"finished"}
-    torn = tmp_path / "kept" / "results" / kept[0]
-    whole = torn.read_text()
-    torn.write_text(whole[:20])
-    with pytest.raises(ValueError, match=rf"{kept[0]} is not a result that may be replaced .*; delete it or choose"):
-        run_sweep(runs, compose=make, launch=lambda jobs: None, settings=settings)
-    torn.write_text(whole)
     other = [[*runs[0], "router_phase.learning_rate=1", "overwrite=true"]]
     finish(plan(other, make, None)[0], 60)
-    with pytest.raises(ValueError, match="records another configuration"):
+    with pytest.raises(ValueError, match=r"sweep.collect=.*: .*seed0 records another configuration"):
         run_sweep([other[0][:-1]], compose=make, launch=lambda jobs: None, settings=settings)
 
 

@@ -19,6 +19,7 @@ class FakePrompts:
     max_new_tokens: int = 8
     states: list[list[Tensor]] = field(default_factory=list)
     choices: Tensor | None = None
+    progress_bar: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from firstlab.config.compose import composed_config
+from firstlab.config.grid import Run
 from firstlab.metrics import Scores, bootstrap_interval
 from firstlab.store import results
-from firstlab.tables.grid import Run
 
 METRIC = {"mini_qa": ("f1", "em"), "mini_summarization": ("rougeL", "rouge1")}
 LAYERS = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
 import re
 import shlex
 from dataclasses import replace
@@ -18,14 +19,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from firstlab.config.compose import conf_dir, search_path
+from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_of
 from firstlab.methods.unified_skip import UnifiedSkip
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.store import results
+from firstlab.tables import __main__ as tables_command
 from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
 from firstlab.tables.cells import WORSE, Cells
 from firstlab.tables.config import TablesConfig, load, register
-from firstlab.tables.grid import Run, ablation_runs, at_rate, known_methods, planned_runs, run_of
 from firstlab.tables.quality import missing_cell, score_cell
 from firstlab.tables.records import Library, read
 from firstlab.tables.speed import overhead_table, tpot_tables
@@ -242,7 +244,7 @@ def test_an_ablation_is_one_run_where_that_of_another_level_is_nearer(config: Ta
 
 
 def test_an_ablation_without_a_level_takes_whatever_its_settings_skip(config: TablesConfig, tmp_path: Path):
-    rows = {(group, name): run for group, name, run in ablation_runs(config)}
+    rows = {(group, name): run for group, name, run in ablation_runs(config.scale, 15)}
     none, some = (rows["β (paper's form, α = 0.01)", beta] for beta in ("0.0", "0.003"))
     assert none.level is None and "method.alpha=0.01" in none.overrides and "target_skip" not in none.command()
     for name, run, rate in (("none", none, 0.62), ("some", some, 0.4)):
@@ -260,16 +262,16 @@ def test_router_time_comes_from_benchmarks(config: TablesConfig, tmp_path: Path)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "benchmark.json").write_text("[]")
     library = read([str(tmp_path)])
-    assert len(library.warnings) == 1 and "it has no model, device, cells" in library.warnings[0]
+    assert len(library.warnings) == 1 and "[] is not a mapping" in library.warnings[0]
     rows = {row[0].text: row[-1] for row in overhead_table(Cells(config, library)).rows}
     assert rows["nano"].plain == "2.50 % [2.00, 3.00]" and rows["llama3_8b"].note == "not measured"
 
 
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
-    [("cells", [{}], "its cell has no router_share_of_prefill"), ("cells", None, "it has cells=None, not a list"),
-     ("cells", [None], "its cells hold None"), ("model", ["nano"], "it has model=['nano'], not text"),
-     ("device", None, "it has device=None"), ("cells", [{"router_share_of_prefill": None}], "prefill=None")],
+    [("cells", [{}], "cells has no router_share_of_prefill"), ("cells", None, "it has no cells"),
+     ("cells", [None], "cells=None is not a mapping"), ("model", ["nano"], "model=['nano'] is not text"),
+     ("device", None, "it has no device"), ("cells", [{"router_share_of_prefill": "x"}], "prefill='x' is not")],
 )  # fmt: skip
 def test_a_malformed_benchmark_is_left_out_with_the_reason(
     config: TablesConfig, tmp_path: Path, key: str, value: Any, reason: str
@@ -324,18 +326,30 @@ def test_a_seed_counts_once_and_the_first_folder_wins(config: TablesConfig, tmp_
     assert [each.seed for each in match.records] == [0, 1]
 
 
-def test_what_a_run_does_not_say_is_what_runs_did_before_there_was_a_choice(config: TablesConfig, tmp_path: Path):
+def test_settings_that_the_methods_file_leaves_out_count(config: TablesConfig, tmp_path: Path):
     run = cell_run(config, "sleb", 15)
     node = record(run)
-    del node["config"]["method"]["search_width"], node["config"]["evaluation"]["decoder"]
-    save(tmp_path, "former", node)
-    assert "search_width=1" in " ".join(f"{k}={v}" for k, v in read([str(tmp_path)]).records[0].settings.items())
     wide, engine = (
         replace(run, overrides=(*run.overrides, each))
         for each in ("method.search_width=4", "evaluation.decoder=engine")
     )
-    for each, found in ((run, 1), (wide, 0), (engine, 0)):
-        assert len(read([str(tmp_path)]).of(each, config.scale)) == found
+    for width, counts in ((1, (1, 0, 0)), (4, (0, 1, 0))):
+        node["config"]["method"]["search_width"] = width
+        save(tmp_path, "one", node)
+        library = read([str(tmp_path)])
+        assert tuple(len(library.of(each, config.scale)) for each in (run, wide, engine)) == counts
+
+
+def test_nothing_that_a_record_names_is_imported(config: TablesConfig, tmp_path: Path):
+    mark = tmp_path / "MARK"
+    hostile = {"_target_": "os.system", "command": f"touch {mark}"}
+    for path in ("method", "data.task", "model.path", "lora.rank", "evaluation.comet"):
+        node = damaged(record(cell_run(config, "first", 15)), f"config.{path}", hostile)
+        save(tmp_path, path, {**node, "config_hash": path})
+    library = read([str(tmp_path)])
+    assert len(library.records) == 5
+    build(config, library)
+    assert not mark.exists()
 
 
 def test_runs_on_another_number_of_test_prompts_are_others(tmp_path: Path):
@@ -365,8 +379,7 @@ def test_an_evaluation_with_another_model_or_other_data_is_another_run(
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "result.json").write_text(json.dumps(node))
     assert [each.file.parent.name for each in read([str(tmp_path)]).of(run, config.scale)] == ["seed0"]
-    # What an older record does not say, it does not contradict; nor does it matter where the files of the data lie.
-    del own["config"]["model"], own["config"]["data"]["val_size"]
+    # Where the files of the data lie does not matter.
     own["config"]["data"] |= {"root": "a folder", "task": own["config"]["data"]["task"] | {"root": "a folder"}}
     (tmp_path / "seed0" / "result.json").write_text(json.dumps(own))
     assert [each.file.parent.name for each in read([str(tmp_path)]).of(run, config.scale)] == ["seed0"]
@@ -409,39 +422,39 @@ def test_an_evaluation_on_another_task_or_with_another_seed_stands_for_no_cell(c
 
 
 DAMAGE: list[tuple[str, Any, str]] = [
-    ("variants", [], "it has variants=[], not a mapping"),
-    ("variants", None, "it has variants=None"),
-    ("variants.router", None, "its variants has router=None, not a mapping"),
-    ("config", "x", "it has config='x', not a mapping"),
-    ("config.evaluation", None, "its config has evaluation=None"),
-    ("config.method", None, "its config has method=None"),
-    ("config.data", [], "its config has data=[]"),
-    ("seed", None, "it has seed=None, not a whole number"),
-    ("seed", "x", "it has seed='x'"),
-    ("config_hash", {}, "it has config_hash={}, not text"),
-    ("num_layers", None, "it has num_layers=None"),
-    ("num_layers", 0, "it has num_layers=0"),
-    ("data", 1, "it has data=1, not text"),
-    ("model", None, "it has model=None"),
-    ("variants.router.n", None, "its variant router has n=None"),
-    ("variants.router.skip", None, "its variant router has skip=None"),
-    ("variants.router.skip.skip_rate", None, "skip has skip_rate=None, not a number"),
-    ("variants.router.skip.skip_rate", ..., "skip has no skip_rate"),
-    ("variants.router.skip.per_layer", ..., "skip has no per_layer"),
-    ("variants.router.skip.per_layer", [0.5], "per_layer has 1 numbers for 16 layers"),
-    ("variants.router.skip.per_layer", [None] * 16, "skip has per_layer=None, not a number"),
-    ("variants.router.skip.unique_routes", "x", "skip has unique_routes='x'"),
-    ("variants.router.skip.by_difficulty", {"hard": {}}, "by_difficulty has 'hard'"),
+    ("variants", [], "variants=[] is not a mapping"),
+    ("variants", None, "it has no variants"),
+    ("variants.router", None, "variants.router=None is not a mapping"),
+    ("config", "x", "config='x' is not a mapping"),
+    ("config.evaluation", None, "config has no evaluation"),
+    ("config.data", [], "config.data=[] is not a mapping"),
+    ("seed", "x", "seed='x' is not a whole number"),
+    ("seed", True, "seed=True is not a whole number"),
+    ("config_hash", {}, "config_hash={} is not text"),
+    ("num_layers", None, "it has no num_layers"),
+    ("num_layers", 0, "skip.per_layer has 16 numbers, not 0"),
+    ("data", 1, "data=1 is not text"),
+    ("wall_s", "x", "wall_s='x' is not a number"),
+    ("variants.router.n", None, "variants.router has no n"),
+    ("variants.router.skip.skip_rate", ..., "variants.router.skip has no skip_rate"),
+    ("variants.router.skip.per_layer", [0.5], "per_layer has 1 numbers, not 16"),
+    ("variants.router.skip.per_layer", [None] * 16, "skip.per_layer=None is not a number"),
+    ("variants.router.skip.unique_routes", "x", "skip.unique_routes='x' is not a number"),
+    ("variants.router.skip.by_difficulty", {"hard": {"n": 1, "skip_rate": 0}}, "by_difficulty has a level"),
+    ("variants.router.skip.by_difficulty", {"1": {"n": 1}}, "by_difficulty.1 has no skip_rate"),
     ("variants.router.metrics", {}, "has no metric f1"),
-    ("variants.router.metrics.f1.value", "x", "f1 has value='x', not a number"),
-    ("variants.router.metrics.f1.value", float("nan"), "f1 has value=nan"),
+    ("variants.router.metrics.f1.value", "x", "f1.value='x' is not a number"),
+    ("variants.router.metrics.f1.value", float("nan"), "f1.value=nan is not a number"),
     ("variants.router.primary_metric", "bleu", "has no metric bleu, its primary_metric"),
-    ("variants.router.timing.tpot_ratio_quartiles", [1.0], "tpot_ratio_quartiles has 1 numbers, not two"),
-    ("variants.router.examples", 3, "has examples=3, not a mapping"),
-    ("variants.router.examples.skip_rate", "AAAA", "examples: skip_rate: per-example numbers cannot be read"),
-    ("variants.router.examples.skip_rate", 3, "examples has skip_rate=3, not text"),
-    ("variants.router.examples.nll", results.pack([1, 2]), r"nll holds numbers of the shape (2,) for 60 prompts"),
-    ("variants.router.examples.scores.f1", results.pack([1]), "f1 holds numbers of the shape (1,) for 60 prompts"),
+    ("variants.router.primary_metric", ..., "variants.router has no primary_metric"),
+    ("variants.router.timing.tpot_ratio_quartiles", [1.0], "tpot_ratio_quartiles has 1 numbers, not 2"),
+    ("variants.router.examples", 3, "variants.router.examples=3 is not a mapping"),
+    ("variants.router.examples.skip_rate", "AAAA", "examples.skip_rate: per-example numbers cannot be read"),
+    ("variants.router.examples.skip_rate", 3, "examples.skip_rate=3 is not a list"),
+    ("variants.router.examples.nll", [[1], [1, 2]], "examples.nll: per-example numbers cannot be read"),
+    ("variants.router.examples.nll", ["1"] * 60, "examples.nll: per-example numbers cannot be read"),
+    ("variants.router.examples.nll", results.pack([1, 2]), r"nll has numbers of the shape (2,) for 60 prompts"),
+    ("variants.router.examples.scores.f1", results.pack([1]), "f1 has numbers of the shape (1,) for 60 prompts"),
 ]
 
 
@@ -457,16 +470,21 @@ def damaged(node: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return node
 
 
-def test_a_malformed_record_is_left_out_with_the_reason(config: TablesConfig, tmp_path: Path):
-    run = cell_run(config, "first", 15)
-    text = json.dumps(record(run))
-    for i, (path, value, _) in enumerate(DAMAGE):
-        save(tmp_path, f"bad{i:02}", damaged(json.loads(text), path, value))
-    save(tmp_path, "good", json.loads(text))
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_malformed_record_is_left_out_with_the_reason(config: TablesConfig, tmp_path: Path, packed: bool):
+    text = json.dumps(record(cell_run(config, "first", 15)))
+    nodes = {f"bad{i:02}": damaged(json.loads(text), path, value) for i, (path, value, _) in enumerate(DAMAGE)}
+    nodes["good"] = json.loads(text)
+    lines = [json.dumps({"name": name, **node}) for name, node in nodes.items()]
+    if packed:
+        (tmp_path / results.PACKED).write_bytes(lzma.compress("\n".join(lines).encode()))
+    else:
+        for name, node in nodes.items():
+            save(tmp_path, name, node)
     library = read([str(tmp_path)])
     assert [each.file.stem for each in library.records] == ["good"]
-    for (path, _, reason), line in zip(DAMAGE, library.warnings, strict=True):
-        assert " is left out: " in line and reason in line, (path, line)
+    for i, ((path, _, reason), line) in enumerate(zip(DAMAGE, library.warnings, strict=True)):
+        assert f"bad{i:02}" in line and " is left out: " in line and reason in line, (path, line)
 
 
 def test_a_metric_that_came_out_as_nan_is_not_measured(config: TablesConfig, tmp_path: Path):
@@ -520,16 +538,16 @@ def test_settings_out_of_range_are_named(override: str, message: str):
 @pytest.mark.parametrize("scale", ["nano", "llama"])
 def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
     config = settings(f"scale={scale}")
-    plan = planned_runs(config)
+    plan = planned_runs(config.scale)
     register()
     named = {table for tables in plan.values() for table in tables}
-    assert {f"table{n}" for n in ("1", "2", "3a", "4b", "5", "7b", "9", "14b")} | {"ablations"} <= named
-    assert {run.method for run in plan} == set(known_methods(config.scale))
+    assert {f"table{n}" for n in ("1", "2", "3a", "4b", "5", "7b", "9", "14b")} <= named
+    assert {run.method for run in plan} == set(config.scale.methods)
     dense = [run for run in plan if run.method == "none"]
     assert len(dense) == len({(run.task, run.model) for run in dense}), "one dense run per task and model"
     # One run of each method and each ablation: composing is slow.
     chosen = {run.method: run for run in plan if not run.changes}
-    ablations = [run for _, _, run in ablation_runs(config)][-3:]
+    ablations = [run for _, _, run in ablation_runs(config.scale, 15)][-3:]
     from firstlab.config.compose import composed_config
 
     for run in [*chosen.values(), *ablations]:
@@ -542,7 +560,7 @@ def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
 
 def test_levels_are_those_that_the_grid_plans_for_each_task():
     config = settings("scale=llama")
-    cells, plan = Cells(config, Library()), planned_runs(config)
+    cells, plan = Cells(config, Library()), planned_runs(config.scale)
     commands = {run.command() for run in plan}
     tables = [equal_rates(cells), pareto(cells), adaptivity(cells)]
     assert not {command for table in tables for command in table.commands} - commands
@@ -563,7 +581,7 @@ def test_a_scale_may_stand_for_a_part_of_the_paper(tmp_path: Path):
     assert printed == {"table1", "table5", "table8", "table10", "table15", "figure3"} and "ablations" not in tables
     assert {row[0].text for row in tables["table10"].rows} == {"0 %", "15 %", "25 %"}  # the paper also has 35 %
     assert len(tables["table5"].rows) == 2 * 2 and len(tables["table8"].rows) == 1
-    assert {run.task for run in planned_runs(config)} == {"multi30k"}
+    assert {run.task for run in planned_runs(config.scale)} == {"multi30k"}
     narrow = replace(config, scale=replace(config.scale, levels={25: 0.25}), ablation_level=25)
     assert "figure3" not in {table.key for table in build(narrow, read(narrow.results))}
 
@@ -648,6 +666,13 @@ def test_everything_is_written_and_the_page_stands_alone(tmp_path: Path):
     assert again == {file: file.read_bytes() for file in index.parent.rglob("*.*")}, "the same results, the same files"
 
 
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tables_command, "read", lambda _: pytest.fail("read"))
+    with pytest.raises(ValueError, match=f"out={tmp_path / 'file' / 'x'} cannot be written .* another folder"):
+        tables_command.run(settings(f"out={tmp_path}/file/x"))
+
+
 def test_forms_of_a_table():
     cells = [
         Cell("a|b_50 %"),
@@ -669,17 +694,6 @@ def test_no_letter_of_a_cell_breaks_a_table():
     assert '| two lines <b> \\| "x" — a … ≤ ≥ × 中 |\n' in markdown(table)
     escaped = r"two lines \textless{}b\textgreater{} \textbar{} ''x'' --- a \dots{} $\leq$ $\geq$ $\times$ 中 \\"
     assert escaped in latex(table).splitlines()
-
-
-@pytest.mark.parametrize("values", [[0, 1, 255], [[1.5, 2.25], [0.1, -3]], np.zeros((3, 0)), [True, False]])
-def test_packed_numbers_come_back(values):
-    assert np.allclose(results.unpack(results.pack(values)), np.asarray(values, dtype=float), rtol=1e-7)
-
-
-@pytest.mark.parametrize("text", ["", "äöü", "AAAA"])
-def test_unpacking_something_else_is_an_error(text: str):
-    with pytest.raises(ValueError, match="cannot be read"):
-        results.unpack(text)
 
 
 def test_scores_survive_packing_and_average_to_a_paired_test():

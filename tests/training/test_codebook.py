@@ -118,7 +118,7 @@ def test_routers_learn_routes_that_the_prompt_tells(tiny_model_dir: Path, tmp_pa
     prompts = PromptSet(model, data, data.train[:24], 8)
     is_qa = torch.tensor([example.part == "mini_qa" for example in prompts.examples])
     wanted = torch.stack([torch.ones(24).bool(), is_qa, ~is_qa, torch.zeros(24).bool()], dim=1)
-    accuracy = fit_to_routes(model, prompts.batches, wanted, 0.1, 18)
+    accuracy = fit_to_routes(prompts, wanted, margin=0.1, trained=18)
     assert torch.equal(prompts.routed()[:18], wanted[:18])
     held_out = (prompts.routed() == wanted)[18:].float().mean(0)
     torch.testing.assert_close(accuracy, held_out)
@@ -127,8 +127,8 @@ def test_routers_learn_routes_that_the_prompt_tells(tiny_model_dir: Path, tmp_pa
 def test_pooled_states_do_not_depend_on_padding(tiny_model_dir: Path, tmp_path: Path):
     config, _ = composed(*overrides(tiny_model_dir, tmp_path, "data=mini_mixture"))
     data, model = build_data(config), load_model(config, tiny_model_dir)
-    together = pooled_states(model, PromptSet(model, data, data.train[:5], 5).batches)
-    alone = torch.cat([pooled_states(model, PromptSet(model, data, [e], 1).batches) for e in data.train[:5]])
+    together = pooled_states(PromptSet(model, data, data.train[:5], 5))
+    alone = torch.cat([pooled_states(PromptSet(model, data, [e], 1)) for e in data.train[:5]])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 

@@ -30,7 +30,7 @@ def test_too_little_skipping_raises_the_multiplier_and_too_much_lowers_it():
 
 
 def test_selection_score_punishes_only_the_distance_beyond_the_tolerance():
-    assert selection_score(1.5, 0.9, None, 0.01, 100) == 1.5
-    assert selection_score(1.5, 0.155, 0.15, 0.01, 100) == 1.5
-    assert selection_score(1.5, 0.18, 0.15, 0.01, 100) == pytest.approx(1.5 + 2.0)
-    assert selection_score(1.5, 0.12, 0.15, 0.01, 100) == pytest.approx(1.5 + 2.0)
+    assert selection_score(1.5, 0.9, target=None, tolerance=0.01, weight=100) == 1.5
+    assert selection_score(1.5, 0.155, target=0.15, tolerance=0.01, weight=100) == 1.5
+    assert selection_score(1.5, 0.18, target=0.15, tolerance=0.01, weight=100) == pytest.approx(1.5 + 2.0)
+    assert selection_score(1.5, 0.12, target=0.15, tolerance=0.01, weight=100) == pytest.approx(1.5 + 2.0)

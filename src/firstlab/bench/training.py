@@ -224,7 +224,7 @@ def _variants(
     from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule
 
     lora = config.lora
-    targets = None if lora.target_modules is None else tuple(lora.target_modules)
+    targets = None if lora.target_modules is None else list(lora.target_modules)
     base: Any = deepcopy(models.plain, {id(parameter): parameter for parameter in models.plain.parameters()})
     second = RouterAugmentedLM(base, models.routed.routers.settings)
     second.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))

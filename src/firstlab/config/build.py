@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import pad_id
 from firstlab.data.task import Task
 from firstlab.metrics import PRIMARY_METRIC
-from firstlab.model import RouterAugmentedLM, RouterSettings, load_tokenizer
-from firstlab.model.storage import load_base, load_trained, read_config
+from firstlab.model import (
+    LoraSettings,
+    ModelUnavailableError,
+    RouterAugmentedLM,
+    RouterSettings,
+    check_lora,
+    load_base_config,
+    load_tokenizer,
+)
+from firstlab.model.storage import read_config
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = {"bundled:nano": _ASSETS / "nano"}
@@ -80,6 +89,17 @@ def check_test_set(data: PromptDataModule) -> None:
         raise ValueError(f"data.task: {type(data.task).__name__} has no test examples; leave evaluate out of phases")
 
 
+def check_lora_targets(config: ExperimentConfig) -> None:
+    """Raises ValueError if phase 2 would adapt linear maps that the model does not have; loads no weights."""
+    if "lora" not in config.phases:
+        return
+    try:
+        base = load_base_config(model_path(config.init_from or config.model.path), config.model.revision)
+    except ModelUnavailableError:
+        return  # loading it says what is wrong, or knows more kinds of folders
+    check_lora(base, LoraSettings(**asdict(config.lora)))
+
+
 def check_device(trainer: TrainerConfig) -> None:
     """Raises ValueError if the run asks for GPUs that this machine does not have."""
     if trainer.accelerator != "gpu":
@@ -101,12 +121,9 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     settings = RouterSettings(config.router.input_norm, config.router.threshold)
     saved, base_path = read_config(path), model_path(config.model.path)
     own_base = config.init_from is not None or (Path(path) / "base").is_dir() or read_config(base_path) is not None
-    if saved is None or own_base:
-        model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
-    else:  # on the configured base, wherever that was when the routers were saved
-        base = load_base(base_path, **options)
-        model = RouterAugmentedLM(base, RouterSettings(**saved["router"]))
-        load_trained(model, path, saved)
+    # Routers go on the configured base, wherever that was when they were saved.
+    base = None if saved is None or own_base else base_path
+    model = RouterAugmentedLM.from_pretrained(path, settings=settings, base=base, **options)
     check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk

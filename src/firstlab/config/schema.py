@@ -21,9 +21,6 @@ PHASES = ("router", "lora", "evaluate")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
 
-#: Settings of methods that runs did not have at first, with what they then did: runs that do so leave them out.
-UNSAID = {"skip_prefill": False, "search_width": 1}
-
 
 def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
     if not condition:
@@ -330,8 +327,8 @@ class SweepConfig:
     Attributes:
         name: Name of the sweep file; groups its runs in W&B.
         tables: Tables and figures of the paper that the runs fill; tags in W&B.
-        recorded: Folder of recorded results (NAME/results/*.json) that count as finished, or null.
-        collect: Folder that gets a copy of every finished run's record, as results/RUN.json, to be committed; or null.
+        recorded: Folder of recorded results that count as finished, or null.
+        collect: Folder whose records.jsonl.xz gets every finished run's record, to be committed; or null.
         plan_only: Print the plan and stop.
     """
 
@@ -427,14 +424,6 @@ class ExperimentConfig:
         # Of the trainer, only precision moves the numbers beyond rounding.
         config["trainer"] = {"precision": config["trainer"]["precision"]}
         del config["data"]["num_workers"]
-        if config["data"]["bucket"] == 1:
-            # Off is what runs were before there was this setting; they stay themselves.
-            del config["data"]["bucket"]
-        if config["model"]["quantization"] is None:
-            del config["model"]["quantization"]
-        if config["evaluation"]["decoder"] == "generate":
-            del config["evaluation"]["decoder"]
-        config["method"] = {key: value for key, value in config["method"].items() if UNSAID.get(key, ...) != value}
         return config
 
     def hash(self) -> str:

@@ -17,8 +17,6 @@ def cut(items: Sequence[int], parts: int) -> list[list[int]]:
 
 def batch_count(n: int, batch_size: int) -> int:
     """How many batches of at most `batch_size` hold `n` samples."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     return -(-n // batch_size)
 
 
@@ -59,24 +57,10 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, buckets: Bucke
     return batches if buckets is None else buckets.sort(batches, generator)
 
 
-class FixedBatches:
-    """Given batches as a batch sampler (Lightning's prediction loop takes no bare list)."""
-
-    def __init__(self, batches: list[list[int]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-
 def shard_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     """Batches of samples `rank`, `rank` + `world_size`, ... below `n`, for validation and generation.
 
-    Every rank gets the same number of batches as far as its samples go, so that ranks which talk in each step
-    stay in step.
+    Every rank gets the same number of batches as far as its samples go: ranks which talk in each step stay in step.
     """
     shard = range(rank, n, world_size)
     batches = batch_count(batch_count(n, world_size), batch_size)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from firstlab.data.files import clean_text, data_files, identifier, load_hub_split, member, read_jsonl, spread
+from firstlab.data.files import (
+    clean_text,
+    data_files,
+    has_text,
+    identifier,
+    load_hub_split,
+    members,
+    read_jsonl,
+    spread,
+    warn,
+)
 from firstlab.data.prompts import summarization_prompt
 from firstlab.data.task import Example, Task
 
 HUB_ID = "abisee/cnn_dailymail"
 VERSION = "3.0.0"
 FILES = {"train": "train.jsonl", "test": "test.jsonl"}
-
-log = logging.getLogger(__name__)
 
 
 class CnnDailyMail(Task):
@@ -25,9 +31,6 @@ class CnnDailyMail(Task):
             each article, with an "id", text or a number, or without; None takes the hub's data set.
         pool_size: How many articles of the train split to keep in memory, at even distances; None keeps all
             287,113.
-
-    Raises:
-        ValueError: Reading raises it for missing or faulty files and when the hub cannot be reached.
     """
 
     kind: ClassVar[str] = "summarization"
@@ -43,16 +46,16 @@ class CnnDailyMail(Task):
             return spread(self._read_file("train", self.root), self.pool_size)
         rows = load_hub_split(HUB_ID, VERSION, "train", list(FILES.values()))
         rows = rows.select(spread(range(len(rows)), self.pool_size))
-        full = [row for row in rows if row["article"].strip() and row["highlights"].strip()]
+        full = [row for row in rows if has_text(row["article"]) and has_text(row["highlights"])]
         if len(full) < len(rows):
-            log.warning("%s: left out %d articles without text", HUB_ID, len(rows) - len(full))
-        return _examples((f"{HUB_ID} train, {row['id']}", row) for row in full)
+            warn(f"{HUB_ID}: left out {len(rows) - len(full)} articles without text")
+        return [_example(row, f"{HUB_ID} train, {row['id']}", row["id"]) for row in full]
 
     def test(self) -> list[Example]:
         if self.root is not None:
             return self._read_file("test", self.root)
         rows = load_hub_split(HUB_ID, VERSION, "test", list(FILES.values()))
-        return _examples((f"{HUB_ID} test, {row['id']}", row) for row in rows)
+        return [_example(row, f"{HUB_ID} test, {row['id']}", row["id"]) for row in rows]
 
     def prompt(self, example: Example, source: str | None = None) -> str:
         return summarization_prompt(example.source if source is None else source)
@@ -60,19 +63,14 @@ class CnnDailyMail(Task):
     def _read_file(self, split: str, root: str) -> list[Example]:
         (path,) = data_files(root, [FILES[split]])
         rows = enumerate(read_jsonl(path), start=1)
-        return _examples((f"{path}, line {number}", _with_id(row, f"{split}:{number}")) for number, row in rows)
+        return [_example(row, f"{path}, line {number}", f"{split}:{number}") for number, row in rows]
 
 
-def _with_id(row: Any, default: str) -> Any:
-    return {**row, "id": default} if isinstance(row, dict) and row.get("id") is None else row
-
-
-def _examples(rows: Iterable[tuple[str, Any]]) -> list[Example]:
-    return [
-        Example(
-            source=clean_text(member(row, "article", where), where, "article"),
-            id=identifier(member(row, "id", where), where, "id"),
-            references=(clean_text(member(row, "highlights", where), where, "highlights"),),
-        )
-        for where, row in rows
-    ]
+def _example(row: Any, where: str, default_id: str) -> Example:
+    article, highlights = members(row, ["article", "highlights"], where)
+    own_id = row.get("id")
+    return Example(
+        id=identifier(default_id if own_id is None else own_id, where, "id"),
+        source=clean_text(article, where, "article"),
+        references=(clean_text(highlights, where, "highlights"),),
+    )

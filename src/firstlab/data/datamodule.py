@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from firstlab.data.batching import Buckets, DistributedBatches, FixedBatches, batch_count, shard_batches
+from firstlab.data.batching import Buckets, DistributedBatches, batch_count, shard_batches
 from firstlab.data.encoding import (
     LENGTHS,
-    Batch,
     LossOn,
-    PromptRows,
     Row,
     TrainingRows,
-    collate_prompts,
     collate_training,
     encode,
     fit_prompt,
     pad_id,
     prompt_ids,
 )
-from firstlab.data.files import spread
+from firstlab.data.files import spread, warn
 from firstlab.data.task import Example, Task
 
 
 class PromptDataModule(L.LightningDataModule):
-    """Splits of one task and the loaders over them.
+    """Splits of one task, the loaders over them, and how far training is.
 
-    `train`, `val` and `test` are lists of `Example` after `setup`; `index` in a batch is the position there.
-    Use `Trainer(use_distributed_sampler=False, max_epochs=1)`: shards are made here, and the train loader is
-    the whole run.
+    `train`, `val` and `test` are lists of `Example`; `index` in a batch is the position there. Use
+    `Trainer(use_distributed_sampler=False, max_epochs=1)`: shards are made here, and the train loader is the whole run.
+    `firstlab.config.schema.DataConfig` checks the ranges of the settings.
 
     Args:
         task: The data.
@@ -52,14 +49,13 @@ class PromptDataModule(L.LightningDataModule):
         seed: Of the splits and of the training order.
         max_length: Tokens of prompt and response in training and validation.
         max_prompt_length: Tokens of a prompt in generation; None takes `max_length`.
-        max_new_tokens: Tokens that generation adds; kept for the code that generates, checked against the
-            tokenizer's limit.
-        batch_size: Rows of a micro batch over all processes together.
-        eval_batch_size: Rows of a validation or generation batch on one process.
+        max_new_tokens: Tokens that generation adds.
+        batch_size: Rows of a training batch over all processes together.
+        eval_batch_size: Rows of a validation batch on one process.
         num_workers: Loader processes.
         loss_on: "all" real tokens (phase 1) or "response" tokens only (phase 2).
         epochs: Length of the training run, unless `total_batches` is set.
-        total_batches: Length of the training run in micro batches.
+        total_batches: Length of the training run in batches.
         bucket: Training batches whose samples are sorted by length together (see `Buckets`), which needs the lengths
             of all training examples first; 1 leaves batches as the shuffle makes them.
 
@@ -68,7 +64,7 @@ class PromptDataModule(L.LightningDataModule):
             training code sets it, in `training_step`: checkpoint callbacks run before `on_train_batch_end`.
 
     Raises:
-        ValueError: A setting out of range (here), data that cannot be used (in `setup`).
+        ValueError: Lengths that the tokenizer does not allow (here), data that cannot be used (in `setup`).
     """
 
     def __init__(
@@ -92,25 +88,6 @@ class PromptDataModule(L.LightningDataModule):
         bucket: int = 1,
     ) -> None:
         super().__init__()
-        least = {
-            "train_size": (train_size, 1),
-            "val_size": (val_size, 0),
-            "test_size": (test_size, 1),
-            "max_length": (max_length, 2),
-            "max_prompt_length": (max_prompt_length, 1),
-            "max_new_tokens": (max_new_tokens, 1),
-            "batch_size": (batch_size, 1),
-            "eval_batch_size": (eval_batch_size, 1),
-            "num_workers": (num_workers, 0),
-            "epochs": (epochs, 1),
-            "total_batches": (total_batches, 1),
-            "bucket": (bucket, 1),
-        }
-        for option, (value, lowest) in least.items():
-            if value is not None and value < lowest:
-                raise ValueError(f"data.{option}={value} must be at least {lowest}")
-        if loss_on not in ("all", "response"):
-            raise ValueError(f"data.loss_on={loss_on} is unknown: choose 'all' or 'response'")
         self.task, self.tokenizer = task, tokenizer
         self.train_size, self.val_size, self.test_size, self.seed = train_size, val_size, test_size, seed
         self.max_length, self.max_new_tokens, self.loss_on = max_length, max_new_tokens, loss_on
@@ -121,8 +98,6 @@ class PromptDataModule(L.LightningDataModule):
         self.consumed_batches = 0
         self._repeats_checked = False
         self._lengths: dict[int, list[int]] = {}
-        self._saved_stream: dict[str, int] | None = None
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # few prompts on many devices
         limit = tokenizer.model_max_length
         if max(max_length, self.max_prompt_length + max_new_tokens) > limit:
             raise ValueError(
@@ -142,22 +117,23 @@ class PromptDataModule(L.LightningDataModule):
         _ = self._train_val, self.test
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads what `stage` needs; raises for a prompt that can never fit here, not in mid-training."""
-        if stage in (None, "fit", "validate"):
-            for example in self._tight([*self.train, *self.val], self.max_length - self.max_length // 2):
-                encode(self.task, example, self.tokenizer, self.max_length)
+        """Load what `stage` needs: "fit", "test" (teacher-forced) or "predict" (generation); None is all of them.
+
+        Raises:
+            ValueError: A prompt can never fit, which shows here and not in mid-training.
+        """
+        teacher_forced = [*self.train, *self.val] if stage in (None, "fit") else []
+        teacher_forced += self.test if stage in (None, "test") else []
+        for example in self._tight(teacher_forced, self.max_length - self.max_length // 2):
+            encode(self.task, example, self.tokenizer, self.max_length)
         if stage in (None, "fit"):
             self._warn_of_repeats()
-        if stage in (None, "test"):
-            for example in self._tight(self.test, self.max_length - self.max_length // 2):
-                encode(self.task, example, self.tokenizer, self.max_length)
         if stage in (None, "predict"):
             for example in self._tight(self.test, self.max_prompt_length):
                 fit_prompt(self.task, example, self.tokenizer, self.max_prompt_length, self.prompt_option)
 
-    @rank_zero_only
     def _warn_of_repeats(self) -> None:
-        """One line on stderr, the first time, if examples to validate or test on are also trained on."""
+        """Say, the first time, if examples to validate or test on are also trained on."""
         if self._repeats_checked:
             return
         self._repeats_checked = True
@@ -168,11 +144,9 @@ class PromptDataModule(L.LightningDataModule):
             if (repeated := sum(_content(example) in trained for example in examples))
         ]
         if counts:
-            print(
-                f"warning: {' and '.join(counts)} are also training examples (same source and first reference), which "
-                "flatters their scores: remove them from the training data",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"{' and '.join(counts)} are also training examples (same source and first reference), which "
+                "flatters their scores: remove them from the training data"
             )
 
     def _tight(self, examples: Sequence[Example], room: int) -> list[Example]:
@@ -194,7 +168,7 @@ class PromptDataModule(L.LightningDataModule):
 
     @cached_property
     def _train_val(self) -> tuple[list[Example], list[Example]]:
-        pool = self._shuffled(self.task.train_pool())
+        pool = self._shuffled(_told_apart(self.task.train_pool(), "training"))
         own_validation = getattr(self.task, "validation", None)
         held_out = own_validation() if own_validation is not None else None
         if held_out is not None:
@@ -203,7 +177,7 @@ class PromptDataModule(L.LightningDataModule):
                     f"data.val_size={self.val_size}, but the validation set has {len(held_out)} examples: "
                     f"set data.val_size to at most {len(held_out)}"
                 )
-            val, rest = self._shuffled(held_out)[: self.val_size], pool
+            val, rest = self._shuffled(_told_apart(held_out, "validation"))[: self.val_size], pool
         else:
             if len(pool) <= self.val_size:
                 raise ValueError(
@@ -232,7 +206,7 @@ class PromptDataModule(L.LightningDataModule):
     @cached_property
     def test(self) -> list[Example]:
         """Test examples in published order, those of a mixture one part in turn with the others."""
-        parts = by_part(self.task.test())
+        parts = by_part(_told_apart(self.task.test(), "test"))
         if self.test_size is None:
             return interleaved(parts)
         shares = [len(range(first, self.test_size, len(parts))) for first in range(len(parts))]
@@ -243,105 +217,75 @@ class PromptDataModule(L.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(
-        self,
-        rows: Dataset[Row],
-        batches: DistributedBatches | FixedBatches,
-        collate: Callable[[Sequence[Row]], Batch],
-    ) -> DataLoader[Row]:
+    def _loader(self, rows: TrainingRows, batches: DistributedBatches | list[list[int]]) -> DataLoader[Row]:
         return DataLoader(
             rows,
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=partial(collate_training, pad=self.pad, loss_on=self.loss_on),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 
+    def _rows(self, examples: Sequence[Example]) -> TrainingRows:
+        return TrainingRows(self.task, examples, self.tokenizer, self.max_length)
+
     def run_batches(self) -> int:
-        """Micro batches of the whole training run."""
+        """Batches of the whole training run."""
         per_epoch = batch_count(len(self.train), self.batch_size)
         return self.epochs * per_epoch if self.total_batches is None else self.total_batches
 
+    def _training_batches(self, **place: int) -> DistributedBatches:
+        return DistributedBatches(
+            len(self.train),
+            self.batch_size,
+            self.seed,
+            total_batches=self.run_batches(),
+            buckets=self._buckets(),
+            **place,
+        )
+
     def trained_on(self) -> list[int]:
         """The training examples that the run comes to, in ascending order."""
-        batches = DistributedBatches(
-            len(self.train), self.batch_size, self.seed, total_batches=self.run_batches(), buckets=self._buckets()
-        )
-        return sorted({index for batch in batches for index in batch})
+        return sorted({index for batch in self._training_batches() for index in batch})
 
     def train_dataloader(self) -> DataLoader[Row]:
         """The training run from `consumed_batches` on, as one stream over epochs.
 
         Raises:
-            ValueError: More processes than rows in a batch, or other data than in the checkpoint.
+            ValueError: More processes than rows in a batch.
         """
-        self._check_stream()
         rank, world_size = self._world()
-        batches = DistributedBatches(
-            len(self.train),
-            self.batch_size,
-            self.seed,
-            total_batches=self.run_batches(),
-            rank=rank,
-            world_size=world_size,
-            start_batch=self.consumed_batches,
-            buckets=self._buckets(),
-        )
-        rows = self._training_rows()
-        return self._loader(rows, batches, partial(collate_training, pad=self.pad, loss_on=self.loss_on))
-
-    def _training_rows(self) -> TrainingRows:
-        return TrainingRows(self.task, self.train, self.tokenizer, self.max_length)
+        place = {"rank": rank, "world_size": world_size, "start_batch": self.consumed_batches}
+        return self._loader(self._rows(self.train), self._training_batches(**place))
 
     def _buckets(self) -> Buckets | None:
         if self.bucket == 1:
             return None
         # Both phases may cut texts at different lengths.
         if self.max_length not in self._lengths:
-            rows = self._training_rows()
+            rows = self._rows(self.train)
             found = (rows[index] for index in range(len(rows)))
             self._lengths[self.max_length] = [len(row.prompt) + len(row.response) for row in found]
         return Buckets(self._lengths[self.max_length], self.bucket)
 
     def val_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
-        """Teacher-forced validation batches; no loader when there is no validation."""
-        return self.teacher_forced_loader(self.val, "data.val_size") if self.val else []
-
-    def test_dataloader(self) -> DataLoader[Row]:
-        """Teacher-forced test batches, for perplexity."""
-        return self.teacher_forced_loader(self.test, "data.test_size")
-
-    def predict_dataloader(self) -> DataLoader[Row]:
-        """Test prompts to generate from."""
-        return self.generation_loader(self.test)
-
-    def teacher_forced_loader(self, examples: Sequence[Example], option: str = "the examples") -> DataLoader[Row]:
-        """This rank's share of `examples` with responses, in order.
+        """This rank's share of teacher-forced validation, in order; no loader when there is no validation.
 
         Raises:
             ValueError: Ranks would have different numbers of batches, on which sharded models hang.
         """
+        if not self.val:
+            return []
         rank, world_size = self._world()
-        counts = {
-            len(shard_batches(len(examples), self.eval_batch_size, each, world_size)) for each in range(world_size)
-        }
-        if len(counts) > 1:
+        shards = [shard_batches(len(self.val), self.eval_batch_size, each, world_size) for each in range(world_size)]
+        if len(set(map(len, shards))) > 1:
             raise ValueError(
-                f"{option}: {len(examples)} examples in evaluation.batch_size={self.eval_batch_size} give "
+                f"data.val_size: {len(self.val)} examples in evaluation.batch_size={self.eval_batch_size} give "
                 f"some of the {world_size} processes fewer batches than others, which would hang them: set "
                 f"evaluation.batch_size to at least 2, a number of examples that {world_size} divides, or "
                 "fewer trainer.devices"
             )
-        rows = TrainingRows(self.task, examples, self.tokenizer, self.max_length)
-        batches = FixedBatches(shard_batches(len(examples), self.eval_batch_size, rank, world_size))
-        return self._loader(rows, batches, partial(collate_training, pad=self.pad, loss_on=self.loss_on))
-
-    def generation_loader(self, examples: Sequence[Example]) -> DataLoader[Row]:
-        """This rank's share of the prompts of `examples`, in order; ranks may differ in batch counts."""
-        rank, world_size = self._world()
-        rows = PromptRows(self.task, examples, self.tokenizer, self.max_prompt_length, self.prompt_option)
-        batches = FixedBatches(shard_batches(len(examples), self.eval_batch_size, rank, world_size))
-        return self._loader(rows, batches, partial(collate_prompts, pad=self.pad))
+        return self._loader(self._rows(self.val), shards[rank])
 
     # Checkpoints
 
@@ -354,19 +298,13 @@ class PromptDataModule(L.LightningDataModule):
         """How far training is, and in which stream of batches."""
         return {"consumed_batches": self.consumed_batches, "stream": self._stream()}
 
-    def start_over(self) -> None:
-        """At the start of another training, whatever was resumed before."""
-        self.consumed_batches, self._saved_stream = 0, None
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets training go on behind the batches done; the number of processes may have changed."""
-        self.consumed_batches = state_dict["consumed_batches"]
-        self._saved_stream = state_dict["stream"]
+        """Let training go on behind the batches done; the number of processes may have changed.
 
-    def _check_stream(self) -> None:
-        # Not in `load_state_dict`: a checkpoint may be evaluated on any data.
-        now = self._stream()
-        saved = now if self._saved_stream is None else self._saved_stream
+        Raises:
+            ValueError: The checkpoint is from other training data.
+        """
+        now, saved = self._stream(), state_dict["stream"]
         changed = [
             f"data.{option}: {saved.get(option, 'unset')} in the checkpoint, {now.get(option, 'unset')} now"
             for option in saved | now
@@ -377,10 +315,42 @@ class PromptDataModule(L.LightningDataModule):
                 f"cannot resume in the middle of other training data ({'; '.join(changed)}): restore these "
                 "options or start a new run"
             )
+        self.consumed_batches = state_dict["consumed_batches"]
+
+    def start_over(self) -> None:
+        """Begin another training, whatever was resumed before."""
+        self.consumed_batches = 0
 
 
 def _content(example: Example) -> tuple[str, str, str]:
     return example.source, example.question, example.references[0]
+
+
+def _told_apart(examples: Sequence[Example], split: str) -> list[Example]:
+    """The examples under ids of their own; says so where some share one, or have a reference that is their source."""
+    counts: Counter[str] = Counter()
+    taken: set[str] = set()
+    renamed = []
+    for example in examples:
+        name = example.id
+        while name in taken:
+            counts[example.id] += 1
+            name = f"{example.id}#{counts[example.id] + 1}"
+        taken.add(name)
+        renamed.append(example if name == example.id else replace(example, id=name))
+    if counts:
+        first = next(iter(counts))
+        warn(
+            f"{counts.total()} of {len(examples)} {split} examples have the id of an earlier one (for instance "
+            f"'{first}'); they are called '{first}#2' and so on: give each its own"
+        )
+    copies = [example.id for example in renamed if not example.question and example.source in example.references]
+    if copies:
+        warn(
+            f"{len(copies)} of {len(examples)} {split} examples (for instance '{copies[0]}') have a reference that is "
+            "their source: check that they are what the task asks for"
+        )
+    return renamed
 
 
 def by_part(examples: Sequence[Example]) -> list[list[Example]]:

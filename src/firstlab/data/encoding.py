@@ -1,7 +1,4 @@
-"""From an example to token ids and from rows of ids to padded batches.
-
-Notation used for tensor shapes: B rows of a batch, T tokens of its longest row.
-"""
+"""Turn an example into token ids, and rows of ids into padded batches (B rows, T tokens of the longest one)."""
 
 from __future__ import annotations
 
@@ -51,14 +48,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, markup: bool = False) -> list[int]:
     """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS behind it.
 
-    Some tokenizers are set to close every text with EOS, after which a model would have nothing to say.
-
-    Args:
-        tokenizer: Whose tokens.
-        prompt: The text.
-        markup: Whether names of special tokens in it stand for them; see `Task.markup`.
+    Some tokenizers are set to close every text with EOS, after which a model would have nothing to say. Text that a
+    chat template has begun with BOS does not get a second one, with which routes and responses would differ.
+    `markup` says whether names of special tokens in it stand for them; see `Task.markup`.
     """
     ids = _ids(tokenizer, prompt, True, markup)
+    while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        del ids[0]
     if ids[-1:] == [tokenizer.eos_token_id]:
         bare = _ids(tokenizer, prompt, False, markup)
         return ids if bare[-1:] == ids[-1:] else ids[:-1]
@@ -101,15 +97,8 @@ def fit_prompt(
     Whole words are cut off, in scripts without spaces characters, as in a first word that does not fit; one more
     would not fit. The rest of the prompt, `### Response:` above all, always stays.
 
-    Args:
-        task: Writes the prompt.
-        example: What to ask.
-        tokenizer: Counts, special tokens included.
-        max_tokens: Room for the prompt.
-        option: The setting that bounds the prompt, for the message.
-
     Raises:
-        ValueError: Not even one character of the text fits.
+        ValueError: Not even one character of the text fits; names the `option` that bounds the prompt.
     """
 
     def fits(prompt: str) -> bool:
@@ -215,12 +204,9 @@ def collate_training(rows: Sequence[Row], pad: int, loss_on: LossOn) -> Batch:
         input_ids, attention_mask, labels (-100 outside the loss; not shifted) and prompt_mask (1 on prompt
         tokens), each [B, T]; index [B].
     """
-    longest = max(len(row.prompt) + len(row.response) for row in rows)
-    shape = (len(rows), longest)
-    input_ids = torch.full(shape, pad)
-    labels = torch.full(shape, -100)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    prompt_mask = torch.zeros(shape, dtype=torch.long)
+    shape = (len(rows), max(len(row.prompt) + len(row.response) for row in rows))
+    input_ids, labels = torch.full(shape, pad), torch.full(shape, -100)
+    attention_mask, prompt_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for i, row in enumerate(rows):
         start, end = len(row.prompt), len(row.prompt) + len(row.response)
         input_ids[i, :end] = torch.tensor(row.prompt + row.response)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
+import sys
+import unicodedata
+import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +16,31 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's control and format characters and all its white space
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON escapes can smuggle one in
+_NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_PACKED = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # zip, bzip2, xz, zstandard
+
+
+def warn(message: str) -> None:
+    """One line on stderr, from the first process alone."""
+    from lightning.pytorch.utilities import rank_zero_only  # slow to import
+
+    rank_zero_only(print)(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def without_marks(text: str) -> str:
+    """`text` without byte order marks, which files joined by `cat` have in their middle, too."""
+    return text.replace("\ufeff", "")
+
+
+def has_text(text: str) -> bool:
+    """Whether there is anything to see: not white space and zero-width characters alone."""
+    return any(unicodedata.category(character) not in _INVISIBLE for character in text)
 
 
 def data_files(root: str, names: Sequence[str]) -> list[Path]:
-    """Paths of the files `names` in the directory `root`.
+    """Paths of the files `names`, or of NAME.gz, in the directory `root`.
 
     Raises:
         ValueError: `root` is no directory, or a file is missing; lists what was expected and what is there.
@@ -26,7 +50,8 @@ def data_files(root: str, names: Sequence[str]) -> list[Path]:
     if not folder.is_dir():
         fault = "is a file, not a directory" if folder.exists() else "does not exist"
         raise ValueError(f"data.root={root} {fault}: set data.root to the directory that holds {wanted}")
-    missing = [name for name in names if not (folder / name).is_file()]
+    paths = [next(filter(Path.is_file, (folder / name, folder / f"{name}.gz")), None) for name in names]
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         found = sorted(entry.name for entry in folder.iterdir())
         shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
@@ -34,43 +59,47 @@ def data_files(root: str, names: Sequence[str]) -> list[Path]:
             f"data.root={root} lacks {', '.join(missing)} of the expected {wanted}; the directory holds "
             f"{shown or 'nothing'}. Add the missing files or set data.root to another directory"
         )
-    return [folder / name for name in names]
+    return [path for path in paths if path is not None]
 
 
-def clean_text(value: object, where: str, what: str) -> str:
+def clean_text(value: object, where: str, what: str, advice: str = "fill it in or remove this entry") -> str:
     """`value` without outer white space, checked to be text that a tokenizer can take.
 
-    Args:
-        value: What stood in the file.
-        where: Where it stood, for the message.
-        what: What it should be, for instance "source sentence".
-
     Raises:
-        ValueError: No string, nothing but white space, or half of a surrogate pair.
+        ValueError: No string, nothing to see in it, a NUL, or half of a surrogate pair. The message says `where` the
+            value stood, `what` it should be ("source sentence"), and for an empty one the `advice`.
     """
     if not isinstance(value, str):
         raise ValueError(f"{where}: the {what} is {type(value).__name__}, not text; correct or remove this entry")
-    if not value.strip():
-        raise ValueError(f"{where}: the {what} is empty; fill it in or remove this entry")
-    if _SURROGATE.search(value):
+    text = without_marks(value).strip()
+    if not has_text(text):
+        raise ValueError(f"{where}: the {what} is empty; {advice}")
+    if "\0" in text:
+        raise ValueError(f"{where}: the {what} holds a NUL, which no text has; remove that character")
+    if _SURROGATE.search(text):
         raise ValueError(f"{where}: the {what} holds half of a surrogate pair; replace that character")
-    return value.strip()
+    return text
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark.
+    """The UTF-8 text of a file, unpacked if gzip packed it, without byte order marks.
 
     Raises:
-        ValueError: The file is empty, not UTF-8, or holds a NUL.
+        ValueError: The file is empty, packed in another way, not UTF-8, or holds a NUL.
     """
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8-sig")
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        text = without_marks(data.decode("utf-8"))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: the gzip file is damaged ({error}); download or create it again") from error
     except UnicodeDecodeError as error:
-        # Positions count from behind a byte order mark, as `error.object` does.
-        line = error.object[: error.start].count(b"\n") + 1
+        if data.startswith(_PACKED):
+            raise ValueError(f"{path}: the file is compressed; unpack it, or use gzip") from error
+        line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
-    if not text.strip():
+    if not has_text(text):
         raise ValueError(f"{path}: the file is empty; download or create it again")
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
@@ -90,14 +119,11 @@ def read_lines(path: Path) -> list[str]:
     text = read_text(path)
     if "\n" not in text and "\r" in text.rstrip("\r"):
         raise ValueError(f"{path}, line 1: lines end in CR alone; convert them to LF or CRLF")
-    lines = text.split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def read_parallel(source: Path, reference: Path) -> list[tuple[str, str]]:
-    """Line-aligned pairs (source, reference).
+def read_parallel(source: Path, reference: Path, drop_empty: bool = False) -> list[tuple[int, str, str]]:
+    """Line-aligned text as (line number, source, reference); `drop_empty` leaves out pairs with an empty side.
 
     Raises:
         ValueError: An empty file or line, or files of different length.
@@ -109,43 +135,56 @@ def read_parallel(source: Path, reference: Path) -> list[tuple[str, str]]:
             f"{source} has {len(sources)} lines but {reference} has {len(references)}: line {shorter + 1} "
             "has no counterpart; parallel text needs line i of one file to translate line i of the other"
         )
-    return [
+    advice = "fill it in, remove the pair, or set data.task.drop_empty=true to leave such pairs out"
+    pairs = [
         (
-            clean_text(text, f"{source}, line {number}", "source sentence"),
-            clean_text(translation, f"{reference}, line {number}", "reference sentence"),
+            number,
+            clean_text(text, f"{source}, line {number}", "source sentence", advice),
+            clean_text(translation, f"{reference}, line {number}", "reference sentence", advice),
         )
         for number, (text, translation) in enumerate(zip(sources, references, strict=True), start=1)
+        if not drop_empty or (has_text(text) and has_text(translation))
     ]
+    if len(pairs) < len(sources):
+        left_out = len(sources) - len(pairs)
+        warn(f"{source} and {reference}: left out {left_out} of {len(sources)} pairs, one side of which is empty")
+    return pairs
 
 
-def member(mapping: object, key: str, where: str) -> Any:
-    """`mapping[key]`, or a `ValueError` that says where the key is missing and what is there instead."""
+def members(mapping: object, keys: Sequence[str], where: str) -> list[Any]:
+    """`mapping[key]` for every key, or a `ValueError` that says where which are missing and what is there instead."""
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where}: expected an object with the key '{key}', found {type(mapping).__name__}")
-    if key not in mapping:
+        raise ValueError(f"{where}: expected an object with {_named(keys)}, found {type(mapping).__name__}")
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
         present = ", ".join(map(str, mapping)) or "none"
-        raise ValueError(f"{where}: the key '{key}' is missing (present: {present}); add it or remove this entry")
-    return mapping[key]
+        raise ValueError(
+            f"{where}: {_named(missing)} {verb} missing (present: {present}); add {them} or remove this entry"
+        )
+    return [mapping[key] for key in keys]
 
 
-def identifier(value: object, where: str, what: str) -> str:
-    """An id, a number or text, as text.
-
-    Raises:
-        ValueError: As `clean_text`.
-    """
-    return clean_text(str(value) if type(value) is int else value, where, what)
+def _named(keys: Sequence[str]) -> str:
+    return f"the key{'s' if len(keys) > 1 else ''} " + ", ".join(f"'{key}'" for key in keys)
 
 
-def members(mapping: object, key: str, where: str) -> list[Any]:
-    """`mapping[key]` that must be a list, or a `ValueError`."""
-    value = member(mapping, key, where)
+def as_list(value: object, key: str, where: str) -> list[Any]:
+    """`value`, the member `key` of an object, or a `ValueError` if it is no list."""
     if not isinstance(value, list):
         raise ValueError(f"{where}: '{key}' is {type(value).__name__}, not a list")
     return value
 
 
+def identifier(value: object, where: str, what: str) -> str:
+    """An id, a number or text, as text."""
+    return clean_text(str(value) if type(value) is int else value, where, what)
+
+
 def _parse(text: str, path: Path, first_line: int) -> Any:
+    if nul := _NUL_ESCAPE.search(text):
+        line = first_line + text[: nul.end()].count("\n")
+        raise ValueError(f"{path}, line {line}: \\u0000 stands for a NUL, which no text has; remove it")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -156,23 +195,15 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        ValueError: The file is empty, not UTF-8 or not JSON.
-    """
+    """The value in a JSON file."""
     return _parse(read_text(path), path, first_line=1)
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The values of a file with one JSON value a line; value i stands on line i + 1.
-
-    Raises:
-        ValueError: The file or a line is empty, or a line is not JSON.
-    """
+    """The values of a file with one JSON value a line; value i stands on line i + 1."""
     values = []
     for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
+        if not has_text(line):
             raise ValueError(f"{path}, line {number}: the line is empty; remove it")
         values.append(_parse(line, path, first_line=number))
     return values
@@ -181,14 +212,8 @@ def read_jsonl(path: Path) -> list[Any]:
 def load_hub_split(hub_id: str, config: str | None, split: str, names: Sequence[str]) -> Any:
     """One split of a data set on the Hugging Face hub, from the local cache or the network.
 
-    Args:
-        hub_id: Owner and name.
-        config: Configuration (version) of the data set.
-        split: "train", "validation" or "test".
-        names: The files that `data.root` would have to hold instead, for the message.
-
     Raises:
-        ValueError: The data set cannot be had.
+        ValueError: The data set cannot be had; `names` are the files that `data.root` would have to hold instead.
     """
     from datasets import load_dataset  # slow to import and not needed with data.root
 
@@ -212,5 +237,5 @@ def spread(items: Sequence[Item], count: int | None) -> list[Item]:
     if count is None or count >= total:
         return list(items)
     generator = random.Random(0)
-    bounds = [position * total // count for position in range(count + 1)]
+    bounds = [*(position * total // count for position in range(count)), total]
     return [items[generator.randrange(start, end)] for start, end in pairwise(bounds)]

@@ -11,49 +11,40 @@ from firstlab.data.files import data_files, read_parallel
 from firstlab.data.prompts import translation_prompt
 from firstlab.data.task import Example, Task
 
-#: The words that the prompt uses for a language code.
+#: The words that the prompt uses for a language.
 LANGUAGE_NAMES = {
-    "ar": "Arabic",
-    "cs": "Czech",
-    "da": "Danish",
-    "de": "German",
-    "el": "Greek",
-    "en": "English",
-    "es": "Spanish",
-    "fi": "Finnish",
-    "fr": "French",
-    "hi": "Hindi",
-    "hu": "Hungarian",
-    "it": "Italian",
-    "ja": "Japanese",
-    "ko": "Korean",
-    "nl": "Dutch",
-    "pl": "Polish",
-    "pt": "Portuguese",
-    "ro": "Romanian",
-    "ru": "Russian",
-    "sv": "Swedish",
-    "tr": "Turkish",
-    "uk": "Ukrainian",
-    "vi": "Vietnamese",
-    "zh": "Chinese",
-}
+    "ar": "Arabic", "bg": "Bulgarian", "bo": "Tibetan", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek",
+    "en": "English", "es": "Spanish", "et": "Estonian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
+    "hr": "Croatian", "hu": "Hungarian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese",
+    "km": "Khmer", "ko": "Korean", "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian", "my": "Burmese", "nl": "Dutch",
+    "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sk": "Slovak",
+    "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
+def language_name(tag: str, option: str) -> str:
+    """The name of a language, also where its tag says more: `pt_BR`, `zh-Hant-TW`.
+
+    Raises:
+        ValueError: The language has no name here; `option` is named.
+    """
+    name = LANGUAGE_NAMES.get(tag.replace("_", "-").partition("-")[0].lower())
+    if name is None:
+        raise ValueError(f"{option}={tag} is unknown: choose one of {', '.join(LANGUAGE_NAMES)}")
+    return name
 
 
 class ParallelText(Task):
     """Translates the lines of `NAME.<source_language>` to those of `NAME.<target_language>`.
 
     Args:
-        source_language: Language code, also the file name extension.
+        source_language: Language code or BCP-47 tag, also the file name extension.
         target_language: The same for the references.
         root: Directory of the files.
         train: Name of the training text, or several, joined in this order.
         validation: Name of a validation text; None draws validation from the training text.
         test: Name of the test text.
-
-    Raises:
-        ValueError: A language without a name for the prompt, or a text used twice. Reading raises it for
-            missing and faulty files.
+        drop_empty: Leave out pairs of lines one of which is empty, and say how many.
     """
 
     kind: ClassVar[str] = "translation"
@@ -66,21 +57,20 @@ class ParallelText(Task):
         train: str | Sequence[str] = "train",
         validation: str | None = None,
         test: str = "test_2016_flickr",
+        drop_empty: bool = False,
     ) -> None:
-        for option, code in (
-            ("data.task.source_language", source_language),
-            ("data.task.target_language", target_language),
-        ):
-            if code not in LANGUAGE_NAMES:
-                raise ValueError(f"{option}={code} is unknown: choose one of {', '.join(LANGUAGE_NAMES)}")
-        if source_language == target_language:
-            raise ValueError(
-                f"data.task.source_language and data.task.target_language are both {source_language}: change one"
-            )
         self.source_language = source_language
         self.target_language = target_language
-        self.language_names = LANGUAGE_NAMES[source_language], LANGUAGE_NAMES[target_language]
-        self.root = root
+        self.language_names = (
+            language_name(source_language, "data.task.source_language"),
+            language_name(target_language, "data.task.target_language"),
+        )
+        if self.language_names[0] == self.language_names[1]:
+            raise ValueError(
+                f"data.task.source_language={source_language} and data.task.target_language={target_language} are "
+                f"both {self.language_names[0]}: change one"
+            )
+        self.root, self.drop_empty = root, drop_empty
         self.train_names = (train,) if isinstance(train, str) else tuple(train)
         self.validation_name = validation
         self.test_name = test
@@ -127,5 +117,5 @@ class ParallelText(Task):
         return [
             Example(id=f"{name}:{number}", source=text, references=(translation,))
             for name, paths in zip(names, self._paths(names), strict=True)
-            for number, (text, translation) in enumerate(read_parallel(*paths), start=1)
+            for number, text, translation in read_parallel(*paths, drop_empty=self.drop_empty)
         ]

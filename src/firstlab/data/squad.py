@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from firstlab.data.files import clean_text, data_files, identifier, load_hub_split, member, members, read_json
+from firstlab.data.files import as_list, clean_text, data_files, identifier, load_hub_split, members, read_json
 from firstlab.data.prompts import qa_prompt
 from firstlab.data.task import Example, Task
 
@@ -20,9 +20,6 @@ class Squad(Task):
     Args:
         root: Directory with train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's
             data set.
-
-    Raises:
-        ValueError: Reading raises it for missing or faulty files and when the hub cannot be reached.
     """
 
     kind: ClassVar[str] = "qa"
@@ -54,16 +51,19 @@ class Squad(Task):
 
 
 def _examples_of_file(path: Path) -> Iterator[Example]:
-    for article_number, article in enumerate(members(read_json(path), "data", str(path)), start=1):
+    (articles,) = members(read_json(path), ["data"], str(path))
+    for article_number, article in enumerate(as_list(articles, "data", str(path)), start=1):
         of_article = f"{path}, article {article_number}"
-        for paragraph_number, paragraph in enumerate(members(article, "paragraphs", of_article), start=1):
+        (paragraphs,) = members(article, ["paragraphs"], of_article)
+        for paragraph_number, paragraph in enumerate(as_list(paragraphs, "paragraphs", of_article), start=1):
             where = f"{of_article}, paragraph {paragraph_number}"
-            context = member(paragraph, "context", where)
-            for qa in members(paragraph, "qas", where):
-                question_id = identifier(member(qa, "id", where), where, "question id")
+            context, questions = members(paragraph, ["context", "qas"], where)
+            for qa in as_list(questions, "qas", where):
+                question_id = identifier(members(qa, ["id"], where)[0], where, "question id")
                 of_question = f"{path}, question '{question_id}'"
-                answers = [member(answer, "text", of_question) for answer in members(qa, "answers", of_question)]
-                yield _example(question_id, context, member(qa, "question", of_question), answers, str(path))
+                question, given = members(qa, ["question", "answers"], of_question)
+                answers = [members(each, ["text"], of_question)[0] for each in as_list(given, "answers", of_question)]
+                yield _example(question_id, context, question, answers, str(path))
 
 
 def _example(question_id: str, context: Any, question: Any, answers: list[Any], where: str) -> Example:

@@ -22,7 +22,6 @@ class Example:
         references: Accepted answers; the first one is the training target.
         question: Extractive QA only.
         difficulty: 1 (easy) and up for generated tasks, 0 where nobody knows.
-        more: Further (question, answer) pairs on the same source, for training a model to read.
         part: The task of a mixture that it comes from, else empty.
         max_new_tokens: Tokens of its response at most, where that is less than in other parts of a mixture.
     """
@@ -32,7 +31,6 @@ class Example:
     references: tuple[str, ...]
     question: str = ""
     difficulty: int = 0
-    more: tuple[tuple[str, str], ...] = ()
     part: str = ""
     max_new_tokens: int | None = None
 

@@ -19,13 +19,15 @@ class WMTTranslation(ParallelText):
         root: Directory with `newstestYYYY.PAIR.SOURCE` and `newstestYYYY.PAIR.TARGET`; None fetches the test
             sets with sacrebleu (kept in its own cache).
         train_years: The news test sets that make up the training pool.
-
-    Raises:
-        ValueError: Unknown pair, the test year among the training years, or one of them twice.
+        drop_empty: See `ParallelText`.
     """
 
     def __init__(
-        self, pair: str, root: str | None = None, train_years: Sequence[int] = (2017, 2018, 2019, 2020)
+        self,
+        pair: str,
+        root: str | None = None,
+        train_years: Sequence[int] = (2017, 2018, 2019, 2020),
+        drop_empty: bool = False,
     ) -> None:
         if pair not in PAIRS:
             raise ValueError(f"data.task.pair={pair} is unknown: choose one of {', '.join(PAIRS)}")
@@ -40,6 +42,7 @@ class WMTTranslation(ParallelText):
             root,
             train=[f"newstest{year}.{pair}" for year in train_years],
             test=f"newstest{TEST_YEAR}.{pair}",
+            drop_empty=drop_empty,
         )
         self.pair = pair
 

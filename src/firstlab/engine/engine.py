@@ -21,10 +21,9 @@ from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep, orders_anew
 from firstlab.engine.sampling import Sampling, chooser
-from firstlab.model.exit_rule import EarlyExit
-from firstlab.model.generation_options import check_score_settings
+from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.routes import Routes, StepRoutes, check_routes, layer_skips
+from firstlab.model.routes import Routes, as_routes, layer_skips
 
 MODES = ("auto", "eager", "graphs", "compiled")
 
@@ -77,10 +76,11 @@ class _Row:
 
     def ran(self, rule: Routes | None) -> Tensor:
         """[steps, L] boolean, the layers that each decode step ran."""
-        if isinstance(rule, EarlyExit):
-            return torch.arange(len(self.route)) < torch.tensor(self.depths, dtype=torch.long).unsqueeze(1)
+        if self.depths:
+            return torch.arange(len(self.route)) < torch.tensor(self.depths).unsqueeze(1)
         steps = len(self.tokens) - 1
-        return rule.window(0, steps) if isinstance(rule, StepRoutes) else self.route.expand(steps, -1)
+        schedule = None if rule is None else rule.window(0, steps)
+        return self.route.expand(steps, -1) if schedule is None else schedule
 
 
 @dataclass
@@ -179,7 +179,7 @@ class DecodeEngine:
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int | Sequence[int],
-        routes: Routes | None = None,
+        routes: Routes | Tensor | None = None,
         eos: Sequence[int] | None = None,
         on_step: Callable[[dict[int, int]], None] | None = None,
         sampling: Sampling | None = None,
@@ -189,7 +189,7 @@ class DecodeEngine:
         Args:
             prompts: Token ids of each, without padding.
             max_new_tokens: At most, for all prompts or for each.
-            routes: [L] or [B, L] boolean, `StepRoutes`, `EarlyExit` or `PrunedRoutes`; None: the routers decide.
+            routes: A boolean tensor [L] or [B, L], or any `Routes`; None: the routers decide.
             eos: Tokens that end a row; the model's own by default, () for none.
             on_step: Called after prefill and after each decode step, when its tokens are on the host: prompt to token.
             sampling: How tokens are drawn; None: greedy.
@@ -198,6 +198,7 @@ class DecodeEngine:
             ValueError: No or empty prompts, too long for `max_length`, routes that do not fit, or a model that was
                 moved or converted after the engine was made.
         """
+        routes = None if routes is None else as_routes(routes)
         rows = list(self._rows(prompts, max_new_tokens, routes, eos, on_step, sampling))
         return self._output(sorted(rows, key=lambda row: row.index), routes)
 
@@ -205,14 +206,15 @@ class DecodeEngine:
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int | Sequence[int],
-        routes: Routes | None = None,
+        routes: Routes | Tensor | None = None,
         eos: Sequence[int] | None = None,
         on_step: Callable[[dict[int, int]], None] | None = None,
         sampling: Sampling | None = None,
     ) -> Iterator[tuple[int, EngineOutput]]:
         """As `generate`, but each prompt as soon as it has ended: its place among `prompts`, and its output (B = 1)."""
-        rows = self._rows(prompts, max_new_tokens, routes, eos, on_step, sampling)
-        return ((row.index, self._output([row], routes)) for row in rows)
+        forced = None if routes is None else as_routes(routes)
+        rows = self._rows(prompts, max_new_tokens, forced, eos, on_step, sampling)
+        return ((row.index, self._output([row], forced)) for row in rows)
 
     def _rows(
         self,
@@ -225,19 +227,16 @@ class DecodeEngine:
     ) -> Iterator[_Row]:
         """Every prompt's row, as they end. What cannot work is refused here, not when the first row is asked for."""
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        self._check(prompts, limits, routes)
-        if eos is None:
-            given = self.model.lm.generation_config.eos_token_id
-            eos = [] if given is None else given if isinstance(given, list) else [given]
+        self._check(prompts, limits, routes, sampling is not None)
         task = _Task(
             routes,
             chooser(sampling, self.model.device),
             limits,
-            set(eos),
+            set(stop_tokens(self.model.lm, None) if eos is None else eos),
             # A step in vain would draw for the other rows, too.
-            0 if sampling is not None or isinstance(routes, EarlyExit) else self.lookahead,
+            0 if sampling is not None or (routes is not None and routes.exit_rule) else self.lookahead,
             on_step or (lambda tokens: None),
-            _dropped(routes) if isinstance(routes, StepRoutes) else {},
+            {} if routes is None else routes.drops(),
         )
         return self._undisturbed(self._decode(prompts, task))
 
@@ -290,13 +289,14 @@ class DecodeEngine:
                         self.step.drop(place, layers)
 
     def _output(self, rows: list[_Row], routes: Routes | None) -> EngineOutput:
-        fixed = not isinstance(routes, StepRoutes | EarlyExit)
+        fixed = routes is None or not routes.decides_each_step
         skips, kept = [], 0
         for row in rows:
             ran = row.ran(routes)
             counted = torch.ones(1, len(ran), dtype=torch.bool)
             skips.append(1 - row.route.float() if fixed else layer_skips(ran.unsqueeze(0), counted)[0])
-            holds = ran[-1] if isinstance(routes, StepRoutes) and len(ran) else row.route
+            # Above an exit every layer keeps what the token had there.
+            holds = row.route if row.depths or not len(ran) else ran[-1]
             kept += row.length * int(holds.sum())
         per_token = self.step.bytes_per_token
         dense = sum(row.length for row in rows) * self.model.num_layers
@@ -305,8 +305,10 @@ class DecodeEngine:
             [row.tokens for row in rows], every_route, torch.stack(skips), kept * per_token, dense * per_token
         )
 
-    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], routes: Routes | None) -> None:
-        check_score_settings(self.model.lm.generation_config)
+    def _check(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], routes: Routes | None, drawn: bool
+    ) -> None:
+        check_score_settings(self.model.lm.generation_config, drawn)
         if self.model.has_lora:
             raise ValueError("the model got LoRA after its engine was made; merge_and_unload() it, make a new engine")
         if not self.step.is_current():
@@ -323,9 +325,7 @@ class DecodeEngine:
         if needed > self.max_length:
             raise ValueError(f"a prompt with max_new_tokens={limit} takes {needed} tokens; raise max_length")
         if routes is not None:
-            check_routes(routes, self.model.num_layers)
-            if isinstance(routes, Tensor) and routes.ndim == 2 and len(routes) != len(prompts):
-                raise ValueError(f"routes has {len(routes)} rows for {len(prompts)} prompts; give one row per prompt")
+            routes.check(self.model.num_layers, len(prompts))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], batch: list[int], task: _Task) -> list[_Row]:
         routes = task.routes
@@ -335,8 +335,7 @@ class DecodeEngine:
         for place, index in enumerate(batch):
             ids[place, width - len(prompts[index]) :] = torch.as_tensor(prompts[index])
             mask[place, width - len(prompts[index]) :] = 1
-        forced = routes[batch] if isinstance(routes, Tensor) and routes.ndim == 2 else routes
-        cache = self.model.new_cache(routes=forced)
+        cache = self.model.new_cache(routes=None if routes is None else routes.rows(batch))
         out = self.model(ids.to(device), mask.to(device), past_key_values=cache, logits_to_keep=1)
         first = task.choose(out.logits[:, -1]).tolist()
         assert cache.routes is not None
@@ -375,10 +374,10 @@ class DecodeEngine:
 
     def _logits(self, tokens: Tensor, active: list[_Row], routes: Routes | None) -> Tensor:
         """[B, V] after one more token [B] of every row."""
-        if not isinstance(routes, EarlyExit):
+        if routes is None or routes.exit_rule is None:
             return self.step(tokens)
         steps = torch.tensor([len(row.tokens) - 1 for row in active], device=self.model.device)
-        logits, depths = self.step.exit_early(tokens, routes, steps)
+        logits, depths = self.step.exit_early(tokens, routes.exit_rule, steps)
         for row, depth in zip(active, depths.tolist(), strict=True):
             row.depths.append(depth)
         return logits
@@ -390,9 +389,3 @@ def engine_for(model: RouterAugmentedLM, max_length: int, max_batch_size: int) -
     Where an engine would order the weights anew, which rounds differently, it gets a copy of the model.
     """
     return DecodeEngine(deepcopy(model) if orders_anew(model.lm) else model, max_length, max_batch_size)
-
-
-def _dropped(schedule: StepRoutes) -> dict[int, list[int]]:
-    """Decode step to the layers that the step before still ran."""
-    ends = schedule.schedule[:-1] & ~schedule.schedule[1:]
-    return {step + 1: layers.nonzero().flatten().tolist() for step, layers in enumerate(ends) if layers.any()}

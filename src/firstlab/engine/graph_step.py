@@ -25,8 +25,8 @@ from torch import Tensor
 
 from firstlab.engine.graphs import Body, Graphs
 from firstlab.engine.llama_step import Layer, LlamaStep, Plan, Positions
-from firstlab.model.exit_rule import EarlyExit
 from firstlab.model.quantization import stored_tensors
+from firstlab.model.routes import EarlyExit
 
 SMALLEST_WINDOW = 64
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firstlab.model.exit_rule import EarlyExit
 from firstlab.model.quantization import is_quantized, stored_tensors
+from firstlab.model.routes import EarlyExit
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the angles of the others depend on the length of the text

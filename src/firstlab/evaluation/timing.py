@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows
 from firstlab.engine.engine import DecodeEngine, engine_for
-from firstlab.model import RouterAugmentedLM, Routes
+from firstlab.model import FixedRoutes, RouterAugmentedLM, Routes
 
 
 def synchronize(device: torch.device) -> None:
@@ -70,7 +70,7 @@ def time_generation(
     Args:
         decoder: The model, which decodes through transformers' `generate`, or the engine.
         prompt: Token ids.
-        routes: [L] boolean, or a rule for each step.
+        routes: What decode runs.
         tokens: New tokens, at least 2.
     """
     if isinstance(decoder, DecodeEngine):
@@ -123,11 +123,10 @@ def measure_tpot(
     decoder: RouterAugmentedLM | DecodeEngine = model
     if engine:
         decoder = engine_for(model, max(map(len, chosen)) + tokens, 1)
-    dense = torch.ones(model.num_layers, dtype=torch.bool, device=model.device)
+    dense = FixedRoutes(torch.ones(model.num_layers, dtype=torch.bool, device=model.device))
     dense_times, routed_times = [], []
     for place, (index, prompt) in enumerate(zip(indices, chosen, strict=True)):
-        routed = routes[int(index)]
-        routed = routed.to(model.device) if isinstance(routed, Tensor) else routed
+        routed = routes[int(index)].to(model.device)
         for repetition in range(repetitions + (place == 0)):
             times = [time_generation(decoder, prompt, each, tokens) for each in (dense, routed)]
             if place or repetition:  # the first pair is a warm-up

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from firstlab.methods.objective import RouterStart, RoutingObjective
-from firstlab.model import EarlyExit, PrunedRoutes, StepRoutes
-
-# [L] boolean for every prompt alike, or [N, L] with one row per prompt, true = the layer runs; or a rule that changes
-# from decode step to decode step; or layers that the prompt passes by as well.
-Routes = Tensor | StepRoutes | EarlyExit | PrunedRoutes
+from firstlab.model import EarlyExit, PrunedRoutes, Routes, as_routes
 
 
 class Prompts(Protocol):
     """N prompts with their references and the model that reads them: all that a method may look at."""
 
     texts: Sequence[str]
+    progress_bar: bool
 
     @property
     def num_layers(self) -> int:
@@ -40,7 +37,7 @@ class Prompts(Protocol):
     def losses(self, routes: Tensor) -> Tensor:
         """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
 
-    def loss(self, routes: Tensor | PrunedRoutes) -> float:
+    def loss(self, routes: Tensor | Routes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L])."""
 
     def new_tokens(self) -> list[int]:
@@ -73,8 +70,9 @@ class Method(ABC):
 
     name: ClassVar[str]
     trains_routers: ClassVar[bool] = False
-    #: What a class's own settings must at least be, where they are not null, and which values others may have.
+    #: What a class's own settings must at least and at most be, where they are not null, and what others may be.
     least: ClassVar[Mapping[str, float]] = {}
+    most: ClassVar[Mapping[str, float]] = {}
     choices: ClassVar[Mapping[str, Sequence[str]]] = {}
     target_skip: float | None = None
 
@@ -84,6 +82,9 @@ class Method(ABC):
                 value = getattr(self, option)
                 if value is not None and value < least:
                     raise ValueError(f"method.{option}={value} must be at least {least}")
+            for option, most in vars(kind).get("most", {}).items():
+                if getattr(self, option) > most:
+                    raise ValueError(f"method.{option}={getattr(self, option)} must be at most {most}")
             for option, allowed in vars(kind).get("choices", {}).items():
                 value = getattr(self, option)
                 if value not in allowed:
@@ -138,7 +139,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def routes(self, prompts: Prompts) -> Routes | None:
+    def routes(self, prompts: Prompts) -> Tensor | Routes | None:
         """The method's decision; None lets the trained routers decide.
 
         Args:
@@ -146,7 +147,8 @@ class Method(ABC):
                 prompts to route.
 
         Returns:
-            [L], or where `per_prompt` [N, L].
+            A boolean tensor, true = the layer runs: [L] for every prompt alike, or where `per_prompt` [N, L]; or any
+            other `Routes`.
         """
 
 
@@ -213,7 +215,7 @@ class CalibratedSet(FixedCount):
         """Says so when the prompt skips, too."""
         return f"{super().label}-prefill" if self.skip_prefill else super().label
 
-    def applied(self, routes: Tensor) -> Tensor | PrunedRoutes:
+    def applied(self, routes: Tensor) -> Tensor | Routes:
         """[L] routes as the method runs them: in decode, or in prefill as well."""
         return PrunedRoutes(routes) if self.skip_prefill else routes
 
@@ -240,8 +242,6 @@ def routes_without(num_layers: int, skipped: Sequence[int]) -> Tensor:
     return routes
 
 
-def rows_of(routes: Routes | None, index: Sequence[int], device: torch.device) -> Routes | None:
-    """What these prompts, by position, get: their rows of [N, L] routes; anything else holds for all prompts."""
-    if isinstance(routes, Tensor):
-        return (routes[list(index)] if routes.ndim == 2 else routes).to(device)
-    return routes
+def rows_of(routes: Tensor | Routes | None, index: Sequence[int], device: torch.device) -> Routes | None:
+    """What these prompts, by position, get."""
+    return None if routes is None else as_routes(routes).rows(index).to(device)

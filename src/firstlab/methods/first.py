@@ -51,6 +51,7 @@ class First(Method):
         "alpha": 0, "beta": 0, "lam": 0, "dual_rate": 0, "tolerance": 0, "hold_routes": 0,
         "calibration_prompts": 1, "codebook_size": 1, "fit_prompts": 4, "search_width": 1,
     }  # fmt: skip
+    most: ClassVar[Mapping[str, float]] = {"search_width": 64}
     choices: ClassVar[Mapping[str, Sequence[str]]] = {
         "objective": OBJECTIVES, "gate": GATES, "lora_gate": GATES, "pooled_tokens": POOLED_TOKENS,
         "start": ("random", "dense", "static", "codebook"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutingObjective:
     """How a training pass is routed, and what drives the skip rate; see `TeacherForcedPass` and §4.1.
 
@@ -18,7 +18,6 @@ class RoutingObjective:
         dual_rate: Step size of the dual ascent on the multiplier.
         tolerance: Distance to the target that "best by validation" forgives.
         lam: λ of the router regulariser.
-        distill: Weight of the divergence from the dense model's predictions, added to the cross-entropy.
         hold_routes: Phase 2: weight of the squared distance between rho with and without LoRA, summed over layers.
     """
 
@@ -30,7 +29,6 @@ class RoutingObjective:
     dual_rate: float = 0.0
     tolerance: float = 0.02
     lam: float = 0.01
-    distill: float = 0.0
     hold_routes: float = 0.0
 
 

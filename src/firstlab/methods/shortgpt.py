@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firstlab.methods.base import CalibratedSet, Prompts, routes_without
-from firstlab.model import PrunedRoutes
+from firstlab.model import Routes
 
 
 @dataclass
@@ -21,7 +21,7 @@ class ShortGPT(CalibratedSet):
     protect_first: int = 0
     protect_last: int = 0
 
-    def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
+    def routes(self, prompts: Prompts) -> Tensor | Routes:
         """[L], without the k least influential of the unprotected layers."""
         layers = prompts.num_layers
         influence = block_influence(prompts.take(self.calibration_prompts)).tolist()

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from tqdm import tqdm
 
 from firstlab.methods.base import CalibratedSet, Prompts, check_count, routes_without
-from firstlab.model import PrunedRoutes
+from firstlab.model import Routes
 
 
 @dataclass
@@ -25,9 +26,10 @@ class SLEB(CalibratedSet):
 
     name: ClassVar[str] = "sleb"
     least: ClassVar[Mapping[str, float]] = {"search_width": 1}
+    most: ClassVar[Mapping[str, float]] = {"search_width": 64}
     search_width: int = 1
 
-    def routes(self, prompts: Prompts) -> Tensor | PrunedRoutes:
+    def routes(self, prompts: Prompts) -> Tensor | Routes:
         """[L], k layers switched off, each set measured as it is to be skipped."""
         layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
 
@@ -35,7 +37,14 @@ class SLEB(CalibratedSet):
             return measured.loss(self.applied(routes))
 
         ends = self.protect_first, self.protect_last
-        order = elimination(layers, self.skipped_layers(layers), loss_of, *ends, width=self.search_width)
+        order = elimination(
+            layers,
+            self.skipped_layers(layers),
+            loss_of,
+            *ends,
+            width=self.search_width,
+            progress_bar=prompts.progress_bar,
+        )
         return self.applied(routes_without(layers, order))
 
 
@@ -47,6 +56,7 @@ def elimination(
     protect_last: int = 1,
     width: int = 1,
     first: Sequence[int] = (),
+    progress_bar: bool = False,
 ) -> list[int]:
     """`count` layers in the order in which they are switched off for good: a beam search by the loss.
 
@@ -58,6 +68,7 @@ def elimination(
         width: Sets kept at every size, those with the least loss; 1 switches off the layer with the least loss each
             time.
         first: Layers that are off already; the others follow.
+        progress_bar: Show one.
 
     Raises:
         ValueError: More layers to remove than may be removed.
@@ -65,8 +76,16 @@ def elimination(
     check_count(count, num_layers, protect_first, protect_last)
     free = range(protect_first, num_layers - protect_last)
     kept = [list(first)]
-    for _ in range(count - len(first)):
+    sizes = range(len(first), count)
+    # Of a wide search an upper bound: sets that are found twice are measured once.
+    total = sum((1 if size == len(first) else width) * (len(free) - size) for size in sizes)
+    bar = tqdm(total=total, desc="search layers to skip", unit="set", disable=not progress_bar, leave=False)
+    for _ in sizes:
         orders = {frozenset([*order, i]): [*order, i] for order in kept for i in free if i not in order}
-        losses = {each: loss_of(routes_without(num_layers, order)) for each, order in orders.items()}
+        losses = {}
+        for each, order in orders.items():
+            losses[each] = loss_of(routes_without(num_layers, order))
+            bar.update()
         kept = [orders[each] for each in sorted(losses, key=losses.__getitem__)[:width]]
+    bar.close()
     return kept[0]

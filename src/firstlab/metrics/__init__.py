@@ -1,9 +1,9 @@
-"""Quality metrics: pure functions of (predictions, references), all on a scale of 0 to 100, higher is better.
+"""Quality metrics: pure functions of predictions and references, on a scale of 0 to 100, higher is better.
 
 | kind | metrics |
 |---|---|
 | translation | bleu1, bleu2 (NLTK), bleu, chrf (sacreBLEU), comet |
-| summarization | rouge1, rougeL, bertscore |
+| summarization | rouge1, rougeL, rougeLsum, bertscore |
 | qa | em, f1 (SQuAD v1.1) |
 """
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
-from firstlab.metrics import comet as comet_program
 from firstlab.metrics import qa, summarization, translation
 from firstlab.metrics.comet import CometConfig
+from firstlab.metrics.comet import comet as comet_scores
 from firstlab.metrics.language_modeling import perplexity
 from firstlab.metrics.scores import FloatArray, MetricUnavailableError, Scores
 from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test
@@ -30,7 +29,6 @@ __all__ = [
     "MetricResult",
     "MetricUnavailableError",
     "PairedTest",
-    "compare",
     "Scores",
     "bootstrap_interval",
     "evaluate_predictions",
@@ -53,7 +51,6 @@ class MetricResult:
         high: Upper end.
         n: Number of examples.
         signature: What one must know to reproduce the figure.
-        higher_is_better: True for every metric here.
         per_example: Scores per example, 0..100, where the metric is their mean.
         rows: `[n, K]` sufficient statistics per example; `from_rows` makes `Scores` of them again.
     """
@@ -94,7 +91,7 @@ def evaluate_predictions(
         predictions: One text per example.
         references: One tuple of accepted texts per example.
         sources: Source texts; only COMET reads them.
-        target_language: Language code of a translation; decides the tokenizer of BLEU.
+        target_language: Code or tag of a translation's language; decides the tokenizer of BLEU.
         confidence: Coverage of the intervals.
         resamples: Bootstrap resamples.
         seed: Seed of the resampling.
@@ -102,10 +99,27 @@ def evaluate_predictions(
         comet: Model of COMET; None leaves "comet" out.
 
     Raises:
-        ValueError: Unknown kind, empty or unpaired inputs, or a setting out of range.
-        MetricUnavailableError: BERTScore or COMET was asked for and its model or program is not there.
+        ValueError: Unknown kind, or empty or unpaired inputs.
+        MetricUnavailableError: A metric's model, program or tokenizer is not there.
     """
-    scores = _score(kind, predictions, references, sources, target_language, bertscore, comet)
+    match kind:
+        case "translation":
+            scores = {
+                "bleu1": translation.bleu_n(predictions, references, 1, target_language),
+                "bleu2": translation.bleu_n(predictions, references, 2, target_language),
+                "bleu": translation.bleu(predictions, references, target_language),
+                "chrf": translation.chrf(predictions, references),
+            }
+            if comet is not None:
+                scores["comet"] = comet_scores(sources, predictions, references, comet)
+        case "summarization":
+            scores = summarization.rouge(predictions, references)
+            if bertscore is not None:
+                scores["bertscore"] = summarization.bertscore(predictions, references, bertscore)
+        case "qa":
+            scores = {"em": qa.exact_match(predictions, references), "f1": qa.f1(predictions, references)}
+        case _:
+            raise ValueError(f"kind={kind!r} is not a kind of task; one of {', '.join(PRIMARY_METRIC)}")
     results = {}
     for name, metric in scores.items():
         low, high = bootstrap_interval(metric, confidence=confidence, resamples=resamples, seed=seed)
@@ -126,52 +140,3 @@ def from_rows(name: str, rows: FloatArray, signature: str | None = None) -> Scor
     if aggregate is None:
         return Scores.mean(rows[:, 0].tolist(), signature)
     return Scores.corpus(rows, aggregate, signature)
-
-
-def compare(
-    kind: str,
-    predictions_a: Sequence[str],
-    predictions_b: Sequence[str],
-    references: Sequence[tuple[str, ...]],
-    sources: Sequence[str] = (),
-    target_language: str | None = None,
-    **options: Any,
-) -> dict[str, PairedTest]:
-    """Paired test of A against B on the same examples, for every metric of the kind.
-
-    Arguments, options and errors as `evaluate_predictions`; differences are A minus B.
-    """
-    resampling = {name: options.pop(name) for name in ("confidence", "resamples", "seed") if name in options}
-    a = _score(kind, predictions_a, references, sources, target_language, **options)
-    b = _score(kind, predictions_b, references, sources, target_language, **options)
-    return {name: paired_test(a[name], b[name], **resampling) for name in a}
-
-
-def _score(
-    kind: str,
-    predictions: Sequence[str],
-    references: Sequence[tuple[str, ...]],
-    sources: Sequence[str],
-    target_language: str | None,
-    bertscore: BertScoreConfig | None = None,
-    comet: CometConfig | None = None,
-) -> dict[str, Scores]:
-    match kind:
-        case "translation":
-            scores = {
-                "bleu1": translation.bleu_n(predictions, references, 1, target_language),
-                "bleu2": translation.bleu_n(predictions, references, 2, target_language),
-                "bleu": translation.bleu(predictions, references, target_language),
-                "chrf": translation.chrf(predictions, references),
-            }
-            if comet is not None:
-                scores["comet"] = comet_program.comet(sources, predictions, references, comet)
-        case "summarization":
-            scores = summarization.rouge(predictions, references)
-            if bertscore is not None:
-                scores["bertscore"] = summarization.bertscore(predictions, references, bertscore)
-        case "qa":
-            scores = {"em": qa.exact_match(predictions, references), "f1": qa.f1(predictions, references)}
-        case _:
-            raise ValueError(f"kind={kind!r} is not a kind of task; one of {', '.join(PRIMARY_METRIC)}")
-    return scores

@@ -46,32 +46,13 @@ def comet(
     sources: Sequence[str],
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
-    config: CometConfig | None = None,
+    config: CometConfig,
 ) -> Scores:
     """Mean COMET (Rei et al. 2020; XCOMET: Guerreiro et al. 2024) times 100, against the first reference.
-
-    Raises:
-        ValueError: Empty or unpaired inputs.
-        MetricUnavailableError: As `comet_scores`.
-    """
-    config = config or CometConfig()
-    found = comet_scores(sources, predictions, references, config)
-    signature = f"model:{_model_name(config.model)}|refs:first|empty:0"
-    return Scores.mean([100.0 * score for score in found], signature)
-
-
-def comet_scores(
-    sources: Sequence[str],
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    config: CometConfig,
-) -> list[float]:
-    """One COMET score per segment (most models: 0..1), in order.
 
     An empty prediction scores 0 without being sent: models give silence undeserved credit.
 
     Raises:
-        ValueError: Empty or unpaired inputs.
         MetricUnavailableError: The program is absent, the model cannot be had, or the program failed.
     """
     check_pairs(predictions, references)
@@ -86,8 +67,8 @@ def comet_scores(
     scores = [0.0] * len(lines)
     if spoken:
         for index, score in zip(spoken, _run(program, [lines[i] for i in spoken], config), strict=True):
-            scores[index] = score
-    return scores
+            scores[index] = 100.0 * score
+    return Scores.mean(scores, f"model:{_model_name(config.model)}|refs:first|empty:0")
 
 
 def _program(config: CometConfig) -> str:
@@ -106,17 +87,8 @@ def _run(program: str, lines: list[tuple[str, str, str]], config: CometConfig) -
         for path, segments in zip(paths, zip(*lines, strict=True), strict=True):
             path.write_text("".join(f"{segment}\n" for segment in segments), encoding="utf-8")
         output = Path(folder, "scores.json")
-        command = [
-            program,
-            "-s",
-            str(paths[0]),
-            "-t",
-            str(paths[1]),
-            "-r",
-            str(paths[2]),
-            "--only_system",
-            "--quiet",
-        ]
+        texts = zip(("-s", "-t", "-r"), map(str, paths), strict=True)
+        command = [program, *(part for pair in texts for part in pair), "--only_system", "--quiet"]
         command += ["--model", _checkpoint(config.model), "--to_json", str(output)]
         command += ["--batch_size", str(config.batch_size), "--gpus", str(config.gpus)]
         # The other environment must not find our packages.

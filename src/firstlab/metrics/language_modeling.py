@@ -6,17 +6,10 @@ import math
 
 
 def perplexity(total_nll: float, token_count: int) -> float:
-    """exp of the mean negative log-likelihood per token.
-
-    Args:
-        total_nll: Summed negative log-likelihood in nats.
-        token_count: Number of scored tokens, at least 1.
-
-    Returns:
-        The perplexity; infinite where it exceeds a float.
+    """exp of the mean negative log-likelihood (in nats) per token; infinite where it exceeds a float.
 
     Raises:
-        ValueError: `token_count` below 1, or `total_nll` is NaN.
+        ValueError: No token, or `total_nll` is NaN.
     """
     if token_count < 1:
         raise ValueError(f"token_count={token_count} must be at least 1: perplexity needs scored tokens")

@@ -32,20 +32,12 @@ def answer_f1(prediction: str, answer: str) -> float:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Share of predictions that match an accepted answer, 0..100.
-
-    Raises:
-        ValueError: Empty or unpaired inputs.
-    """
+    """Share of predictions that match an accepted answer, 0..100."""
     return _best_answer(answer_em, predictions, references)
 
 
 def f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Mean token F1 against the closest accepted answer, 0..100.
-
-    Raises:
-        ValueError: Empty or unpaired inputs.
-    """
+    """Mean token F1 against the closest accepted answer, 0..100."""
     return _best_answer(answer_f1, predictions, references)
 
 

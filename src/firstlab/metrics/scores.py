@@ -45,11 +45,7 @@ class Scores:
 
     @classmethod
     def mean(cls, values: Sequence[float], signature: str | None = None) -> Scores:
-        """A metric that is the mean of one value per example (0..100).
-
-        Raises:
-            ValueError: No values, or a value that is not finite.
-        """
+        """A metric that is the mean of one value per example (0..100), all of them finite."""
         array = np.asarray(values, dtype=np.float64)
         if array.size == 0:
             raise ValueError("a mean needs at least one example; got none")
@@ -60,22 +56,12 @@ class Scores:
 
     @classmethod
     def corpus(cls, rows: Any, aggregate: Callable[[FloatArray], FloatArray], signature: str | None = None) -> Scores:
-        """A metric of summed counts, such as BLEU.
-
-        Args:
-            rows: `[n, K]` counts.
-            aggregate: Maps sums of rows `[R, K]` to scores `[R]` in 0..100.
-            signature: What one must know to reproduce the figure.
-        """
+        """A metric of summed counts `[n, K]`, such as BLEU."""
         return cls(np.asarray(rows, dtype=np.float64), aggregate, signature)
 
     @classmethod
     def average(cls, parts: Sequence[Scores]) -> Scores:
-        """The mean score of several systems (or seeds) on the same examples, itself resampled by example.
-
-        Raises:
-            ValueError: No parts, or parts of different sizes.
-        """
+        """The mean score of several systems (or seeds) on the same examples, itself resampled by example."""
         if len({len(part) for part in parts}) != 1:
             raise ValueError(f"an average needs scores of the same examples; sizes: {[len(part) for part in parts]}")
         ends = np.cumsum([part.rows.shape[1] for part in parts])[:-1]
@@ -89,11 +75,7 @@ class Scores:
 
     @classmethod
     def blend(cls, a: Scores, b: Scores, share: float) -> Scores:
-        """What one metric expects of a system that answers `share` of the examples as B does, the others as A does.
-
-        Raises:
-            ValueError: Different sizes.
-        """
+        """What one metric expects of a system that answers `share` of the examples as B does, the others as A does."""
         if len(a) != len(b):
             raise ValueError(f"a blend needs scores of the same examples; sizes: {[len(a), len(b)]}")
         return cls((1 - share) * a.rows + share * b.rows, a.aggregate, a.signature)

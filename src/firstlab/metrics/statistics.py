@@ -7,7 +7,7 @@ weighted sum. One seed draws the same resamples for every metric and system of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,10 +33,6 @@ class PairedTest:
     low: float
     high: float
 
-    def to_dict(self) -> dict[str, float]:
-        """All fields, ready for JSON."""
-        return asdict(self)
-
 
 def bootstrap_interval(
     scores: Scores, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
@@ -44,11 +40,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval (low, high) of a metric (Efron 1979; for BLEU, Koehn 2004).
 
     A single example has no spread to resample: both ends are then the score itself.
-
-    Raises:
-        ValueError: No examples, `confidence` outside (0, 1) or `resamples` below 1.
     """
-    _check(len(scores), confidence, resamples)
     drawn = np.concatenate(
         [scores.aggregate(counts @ scores.rows) for counts in _resamples(len(scores), resamples, seed)]
     )
@@ -61,14 +53,9 @@ def paired_test(a: Scores, b: Scores, *, confidence: float = 0.95, resamples: in
     Each trial swaps the two systems' outputs on a random half of the examples. The p-value is the share of
     trials whose absolute difference reaches the observed one (Riezler and Maxwell 2005), with the observed
     arrangement counted in: never 0, and 1 where nothing differs. The interval resamples examples as pairs.
-
-    Raises:
-        ValueError: No examples, different sizes, `confidence` outside (0, 1) or `resamples` below 1.
     """
     if len(a) != len(b):
         raise ValueError(f"a paired test needs the same examples: A has {len(a)}, B has {len(b)}")
-    _check(len(a), confidence, resamples)
-
     difference = a.value - b.value
     drawn = np.concatenate(
         [a.aggregate(counts @ a.rows) - b.aggregate(counts @ b.rows) for counts in _resamples(len(a), resamples, seed)]
@@ -83,15 +70,6 @@ def paired_test(a: Scores, b: Scores, *, confidence: float = 0.95, resamples: in
         # Swapping everything or nothing must count as equal whatever the order of summation.
         reached += int(np.sum(np.abs(trial) >= abs(difference) - 1e-9))
     return PairedTest(difference, (reached + 1) / (resamples + 1), low, high)
-
-
-def _check(n: int, confidence: float, resamples: int) -> None:
-    if n == 0:
-        raise ValueError("there are no examples to resample")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual")
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples} must be at least 1; 1000 is usual")
 
 
 def _resamples(n: int, resamples: int, seed: int) -> Iterator[FloatArray]:

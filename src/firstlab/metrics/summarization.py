@@ -1,4 +1,4 @@
-"""Summarization metrics: ROUGE-1, ROUGE-L and BERTScore."""
+"""Summarization metrics: ROUGE-1, ROUGE-L, ROUGE-Lsum and BERTScore."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchmetrics.functional.text import rouge_score
+from torchmetrics.functional.text.rouge import _normalize_and_tokenize_text, _rouge_lsum_score
 
 from firstlab.metrics.scores import MetricUnavailableError, Scores, check_pairs
 
@@ -40,29 +41,32 @@ class BertScoreConfig:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Scores]:
-    """Mean F1 of ROUGE-1 ("rouge1") and ROUGE-L ("rougeL"), 0..100, against each example's best reference.
+    """Mean F1 of ROUGE-1 ("rouge1"), ROUGE-L ("rougeL") and ROUGE-Lsum ("rougeLsum"), 0..100, best reference.
+
+    ROUGE-L compares whole texts, ROUGE-Lsum line by line; CNN/DailyMail is usually reported with the latter.
 
     Computed by torchmetrics: it is maintained, while rouge-score, equal to it figure by figure, had its last
     release in 2022. Both lower-case, keep only a-z and 0-9, and do not stem here: text in other scripts scores 0.
-
-    Raises:
-        ValueError: Empty or unpaired inputs.
     """
     check_pairs(predictions, references)
-    keys = ("rouge1", "rougeL")
-    best: dict[str, list[float]] = {key: [] for key in keys}
+    best: dict[str, list[float]] = {"rouge1": [], "rougeL": [], "rougeLsum": []}
     for prediction, accepted in zip(predictions, references, strict=True):
         # One reference at a time: torchmetrics would choose the best by ROUGE-1 for every key.
-        found = [rouge_score(prediction, reference, rouge_keys=keys) for reference in accepted]
-        for key in keys:
+        found = [rouge_score(prediction, reference, rouge_keys=("rouge1", "rougeL")) for reference in accepted]
+        for key in ("rouge1", "rougeL"):
             best[key].append(100.0 * max(float(scores[f"{key}_fmeasure"]) for scores in found))
+        best["rougeLsum"].append(100.0 * max(_rouge_lsum(prediction, reference) for reference in accepted))
     signature = f"f1|case:lc|tok:a-z0-9|stem:no|refs:max|torchmetrics:{version('torchmetrics')}"
     return {key: Scores.mean(values, signature) for key, values in best.items()}
 
 
-def bertscore(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], config: BertScoreConfig | None = None
-) -> Scores:
+def _rouge_lsum(prediction: str, reference: str) -> float:
+    # Lines are sentences, as in rouge-score; torchmetrics' public function would split them with NLTK's data.
+    lines = ([_normalize_and_tokenize_text(line) for line in text.split("\n")] for text in (prediction, reference))
+    return float(_rouge_lsum_score(*lines)["fmeasure"])
+
+
+def bertscore(predictions: Sequence[str], references: Sequence[Sequence[str]], config: BertScoreConfig) -> Scores:
     """Mean BERTScore F1 (Zhang et al. 2020), 0..100, best reference; no idf weights, no rescaling.
 
     A blank text has no tokens to match: its F1 is 0 and the encoder never sees it.
@@ -72,7 +76,6 @@ def bertscore(
         MetricUnavailableError: The encoder is not there.
     """
     check_pairs(predictions, references)
-    config = config or BertScoreConfig()
     texts = [_encodable(prediction) for prediction in predictions]
     pairs = [
         (index, texts[index], _encodable(reference))

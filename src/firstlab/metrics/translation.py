@@ -11,24 +11,57 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from firstlab.metrics.scores import FloatArray, Scores, check_pairs
+from firstlab.metrics.scores import FloatArray, MetricUnavailableError, Scores, check_pairs
+
+#: sacreBLEU's tokenizers, by language, where words are not what stands between spaces. Everywhere else it is 13a.
+_TOKENIZERS = {
+    "zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab",
+    "bo": "char", "dz": "char", "km": "char", "lo": "char", "my": "char", "th": "char",
+}  # fmt: skip
+_SHORT = {
+    "zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko", "bod": "bo", "tib": "bo", "dzo": "dz",
+    "khm": "km", "lao": "lo", "mya": "my", "bur": "my", "tha": "th",
+}  # fmt: skip
 
 
-def is_chinese(language: str | None) -> bool:
-    """Whether a language code such as "zh", "zh-CN" or "zh_Hant" means Chinese."""
-    return language is not None and language.lower().replace("_", "-").split("-")[0] == "zh"
+def bleu_tokenizer(target_language: str | None) -> str:
+    """The name of sacreBLEU's tokenizer for a language, given as a code or tag: "zh", "zh-CN", "jpn_Jpan"."""
+    language = (target_language or "").replace("_", "-").partition("-")[0].lower()
+    return _TOKENIZERS.get(_SHORT.get(language, language), "13a")
+
+
+def by_character(target_language: str | None) -> bool:
+    """Whether BLEU-1 and BLEU-2 count characters: in scripts without spaces between words (Korean has them)."""
+    return bleu_tokenizer(target_language) not in ("13a", "ko-mecab")
+
+
+def load_bleu(target_language: str | None = None) -> BLEU:
+    """sacreBLEU's BLEU for a language.
+
+    Raises:
+        MetricUnavailableError: Its tokenizer is not installed.
+    """
+    tokenizer = bleu_tokenizer(target_language)
+    try:
+        # force: silence the advice about tokenised text; predictions are scored as they are.
+        return BLEU(tokenize=tokenizer, force=True)
+    except RuntimeError as error:
+        raise MetricUnavailableError(
+            f"BLEU of a translation to target_language={target_language} needs sacreBLEU's tokenizer {tokenizer}: "
+            f"pip install 'sacrebleu[{tokenizer.partition('-')[0]}]'"
+        ) from error
 
 
 def tokenize(text: str, target_language: str | None) -> list[str]:
     """Tokens of NLTK BLEU.
 
-    Chinese: every character that is not white space. Else NLTK's `wordpunct_tokenize`: runs of letters and
-    digits, and runs of punctuation; it needs no data files. Case is kept.
+    In scripts without spaces, every character that is not white space. Else NLTK's `wordpunct_tokenize`: runs of
+    letters and digits, and runs of punctuation; it needs no data files. Case is kept.
     """
     # Importing NLTK takes seconds: with it come scikit-learn and pandas.
     from nltk.tokenize import wordpunct_tokenize
 
-    return list("".join(text.split())) if is_chinese(target_language) else wordpunct_tokenize(text)
+    return list("".join(text.split())) if by_character(target_language) else wordpunct_tokenize(text)
 
 
 def bleu_n(
@@ -41,16 +74,11 @@ def bleu_n(
 
     Not smoothed, as NLTK does by default: an order without any match takes the smallest float for its
     precision, so the score is 0 for all purposes.
-
-    Raises:
-        ValueError: Empty or unpaired inputs, or `order` below 1.
     """
     from nltk import __version__ as nltk_version
     from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
     check_pairs(predictions, references)
-    if order < 1:
-        raise ValueError(f"order={order} must be at least 1: 1 for BLEU-1, 2 for BLEU-2")
     rows = []
     for prediction, accepted in zip(predictions, references, strict=True):
         hypothesis = tokenize(prediction, target_language)
@@ -62,28 +90,22 @@ def bleu_n(
             + [precision.denominator for precision in precisions]
         )
 
-    tokens = "char" if is_chinese(target_language) else "wordpunct"
+    tokens = "char" if by_character(target_language) else "wordpunct"
     signature = f"order:{order}|case:mixed|tok:{tokens}|smooth:none|nltk:{nltk_version}"
     return Scores.corpus(rows, _nltk_bleu, signature)
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], target_language: str | None = None) -> Scores:
-    """sacreBLEU's BLEU-4, 0..100: tokenizer `zh` for Chinese, else `13a`; exponential smoothing.
+    """sacreBLEU's BLEU-4, 0..100, with its tokenizer for the target language and exponential smoothing.
 
     Raises:
-        ValueError: Empty or unpaired inputs.
+        MetricUnavailableError: As `load_bleu`.
     """
-    # force: silence the advice about tokenised text; predictions are scored as they are.
-    metric = BLEU(tokenize="zh" if is_chinese(target_language) else "13a", force=True)
-    return _sacrebleu(metric, _bleu, predictions, references)
+    return _sacrebleu(load_bleu(target_language), _bleu, predictions, references)
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """sacreBLEU's chrF2 (character 1..6-grams, no words), 0..100.
-
-    Raises:
-        ValueError: Empty or unpaired inputs.
-    """
+    """sacreBLEU's chrF2 (character 1..6-grams, no words), 0..100."""
     return _sacrebleu(CHRF(), _chrf, predictions, references)
 
 
@@ -105,7 +127,7 @@ def _sacrebleu(
 
 
 def _brevity(hypothesis_length: FloatArray, reference_length: FloatArray) -> FloatArray:
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         shorter = np.exp(1 - reference_length / hypothesis_length)
     return np.where(hypothesis_length < reference_length, shorter, 1.0)
 

@@ -1,16 +1,28 @@
 """The router-augmented language model. Imports nothing else of firstlab."""
 
 from firstlab.model.cache import RoutedCache
-from firstlab.model.exit_rule import EarlyExit
-from firstlab.model.lm import RouterAugmentedLM, RouterAugmentedOutput
-from firstlab.model.lora import LoraSettings
+from firstlab.model.generation_options import stop_tokens
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.lora import LoraSettings, check_lora
+from firstlab.model.output import RouterAugmentedOutput
 from firstlab.model.prompt_cache import PromptReading
 from firstlab.model.routers import Routers, RouterSettings
-from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, layer_skips, routes_from_json, routes_to_json
-from firstlab.model.storage import ModelUnavailableError, load_tokenizer
+from firstlab.model.routes import (
+    EarlyExit,
+    FixedRoutes,
+    PrunedRoutes,
+    Routes,
+    StepRoutes,
+    as_routes,
+    layer_skips,
+    routes_from_json,
+    routes_to_json,
+)
+from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer
 
 __all__ = [
     "EarlyExit",
+    "FixedRoutes",
     "LoraSettings",
     "ModelUnavailableError",
     "PromptReading",
@@ -22,8 +34,12 @@ __all__ = [
     "Routers",
     "Routes",
     "StepRoutes",
+    "as_routes",
+    "check_lora",
     "layer_skips",
+    "load_base_config",
     "load_tokenizer",
     "routes_from_json",
     "routes_to_json",
+    "stop_tokens",
 ]

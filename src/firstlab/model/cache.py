@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from firstlab.model.exit_rule import EarlyExit, ExitPass
 from firstlab.model.routers import Routers
-from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, check_routes, decode_steps, layer_skips
+from firstlab.model.routes import ExitPass, FixedRoutes, Routes, as_routes, decode_steps, layer_skips
+
+#: Stands for the routers' own decision where a rule is asked.
+_BY_ROUTERS = FixedRoutes(torch.ones(0, dtype=torch.bool))
 
 
 class RoutedCache(DynamicCache):
@@ -23,22 +25,22 @@ class RoutedCache(DynamicCache):
 
     Prefill runs every layer. When the whole prompt has been seen, route = (rho >= threshold) and the keys and values
     of layers that no row runs are freed. Every later pass, of one token or many, runs exactly the routed layers.
-    `PrunedRoutes` alone are in force from the first token of the prompt.
+    Routes with `skips_prompt` alone are in force from the first token of the prompt.
 
     Args:
         config: Config of the wrapped model.
         routers: The routers that read the prompt.
         prompt_length: Padded length of the prompt, when it arrives in several chunks. None: the first pass is the
             whole prompt.
-        routes: [L] or [rows, L] boolean; uses these instead of the routers' decision. Rows are repeated when the
-            batch is a multiple of them (beams, several sequences per prompt). Or `StepRoutes`, `EarlyExit` or
-            `PrunedRoutes`.
+        routes: Used instead of the routers' decision. Rows are repeated when the batch is a multiple of them (beams,
+            several sequences per prompt).
         exit_head: Logits of intermediate states; for `EarlyExit`.
 
     Attributes:
-        routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read, or
-            for `PrunedRoutes` begun.
+        routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read (or
+            begun, for routes with `skips_prompt`).
         rho: [B, L] fp32, None until then and for forced routes.
+        prompt_continues: The next pass is not the prompt's last: the routes stay undecided behind it.
     """
 
     layers: list[Any]  # one attention cache per decoder layer, which `__init__` makes sure of
@@ -48,7 +50,7 @@ class RoutedCache(DynamicCache):
         config: PretrainedConfig,
         routers: Routers,
         prompt_length: int | None = None,
-        routes: Routes | None = None,
+        routes: Routes | Tensor | None = None,
         exit_head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(config=config)
@@ -65,11 +67,12 @@ class RoutedCache(DynamicCache):
             )
         self.routes: Tensor | None = None
         self.rho: Tensor | None = None
+        self.prompt_continues = False
         self._routers = routers
         self._prompt_length = prompt_length
-        self._force(routes, exit_head)
         self._seen = 0
         self._prompt_seen = 0
+        self._force(routes, exit_head)
         self._pass_tokens = 0
         self._pass_mask: Tensor | None = None
         # Of every layer of this pass; then summed over the prompt's passes, [B, L] and [B].
@@ -83,33 +86,55 @@ class RoutedCache(DynamicCache):
         self._exits: ExitPass | None = None
         self._exit_record: list[Tensor] = []
 
-    def _force(self, routes: Routes | None, exit_head: Callable[[Tensor], Tensor] | None) -> None:
+    def _force(self, routes: Routes | Tensor | None, exit_head: Callable[[Tensor], Tensor] | None) -> None:
+        rule = _BY_ROUTERS if routes is None else as_routes(routes)
         if routes is not None:
-            check_routes(routes, self._routers.num_layers)
-        if isinstance(routes, EarlyExit) and exit_head is None:
+            rule.check(self._routers.num_layers)
+        if rule.exit_rule is not None and exit_head is None:
             raise ValueError("EarlyExit asks the LM head after every layer: make the cache with model.new_cache()")
-        self._forced, self._exit_head = routes, exit_head
+        if rule.skips_prompt and self._seen:
+            raise ValueError("the prompt in past_key_values ran every layer, which PrunedRoutes forbid: start anew")
+        self._rule, self._exit_head, self._measures = rule, exit_head, routes is None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the whole prompt has been read."""
+        return self._prompt_seen > 0
 
     # -- one forward pass of the model, driven by the hooks and layers of `RouterAugmentedLM` --
 
     def expect_prompt(
         self, length: int, routes: Routes | None = None, exit_head: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """Announce the padded length of the prompt, and routes to force, before an empty cache is used."""
-        self._prompt_length = length
+        """Announce the padded length of the whole prompt, and routes to force, before the rest of it is read."""
         if routes is not None:
             self._force(routes, exit_head)
+        self._prompt_length, self.prompt_continues = length, False
+
+    def set_prompt_continues(self, value: bool) -> None:
+        """Say whether the next pass leaves the prompt unfinished.
+
+        Raises:
+            ValueError: It is finished already.
+        """
+        if value and self.decided:
+            raise ValueError(
+                "prompt_continues=True: the route of past_key_values is decided already; start a new cache"
+            )
+        self.prompt_continues = value
 
     def begin_pass(self, batch_size: int, tokens: int, attention_mask: Tensor | None) -> None:
         """Called before the decoder runs: `tokens` new tokens per row, mask [B, seen + tokens] or None."""
         self._pass_tokens = tokens
-        if self.routes is None and isinstance(self._forced, PrunedRoutes):
-            self._set_routes(self._forced.ran.to(self._routers.weight.device).expand(batch_size, -1))
-        if self.routes is not None:
-            if self.routes.shape[0] != batch_size:
-                raise ValueError(
-                    f"this cache holds the routes of {self.routes.shape[0]} rows but the batch has {batch_size}"
-                )
+        rows = self._batch_rows()
+        if rows not in (None, batch_size):
+            raise ValueError(
+                f"past_key_values holds {rows} rows and the batch has {batch_size}; repeat the cached rows with "
+                "past_key_values.batch_repeat_interleave(...)"
+            )
+        if self.routes is None and self._rule.skips_prompt:
+            self._set_routes(self._forced_rows(batch_size, self._routers.weight.device))
+        if self.decided:
             self._begin_decode(attention_mask)
             return
         if attention_mask is not None and attention_mask.ndim != 2:
@@ -119,18 +144,23 @@ class RoutedCache(DynamicCache):
 
     def _begin_decode(self, attention_mask: Tensor | None) -> None:
         assert self.routes is not None
-        if isinstance(self._forced, StepRoutes):
-            gates = self._forced.window(self._steps, self._pass_tokens)
+        gates = self._rule.window(self._steps, self._pass_tokens)
+        if gates is not None:
             self._any_row, self._all_rows = gates.any(0).tolist(), gates.all(0).tolist()
             self._gates = gates.unsqueeze(0)
-        elif isinstance(self._forced, EarlyExit):
+        elif self._rule.exit_rule is not None:
             assert self._exit_head is not None
             if attention_mask is not None and attention_mask.ndim == 2:
                 response = attention_mask[:, self._prompt_seen :].bool()
             else:
                 response = self.routes.new_ones(len(self.routes), self._steps + self._pass_tokens)
             steps = decode_steps(response)[:, -self._pass_tokens :]
-            self._exits = ExitPass(self._forced, self._exit_head, steps, self._routers.num_layers)
+            self._exits = ExitPass(self._rule.exit_rule, self._exit_head, steps, self._routers.num_layers)
+
+    @property
+    def layers_run(self) -> list[bool]:
+        """Whether the present pass runs each layer for some row."""
+        return [True] * self._routers.num_layers if self.routes is None else self._any_row
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run, skip, or run for some rows only.
@@ -142,7 +172,7 @@ class RoutedCache(DynamicCache):
             skip: The layer's output when nothing is computed.
         """
         if self.routes is None:
-            if self._forced is None:
+            if self._measures:
                 self._readings.append(self._routers.readings(hidden, index))
             return run()
         if self._exits is not None:
@@ -161,16 +191,16 @@ class RoutedCache(DynamicCache):
     def end_pass(self) -> None:
         """Called after the decoder ran: count the tokens and, after the last prompt chunk, fix the routes."""
         self._seen += self._pass_tokens
-        if self._prompt_seen == 0:
-            if self._forced is None:
+        if not self.decided:
+            if self._measures:
                 self._pool()
-            if self._seen >= (self._prompt_length or 0):
+            if not self.prompt_continues and self._seen >= (self._prompt_length or 0):
                 self._fix_routes()
         elif self._exits is not None:
             self._exit_record.append(self._exits.ran)
             self._exits = None
-        elif isinstance(self._forced, StepRoutes):
-            self._follow_schedule(self._forced)
+        else:
+            self._follow_schedule()
         self._sync_skipped_lengths()
 
     def _sync_skipped_lengths(self) -> None:
@@ -196,33 +226,27 @@ class RoutedCache(DynamicCache):
 
     def _fix_routes(self) -> None:
         self._prompt_seen = self._seen
-        if self._forced is None:
+        if self._measures:
             assert self._sums is not None and self._counts is not None
             self.rho = self._sums / self._counts.clamp_min(1).unsqueeze(1)
             self._set_routes(self._routers.decide(self.rho))
         elif self.routes is None:
-            self._set_routes(self._forced_rows().to(self.layers[0].keys.device))
+            self._set_routes(self._forced_rows(self.layers[0].keys.shape[0], self.layers[0].keys.device))
         self._sums = self._counts = self._pass_mask = None
         self._free_skipped()
 
-    def _forced_rows(self) -> Tensor:
-        rows, routes = self._batch_rows(), self._forced
-        if isinstance(routes, EarlyExit):
-            return torch.ones(rows, self._routers.num_layers, dtype=torch.bool)
-        if isinstance(routes, StepRoutes):
-            return routes.window(0, 1).expand(rows, -1)
-        assert isinstance(routes, Tensor)
-        if routes.ndim == 1:
-            return routes.expand(rows, -1)
-        if rows % routes.shape[0]:
-            raise ValueError(f"routes has {routes.shape[0]} rows, which do not divide the batch of {rows}")
-        return routes.repeat_interleave(rows // routes.shape[0], dim=0)
+    def _forced_rows(self, rows: int, device: torch.device) -> Tensor:
+        routes = self._rule.first(self._routers.num_layers)
+        if rows % len(routes):
+            raise ValueError(f"routes has {len(routes)} rows, which do not divide the batch of {rows}")
+        return routes.to(device).repeat_interleave(rows // len(routes), dim=0)
 
-    def _follow_schedule(self, schedule: StepRoutes) -> None:
-        assert self.routes is not None
-        upcoming = schedule.window(self._steps, 1)
+    def _follow_schedule(self) -> None:
+        upcoming, last = (self._rule.window(step, 1) for step in (self._steps, self._steps - self._pass_tokens))
+        if upcoming is None or last is None or self.routes is None:
+            return
         self._any_row = self._all_rows = upcoming[0].tolist()
-        if not torch.equal(upcoming, schedule.window(self._steps - self._pass_tokens, 1)):
+        if not torch.equal(upcoming, last):
             self.routes = upcoming.expand(len(self.routes), -1).to(self.routes.device)
             self._free_skipped()
 
@@ -239,8 +263,11 @@ class RoutedCache(DynamicCache):
                 layer.keys = source.keys[..., :0, :].clone()
                 layer.values = source.values[..., :0, :].clone()
 
-    def _batch_rows(self) -> int:
-        return self.layers[0].keys.shape[0]
+    def _batch_rows(self) -> int | None:
+        """Rows that the cache holds, None before the first pass."""
+        if self.routes is not None:
+            return len(self.routes)
+        return None if self._counts is None else len(self._counts)
 
     def _set_routes(self, routes: Tensor) -> None:
         self.routes = routes
@@ -252,16 +279,21 @@ class RoutedCache(DynamicCache):
 
     @property
     def _steps(self) -> int:
-        return max(0, self._seen - self._prompt_seen)
+        return max(0, self._seen - self._prompt_seen) if self.decided else 0
+
+    @property
+    def has_decoded(self) -> bool:
+        """Whether tokens have come behind the prompt."""
+        return self._steps > 0
 
     @property
     def ran(self) -> Tensor:
         """[B, steps, L] boolean, the layers that each row ran at each decode step until now."""
         routes = self._known_routes()
-        if isinstance(self._forced, StepRoutes):
-            schedule = self._forced.window(0, self._steps).to(routes.device)
-            return schedule.expand(len(routes), -1, -1)
-        if isinstance(self._forced, EarlyExit):
+        schedule = self._rule.window(0, self._steps)
+        if schedule is not None:
+            return schedule.to(routes.device).expand(len(routes), -1, -1)
+        if self._rule.exit_rule is not None:
             return torch.cat([routes.unsqueeze(1)[:, :0], *self._exit_record], dim=1)
         return routes.unsqueeze(1).expand(-1, self._steps, -1)
 
@@ -277,7 +309,7 @@ class RoutedCache(DynamicCache):
             steps; else 0 in a row without steps.
         """
         routes = self._known_routes()
-        if not isinstance(self._forced, StepRoutes | EarlyExit):
+        if not self._rule.decides_each_step:
             return 1 - routes.float()
         ran = self.ran
         place = torch.arange(ran.shape[1], device=ran.device).expand(len(ran), -1)
@@ -314,16 +346,19 @@ class RoutedCache(DynamicCache):
         """Take back the last tokens (a negative count, as in transformers).
 
         Raises:
-            ValueError: An earlier step of `StepRoutes` ran layers whose keys and values are freed by now.
+            ValueError: An earlier step ran layers whose keys and values are freed by now, or the prompt has not been
+                read to its end, so that rho still counts what would be taken back.
         """
         seen = max(0, self._seen - abs(tokens_to_remove))
-        if isinstance(self._forced, StepRoutes):
-            step = max(0, seen - self._prompt_seen)
-            if not torch.equal(self._forced.window(step, 1), self._forced.window(self._steps, 1)):
-                raise ValueError(
-                    f"cannot go back from decode step {self._steps} to {step}: StepRoutes ran more layers then, and "
-                    "their keys and values are freed; start again from the prompt"
-                )
+        if self._counts is not None:
+            raise ValueError("tokens of a prompt that goes on cannot be taken back: start again with an empty cache")
+        step = max(0, seen - self._prompt_seen)
+        then, now = self._rule.window(step, 1), self._rule.window(self._steps, 1)
+        if then is not None and now is not None and not torch.equal(then, now):
+            raise ValueError(
+                f"cannot go back from decode step {self._steps} to {step}: StepRoutes ran more layers then, and "
+                "their keys and values are freed; start again from the prompt"
+            )
         super().crop(tokens_to_remove)
         self._seen = seen
         if self._exit_record:
@@ -340,6 +375,7 @@ class RoutedCache(DynamicCache):
         self.routes = self.rho = self._sums = self._counts = self._pass_mask = None
         self._readings, self._any_row, self._all_rows = [], [], []
         self._seen = self._prompt_seen = 0
+        self.prompt_continues = False
         self._gates, self._exits, self._exit_record = None, None, []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -360,6 +396,8 @@ class RoutedCache(DynamicCache):
     def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
         if self.rho is not None:
             self.rho = take(self.rho)
+        if self._sums is not None and self._counts is not None:
+            self._sums, self._counts = take(self._sums), take(self._counts)
         if self.routes is not None:
             self._set_routes(take(self.routes))
         if self._exit_record:

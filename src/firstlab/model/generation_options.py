@@ -1,7 +1,9 @@
-"""Generation options that routed decoding cannot honour, named before anything runs."""
+"""Options of generation: which ones routed decoding cannot honour, which are in force, and what ends a response."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
@@ -11,27 +13,26 @@ from transformers import GenerationConfig
 # Before 5.23 `prefill_chunk_size` cuts the tokens that a given cache already holds into chunks again.
 CHUNKS_REPEAT_THE_CACHE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
 
-# Option -> (values that mean "off", reason and way out).
+_DRAFTS = "it drafts tokens inside the prompt pass, before a route exists"
+_OWN_CACHE = "the routes live in the model's own dynamic cache"
+_HUB_CODE = "it runs code from the hub that may replace the cache"
+# Option -> (values that mean "off", reason). transformers itself reads "hybrid", of older configs, as "dynamic".
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_model": ((None,), "assisted decoding drafts tokens inside the prompt pass, before a route exists"),
-    "prompt_lookup_num_tokens": (
-        (None,),
-        "prompt-lookup decoding drafts tokens inside the prompt pass, before a route exists",
-    ),
-    "assistant_early_exit": ((None,), "self-speculation drafts tokens inside the prompt pass, before a route exists"),
-    "speculation_type": ((None,), "speculation drafts tokens inside the prompt pass, before a route exists"),
-    "use_mtp": ((None, False), "multi-token prediction drafts tokens before a route exists"),
+    "assistant_model": ((None,), _DRAFTS),
+    "prompt_lookup_num_tokens": ((None,), _DRAFTS),
+    "assistant_early_exit": ((None,), _DRAFTS),
+    "speculation_type": ((None,), _DRAFTS),
+    "use_mtp": ((None, False), _DRAFTS),
     "is_assistant": ((None, False), "a draft model's cache is rewound into the prompt pass"),
     "penalty_alpha": ((None, 0, 0.0), "contrastive search rewinds the cache that carries the routes"),
     "dola_layers": ((None,), "DoLa compares layers that a route may skip"),
-    "num_beam_groups": ((None, 1), "group beam search runs code from the hub that may replace the cache"),
-    "constraints": ((None,), "constrained beam search runs code from the hub that may replace the cache"),
-    "force_words_ids": ((None,), "constrained beam search runs code from the hub that may replace the cache"),
+    "num_beam_groups": ((None, 1), _HUB_CODE),
+    "constraints": ((None,), _HUB_CODE),
+    "force_words_ids": ((None,), _HUB_CODE),
+    "custom_generate": ((None,), _HUB_CODE),
     "token_healing": ((None, False), "it tokenizes the prompt again, so that padding and prompt length may change"),
-    # transformers itself reads "hybrid", which older configs carry, as "dynamic".
-    "cache_implementation": ((None, "hybrid"), "the routes live in the model's own dynamic cache"),
-    "cache_config": ((None,), "the routes live in the model's own dynamic cache"),
-    "custom_generate": ((None,), "its code may replace the cache that carries the routes"),
+    "cache_implementation": ((None, "hybrid"), _OWN_CACHE),
+    "cache_config": ((None,), _OWN_CACHE),
     "guidance_scale": ((None, 1, 1.0), "its second, unconditional pass would run unrouted"),
 }
 
@@ -92,14 +93,51 @@ _SCORE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "exponential_decay_length_penalty": (None,),
     "watermarking_config": (None,),
 }
+#: The same, in force where tokens are drawn.
+_SAMPLING_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "min_p": (None, 0, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1, 1.0),
+    "epsilon_cutoff": (None, 0, 0.0),
+    "eta_cutoff": (None, 0, 0.0),
+}
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def check_score_settings(defaults: GenerationConfig) -> None:
-    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not."""
-    for name, off in _SCORE_SETTINGS.items():
+def check_score_settings(defaults: GenerationConfig, drawn: bool = False) -> None:
+    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not.
+
+    Args:
+        defaults: The config. Within `pinned_generation` it holds special tokens alone.
+        drawn: Whether tokens are drawn.
+    """
+    for name, off in (_SCORE_SETTINGS | (_SAMPLING_SETTINGS if drawn else {})).items():
         given = getattr(defaults, name, None)
         if given not in off:
             raise ValueError(
                 f"the model's generation config has {name}={given!r}, which the decode engine does not follow: set "
                 f"lm.generation_config.{name} = None, or decode with RouterAugmentedLM.generate"
             )
+
+
+@contextmanager
+def pinned_generation(lm: Any) -> Iterator[None]:
+    """Within it, `generate` and the decode engine follow what they are given and nothing that the model's folder says.
+
+    The model's generation config is put aside but for its special tokens, so that no penalty, cut-off or search of it
+    moves a score.
+    """
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig(**{name: getattr(own, name) for name in _SPECIAL_TOKENS})
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
+def stop_tokens(lm: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a response: those of the model's generation config and the tokenizer's EOS, sorted."""
+    found: set[int] = set()
+    for given in (lm.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)):
+        found |= {given} if isinstance(given, int) else set(given or ())
+    return sorted(found)

@@ -160,6 +160,44 @@ class _PassOn:
         return self._output
 
 
+def watch_passes(decoder: nn.Module) -> None:
+    """Tell the routed cache, if there is one, of every pass of the decoder; calling it twice changes nothing."""
+    if not hasattr(decoder, "routing_hooks"):
+        decoder.routing_hooks = [  # type: ignore[assignment]
+            decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True),
+            decoder.register_forward_hook(_end_pass, with_kwargs=True),
+        ]
+
+
+def _begin_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = find_cache(args, kwargs)
+    if cache is None:
+        return
+    given = signature(decoder.forward).bind(*args, **kwargs).arguments
+    inputs = given.get("input_ids")
+    if inputs is None:
+        inputs = given["inputs_embeds"]
+    cache.begin_pass(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
+
+
+def _end_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = find_cache(args, kwargs)
+    if cache is None:
+        return
+    runs, weights = cache.layers_run, getattr(output, "attentions", None)
+    # Where transformers records the weights of the layers that it calls, the others have no entry yet.
+    if weights is not None and len(weights) == sum(runs) < len(runs):
+        left = iter(weights)
+        output.attentions = tuple(next(left) if run else None for run in runs)
+    cache.end_pass()
+
+
+def unwatch_passes(decoder: nn.Module) -> None:
+    """Undo `watch_passes`."""
+    for hook in decoder.__dict__.pop("routing_hooks", ()):
+        hook.remove()
+
+
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The module that owns the decoder layers, and the layers.
 

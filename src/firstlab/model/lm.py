@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,69 +12,32 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from firstlab.model import storage
-from firstlab.model.arguments import (
-    assumed_mask,
-    check_forward,
-    check_mask,
-    check_not_wrapped,
-    check_prompt,
-    check_rows,
-    own_cache,
-)
+from firstlab.model import inputs, lora, storage
 from firstlab.model.cache import RoutedCache
-from firstlab.model.exit_rule import EarlyExit
 from firstlab.model.generation_options import CHUNKS_REPEAT_THE_CACHE, check_generation_options, option_value
 from firstlab.model.layers import (
     IntermediateHead,
+    Routing,
     check_decoder,
-    find_cache,
     find_decoder,
     make_dense,
     make_routable,
     routing,
+    unwatch_passes,
+    watch_passes,
 )
-from firstlab.model.lora import LoraSettings, add_lora, lora_layers, merge_lora
-from firstlab.model.loss import OutputHead, predicting, token_cross_entropy
-from firstlab.model.prompt_cache import PromptCache, PromptReading, Split
+from firstlab.model.lora import LoraSettings
+from firstlab.model.loss import OutputHead, labelled_losses, predicting
+from firstlab.model.output import RouterAugmentedOutput, known_fields
+from firstlab.model.prompt_cache import Layout, PromptCache, PromptReading
 from firstlab.model.quantization import is_quantized
-from firstlab.model.routers import Routers, RouterSettings
-from firstlab.model.routes import Routes, check_routes
+from firstlab.model.routers import Routers, RouterSettings, float32_kept
+from firstlab.model.routes import Routes, as_routes
 from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
 
 # Half a GiB of fp32 logits for a vocabulary of 128k.
 LOSS_CHUNK = 1024
-
-
-@dataclass
-class RouterAugmentedOutput(CausalLMOutputWithPast):
-    """The output of the wrapped model plus what routing adds.
-
-    Attributes:
-        rho: [B, L] fp32, with gradient in a teacher-forced pass.
-        loss_terms: Scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²), `non_skip`
-            (Σ_i batch mean of rho_i), and the label `token_count`; None without labels.
-        token_losses: [B, T] fp32, the cross-entropy of every labelled token and 0 elsewhere; None without labels.
-        states: [N, D], the decoder's output where it predicts a labelled token, row by row; only with
-            `keep_logits=False`.
-        ran: [B, T, L] boolean, the layers each token ran; only for teacher-forced `StepRoutes`, `EarlyExit` and
-            `PrunedRoutes`.
-        aux_loss, router_logits: Of a mixture of experts that was asked for them.
-    """
-
-    rho: Tensor | None = None
-    # ModelOutput leaves out fields that are None; with labels it is always there.
-    loss_terms: dict[str, Tensor] = None  # type: ignore[assignment]
-    token_losses: Tensor | None = None
-    states: Tensor | None = None
-    ran: Tensor | None = None
-    aux_loss: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-
-
-_OUTPUT_FIELDS = frozenset(field.name for field in fields(RouterAugmentedOutput))
 
 
 class RouterAugmentedLM(nn.Module):
@@ -97,7 +59,7 @@ class RouterAugmentedLM(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
         super().__init__()
-        check_not_wrapped(lm)
+        inputs.check_not_wrapped(lm)
         decoder, layers = find_decoder(lm)
         if not isinstance(lm, GenerationMixin):
             raise ValueError(
@@ -116,59 +78,66 @@ class RouterAugmentedLM(nn.Module):
         self.loss_chunk = LOSS_CHUNK
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
         self._decoder_name = next(name for name, module in lm.named_modules() if module is decoder)
+        # Merging LoRA takes the name from the config, as no folder holds those weights; the tokenizer stays the same.
+        self._tokenizer = lm.config._name_or_path
         make_routable(layers)
-        if not hasattr(decoder, "routing_hooks"):  # the model may have been wrapped before
-            decoder.routing_hooks = [  # type: ignore[assignment]
-                decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True),
-                decoder.register_forward_hook(_end_pass, with_kwargs=True),
-            ]
+        watch_passes(decoder)
+        for parameter in lora.lora_parameters(lm):  # of an adapter that transformers has loaded
+            parameter.data = parameter.data.float()
         self.train(lm.training)
 
     # -- loading and saving --
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, settings: RouterSettings | None = None, **kwargs: Any
+        cls,
+        path: str | Path,
+        settings: RouterSettings | None = None,
+        base: str | Path | None = None,
+        **kwargs: Any,
     ) -> RouterAugmentedLM:
         """Load a hub id, a local transformers folder, or a folder written by `save_pretrained`.
 
         Args:
             path: Hub id or folder.
             settings: Of fresh routers; a folder written by `save_pretrained` brings its own.
+            base: Hub id or folder of the base model that such a folder belongs to, if it is not where it was.
             **kwargs: For transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
 
         Raises:
             ModelUnavailableError: Nothing can be loaded from `path`; the message says what to do.
+            ValueError: A file of the folder is missing, damaged, or not the one that was saved.
         """
         saved = storage.read_config(path)
+        if saved is None and base is not None:
+            raise ValueError(f"base={str(base)!r} is for a folder written by save_pretrained, which {path} is not")
         if saved is None:
-            return cls(storage.load_base(str(path), **kwargs), settings)
-        base = storage.load_base(storage.base_location(path, saved), **kwargs)
-        model = cls(base, RouterSettings(**saved["router"]))
-        storage.load_trained(model, path, saved)
-        return model
+            return cls(storage.load_base(path, **kwargs), settings)
+        model = cls(storage.load_base(base or saved.base, **kwargs), saved.router)
+        storage.load_trained(model.lm, model.routers, saved)
+        return model.train(model.training)
 
     def save_pretrained(self, path: str | Path, save_base: bool = False) -> None:
         """Write config.json, routers.safetensors, the PEFT adapter if there is one, and, if asked, the base model.
 
+        The base takes its generation config along, and its tokenizer where that can be found.
+
         Raises:
-            ValueError: The base is asked for and is quantized or has unmerged LoRA, is not asked for and could not be
+            ValueError: The base cannot be saved (it is quantized, or LoRA is not merged), is not saved and could not be
                 found again, or there are several adapters.
         """
         if save_base and is_quantized(self.lm):
             raise ValueError("save_base=True: the base is quantized, for decoding alone; save it before quantizing")
-        storage.save(self, path, save_base)
+        storage.save(self.lm, self.routers, path, save_base, self._tokenizer)
 
     # -- properties --
 
     @property
     def config(self) -> Any:
-        """The wrapped model's config."""
         return self.lm.config
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
         return self.lm.device
 
     @property
@@ -180,7 +149,6 @@ class RouterAugmentedLM(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers L."""
         return self.routers.num_layers
 
     @property
@@ -197,16 +165,21 @@ class RouterAugmentedLM(nn.Module):
         """Training mode for routers and LoRA; the base is frozen in use, so its own dropout stays off."""
         super().train(mode)
         self.lm.eval()
-        for layer in lora_layers(self.lm):
+        for layer in lora.lora_layers(self.lm):
             layer.lora_dropout.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterAugmentedLM:
+        # LoRA follows the model to its device, never to its dtype.
+        with float32_kept(lora.lora_parameters(self.lm)):
+            super()._apply(fn, recurse)
         return self
 
     def unwrap(self) -> PreTrainedModel:
         """Give the transformers model back as it came (LoRA layers stay if there are any)."""
         _, layers = find_decoder(self.lm)
         make_dense(layers)
-        for hook in self._decoder.__dict__.pop("routing_hooks", ()):
-            hook.remove()
+        unwatch_passes(self._decoder)
         return self.lm
 
     def _check_wrapped(self) -> None:
@@ -216,34 +189,20 @@ class RouterAugmentedLM(nn.Module):
     # -- LoRA --
 
     def add_lora(self, settings: LoraSettings | None = None) -> None:
-        """Inject fresh LoRA layers into every linear map of the decoder layers (§4.2, A.4)."""
-        add_lora(self.lm, settings or LoraSettings())
+        """Inject fresh LoRA layers, in float32, into the linear maps of the decoder layers (§4.2, A.4)."""
+        lora.add_lora(self.lm, settings or LoraSettings())
         self.train(self.training)
 
     @property
     def has_lora(self) -> bool:
-        """Whether unmerged LoRA layers are present."""
-        return any(True for _ in lora_layers(self.lm))
+        return any(True for _ in lora.lora_layers(self.lm))
 
-    @contextmanager
-    def lora_disabled(self) -> Iterator[None]:
-        """Run the model as if it had no LoRA."""
-        layers = list(lora_layers(self.lm))
-        # PEFT's switch also flips requires_grad; what is trainable is not its business here.
-        trainable = [(parameter, parameter.requires_grad) for parameter in self.lm.parameters()]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+    def lora_disabled(self) -> AbstractContextManager[None]:
+        return lora.lora_disabled(self.lm)
 
     def merge_and_unload(self) -> RouterAugmentedLM:
         """Fold LoRA into the base weights; returns self."""
-        merge_lora(self.lm)
+        lora.merge_lora(self.lm)
         return self
 
     def freeze_all_but(self, *trainable: str) -> None:
@@ -254,8 +213,8 @@ class RouterAugmentedLM(nn.Module):
         if "routers" in trainable:
             self.routers.requires_grad_(True)
         if "lora" in trainable:
-            for name, parameter in self.lm.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+            for parameter in lora.lora_parameters(self.lm):
+                parameter.requires_grad_(True)
 
     # -- teacher-forced and cached forward --
 
@@ -269,26 +228,25 @@ class RouterAugmentedLM(nn.Module):
         objective: str = "soft",
         gate: str = "soft",
         pooled_tokens: str = "sequence",
-        routes: Routes | None = None,
+        routes: Routes | Tensor | None = None,
         keep_logits: bool = True,
         past_key_values: RoutedCache | None = None,
+        prompt_continues: bool = False,
         **kwargs: Any,
     ) -> RouterAugmentedOutput:
         """One pass: teacher-forced without a cache, routed inference with one.
 
         Args:
-            input_ids: [B, T].
+            input_ids, labels: [B, T]; labels -100 where no loss is wanted.
             attention_mask: [B, T], or [B, seen + T] with a cache; 0 on padding.
-            labels: [B, T], -100 where no loss is wanted; what follows no token has none either.
             prompt_mask: [B, T], true on prompt tokens. Default: the tokens before the first label, or all of them
                 without labels.
             objective, gate, pooled_tokens, routes: See `TeacherForcedPass`.
             keep_logits: False, with labels, leaves out all logits but those that predict a labelled token, and has
                 these `loss_chunk` at a time only: less time and much less memory, `logits` is None.
             past_key_values: A cache from `new_cache`.
-
-        Returns:
-            `logits` [B, T, V] (None with `keep_logits=False`), `loss` (mean cross-entropy), `rho` and `loss_terms`.
+            prompt_continues: The tokens are a prompt's beginning, such as a system prompt whose cache is to be copied:
+                the route is decided later, on the whole prompt, by the first call without this option or by `generate`.
 
         Raises:
             ValueError: Arguments that do not go together or do not fit the batch.
@@ -297,28 +255,24 @@ class RouterAugmentedLM(nn.Module):
         shape_source = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if shape_source is None:
             raise ValueError("forward needs input_ids [batch, tokens] or inputs_embeds")
-        check_forward(self.lm, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs)
+        inputs.check_forward(self.lm, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs)
+        if attention_mask is None and not getattr(past_key_values, "decided", False):
+            inputs.warn_of_padding(shape_source, self.lm.generation_config.pad_token_id)
         if past_key_values is not None:
-            if attention_mask is not None and "position_ids" not in kwargs:
-                positions = self._positions(attention_mask)
-                kwargs |= {name: value[:, -shape_source.shape[1] :] for name, value in positions.items()}
-            out = self.lm(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                past_key_values=own_cache(past_key_values),
-                use_cache=True,
-                **kwargs,
-            )
-            return RouterAugmentedOutput(**_known(out), rho=past_key_values.rho)
+            cache = inputs.own_cache(past_key_values)
+            inputs.check_continuation(cache, shape_source.shape[1], generating=False)
+            cache.set_prompt_continues(prompt_continues)
+            return self._cached_pass(input_ids, attention_mask, cache, shape_source.shape[1], **kwargs)
+        if prompt_continues:
+            raise ValueError("prompt_continues=True needs past_key_values=model.new_cache(), which the rest comes to")
         if attention_mask is None:
             attention_mask = torch.ones(shape_source.shape[:2], dtype=torch.long, device=shape_source.device)
-        check_mask(shape_source, attention_mask)
+        inputs.check_mask(shape_source, attention_mask)
         attended = attention_mask.bool()
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
         prompt_mask = prompt_mask.bool() & attended
-        if routes is not None:
-            check_routes(routes, self.num_layers)
+        routes = None if routes is None else as_routes(routes)
         current = TeacherForcedPass(
             self.routers,
             attended,
@@ -337,41 +291,40 @@ class RouterAugmentedLM(nn.Module):
             if reading is not None:
                 return self.respond(reading, labels, gate)
         run = self.lm if keep_logits else self.backbone
+        out = self._run(current, run, input_ids, attention_mask, **kwargs)
+        kept = known_fields(out) if keep_logits else {}
+        if labels is not None:
+            found, head = (out.logits, None) if keep_logits else (out.last_hidden_state, self.output_head())
+            kept |= self._losses(found, head, labels, attended, current.rho)
+        return RouterAugmentedOutput(**kept | {"rho": current.rho}, ran=current.ran)
+
+    def _cached_pass(
+        self, ids: Tensor | None, mask: Tensor | None, cache: RoutedCache, tokens: int, **options: Any
+    ) -> RouterAugmentedOutput:
+        """Routed inference: the cache says which layers run."""
+        if mask is not None:
+            options = {name: value[:, -tokens:] for name, value in self._positions(mask).items()} | options
+        out = self.lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+        return RouterAugmentedOutput(**known_fields(out), rho=cache.rho)
+
+    def _run(self, current: Routing, module: nn.Module, ids: Tensor | None, mask: Tensor, **options: Any) -> Any:
+        """The module's output in one pass without a cache."""
         with routing(current):
-            out = run(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **self._positions(attention_mask) | kwargs,
-            )
-        rho = current.rho
-        if labels is None:
-            return RouterAugmentedOutput(**_known(out), rho=rho, ran=current.ran)
-        if keep_logits:
-            return RouterAugmentedOutput(
-                **_known(out), **self._losses(out.logits, _same, labels, attended, rho), ran=current.ran
-            )
-        found = self._losses(out.last_hidden_state, self.output_head(), labels, attended, rho)
-        return RouterAugmentedOutput(**found, ran=current.ran)
+            options = self._positions(mask) | options
+            return module(input_ids=ids, attention_mask=mask, use_cache=False, **options)
 
     def read_prompts(self, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor) -> PromptReading | None:
         """Prompts alone, as prefill runs them, without a graph but that from rho to the routers; for `respond`.
 
-        Args:
-            input_ids: [B, T].
-            attention_mask: [B, T], 0 on padding.
-            prompt_mask: [B, T], true on prompt tokens.
-
-        Returns:
-            None where prompts and responses cannot be told apart (see `Split.of`), or the model's cache holds more than
-            keys and values.
+        None where prompts and responses cannot be told apart (see `Layout.of`), or the model's cache holds more than
+        keys and values.
         """
         attended = attention_mask.bool()
         prompt = prompt_mask.bool() & attended
-        split = Split.of(prompt, attended & ~prompt) if self._reads_prompts_apart else None
-        if split is None:
+        layout = Layout.of(prompt, attended & ~prompt) if self._reads_prompts_apart else None
+        if layout is None:
             return None
-        ids, real, length = split.take(input_ids), split.real, split.prompt_length
+        ids, real, length = layout.take(input_ids), layout.real, layout.prompt_length
         cache = PromptCache()
         prompts = ConstantPromptPass(self.routers, real[:, :length])
         with torch.no_grad(), routing(prompts):
@@ -383,10 +336,10 @@ class RouterAugmentedLM(nn.Module):
                 **{name: value[:, :length] for name, value in self._positions(real).items()},
             )
         cache.frozen = True
-        return PromptReading(split, ids, cache, out.last_hidden_state, prompts.rho)
+        return PromptReading(layout, ids, cache, out.last_hidden_state, prompts.rho)
 
     def respond(
-        self, reading: PromptReading, labels: Tensor, gate: str = "hard", routes: Tensor | None = None
+        self, reading: PromptReading, labels: Tensor, gate: str = "hard", routes: Routes | Tensor | None = None
     ) -> RouterAugmentedOutput:
         """The decode-consistent pass over the responses behind prompts that were read before.
 
@@ -397,10 +350,10 @@ class RouterAugmentedLM(nn.Module):
             reading: From `read_prompts`.
             labels: [B, T], as the ids that were read; -100 where no loss is wanted.
             gate: See `TeacherForcedPass`.
-            routes: [L] or [B, L] boolean, or None for the routers' own.
+            routes: One decision per prompt or for all, or None for the routers' own.
         """
-        split, length, rho = reading.split, reading.split.prompt_length, reading.rho
-        real = split.real
+        layout, length, rho = reading.layout, reading.layout.prompt_length, reading.rho
+        real = layout.real
         responses = ResponsePass(self.routers, rho, real[:, length:], gate, self.gradient_checkpointing, routes)
         with routing(responses):
             out = self.backbone(
@@ -411,34 +364,27 @@ class RouterAugmentedLM(nn.Module):
                 **{name: value[:, length:] for name, value in self._positions(real).items()},
             )
         states = torch.cat([reading.states, out.last_hidden_state], 1)
-        found = self._losses(states, self.output_head(), split.take(labels).masked_fill(~real, -100), real, rho)
-        found["token_losses"] = split.put_back(found["token_losses"], labels.shape[1])
+        found = self._losses(states, self.output_head(), layout.take(labels).masked_fill(~real, -100), real, rho)
+        found["token_losses"] = layout.put_back(found["token_losses"], labels.shape[1])
         return RouterAugmentedOutput(**found)
 
     def _losses(
-        self, found: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, attended: Tensor, rho: Tensor
+        self,
+        found: Tensor,
+        head: Callable[[Tensor], Tensor] | None,
+        labels: Tensor,
+        attended: Tensor,
+        rho: Tensor,
     ) -> dict[str, Any]:
-        """The fields of an output that labels give, from what [B, T, ...] `head` makes logits of."""
-        wanted = predicting(labels, attended).to(found.device)
-        states = found[:, :-1][wanted]
-        losses = token_cross_entropy(head, states, labels[:, 1:].to(found.device)[wanted], self.loss_chunk)
-        token_losses = losses.new_zeros(labels.shape)
-        token_losses[:, 1:][wanted] = losses.detach()
-        count = wanted.sum()
-        loss = losses.sum() / count.clamp_min(1)
+        """The fields of an output that labels give, from [B, T, ...] logits or what `head` makes logits of."""
+        losses: dict[str, Any] = labelled_losses(found, head, labels, attended, self.loss_chunk)
         terms = {
-            "cross_entropy": loss,
+            "cross_entropy": losses["loss"],
             "regularization": self.routers.squared_norm(),
             "non_skip": rho.mean(0).sum(),
-            "token_count": count,
+            "token_count": losses.pop("count"),
         }
-        return {
-            "loss": loss,
-            "states": None if head is _same else states,
-            "rho": rho,
-            "loss_terms": terms,
-            "token_losses": token_losses,
-        }
+        return losses | {"rho": rho, "loss_terms": terms}
 
     def output_head(self) -> OutputHead:
         """Logits [N, V] of decoder outputs [N, D], as they come in `RouterAugmentedOutput.states`."""
@@ -457,7 +403,7 @@ class RouterAugmentedLM(nn.Module):
         return out.last_hidden_state[:, :-1][predicting(labels, attention_mask.bool())]
 
     def _exit_head(self, routes: Routes | None) -> IntermediateHead | None:
-        return IntermediateHead(self.lm) if isinstance(routes, EarlyExit) else None
+        return None if routes is None or routes.exit_rule is None else IntermediateHead(self.lm)
 
     def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         if not self._takes_positions:
@@ -472,35 +418,22 @@ class RouterAugmentedLM(nn.Module):
         self._check_wrapped()
         if attention_mask is None:
             defaults = self.lm.generation_config
-            attention_mask = assumed_mask(input_ids, defaults.pad_token_id, defaults.eos_token_id)
-        check_prompt(input_ids, attention_mask)
+            attention_mask = inputs.assumed_mask(input_ids, defaults.pad_token_id, defaults.eos_token_id)
+        inputs.check_prompt(input_ids, attention_mask)
         # What stands behind every prompt's last token, such as responses, cannot matter.
         end = int(attention_mask.any(0).nonzero()[-1]) + 1
         input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
         current = PromptPass(self.routers, attention_mask.bool())
-        with routing(current):
-            self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **self._positions(attention_mask),
-            )
+        self._run(current, self.backbone, input_ids, attention_mask)
         return current.rho
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Which layers decode will run for these prompts.
-
-        Args:
-            input_ids: [B, T] prompts, padded on any side.
-            attention_mask: [B, T], 0 on padding.
-
-        Returns:
-            [B, L] boolean, true where the layer runs.
-        """
+        """[B, L] boolean, true where decode runs the layer for these prompts [B, T], padded on any side."""
         return self.routers.decide(self.prompt_rho(input_ids, attention_mask))
 
-    def new_cache(self, prompt_length: int | None = None, routes: Routes | None = None) -> RoutedCache:
+    def new_cache(self, prompt_length: int | None = None, routes: Routes | Tensor | None = None) -> RoutedCache:
         """An empty cache that will carry this model's routes; see `RoutedCache`."""
+        routes = None if routes is None else as_routes(routes)
         return RoutedCache(self.config, self.routers, prompt_length, routes, self._exit_head(routes))
 
     @torch.no_grad()
@@ -509,7 +442,7 @@ class RouterAugmentedLM(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        routes: Routes | None = None,
+        routes: Routes | Tensor | None = None,
         past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -521,9 +454,9 @@ class RouterAugmentedLM(nn.Module):
         Args:
             input_ids: [B, T] prompts (or `inputs_embeds=` [B, T, D]).
             attention_mask: [B, T], 0 on padding.
-            routes: [L] or [B, L] boolean, forces which layers decode runs; or `StepRoutes` or `EarlyExit`, where that
-                changes from step to step; or `PrunedRoutes`, which prefill follows, too.
-            past_key_values: A cache of an earlier turn; its routes stay in force.
+            routes: Forces which layers decode runs: a boolean tensor [L] or [B, L], or any `Routes`.
+            past_key_values: A cache of an earlier turn, whose routes stay in force; or one that was filled with
+                `prompt_continues=True`, whose tokens are the beginning of this prompt.
             **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
 
         Raises:
@@ -536,59 +469,31 @@ class RouterAugmentedLM(nn.Module):
         embeds = kwargs.get("inputs_embeds")
         if input_ids is None and embeds is None:
             raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")
+        cache = self.new_cache() if past_key_values is None else inputs.own_cache(past_key_values)
         prompt = input_ids if embeds is None else embeds
         assert prompt is not None
-        cache = None if past_key_values is None else own_cache(past_key_values)
-        if cache is None or cache.get_seq_length() == 0:
+        if cache.get_seq_length():
+            inputs.check_new_tokens(prompt, attention_mask, cache)
+            # New tokens behind a cache are then one piece, which gives the same tokens.
+            if CHUNKS_REPEAT_THE_CACHE:
+                kwargs["prefill_chunk_size"] = None
+        else:
             if attention_mask is None:
                 defaults = self.lm.generation_config
                 pad, eos = (option_value(name, kwargs, defaults) for name in ("pad_token_id", "eos_token_id"))
-                attention_mask = assumed_mask(prompt, pad, eos)
-            check_prompt(prompt, attention_mask)
-            check_rows(routes, prompt.shape[0])
-            if not attention_mask[:, -1].all():
-                order = attention_mask.long().argsort(dim=1, stable=True)
-                attention_mask = attention_mask.gather(1, order)
-                if input_ids is not None and input_ids.shape == order.shape:
-                    input_ids = input_ids.gather(1, order)
-                if embeds is not None:
-                    kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
-            cache = self.new_cache() if cache is None else cache
-            cache.expect_prompt(prompt.shape[1], routes, self._exit_head(routes))
+                attention_mask = inputs.assumed_mask(prompt, pad, eos)
+            inputs.check_prompt(prompt, attention_mask)
+            attention_mask, input_ids, embeds = inputs.padded_on_the_left(attention_mask, input_ids, embeds)
+            if embeds is not None:
+                kwargs["inputs_embeds"] = embeds
+        if not cache.decided:
+            forced = None if routes is None else as_routes(routes)
+            if forced is not None:
+                forced.check(self.num_layers, prompt.shape[0])
+            cache.expect_prompt(prompt.shape[1], forced, self._exit_head(forced))
         elif routes is not None:
             raise ValueError("routes= cannot be forced on a past_key_values that already carries routes; drop one")
-        elif attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError("the new tokens after past_key_values are padded on the right; pad them on the left")
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
-        # New tokens behind a cache are then one piece, which gives the same tokens.
-        if cache.get_seq_length() and CHUNKS_REPEAT_THE_CACHE:
-            kwargs["prefill_chunk_size"] = None
         generate: Any = self.lm.generate  # transformers types its receiver more narrowly than PreTrainedModel
         return generate(input_ids, past_key_values=cache, **kwargs)
-
-
-def _known(out: Any) -> dict[str, Any]:
-    """What of an output has a place in `RouterAugmentedOutput`."""
-    return {name: value for name, value in out.items() if name in _OUTPUT_FIELDS}
-
-
-def _same(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _begin_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = find_cache(args, kwargs)
-    if cache is None:
-        return
-    given = signature(decoder.forward).bind(*args, **kwargs).arguments
-    inputs = given.get("input_ids")
-    if inputs is None:
-        inputs = given["inputs_embeds"]
-    cache.begin_pass(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
-
-
-def _end_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = find_cache(args, kwargs)
-    if cache is not None:
-        cache.end_pass()

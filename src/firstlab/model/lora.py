@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from firstlab.model.layers import find_decoder
@@ -33,7 +36,50 @@ class LoraSettings:
     rank: int = 8
     lora_alpha: int = 32
     dropout: float = 0.1
-    target_modules: tuple[str, ...] | None = None
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"lora.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be at least 0 and below 1")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("lora.target_modules=[] names nothing; give module names, or null for all linear maps")
+
+
+def check_lora(model: PreTrainedModel | PretrainedConfig, settings: LoraSettings) -> list[str]:
+    """Full names of the linear maps that the settings are about.
+
+    Args:
+        model: A model, or its config: then nothing is loaded.
+        settings: What is to be added.
+
+    Raises:
+        ValueError: A name of `target_modules` matches no linear map of the decoder layers.
+    """
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            lm: PreTrainedModel = AutoModelForCausalLM.from_config(model, trust_remote_code=False)
+    else:
+        lm = model
+    shapes = {name: list(lm.get_parameter(f"{name}.weight").shape) for name in linear_names(lm)}
+    known = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
+    targets = known if settings.target_modules is None else settings.target_modules
+    if unknown := [each for each in targets if each not in known]:
+        raise ValueError(
+            f"lora.target_modules={list(targets)}: the decoder layers of {type(lm).__name__} have no linear map "
+            f"{', '.join(unknown)}; choose from {', '.join(known)}"
+        )
+    names = [name for name in shapes if name.rpartition(".")[2] in targets]
+    if narrow := [name for name in names if min(shapes[name]) < settings.rank]:
+        side = min(shapes[narrow[0]])
+        warnings.warn(
+            f"lora.rank={settings.rank} is above the smaller side of {len(narrow)} linear map(s), such as {narrow[0]} "
+            f"{shapes[narrow[0]]}: more than {side} adds nothing there",
+            stacklevel=3,
+        )
+    return names
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
@@ -68,18 +114,16 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers.
 
     Raises:
-        ValueError: There are LoRA layers already, the weights are quantized, `target_modules` matches nothing, or
-            PEFT cannot give these experts dropout.
+        ValueError: As `check_lora`; there are LoRA layers already, the weights are quantized, or PEFT cannot give these
+            experts dropout.
     """
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model already has LoRA layers; merge_and_unload() them first")
     if is_quantized(model):
         raise ValueError("the model is quantized, which is for decoding alone; add LoRA to the model before")
-    names = linear_names(model)
-    if settings.target_modules is not None:
-        names = [name for name in names if name.rpartition(".")[2] in settings.target_modules]
+    names = check_lora(model, settings)
     if not names:
-        raise ValueError(f"lora.target_modules={settings.target_modules} matches no linear map of the decoder layers")
+        raise ValueError(f"the decoder layers of {type(model).__name__} have no linear map for LoRA")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.lora_alpha,
@@ -90,7 +134,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         base_model_name_or_path=model.config._name_or_path or None,
     )
     try:
-        inject_adapter_in_model(config, model, "default")
+        inject_lora(model, config)
     except ValueError as error:
         if settings.dropout and "lora_dropout" in str(error):
             raise ValueError(
@@ -100,9 +144,37 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         raise
 
 
+def inject_lora(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Add LoRA layers with weights in float32, as PEFT itself trains them, whatever the type of the base."""
+    inject_adapter_in_model(config, model, "default")
+    cast_adapter_dtype(model, "default")
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of all LoRA layers."""
+    return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
     """Every LoRA layer of the model."""
     return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+@contextmanager
+def lora_disabled(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model as if it had no LoRA."""
+    layers = list(lora_layers(model))
+    # PEFT's switch also flips requires_grad; what is trainable is not its business here.
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
 
 
 def merge_lora(model: PreTrainedModel) -> None:

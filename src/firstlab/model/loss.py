@@ -70,6 +70,28 @@ def _with_module(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return shell
 
 
+def labelled_losses(
+    found: Tensor, head: Callable[[Tensor], Tensor] | None, labels: Tensor, attended: Tensor, chunk: int
+) -> dict[str, Tensor | None]:
+    """`loss`, `token_losses`, `states` of a `RouterAugmentedOutput`, and the number `count` of label tokens.
+
+    Args:
+        found: [B, T, D] states, or [B, T, V] logits where there is no head.
+        head: Logits of states.
+        labels: [B, T], -100 where no loss is wanted.
+        attended: [B, T] boolean, false on padding.
+        chunk: Positions whose logits exist at a time.
+    """
+    wanted = predicting(labels, attended).to(found.device)
+    states = found[:, :-1][wanted]
+    losses = token_cross_entropy(head or nn.Identity(), states, labels[:, 1:].to(found.device)[wanted], chunk)
+    token_losses = losses.new_zeros(labels.shape)
+    token_losses[:, 1:][wanted] = losses.detach()
+    count = wanted.sum()
+    loss = losses.sum() / count.clamp_min(1)
+    return {"loss": loss, "token_losses": token_losses, "states": None if head is None else states, "count": count}
+
+
 def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
     """`function(*tensors)`, applied to `size` rows at a time.
 

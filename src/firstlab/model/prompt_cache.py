@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 
 @dataclass(frozen=True)
-class Split:
+class Layout:
     """Where the tokens of each row go: prompts padded on the left, responses right behind them, padded on the right.
 
     Attributes:
@@ -25,8 +25,8 @@ class Split:
     prompt_length: int
 
     @classmethod
-    def of(cls, prompt: Tensor, response: Tensor) -> Split | None:
-        """The split of rows whose prompt and response tokens are given, [B, T] boolean each.
+    def of(cls, prompt: Tensor, response: Tensor) -> Layout | None:
+        """The layout of rows whose prompt and response tokens are given, [B, T] boolean each.
 
         None where there is nothing on one side, or a prompt token behind a token of the response.
         """
@@ -74,14 +74,14 @@ class PromptReading:
     """All that responses need of their prompts: reading it once serves any number of passes over the responses.
 
     Attributes:
-        split: Where prompts and responses stand.
+        layout: Where prompts and responses stand.
         ids: [B, P + R].
         cache: Frozen, with the prompts' keys and values of every layer.
         states: [B, P, D], the decoder's output on the prompts.
         rho: [B, L], with the routers' gradient where there is one.
     """
 
-    split: Split
+    layout: Layout
     ids: Tensor
     cache: PromptCache
     states: Tensor

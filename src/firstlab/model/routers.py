@@ -5,10 +5,9 @@ Shapes: B batch, T tokens, D hidden size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +105,15 @@ class RouterSettings:
         if not 0 < self.threshold < 1:
             raise ValueError(f"router.threshold={self.threshold} must lie strictly between 0 and 1")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary for config.json."""
-        return asdict(self)
+
+@contextmanager
+def float32_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it, these float32 parameters may change their device, and keep their type and values."""
+    before = [(parameter, parameter.data) for parameter in parameters if parameter.dtype == torch.float32]
+    yield
+    for parameter, data in before:
+        if parameter.dtype != torch.float32:
+            parameter.data = data.to(parameter.device)
 
 
 class Routers(nn.Module):
@@ -186,8 +191,6 @@ class Routers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Routers:
         # Follow the model to its device, never to its dtype.
-        before = self.weight.detach()
-        super()._apply(fn, recurse)
-        if self.weight.dtype != torch.float32:
-            self.weight.data = before.to(self.weight.device)
+        with float32_kept([self.weight]):
+            super()._apply(fn, recurse)
         return self

@@ -1,23 +1,137 @@
-"""What `routes=` may be: one decision for the whole response, one that changes from decode step to decode step, or one
-that the prompt follows too.
+"""What `routes=` may be: `Routes`, one subclass per way to say which layers the tokens of a response run.
 
 True means that the layer runs. Decode step t, counted from 0, is the pass over the response token with index t; the
-first response token comes out of prefill, which runs every layer unless `PrunedRoutes` say otherwise.
+first response token comes out of prefill, which runs every layer unless the routes skip layers of the prompt as well.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from firstlab.model.exit_rule import EarlyExit
+CONFIDENCES = ("softmax", "gap", "cosine")
+
+
+class Routes(ABC):
+    """Which layers the tokens of a response run.
+
+    Attributes:
+        decides_each_step: Whether the layers of a row change from decode step to decode step.
+        skips_prompt: Whether tokens of the prompt skip layers, too.
+    """
+
+    decides_each_step: ClassVar[bool] = False
+    skips_prompt: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(self, num_layers: int, prompts: int | None = None) -> None:
+        """Raises ValueError if the routes do not fit the number of layers or of prompts."""
+
+    @abstractmethod
+    def first(self, num_layers: int) -> Tensor:
+        """[R, L], the layers that the first decode step may run; R is 1 where all rows share them."""
+
+    @abstractmethod
+    def gates(self, steps: Tensor) -> Tensor | None:
+        """Layers of tokens at steps [B, T] (-1: no response), as [B or 1, T or 1, L]; None where states decide."""
+
+    def window(self, start: int, steps: int) -> Tensor | None:
+        """[steps, L], what all rows run at steps start … start + steps - 1; None where no schedule says it."""
+        return None
+
+    def drops(self) -> dict[int, list[int]]:
+        """Decode step -> the layers that the step before still ran, where a schedule says it."""
+        return {}
+
+    @property
+    def exit_rule(self) -> EarlyExit | None:
+        """The rule, where each token's own states decide how far up it goes."""
+        return None
+
+    def rows(self, index: Sequence[int]) -> Routes:
+        """The routes of these prompts."""
+        return self
+
+    def to(self, device: torch.device) -> Routes:
+        """The same, where the rows are of use to a device."""
+        return self
+
+    @abstractmethod
+    def to_json(self) -> Any:
+        """Plain JSON values; see `routes_from_json`."""
 
 
 @dataclass(frozen=True, eq=False)
-class StepRoutes:
+class FixedRoutes(Routes):
+    """One decision for the whole response.
+
+    Attributes:
+        ran: Boolean, [L] for every prompt or [B, L] with one row per prompt.
+    """
+
+    ran: Tensor
+
+    def __post_init__(self) -> None:
+        if self.ran.dtype != torch.bool or self.ran.ndim not in (1, 2):
+            raise ValueError(
+                f"routes must be a boolean tensor [layers] or [batch, layers] (true = the layer runs); "
+                f"got {self.ran.dtype} {list(self.ran.shape)}"
+            )
+
+    def check(self, num_layers: int, prompts: int | None = None) -> None:
+        if self.ran.shape[-1] != num_layers:
+            raise ValueError(
+                f"routes must be a boolean tensor [{num_layers}] or [batch, {num_layers}] (true = the layer runs); "
+                f"got {list(self.ran.shape)}"
+            )
+        if prompts is not None and self.ran.ndim == 2 and len(self.ran) != prompts:
+            raise ValueError(f"routes has {len(self.ran)} rows for {prompts} prompts; give one row per prompt")
+
+    def first(self, num_layers: int) -> Tensor:
+        return self.ran.reshape(-1, num_layers)
+
+    def gates(self, steps: Tensor) -> Tensor:
+        return self.ran.to(steps.device).reshape(-1, 1, self.ran.shape[-1])
+
+    def rows(self, index: Sequence[int]) -> Routes:
+        return replace(self, ran=self.ran[list(index)]) if self.ran.ndim == 2 else self
+
+    def to(self, device: torch.device) -> Routes:
+        return replace(self, ran=self.ran.to(device))
+
+    def to_json(self) -> Any:
+        return self.ran.tolist()
+
+
+class PrunedRoutes(FixedRoutes):
+    """Layers that no token runs, those of the prompt included: as if the other layers were the whole model.
+
+    Attributes:
+        ran: [L] boolean, shared by all rows.
+    """
+
+    skips_prompt: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.ran.dtype != torch.bool or self.ran.ndim != 1 or not self.ran.any():
+            raise ValueError(
+                f"PrunedRoutes needs a boolean tensor [layers] that runs one layer at least; "
+                f"got {self.ran.dtype} {list(self.ran.shape)}"
+            )
+
+    def to_json(self) -> Any:
+        return {"pruned": self.ran.tolist()}
+
+
+@dataclass(frozen=True, eq=False)
+class StepRoutes(Routes):
     """A schedule shared by all rows: decode step t runs `schedule[min(t, S - 1)]`, as in SkipDecode.
 
     The sets must be nested, S(t + 1) ⊆ S(t): a layer that once passed by a token has no keys and values of it, so that
@@ -25,12 +139,10 @@ class StepRoutes:
 
     Attributes:
         schedule: [S, L] boolean.
-
-    Raises:
-        ValueError: Not boolean [S, L] with S >= 1, or not nested.
     """
 
     schedule: Tensor
+    decides_each_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         schedule = self.schedule
@@ -48,97 +160,173 @@ class StepRoutes:
                 "the keys and values of the tokens that passed it by; later steps may only skip more (nested sets)"
             )
 
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return self.schedule.shape[1]
+    def check(self, num_layers: int, prompts: int | None = None) -> None:
+        layers = self.schedule.shape[1]
+        if layers != num_layers:
+            raise ValueError(f"StepRoutes has a schedule of {layers} layers; the model has {num_layers}")
 
-    def window(self, start: int, steps: int) -> Tensor:
-        """[steps, L], what steps start … start + steps - 1 run."""
-        return self.schedule[torch.arange(start, start + steps).clamp_max(len(self.schedule) - 1)]
+    def first(self, num_layers: int) -> Tensor:
+        return self.schedule[:1]
 
     def gates(self, steps: Tensor) -> Tensor:
-        """Which layers each token runs: [...] step indices, negative for tokens of the prompt -> [..., L] boolean."""
         schedule = self.schedule.to(steps.device)
         return schedule[steps.clamp(0, len(schedule) - 1)] | (steps < 0).unsqueeze(-1)
 
+    def window(self, start: int, steps: int) -> Tensor:
+        return self.schedule[torch.arange(start, start + steps).clamp_max(len(self.schedule) - 1)]
 
-@dataclass(frozen=True, eq=False)
-class PrunedRoutes:
-    """Layers that no token runs, those of the prompt included: as if the other layers were the whole model.
+    def drops(self) -> dict[int, list[int]]:
+        ends = self.schedule[:-1] & ~self.schedule[1:]
+        return {step + 1: layers.nonzero().flatten().tolist() for step, layers in enumerate(ends) if layers.any()}
+
+    def to_json(self) -> Any:
+        return {"schedule": self.schedule.tolist()}
+
+
+@dataclass(frozen=True)
+class EarlyExit(Routes):
+    """Early exit with state propagation (CALM, Schuster et al. 2022): each row, each token by itself.
+
+    A token leaves at the first layer whose confidence passes the threshold; its state goes unchanged to the final norm
+    and the LM head. The layers above keep keys and values of that exit state, so that a later token may go deeper.
+    `generate` gets those by running every layer in full and asks the LM head after each one, so it says what early exit
+    does to quality and nothing about its speed. The decode engine computes only keys and values above the exit.
 
     Attributes:
-        ran: [L] boolean, shared by all rows.
-
-    Raises:
-        ValueError: Not boolean [L], or without any layer.
+        threshold: A token exits at the first layer whose confidence is at least this.
+        confidence: "softmax" (top-1 probability of the LM head on the layer's output), "gap" (top-1 minus top-2
+            probability, CALM's softmax response) or "cosine" (of the layer's input and output, CALM's state
+            saturation).
+        min_layers: Layers that every token runs.
+        decay: τ of CALM's decaying threshold clip(0.9 · threshold + 0.1 · exp(-τ · t / horizon), 0, 1) at decode step
+            t; None keeps it constant.
+        horizon: N of that formula, the maximal response length.
     """
 
-    ran: Tensor
+    threshold: float
+    confidence: str = "softmax"
+    min_layers: int = 1
+    decay: float | None = None
+    horizon: int | None = None
+    decides_each_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        ran = self.ran
-        if ran.dtype != torch.bool or ran.ndim != 1 or not ran.any():
+        if self.confidence not in CONFIDENCES:
             raise ValueError(
-                f"PrunedRoutes needs a boolean tensor [layers] that runs one layer at least; "
-                f"got {ran.dtype} {list(ran.shape)}"
+                f"EarlyExit: confidence={self.confidence!r} is unknown; choose one of {', '.join(CONFIDENCES)}"
             )
-        object.__setattr__(self, "ran", ran.detach().cpu())
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"EarlyExit: threshold={self.threshold} must be a finite number")
+        if self.min_layers < 1:
+            raise ValueError(f"EarlyExit: min_layers={self.min_layers} must be at least 1")
+        if self.decay is not None and (self.decay < 0 or self.horizon is None or self.horizon < 1):
+            raise ValueError(
+                f"EarlyExit: decay={self.decay} must not be negative and needs horizon >= 1 (the maximal response "
+                f"length); got horizon={self.horizon}"
+            )
+
+    def check(self, num_layers: int, prompts: int | None = None) -> None:
+        if self.min_layers > num_layers:
+            raise ValueError(f"EarlyExit: min_layers={self.min_layers} but the model has {num_layers} layers")
+
+    def first(self, num_layers: int) -> Tensor:
+        return torch.ones(1, num_layers, dtype=torch.bool)
+
+    def gates(self, steps: Tensor) -> None:
+        return None
 
     @property
-    def num_layers(self) -> int:
-        """L."""
-        return len(self.ran)
+    def exit_rule(self) -> EarlyExit:
+        return self
 
-    def gates(self, steps: Tensor) -> Tensor:
-        """Which layers each token runs: [...] step indices -> [..., L] boolean, the same everywhere."""
-        return self.ran.to(steps.device).expand(*steps.shape, -1)
+    def to_json(self) -> Any:
+        return {"early_exit": asdict(self)}
+
+    def thresholds(self, steps: Tensor) -> Tensor:
+        """Threshold in force at decode steps of any shape, fp32."""
+        if self.decay is None:
+            return torch.full_like(steps, self.threshold, dtype=torch.float32)
+        assert self.horizon is not None
+        decayed = 0.9 * self.threshold + 0.1 * torch.exp(-self.decay * steps.float() / self.horizon)
+        return decayed.clamp(0, 1)
+
+    def confidence_of(self, before: Tensor, after: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """Confidence [N] fp32 of tokens whose layer took `before` and gave `after` [N, D]; head: logits of a state."""
+        if self.confidence == "cosine":
+            return F.cosine_similarity(before.float(), after.float(), dim=-1)
+        top = head(after).float().softmax(-1).topk(2, dim=-1).values
+        return top[:, 0] if self.confidence == "softmax" else top[:, 0] - top[:, 1]
 
 
-Routes = Tensor | StepRoutes | EarlyExit | PrunedRoutes
+class ExitPass:
+    """Which tokens of one forward pass are still on their way up.
+
+    Args:
+        rule: When to exit.
+        head: Logits [N, V] of intermediate states [N, D].
+        steps: [B, T] decode steps, -1 on tokens that run every layer (prompt and padding).
+        num_layers: L.
+    """
+
+    def __init__(self, rule: EarlyExit, head: Callable[[Tensor], Tensor], steps: Tensor, num_layers: int) -> None:
+        self._rule = rule
+        self._head = head
+        self._steps = steps
+        self._last = num_layers - 1
+        self._ran: list[Tensor] = []
+        self._active = torch.ones_like(steps, dtype=torch.bool)
+
+    @property
+    def ran(self) -> Tensor:
+        """[B, T, L] boolean, after the pass."""
+        return torch.stack([x.to(self._ran[0].device) for x in self._ran], dim=-1)
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any]) -> Any:
+        """Run the layer for everyone, keep its output for the tokens that have not left, and let some of them leave."""
+        output = run()
+        state = output[0] if isinstance(output, tuple) else output
+        active = self._active.to(state.device)
+        state = torch.where(active.unsqueeze(-1), state, hidden)
+        self._ran.append(active)
+        if self._rule.min_layers <= index + 1 <= self._last:
+            self._active = active & ~self._leaves(active, hidden.detach(), state.detach())
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    def _leaves(self, active: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        steps = self._steps.to(after.device)
+        asked = active & (steps >= 0)
+        leaves = torch.zeros_like(asked)
+        if asked.any():
+            confidence = self._rule.confidence_of(before[asked], after[asked], self._head).to(after.device)
+            leaves[asked] = confidence >= self._rule.thresholds(steps[asked])
+        return leaves
 
 
-def check_routes(routes: Routes, num_layers: int) -> None:
-    """Validate forced routes.
+def as_routes(given: Routes | Tensor) -> Routes:
+    """Routes as they are, or those of a boolean tensor [L] or [B, L].
 
     Raises:
-        ValueError: Not boolean [L] or [B, L], or a rule that does not fit the number of layers.
+        ValueError: Anything else.
     """
-    if isinstance(routes, EarlyExit):
-        if routes.min_layers > num_layers:
-            raise ValueError(f"EarlyExit: min_layers={routes.min_layers} but the model has {num_layers} layers")
-        return
-    if isinstance(routes, StepRoutes):
-        if routes.num_layers != num_layers:
-            raise ValueError(f"StepRoutes has a schedule of {routes.num_layers} layers; the model has {num_layers}")
-        return
-    if isinstance(routes, PrunedRoutes):
-        if routes.num_layers != num_layers:
-            raise ValueError(f"PrunedRoutes names {routes.num_layers} layers; the model has {num_layers}")
-        return
-    if not isinstance(routes, Tensor):
-        raise ValueError(
-            f"routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got {type(routes).__name__}"
-        )
-    if routes.dtype != torch.bool or routes.ndim not in (1, 2) or routes.shape[-1] != num_layers:
-        raise ValueError(
-            f"routes must be a boolean tensor [{num_layers}] or [batch, {num_layers}] (true = the layer runs); "
-            f"got {routes.dtype} {list(routes.shape)}"
-        )
+    if isinstance(given, Tensor):
+        return FixedRoutes(given)
+    if isinstance(given, Routes):
+        return given
+    raise ValueError(
+        f"routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got {type(given).__name__}"
+    )
 
 
-def decode_steps(response: Tensor, start: Tensor | int = 0) -> Tensor:
+def decode_steps(response: Tensor) -> Tensor:
     """Number the decode steps of every row.
 
     Args:
         response: [B, T] boolean, true on tokens of the response.
-        start: Step of a row's first response token, a number or [B].
 
     Returns:
         [B, T], the decode step whose input the token is, -1 on prompt and padding.
     """
-    first = start.unsqueeze(1) if isinstance(start, Tensor) else start
-    return torch.where(response, response.long().cumsum(1) - 1 + first, -1)
+    return torch.where(response, response.long().cumsum(1) - 1, -1)
 
 
 def layer_skips(ran: Tensor, counted: Tensor) -> Tensor:
@@ -155,23 +343,30 @@ def layer_skips(ran: Tensor, counted: Tensor) -> Tensor:
     return skipped / counted.sum(1, keepdim=True).clamp_min(1)
 
 
-def routes_to_json(routes: Routes) -> Any:
+def routes_to_json(routes: Routes | Tensor) -> Any:
     """Forced routes as plain JSON values: nested lists for a tensor, else an object."""
-    if isinstance(routes, EarlyExit):
-        return {"early_exit": asdict(routes)}
-    if isinstance(routes, StepRoutes):
-        return {"schedule": routes.schedule.tolist()}
-    if isinstance(routes, PrunedRoutes):
-        return {"pruned": routes.ran.tolist()}
-    return routes.tolist()
+    return as_routes(routes).to_json()
 
 
 def routes_from_json(saved: Any) -> Routes:
-    """Undo `routes_to_json`."""
-    if isinstance(saved, list):
-        return torch.tensor(saved, dtype=torch.bool)
-    if "early_exit" in saved:
-        return EarlyExit(**saved["early_exit"])
-    if "pruned" in saved:
-        return PrunedRoutes(torch.tensor(saved["pruned"], dtype=torch.bool))
-    return StepRoutes(torch.tensor(saved["schedule"], dtype=torch.bool))
+    """Undo `routes_to_json`.
+
+    Raises:
+        ValueError: Not what it writes.
+    """
+    try:
+        if isinstance(saved, list):
+            return FixedRoutes(_booleans(saved))
+        [(kind, value)] = saved.items()
+        if kind == "early_exit":
+            return EarlyExit(**value)
+        return {"pruned": PrunedRoutes, "schedule": StepRoutes}[kind](_booleans(value))
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise ValueError(f"these are no saved routes ({type(error).__name__}: {error}): {str(saved)[:80]}") from error
+
+
+def _booleans(rows: list[Any]) -> Tensor:
+    found = torch.tensor(rows)
+    if found.dtype != torch.bool:
+        raise ValueError(f"expected true and false, got {found.dtype}")
+    return found

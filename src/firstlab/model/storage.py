@@ -1,19 +1,23 @@
-"""Loading base models with errors a user can act on; saving and loading what was trained, in safetensors only."""
+"""Load base models with errors that a user can act on; save and load what was trained, in safetensors only."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-if TYPE_CHECKING:
-    from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.lora import inject_lora, lora_layers
+from firstlab.model.routers import Routers, RouterSettings
 
 FORMAT = "firstlab"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -29,7 +33,36 @@ class ModelUnavailableError(ValueError):
     """A model or tokenizer cannot be loaded; the message says what to do."""
 
 
-def _unavailable(path: str, error: Exception) -> ModelUnavailableError:
+@dataclass(frozen=True)
+class SavedModel:
+    """What config.json of a folder written by firstlab says.
+
+    Attributes:
+        folder: Where it is.
+        base: Hub id or folder of the base model.
+        router: How the routers read and decide.
+        files: The other files that belong to it, with their SHA-256; None if it was saved before there were any.
+    """
+
+    folder: Path
+    base: str
+    router: RouterSettings
+    files: Mapping[str, str] | None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it was saved with LoRA."""
+        if self.files is not None:
+            return _ADAPTER_WEIGHTS in self.files
+        return any((self.folder / name).exists() for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS))
+
+
+def expanded(path: str | Path) -> str:
+    """A hub id or folder, with `~` spelled out."""
+    return str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+
+
+def _unavailable(path: str, error: Exception, what: str = "") -> ModelUnavailableError:
     text = str(error).lower()
     if isinstance(error, ImportError):
         way_out = "a package that it, or an option given with it, needs is missing: install it, or drop the option"
@@ -39,6 +72,8 @@ def _unavailable(path: str, error: Exception) -> ModelUnavailableError:
         way_out = "it has no safetensors, the one format read; load it elsewhere and save_pretrained() it again"
     elif path and Path(path).exists():
         way_out = "the folder exists but cannot be read as a transformers causal LM"
+        if what:
+            way_out = f"the folder holds no {what} that can be read; put it there with {what}.save_pretrained({path!r})"
     elif "gated" in text or "401" in text or "403" in text:
         way_out = "it is gated: accept its licence on the hub, then log in with `hf auth login` or set HF_TOKEN"
     else:
@@ -47,17 +82,17 @@ def _unavailable(path: str, error: Exception) -> ModelUnavailableError:
             "model where there is a network and set model.path to its folder"
         )
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return ModelUnavailableError(
-        f"model.path={path!r} is not available: {way_out} ({type(error).__name__}: {first_line[:200]})"
-    )
+    subject = f"the {what} of model.path={path!r}" if what else f"model.path={path!r}"
+    return ModelUnavailableError(f"{subject} is not available: {way_out} ({type(error).__name__}: {first_line[:200]})")
 
 
-def load_base(path: str, **kwargs: Any) -> PreTrainedModel:
+def load_base(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """A causal LM from a hub id or folder, from safetensors, without remote code.
 
     Raises:
         ModelUnavailableError: It cannot be loaded, or lacks weights that its config asks for.
     """
+    path = expanded(path)
     # Without trust_remote_code=False transformers would ask at the terminal.
     options = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -78,7 +113,20 @@ def load_base(path: str, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_base_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """The config of a base model, without its weights; of a folder written by firstlab, that of its base.
+
+    Raises:
+        ModelUnavailableError: It cannot be loaded.
+    """
+    location = _base_of(path)
+    try:
+        return AutoConfig.from_pretrained(location, trust_remote_code=False, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unavailable(location, error) from error
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a hub id, a transformers folder, or a folder written by firstlab (its base model's).
 
     Args:
@@ -88,92 +136,132 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     Raises:
         ModelUnavailableError: It cannot be loaded.
     """
-    saved = read_config(path)
-    location = str(path) if saved is None else base_location(path, saved)
+    location = _base_of(path)
     try:
         options = {} if revision is None else {"revision": revision}
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises no narrower class
-        raise _unavailable(location, error) from error
+        raise _unavailable(location, error, "tokenizer") from error
 
 
-def read_config(path: str | Path) -> dict[str, Any] | None:
-    """The firstlab part of a folder's config.json, or None if `save_pretrained` did not write it."""
-    file = Path(path) / "config.json"
+def _base_of(path: str | Path) -> str:
+    saved = read_config(path)
+    return expanded(path) if saved is None else saved.base
+
+
+def read_config(path: str | Path) -> SavedModel | None:
+    """What a folder's config.json says, or None if `save_pretrained` did not write it.
+
+    Raises:
+        ModelUnavailableError: It did, and the file is damaged.
+    """
+    folder = Path(expanded(path))
+    file = folder / "config.json"
     if not file.is_file():
-        if (Path(path) / _ROUTER_WEIGHTS).is_file():
+        if (folder / _ROUTER_WEIGHTS).is_file():
             # transformers would load the base and its adapter, and the routers would be fresh ones.
             raise ModelUnavailableError(f"{path} has {_ROUTER_WEIGHTS} but no config.json; {_AGAIN}")
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelUnavailableError(f"{file} is not valid JSON ({error}); {_AGAIN}") from error
-    if not isinstance(config, dict):
-        raise ModelUnavailableError(f"{file} holds no JSON object; {_AGAIN}")
+    config = _read_object(file)
     if config.get("model_type") != FORMAT:
+        if (folder / _ROUTER_WEIGHTS).is_file():
+            raise ModelUnavailableError(f"{file} beside {_ROUTER_WEIGHTS} must have model_type={FORMAT!r}; {_AGAIN}")
         return None
     missing = [key for key in ("base_model_name_or_path", "router") if key not in config]
     if missing:
         raise ModelUnavailableError(f"{file} has no key {' and no key '.join(missing)}; {_AGAIN}")
-    return config
+    base, files = config["base_model_name_or_path"], config.get("files")
+    if not isinstance(base, str) or not isinstance(files, dict | None):
+        raise ModelUnavailableError(f"{file}: base_model_name_or_path must be text and files an object; {_AGAIN}")
+    try:
+        router = RouterSettings(**config["router"])
+    except (TypeError, ValueError) as error:
+        raise ModelUnavailableError(f"{file}: router={config['router']!r} ({error}); {_AGAIN}") from error
+    return SavedModel(folder, str(folder / base) if base == _BASE else base, router, files)
 
 
-def base_location(path: str | Path, config: dict[str, Any]) -> str:
-    """Where the base model of a saved folder is: inside the folder if it was saved along, else where it was."""
-    base = config["base_model_name_or_path"]
-    return str(Path(path) / base) if base == _BASE else base
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelUnavailableError(f"{file} is not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ModelUnavailableError(f"{file} holds no JSON object; {_AGAIN}")
+    return found
 
 
-def save(model: RouterAugmentedLM, path: str | Path, save_base: bool) -> None:
-    """See `RouterAugmentedLM.save_pretrained`.
+def save(lm: PreTrainedModel, routers: Routers, path: str | Path, save_base: bool, tokenizer: str = "") -> None:
+    """Write config.json, routers, the adapter if there is one and, if asked, the base model with its tokenizer.
+
+    Args:
+        lm, routers: What is saved.
+        path: Folder.
+        save_base: Whether the base goes along.
+        tokenizer: Hub id or folder that has it; where there is none, the folder gets none.
 
     Raises:
-        ValueError: The base has no name to find it by and is not saved along.
+        ValueError: The base has no name to find it by and is not saved along, or there are several adapters.
     """
-    directory = Path(path)
-    base = model.config._name_or_path
+    directory = Path(expanded(path))
+    base = lm.config._name_or_path
     if not base and not save_base:
         raise ValueError(
             "the base weights could not be found again: the model was not loaded from a path or hub id, or LoRA was "
             "merged into it; use save_pretrained(dir, save_base=True)"
         )
-    if save_base and model.has_lora:
+    adapter_name = _adapter_name(lm)
+    if save_base and adapter_name is not None:
         raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
-    adapter_name = _adapter_name(model)
     directory.mkdir(parents=True, exist_ok=True)
     if save_base or (base and Path(base).resolve() == (directory / _BASE).resolve()):
         base = _BASE
     elif Path(base).is_dir():
         base = str(Path(base).resolve())
-    save_file({"weight": model.routers.weight.detach().cpu().contiguous()}, directory / _ROUTER_WEIGHTS)
+    save_file({"weight": routers.weight.detach().cpu().contiguous()}, directory / _ROUTER_WEIGHTS)
+    names = [_ROUTER_WEIGHTS]
     if adapter_name is not None:
-        adapter = get_peft_model_state_dict(model.lm, adapter_name=adapter_name)
+        adapter = get_peft_model_state_dict(lm, adapter_name=adapter_name)
         save_file(
             {_PEFT_PREFIX + k.removeprefix(_PEFT_PREFIX): v.detach().cpu().contiguous() for k, v in adapter.items()},
             directory / _ADAPTER_WEIGHTS,
         )
-        model.lm.peft_config[adapter_name].save_pretrained(directory)
+        lm.peft_config[adapter_name].save_pretrained(directory)
+        names += [_ADAPTER_WEIGHTS, _ADAPTER_CONFIG]
     else:
         for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
             (directory / name).unlink(missing_ok=True)
     if save_base:
-        model.lm.save_pretrained(directory / _BASE)
+        lm.save_pretrained(directory / _BASE)
+        _save_tokenizer(tokenizer, directory / _BASE)
     config = {
         "model_type": FORMAT,
         "base_model_name_or_path": base,
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.routers.weight.shape[1],
-        "router": model.routers.settings.to_dict(),
+        "num_hidden_layers": routers.num_layers,
+        "hidden_size": routers.weight.shape[1],
+        "router": asdict(routers.settings),
+        "files": {name: _sha256(directory / name) for name in names},
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _adapter_name(model: RouterAugmentedLM) -> str | None:
+def _save_tokenizer(source: str, directory: Path) -> None:
+    if source:
+        try:
+            tokenizer = load_tokenizer(source)
+        except ModelUnavailableError:
+            return  # many models have none; whoever needs it is told so
+        tokenizer.save_pretrained(directory)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _adapter_name(lm: PreTrainedModel) -> str | None:
     """PEFT's name of the LoRA layers, None without any."""
-    if not model.has_lora:
+    if not any(True for _ in lora_layers(lm)):
         return None
-    names = list(model.lm.peft_config)
+    names = list(lm.peft_config)
     if len(names) > 1:
         raise ValueError(
             f"the model has several adapters ({', '.join(names)}), and a folder holds one; merge them first"
@@ -181,48 +269,70 @@ def _adapter_name(model: RouterAugmentedLM) -> str | None:
     return names[0]
 
 
-def load_trained(model: RouterAugmentedLM, path: str | Path, config: dict[str, Any]) -> None:
+def load_trained(lm: PreTrainedModel, routers: Routers, saved: SavedModel) -> None:
     """Put saved routers and adapter into a freshly wrapped base.
 
     Raises:
-        ValueError: Their shapes are not those of the base.
+        ValueError: A file is missing or damaged, is not the one that was saved, or does not fit the base.
     """
-    directory = Path(path)
-    weight = _load_file(directory / _ROUTER_WEIGHTS)["weight"]
-    if weight.shape != model.routers.weight.shape:
-        raise ValueError(
-            f"{directory}: routers of shape {list(weight.shape)} do not fit a base model with "
-            f"{list(model.routers.weight.shape)} ([layers, hidden size]); was another base model put in its place?"
-        )
-    with torch.no_grad():
-        model.routers.weight.copy_(weight)
-    if (directory / _ADAPTER_WEIGHTS).is_file():
-        adapter = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(directory / _ADAPTER_WEIGHTS).items()}
-        if not (directory / _ADAPTER_CONFIG).is_file():
-            raise ValueError(f"{directory} has {_ADAPTER_WEIGHTS} but no {_ADAPTER_CONFIG}; {_AGAIN}")
-        inject_adapter_in_model(LoraConfig.from_pretrained(str(directory)), model.lm, "default")
-        _copy_adapter(model.lm, adapter, directory)
-        model.train(model.training)
+    names = [_ROUTER_WEIGHTS, *([_ADAPTER_WEIGHTS, _ADAPTER_CONFIG] if saved.has_adapter else [])]
+    for name in names:
+        file = saved.folder / name
+        if not file.is_file():
+            raise ValueError(f"{saved.folder} was saved with {name}, and it is missing; {_AGAIN}")
+    _copy(saved, _ROUTER_WEIGHTS, _load_file(saved, _ROUTER_WEIGHTS), {"weight": routers.weight})
+    if saved.has_adapter:
+        weights = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(saved, _ADAPTER_WEIGHTS).items()}
+        file = saved.folder / _ADAPTER_CONFIG
+        settings = _read_object(file)
+        try:
+            inject_lora(lm, _adapter_config(settings))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ValueError(f"{file} cannot be used ({type(error).__name__}: {error}); {_AGAIN}") from error
+        # The names are those of the model's own modules. PEFT's loading would take them for names of the hub's
+        # checkpoint, translate them, and leave out silently what then has no place.
+        _copy(saved, _ADAPTER_WEIGHTS, weights, get_peft_model_state_dict(lm, adapter_name="default"))
+    for name in names:  # last: what is wrong with a file says more than that it has changed
+        if saved.files is not None and saved.files.get(name) != _sha256(saved.folder / name):
+            raise ValueError(f"{saved.folder / name} is not the file that was saved with config.json; {_AGAIN}")
 
 
-def _copy_adapter(lm: PreTrainedModel, adapter: dict[str, torch.Tensor], directory: Path) -> None:
-    # The names are those of the model's own modules. PEFT's loading would take them for names of the hub's checkpoint,
-    # translate them, and leave out silently what then has no place.
-    own = get_peft_model_state_dict(lm, adapter_name="default")
-    shapes, saved = ({name: list(x.shape) for name, x in each.items()} for each in (own, adapter))
-    if shapes != saved:
-        name = next(each for each in {**saved, **shapes} if saved.get(each) != shapes.get(each))
-        raise ValueError(
-            f"{directory}: the adapter does not fit the base model: {name} is {saved.get(name, 'absent')} in the file "
-            f"and {shapes.get(name, 'absent')} in the model; was another base model put in its place?"
-        )
-    with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(adapter[name])  # the state dict shares the parameters' memory
+def _adapter_config(found: dict[str, Any]) -> LoraConfig:
+    if found.pop("peft_type", "LORA") != "LORA":
+        raise ValueError("peft_type must be LORA")
+    known = {field.name for field in fields(LoraConfig)}
+    # A newer PEFT's keys may be there, as long as they are off.
+    if unknown := sorted(key for key in found.keys() - known if found[key]):
+        raise ValueError(f"the installed PEFT knows no {unknown[0]!r}")
+    for key, kind in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
+        if isinstance(found.get(key), bool) or not isinstance(found.get(key), kind):
+            raise ValueError(f"{key}={found.get(key)!r} must be a number")
+    if not isinstance(found.get("target_modules"), str | list):
+        raise ValueError(f"target_modules={found.get('target_modules')!r} must be names of modules")
+    return LoraConfig(**{key: value for key, value in found.items() if key in known})
 
 
-def _load_file(file: Path) -> dict[str, torch.Tensor]:
+def _load_file(saved: SavedModel, name: str) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)
+        return load_file(saved.folder / name)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is missing or truncated ({error}); {_AGAIN}") from error
+        raise ValueError(f"{saved.folder / name} is missing or truncated ({error}); {_AGAIN}") from error
+
+
+def _copy(saved: SavedModel, name: str, found: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights into the parameters of the same names, whose memory `own` shares."""
+    file = saved.folder / name
+    shapes, given = ({key: list(x.shape) for key, x in each.items()} for each in (own, found))
+    if shapes != given:
+        key = next(each for each in {**given, **shapes} if given.get(each) != shapes.get(each))
+        raise ValueError(
+            f"{file}: the weights do not fit a base model like this: {key} is {given.get(key, 'absent')} in the file "
+            f"and {shapes.get(key, 'absent')} in the model; was another base model put in its place?"
+        )
+    with torch.no_grad():
+        for key, weight in own.items():
+            if not found[key].is_floating_point() or not found[key].isfinite().all():
+                raise ValueError(
+                    f"{file}: {key} ({found[key].dtype}) holds something other than finite numbers; {_AGAIN}"
+                )
+            weight.copy_(found[key])

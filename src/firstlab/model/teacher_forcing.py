@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from firstlab.model.exit_rule import ExitPass
 from firstlab.model.routers import Routers, mix, pool, straight_through
-from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, decode_steps
+from firstlab.model.routes import ExitPass, Routes, as_routes, decode_steps
 
 OBJECTIVES = ("soft", "decode_consistent")
 GATES = ("soft", "hard", "bernoulli")
@@ -28,15 +27,15 @@ class TeacherForcedPass:
     """Routing of one forward pass over whole sequences.
 
     Args:
-        routers: The routers; None together with `routes`.
+        routers: The routers.
         attention_mask: [B, T] boolean, false on padding.
         prompt_mask: [B, T] boolean, true on prompt tokens.
         objective: "soft" or "decode_consistent".
         gate: "soft" (g = rho), "hard" (g = rho >= threshold, gradient of rho) or "bernoulli" (g drawn with
             probability rho, gradient of rho).
         pooled_tokens: "sequence" (paper) or "prompt" (what inference sees); decode_consistent always pools the prompt.
-        routes: [B, L] or [L] boolean gates to use instead of the routers'; or, decode_consistent only, rules that
-            change from response token to response token, or `PrunedRoutes`, which gate prompt tokens too.
+        routes: Gates to use instead of the routers'. Those that change from token to token, or that the prompt follows
+            too, need decode_consistent.
         exit_head: Logits of intermediate states; for `EarlyExit`.
         checkpoint_layers: Recompute each layer in the backward pass instead of keeping its activations.
     """
@@ -49,7 +48,7 @@ class TeacherForcedPass:
         objective: str = "soft",
         gate: str = "soft",
         pooled_tokens: str = "sequence",
-        routes: Routes | None = None,
+        routes: Routes | Tensor | None = None,
         exit_head: Callable[[Tensor], Tensor] | None = None,
         checkpoint_layers: bool = False,
     ) -> None:
@@ -65,28 +64,31 @@ class TeacherForcedPass:
         self.gate = gate
         self.prompt_mask = prompt_mask
         self.pooled = prompt_mask if self.decode_consistent or pooled_tokens == "prompt" else attention_mask
-        rows = attention_mask.shape[0]
-        self.routes: Tensor | None = None
         self._gates: Tensor | None = None
         self._exits: ExitPass | None = None
-        if isinstance(routes, Tensor):
-            if routes.ndim == 2 and routes.shape[0] != rows:
-                raise ValueError(f"routes has {routes.shape[0]} rows but the batch has {rows}; give one row per prompt")
-            self.routes = routes.expand(rows, -1)
-        elif routes is not None:
-            if not self.decode_consistent:
-                raise ValueError(
-                    f"objective={objective!r} mixes prompt and response tokens alike and cannot follow "
-                    f"{type(routes).__name__}; use objective='decode_consistent'"
-                )
-            steps = decode_steps(attention_mask & ~prompt_mask)
-            if isinstance(routes, StepRoutes | PrunedRoutes):
-                self._gates = routes.gates(steps)
-            else:
-                assert exit_head is not None
-                self._exits = ExitPass(routes, exit_head, steps, routers.num_layers)
+        if routes is not None:
+            self._follow(as_routes(routes), objective, attention_mask, exit_head)
         self.checkpoint_layers = checkpoint_layers
         self._rho: list[Tensor] = []
+
+    def _follow(
+        self, routes: Routes, objective: str, attention_mask: Tensor, head: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        routes.check(self.routers.num_layers, len(attention_mask))
+        if not self.decode_consistent and (routes.decides_each_step or routes.skips_prompt):
+            raise ValueError(
+                f"objective={objective!r} mixes prompt and response tokens alike and cannot follow "
+                f"{type(routes).__name__}; use objective='decode_consistent'"
+            )
+        steps = decode_steps(attention_mask & ~self.prompt_mask)
+        if routes.exit_rule is not None:
+            assert head is not None
+            self._exits = ExitPass(routes.exit_rule, head, steps, self.routers.num_layers)
+        gates = routes.gates(steps)
+        if gates is not None:
+            gates = gates.expand(*steps.shape, -1)
+            unmixed_prompt = self.decode_consistent and not routes.skips_prompt
+            self._gates = gates | self.prompt_mask.unsqueeze(-1) if unmixed_prompt else gates
 
     @property
     def rho(self) -> Tensor:
@@ -95,7 +97,7 @@ class TeacherForcedPass:
 
     @property
     def ran(self) -> Tensor | None:
-        """[B, T, L] boolean, the layers that each token ran, where a rule says it for each."""
+        """[B, T, L] boolean, the layers that each token ran under forced routes."""
         return self._gates if self._exits is None else self._exits.ran
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
@@ -109,7 +111,7 @@ class TeacherForcedPass:
         if self._gates is not None:
             gate = self._gates[..., index].to(rho)
         else:
-            gate = self._gate(index, rho)[:, None].expand(hidden.shape[:2])
+            gate = self._gate(rho)[:, None].expand(hidden.shape[:2])
             if self.decode_consistent:
                 gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
         output = run()
@@ -120,9 +122,7 @@ class TeacherForcedPass:
     def _measure(self, index: int, hidden: Tensor) -> Tensor:
         return pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
 
-    def _gate(self, index: int, rho: Tensor) -> Tensor:
-        if self.routes is not None:
-            return self.routes[:, index].to(rho)
+    def _gate(self, rho: Tensor) -> Tensor:
         if self.gate == "hard":
             return straight_through(rho, self.routers.decide(rho))
         if self.gate == "bernoulli":
@@ -171,7 +171,7 @@ class ResponsePass(TeacherForcedPass):
         rho: [B, L] of the prompts, with gradient.
         response_mask: [B, R] boolean, false on padding.
         gate, checkpoint_layers: See `TeacherForcedPass`.
-        routes: [L] or [B, L] boolean, or None for the routers' own.
+        routes: One decision per prompt or for all, or None for the routers' own.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class ResponsePass(TeacherForcedPass):
         response_mask: Tensor,
         gate: str,
         checkpoint_layers: bool,
-        routes: Tensor | None = None,
+        routes: Routes | Tensor | None = None,
     ) -> None:
         no_prompt = torch.zeros_like(response_mask)
         super().__init__(
@@ -197,7 +197,7 @@ class ResponsePass(TeacherForcedPass):
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """As any pass; a layer that forced routes leave out for every row is not run at all."""
-        if self.routes is not None and not self.routes[:, index].any():
+        if self._gates is not None and not self._gates[..., index].any():
             self._rho.append(self._measure(index, hidden))
             return skip()
         return super().run_layer(index, hidden, run, skip)

@@ -18,9 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from firstlab.data.task import Example
-from firstlab.methods.base import Method, Routes, routes_without
-from firstlab.model import routes_from_json, routes_to_json
-from firstlab.model.routes import check_routes
+from firstlab.methods.base import Method, routes_without
+from firstlab.model import FixedRoutes, Routes, as_routes, routes_from_json
 from firstlab.store.files import read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.prompt_set import PromptSet
@@ -40,12 +39,12 @@ def shared_routes(directory: Path, method: Method, training: PromptSet) -> Route
         routes = method.routes(training)
         if isinstance(routes, Tensor):
             _check_tensor(method, routes, [training.num_layers])
-        write_atomically(file, json.dumps(None if routes is None else routes_to_json(routes)) + "\n")
+        write_atomically(file, json.dumps(None if routes is None else as_routes(routes).to_json()) + "\n")
     barrier()
     return _read_shared(file, training.num_layers)
 
 
-def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> Tensor:
+def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> FixedRoutes:
     """[N, L], the decision for each of these prompts; what is on disk already is not decided again.
 
     Args:
@@ -71,7 +70,7 @@ def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_
                     out.write(_line((key, (~route).nonzero()[:, 0].tolist())))
     barrier()
     known = _read_lines(file, prompts.num_layers)
-    return torch.stack([routes_without(prompts.num_layers, known[key]) for key in keys])
+    return FixedRoutes(torch.stack([routes_without(prompts.num_layers, known[key]) for key in keys]))
 
 
 def decided_routes(directory: Path, method: Method, variant: str, prompts: PromptSet) -> Routes | None:
@@ -81,7 +80,7 @@ def decided_routes(directory: Path, method: Method, variant: str, prompts: Promp
         ValueError: The run has not come as far as its decision.
     """
     if variant == "base":
-        return routes_without(prompts.num_layers, [])
+        return FixedRoutes(routes_without(prompts.num_layers, []))
     if method.per_prompt:
         return prompt_routes(directory, method, prompts, progress_bar=False)
     file = directory / "routes.json"
@@ -98,7 +97,7 @@ def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | 
     return routes_without(num_layers, read_order(directory, num_layers, math.ceil(count))[: round(count)])
 
 
-def _check_tensor(method: Method, routes: Routes | None, shape: list[int]) -> Tensor:
+def _check_tensor(method: Method, routes: Tensor | Routes | None, shape: list[int]) -> Tensor:
     """The decision, if it may be kept.
 
     Raises:
@@ -115,8 +114,8 @@ def _read_shared(file: Path, num_layers: int) -> Routes | None:
         if saved is None:
             return None
         routes = routes_from_json(saved)
-        check_routes(routes, num_layers)
-        if isinstance(routes, Tensor) and routes.ndim != 1:
+        routes.check(num_layers)
+        if isinstance(routes, FixedRoutes) and routes.ran.ndim != 1:
             raise ValueError("it holds routes of single prompts")
         return routes
 

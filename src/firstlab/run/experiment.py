@@ -23,9 +23,12 @@ from firstlab.config.build import (
     model_path,
 )
 from firstlab.config.schema import ExperimentConfig
-from firstlab.evaluation.variant import check_engine, check_metrics, evaluate_variant, fingerprint, is_complete
-from firstlab.methods.base import Method, Routes
-from firstlab.model import routes_to_json
+from firstlab.evaluation.decoding import check_engine
+from firstlab.evaluation.predictions import fingerprint, is_complete
+from firstlab.evaluation.scoring import check_metrics
+from firstlab.evaluation.variant import evaluate_variant
+from firstlab.methods.base import Method
+from firstlab.model import Routes
 from firstlab.run.decisions import static_routes
 from firstlab.run.directory import check_directory, finished_record, taken_over, variant_names, wanted_variants
 from firstlab.run.loggers import (
@@ -240,7 +243,7 @@ class Experiment(Run):
             "num_layers": self.model.num_layers,
             "variants": variants,
             "phases": {phase: phase_record(self.directory, phase) for phase in PHASES},
-            "fixed_routes": None if routes is None or method.per_prompt else routes_to_json(routes),
+            "fixed_routes": None if routes is None or method.per_prompt else routes.to_json(),
             "peak_memory_bytes": machine.peak_memory_bytes(self.model.device),
             **machine.provenance(self.model.device),
         }

@@ -15,24 +15,23 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from firstlab.config.build import load_model, model_path
 from firstlab.config.schema import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.task import Example
-from firstlab.methods.base import Method, Routes
-from firstlab.model import LoraSettings, RouterAugmentedLM
+from firstlab.methods.base import Method
+from firstlab.model import FixedRoutes, LoraSettings, RouterAugmentedLM, Routes
 from firstlab.run.decisions import prompt_routes, shared_routes
 from firstlab.run.directory import variant_names
 from firstlab.run.loggers import PhaseLogger
 from firstlab.store.files import read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
-from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, OptimizerSettings, RouterModule
+from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, Phase, RouterModule
 from firstlab.training.prompt_set import PromptSet
 from firstlab.training.router_start import calibrate_rate, start_phase_1
-from firstlab.training.trainer import FitSettings, fit_phase, read_checkpoint
+from firstlab.training.trainer import fit_phase, read_checkpoint
 
 PHASES = ("router", "lora")
 
@@ -58,7 +57,8 @@ class Run:
     def prompts(self, examples: Sequence[Example]) -> PromptSet:
         """Prompts for the method to look at."""
         room = self.config.trainer.prompt_cache_mib * 2**20
-        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room)
+        shown = self.config.trainer.progress_bar and rank()[0] == 0
+        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room, shown)
 
     def routes(self, examples: Sequence[Example]) -> Routes | None:
         """The method's decision: [L] for all prompts, [N, L] for these, or None where the routers decide."""
@@ -116,8 +116,8 @@ def train_routers(run: Run) -> None:
     if method.one_phase:
         record |= {"steps": 0, "multiplier": objective.multiplier, "seconds": 0.0}
     else:
-        objective = replace(objective, distill=run.settings("router").distill)
-        module = RouterModule(run.model, objective, _optimizer(run, "router", steps), run.config.seed)
+        phase = run.settings("router")
+        module = RouterModule(run.model, objective=objective, phase=phase, seed=run.config.seed)
         record = _fit(run, "router", module, steps) | record
     _finish(run, "router", record)
 
@@ -128,23 +128,27 @@ def compensate_with_lora(run: Run) -> None:
     if not _is_wanted(run, "lora"):
         return
     steps = _read_as(run, "lora")
-    optimizer = _optimizer(run, "lora", steps)
-    distill = run.settings("lora").distill
-    module: RouterModule | LoRACompensationModule
+    phase = run.settings("lora")
+    module: Phase
     if method.one_phase:
         _add_lora(run)
-        objective = replace(method.training_objective("router"), distill=distill)
-        optimizer = replace(optimizer, router_learning_rate=config.router_phase.learning_rate)
-        module = OnePhaseModule(run.model, objective, optimizer, config.seed)
+        module = OnePhaseModule(
+            run.model,
+            objective=method.training_objective("router"),
+            phase=phase,
+            seed=config.seed,
+            router_learning_rate=config.router_phase.learning_rate,
+        )
     else:
         before = phase_record(run.directory, "router")
         objective = method.training_objective("lora", None if before is None else before["multiplier"])
-        objective = replace(objective, distill=distill)
         routes, val_routes = _training_routes(run), run.routes(run.data.val)
         if routes is not None:
             objective = replace(objective, target_skip=None, objective="decode_consistent")
         _add_lora(run)
-        module = LoRACompensationModule(run.model, objective, optimizer, config.seed, routes, val_routes)
+        module = LoRACompensationModule(
+            run.model, objective=objective, phase=phase, seed=config.seed, routes=routes, val_routes=val_routes
+        )
     _finish(run, "lora", _fit(run, "lora", module, steps))
 
 
@@ -222,23 +226,11 @@ def _read_as(run: Run, phase: str) -> int:
     return steps
 
 
-def _optimizer(run: Run, phase: str, steps: int) -> OptimizerSettings:
-    settings = run.settings(phase)
-    return OptimizerSettings(
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_fraction=settings.warmup_fraction,
-        total_steps=steps,
-    )
-
-
 def _start_routers(run: Run) -> dict[str, Any]:
     """Calibrate the routers as the method wants them; what is to be recorded about it."""
     start = run.method.router_start()
     if start is None:
         return {}
-    count = min(start.calibration_prompts + start.fit_prompts, len(run.data.train))
-    say(f"calibrating the routers' start on {count} training prompts")
     with run.memory_for("the routers' calibration"):
         return dict(start_phase_1(run.directory, start, run.prompts(run.data.train)))
 
@@ -250,9 +242,9 @@ def _training_routes(run: Run) -> Routes | None:
     used = run.data.trained_on()
     routes = torch.ones(len(run.data.train), run.model.num_layers, dtype=torch.bool)
     decided = run.routes([run.data.train[i] for i in used])
-    assert isinstance(decided, Tensor)
-    routes[used] = decided
-    return routes
+    assert isinstance(decided, FixedRoutes)
+    routes[used] = decided.ran
+    return FixedRoutes(routes)
 
 
 def _add_lora(run: Run) -> None:
@@ -263,14 +255,14 @@ def _add_lora(run: Run) -> None:
             rank=lora.rank,
             lora_alpha=lora.lora_alpha,
             dropout=lora.dropout,
-            target_modules=None if lora.target_modules is None else tuple(lora.target_modules),
+            target_modules=lora.target_modules,
         )
     )
 
 
-def _fit(run: Run, phase: str, module: RouterModule | LoRACompensationModule, steps: int) -> dict[str, Any]:
+def _fit(run: Run, phase: str, module: Phase, steps: int) -> dict[str, Any]:
     """Train a phase from its last checkpoint, or its start; what is to be recorded about it."""
-    settings, trainer = run.settings(phase), run.config.trainer
+    settings = run.settings(phase)
     say(f"phase {phase}: {steps} steps of {settings.batch_size * settings.accumulate} prompts, {run.method.label}")
     checkpoints = run.directory / "checkpoints" / phase
     resume = run.config.ckpt == "last"
@@ -280,23 +272,11 @@ def _fit(run: Run, phase: str, module: RouterModule | LoRACompensationModule, st
         kept: dict[str, Any] = fit_phase(
             module,
             run.data,
-            FitSettings(
-                accelerator=trainer.accelerator,
-                devices=trainer.devices,
-                num_nodes=trainer.num_nodes,
-                strategy=trainer.strategy,
-                precision=trainer.precision,
-                accumulate=settings.accumulate,
-                max_steps=steps,
-                gradient_clip=settings.gradient_clip,
-                validate_every=settings.validate_every,
-                checkpoint_every=settings.checkpoint_every,
-                patience=settings.patience,
-                progress_bar=trainer.progress_bar,
-            ),
-            checkpoints,
-            [PhaseLogger(each, phase) for each in run.loggers],
-            resume,
+            config=run.config.trainer,
+            max_steps=steps,
+            directory=checkpoints,
+            loggers=[PhaseLogger(each, phase) for each in run.loggers],
+            resume=resume,
         )
     seconds = time.perf_counter() - begun
     record = {"steps": steps, "multiplier": module.multiplier, "seconds": seconds, **kept}

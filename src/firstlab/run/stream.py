@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firstlab.config.command_line import guarded, parse_options
+from firstlab.data.files import has_text, without_marks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,8 +87,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"temperature={options.temperature} is not allowed: greater than 0; do_sample=false is greedy")
     if options.top_k < 0:
         raise ValueError(f"top_k={options.top_k} is not allowed: at least 0, which keeps all tokens")
-    text = " ".join(words) if words else sys.stdin.read().strip()
-    if not text.strip():
+    text = without_marks(" ".join(words) if words else sys.stdin.read().strip())
+    if not has_text(text):
         raise ValueError("the text is empty; give at least one word")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("the text is not valid UTF-8; convert it")
@@ -97,8 +98,9 @@ def main(arguments: list[str]) -> None:
     from firstlab.config.build import build_data, check_vocabulary
     from firstlab.data.encoding import fit_prompt, prompt_ids
     from firstlab.data.task import Example
-    from firstlab.evaluation.variant import check_engine
-    from firstlab.model import RouterAugmentedLM, load_tokenizer
+    from firstlab.evaluation.decoding import check_engine
+    from firstlab.model import FixedRoutes, RouterAugmentedLM, load_tokenizer
+    from firstlab.model.generation_options import pinned_generation
     from firstlab.model.quantization import check_quantization, quantize
     from firstlab.run.decisions import decided_routes
     from firstlab.run.load import load_run
@@ -125,7 +127,7 @@ def main(arguments: list[str]) -> None:
             )
         model, task = RouterAugmentedLM.from_pretrained(options.run), None
         if options.variant == "base":
-            routes = torch.ones(model.num_layers, dtype=torch.bool)
+            routes = FixedRoutes(torch.ones(model.num_layers, dtype=torch.bool))
         tokenizer = load_tokenizer(options.run)
         limit, new_tokens = 0, options.max_new_tokens or 80
     check_engine(model, "decoder", options.decoder)
@@ -146,10 +148,11 @@ def main(arguments: list[str]) -> None:
         )
     if options.quantization is not None:
         quantize(model.merge_and_unload().lm, options.quantization)
-    if options.decoder == "engine":
-        skips = _by_engine(model, tokenizer, ids[0].tolist(), routes, new_tokens, options)
-    else:
-        skips = _by_generate(model, tokenizer, ids, routes, new_tokens, options)
+    with pinned_generation(model.lm):
+        if options.decoder == "engine":
+            skips = _by_engine(model, tokenizer, ids[0].tolist(), routes, new_tokens, options)
+        else:
+            skips = _by_generate(model, tokenizer, ids, routes, new_tokens, options)
     print(layer_map(skips))
 
 
@@ -160,16 +163,18 @@ def _by_generate(
     import torch
     from transformers import TextStreamer
 
+    from firstlab.model.generation_options import stop_tokens
+
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(
         ids,
-        routes=routes.to(model.device) if isinstance(routes, torch.Tensor) else routes,
+        routes=None if routes is None else routes.to(model.device),
         max_new_tokens=limit,
         do_sample=options.do_sample,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_tokens(model.lm, tokenizer) or None,
         return_dict_in_generate=True,
         **sampling,
     )
@@ -191,13 +196,14 @@ def _by_engine(
 
     from firstlab.engine.engine import DecodeEngine
     from firstlab.engine.sampling import Sampling
+    from firstlab.model.generation_options import stop_tokens
 
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     out = DecodeEngine(model.merge_and_unload(), len(prompt) + limit).generate(
         [prompt],
         limit,
         routes,
-        [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id],
+        stop_tokens(model.lm, tokenizer),
         on_step=lambda read: streamer.put(torch.tensor(list(read.values()))),
         sampling=Sampling(options.temperature, options.top_k, seed=options.seed) if options.do_sample else None,
     )

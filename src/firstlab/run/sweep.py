@@ -1,7 +1,7 @@
 """Sweeps: grids become runs, a plan is printed, what is left is launched, and failures are listed at the end.
 
-A sweep file (conf/sweep) declares a union of grids; the plugin `hydra_plugins.firstlab_sweeper` calls `run_sweep` with
-Hydra's launcher.
+A sweep file (conf/sweep) names cells of the paper's grid, or grids of its own; the plugin
+`hydra_plugins.firstlab_sweeper` calls `run_sweep` with Hydra's launcher.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from firstlab.config.compose import load_dict
+from firstlab.config.grid import CellsConfig, ScaleConfig, sweep_runs
 from firstlab.config.schema import ExperimentConfig
 from firstlab.run.load import load
-from firstlab.store.files import write_atomically
+from firstlab.store import results
 
 if TYPE_CHECKING:
     from firstlab.methods.base import Method
@@ -67,6 +67,23 @@ def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[
             run = dict(zip(product, chosen, strict=True))
             runs[tuple(f"{key}={_filled(value, run)}" for key, value in run.items())] = None
     return [list(run) for run in runs]
+
+
+def with_cells(
+    scale: Mapping[str, Any], cells: Mapping[str, Any], grids: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The runs that a sweep wants of a scale's grid (`firstlab.config.grid.CellsConfig`), each a grid, then `grids`.
+
+    Raises:
+        ValueError: An unknown key, or a value of the wrong type.
+    """
+    try:
+        typed = {name: OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for name, each in cells.items()}
+        known: Any = OmegaConf.to_object(OmegaConf.merge(ScaleConfig, scale)) if cells else None
+    except OmegaConfBaseException as error:
+        raise ValueError(f"hydra.sweeper: {str(error).strip().splitlines()[0]}") from error
+    runs = sweep_runs(known, typed) if cells else []  # type: ignore[arg-type]
+    return {f"cell {number}": run for number, run in enumerate(runs)} | dict(grids)
 
 
 def _is_list(value: Any) -> bool:
@@ -116,14 +133,14 @@ def plan(
     Args:
         runs: Overrides of each run.
         compose: Makes a configuration of overrides.
-        recorded: Folder with NAME/results/*.json of runs that need not be repeated.
+        recorded: Folder with records of runs that need not be repeated.
 
     Raises:
         ValueError: Runs that do not compose, that would share a directory, or whose directory is another run's.
     """
     planned = _composed(runs, compose)
-    records = list(_read_all(sorted(recorded.glob("*/results/*.json")) if recorded is not None else []))
-    known = _by_hash(records, planned)
+    records = [] if recorded is None else _records(recorded)
+    known = {record["config_hash"]: record for record in records}
     problems = []
     for run in planned:
         try:
@@ -131,11 +148,16 @@ def plan(
         except ValueError as error:
             problems.append(f"{error}; in a sweep overwrite=true starts every run again")
     _raise_all(problems)
-    times = [record for _, record in records]
     for folder in {run.config.runs for run in planned}:
-        times += [record for _, record in _read_all(sorted(Path(folder).glob("*/*/result.json")))]
-    _estimate(planned, times)
+        records += _records(Path(folder))
+    _estimate(planned, records)
     return planned
+
+
+def _records(folder: Path) -> list[Record]:
+    """Records below a folder; no run depends on those that are damaged, which are named."""
+    found = results.read_all(folder, lambda message: print(f"note: {message}", file=sys.stderr))
+    return [record for _, record in found if "variants" in record]
 
 
 def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]) -> list[PlannedRun]:
@@ -169,62 +191,9 @@ def _raise_all(problems: list[str]) -> None:
         raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems[:10]) + more)
 
 
-def _by_hash(records: Sequence[tuple[Path, Record]], planned: Sequence[PlannedRun]) -> dict[str, Record]:
-    """Records that may be of a planned run, by the hash that their configuration has in this version."""
-    # Most are not, and the hash of a configuration takes its time.
-    configs = [run.config for run in planned]
-    wanted = [(each.data.name, each.model.name, each.seed, each.method["_target_"]) for each in configs]
-    found = {}
-    for file, record in records:
-        config = record["config"]
-        if (record["data"], record["model"], config.get("seed"), config["method"].get("_target_")) not in wanted:
-            continue
-        try:
-            found[load_dict(config).hash()] = record
-        except ValueError as error:
-            print(f"note: {file} is of another version and does not count as finished ({error})", file=sys.stderr)
-    return found
-
-
-def _read_all(files: Sequence[Path]) -> Iterator[tuple[Path, Record]]:
-    """Files with their records; what is torn or no record is named and left out, for no run depends on it."""
-    for file in files:
-        try:
-            yield file, _read(file)
-        except ValueError as error:
-            print(f"note: {file} is left out: {error}", file=sys.stderr)
-
-
-def _read(file: Path) -> Record:
-    """A record as far as a plan needs it.
-
-    Raises:
-        ValueError: It is torn, or no record.
-    """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"it cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    kinds = {"data": str, "model": str, "method": str, "config": dict, "variants": dict}
-    wrong = [
-        key for key, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)
-    ]
-    if wrong:
-        raise ValueError(f"not a result of firstlab (it has no {', '.join(wrong)})")
-    if not isinstance(record["config"].get("method"), dict):
-        raise ValueError("not a result of firstlab (its config has no method)")
-    if not isinstance(record.get("wall_s"), int | float):  # an evaluation of another run has none
-        record.pop("wall_s", None)
-    found: Record = record
-    return found
-
-
 def _look_up(run: PlannedRun, recorded: Record | None) -> None:
     """Set the state of a run from its directory, or from a recorded result."""
     from firstlab.run.directory import finished_record, is_trained, wanted_variants
-    from firstlab.store import results
 
     record = finished_record(run.config, run.method)
     if record is None and recorded is not None and not run.config.overwrite:
@@ -324,27 +293,20 @@ def _check_devices(left: Sequence[PlannedRun]) -> None:
 
 
 def collect(planned: Sequence[PlannedRun], folder: Path) -> None:
-    """Copy the records of finished runs to FOLDER/results, under their run directories' names.
+    """Put the records of finished runs into FOLDER/records.jsonl.xz, under their run directories' names.
 
     Raises:
-        ValueError: A file of that name records another run, or none.
+        ValueError: A record of that name is of another configuration, or the file is damaged.
     """
+    found = {}
     for run in planned:
-        file = run.directory / "result.json"
-        if run.state != "finished" or not file.is_file():
-            continue
-        target = folder / "results" / f"{run.directory.parent.name}--{run.directory.name}.json"
-        try:
-            same = not target.is_file() or load_dict(_read(target)["config"]).hash() == run.config.hash()
-        except ValueError as error:
-            raise ValueError(
-                f"sweep.collect={folder}: {target} is not a result that may be replaced ({error}); delete it or choose "
-                "another folder"
-            ) from error
-        if not same:
-            raise ValueError(f"sweep.collect={folder}: {target} records another configuration; choose another folder")
-        write_atomically(target, file.read_text(encoding="utf-8"))
-    print(f"records: {folder / 'results'}")
+        record = results.read(run.directory) if run.state == "finished" else None
+        if record is not None:
+            found[f"{run.directory.parent.name}--{run.directory.name}"] = record
+    try:
+        print(f"records: {results.add(folder, found)}")
+    except ValueError as error:
+        raise ValueError(f"sweep.collect={folder}: {error}") from error
 
 
 def _launch(

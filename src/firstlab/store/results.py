@@ -1,52 +1,369 @@
-"""`result.json`: one record per run, written last and atomically; and the table of several runs."""
+"""The record of a run: its schema, its one writer and its one reader.
+
+Folders hold records as result.json of a run directory, as results/*.json, and many together in records.jsonl.xz.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
+import functools
 import io
 import json
+import lzma
+import math
+import reprlib
 import traceback
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 
-from firstlab.store.files import json_text, write_atomically
+from firstlab.store.files import claimed, json_text, write_atomically
 
 RESULT = "result.json"
 FAILURE = "failure.json"
+BENCHMARK = "benchmark.json"
+PACKED = "records.jsonl.xz"
+SUMMARY = "summary.csv"
+#: Where `firstlab.evaluate` writes, inside a run directory.
+EVALUATIONS = "evaluations"
 #: Environment variable that tells the processes of a run that it is a job of a sweep, which wants to know failures.
 SWEEP_JOB = "FIRSTLAB_SWEEP_JOB"
 ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "router_lora": "Router + LoRA"}
 
+#: Numbers per test prompt: an array as `pack` writes it, or a plain list as records.jsonl.xz holds it.
+Numbers = str | list[Any]
 
-def write(directory: Path, record: dict[str, Any]) -> None:
-    """Write result.json; what is not finite is null there."""
+
+class Metric(TypedDict, total=False):
+    """A metric, 0 to 100, with its bootstrap interval; one that came out as NaN (null) is dropped on reading."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Group(TypedDict):
+    """Prompts of one level of difficulty."""
+
+    n: int
+    skip_rate: float
+
+
+class _Skip(TypedDict):
+    skip_rate: float
+    per_layer: list[float]
+
+
+class Skip(_Skip, total=False):
+    """What decode skipped, mean over test prompts; `skip_rate_by_token` over the references' tokens."""
+
+    skip_rate_by_token: float
+    unique_routes: float
+    route_entropy_bits: float
+    mode_agreement: float
+    static_agreement: float
+    by_difficulty: dict[str, Group]
+
+
+class Timing(TypedDict, total=False):
+    """Time per output token, routed ÷ dense, and its quartiles over prompts."""
+
+    tpot_ratio: float
+    tpot_ratio_quartiles: list[float]
+
+
+class Examples(TypedDict, total=False):
+    """[n] numbers per test prompt, [n, k] per metric in `scores`; `test_set` is a hash of the prompts."""
+
+    test_set: str
+    difficulty: Numbers
+    prompt_tokens: Numbers
+    response_tokens: Numbers
+    skip_rate: Numbers
+    nll: Numbers
+    scores: dict[str, Numbers]
+
+
+class _Variant(TypedDict):
+    n: int
+    skip: Skip
+    metrics: dict[str, Metric]
+    primary_metric: str
+
+
+class Variant(_Variant, total=False):
+    """The model before or after LoRA, on `n` test prompts."""
+
+    perplexity: float
+    timing: Timing
+    examples: Examples
+
+
+class Config(TypedDict):
+    """`ExperimentConfig.identity()` of the run: data to compare with, never to build objects from."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    method: dict[str, Any]
+    router: dict[str, Any]
+    lora: dict[str, Any]
+    router_phase: dict[str, Any]
+    lora_phase: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+class _Record(TypedDict):
+    method: str
+    label: str
+    model: str
+    data: str
+    directory: str
+    config: Config
+    config_hash: str
+    seed: int
+    num_layers: int
+    variants: dict[str, Variant]
+
+
+class Record(_Record, total=False):
+    """A finished run; beside these keys it says which code, packages and machine it ran on."""
+
+    level: str
+    note: str
+    wall_s: float
+    resumed: bool
+
+
+class Cell(TypedDict):
+    """One batch size and prompt length of a benchmark."""
+
+    router_share_of_prefill: float
+
+
+class Benchmark(TypedDict):
+    """What `firstlab.benchmark` writes (benchmark.json), as far as tables read it."""
+
+    model: str
+    device: str
+    cells: list[Cell]
+
+
+def write(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write result.json, last and atomically; what is not finite is null there."""
     write_atomically(directory / RESULT, json_text(record, indent=2) + "\n")
 
 
 def read(directory: Path, remedy: str = "pass overwrite=true to run again") -> dict[str, Any] | None:
-    """The record of a finished run, or None.
-
-    Args:
-        directory: Of the run.
-        remedy: What to do about a record that cannot be read.
+    """The record of a finished run, or None if it has none.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It is damaged; `remedy` says what to do about it.
     """
     file = directory / RESULT
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        return checked(_json(file.read_text(encoding="utf-8")), Record)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); {remedy}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("variants"), dict):
-        raise ValueError(f"{file} is not a result of firstlab (it has no variants); {remedy}")
-    return record
+        raise ValueError(f"{file} is no result of firstlab: {error}; {remedy}") from error
+
+
+def read_all(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every record and benchmark below a folder, with where it stands; what is damaged is warned of and left out.
+
+    The order does not depend on the file system, and a run's own result comes before later evaluations of it.
+    """
+    patterns = (RESULT, "results/*.json", BENCHMARK, PACKED)
+    files = {file for pattern in patterns for file in folder.rglob(pattern)}
+    for file in sorted(files, key=lambda each: (EVALUATIONS in each.relative_to(folder).parts, each)):
+        yield from _read_file(file, warn)
+
+
+def _read_file(file: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    try:
+        if file.name != PACKED:
+            kind = Benchmark if file.name == BENCHMARK else Record
+            yield file, checked(_json(file.read_text(encoding="utf-8")), kind)
+            return
+        with lzma.open(file, "rt", encoding="utf-8") as lines:
+            yield from _read_lines(file, lines, warn)
+    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+        rest = " or its rest" if file.name == PACKED else ""
+        warn(f"{file}{rest} is left out: {error}")
+
+
+def _read_lines(file: Path, lines: Iterable[str], warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        place = f"line {number}"
+        try:
+            node = _json(line)
+            if not isinstance(node, dict) or not isinstance(node.get("name"), str):
+                raise ValueError("it has no name")
+            place = node.pop("name")
+            found = checked(node, Benchmark if "cells" in node else Record)
+        except ValueError as error:
+            warn(f"{file / place} is left out: {error}")
+        else:
+            yield file / place, found
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+
+
+def add(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Put records under their names into FOLDER/records.jsonl.xz and write summary.csv; returns the former.
+
+    Raises:
+        ValueError: The file is damaged, or one of the names records another configuration.
+    """
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"{message}; repair or delete the file, or choose another folder")
+
+    file = folder / PACKED
+    with claimed(folder):
+        kept = {place.name: node for place, node in _read_file(file, refuse)} if file.is_file() else {}
+        for name, record in records.items():
+            if name in kept and kept[name].get("config_hash") != record.get("config_hash"):
+                raise ValueError(f"{file}: {name} records another configuration; choose another folder")
+            kept[name] = plain(record)
+        rows = [{"name": name, **kept[name]} for name in sorted(kept)]
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n" for row in rows]
+        write_atomically(file, lzma.compress("".join(lines).encode()))
+        write_atomically(folder / SUMMARY, _summary(rows))
+    return file
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    """CSV with one line per variant of each run, and per decoder of each benchmark."""
+    found = [line for row in rows for line in (_timings(row) if "cells" in row else _qualities(row))]
+    text = io.StringIO()
+    out = csv.DictWriter(text, list(dict.fromkeys(key for line in found for key in line)), lineterminator="\n")
+    out.writeheader()
+    out.writerows({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in line.items()} for line in found)
+    return text.getvalue()
+
+
+def _qualities(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    run = {key: row.get(key) for key in ("name", "model", "data", "method", "level", "seed")}
+    for name, variant in row["variants"].items():
+        metric, skip = variant["primary_metric"], variant["skip"]
+        rates = {"skip_rate": skip["skip_rate"], "skip_rate_by_token": skip.get("skip_rate_by_token")}
+        value = {"metric": metric} | {key: variant["metrics"][metric][key] for key in ("value", "low", "high")}
+        times = {"perplexity": variant.get("perplexity"), "tpot_ratio": variant.get("timing", {}).get("tpot_ratio")}
+        yield run | {"variant": name} | rates | value | times
+
+
+def _timings(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    run = {key: row[key] for key in ("name", "model", "device")}
+    keys = (
+        "decoder",
+        "quantization",
+        "skip_rate",
+        "ttft_s",
+        "tpot_mean_s",
+        "tpot_ratio",
+        "limit_ratio",
+        "tokens_per_s",
+    )
+    for cell in row["cells"]:
+        place = {key: cell.get(key) for key in ("batch_size", "prompt_length")}
+        for variant in cell.get("variants", []):
+            yield run | place | {key: variant.get(key) for key in keys}
+
+
+def checked(node: Any, kind: type) -> dict[str, Any]:
+    """The node, if it is a `Record` or `Benchmark`; optional keys that are null are taken out.
+
+    Raises:
+        ValueError: It lacks a key, or one is of another type.
+    """
+    _check(node, kind, "")
+    for name, variant in node["variants"].items() if kind is Record else ():
+        _check_variant(variant, f"variants.{name}", node["num_layers"])
+    found: dict[str, Any] = node
+    return found
+
+
+def _check_variant(variant: dict[str, Any], where: str, layers: int) -> None:
+    """Raises ValueError where numbers of a variant do not fit together."""
+    metrics, primary = variant["metrics"], variant["primary_metric"]
+    if primary not in metrics:
+        raise ValueError(f"{where} has no metric {primary}, its primary_metric")
+    variant["metrics"] = kept = {
+        name: each for name, each in metrics.items() if {"value", "low", "high"} <= each.keys()
+    }
+    if not kept:
+        raise ValueError(f"{where} has no metric with a value")
+    if primary not in kept:
+        variant["primary_metric"] = next(iter(kept))
+    lengths = [("skip.per_layer", variant["skip"]["per_layer"], layers)]
+    lengths += [("timing.tpot_ratio_quartiles", variant.get("timing", {}).get("tpot_ratio_quartiles"), 2)]
+    for key, values, length in lengths:
+        if values is not None and len(values) != length:
+            raise ValueError(f"{where}.{key} has {len(values)} numbers, not {length}")
+    if any(not level.replace(".", "", 1).isdecimal() for level in variant["skip"].get("by_difficulty", {})):
+        raise ValueError(f"{where}.skip.by_difficulty has a level that is no number")
+    examples = variant.get("examples", {})
+    columns = {key: (value, 1) for key, value in examples.items() if key not in ("test_set", "scores")}
+    columns |= {f"scores.{key}": (value, 2) for key, value in examples.get("scores", {}).items()}
+    for key, (packed, dimensions) in columns.items():
+        try:
+            numbers = unpack(packed)
+        except ValueError as error:
+            raise ValueError(f"{where}.examples.{key}: {error}") from error
+        # Scores of a part of a mixture (PART/NAME) are those of its own prompts.
+        count = len(numbers) if "/" in key and numbers.ndim else variant["n"]
+        if numbers.shape[:1] != (count,) or numbers.ndim != dimensions:
+            raise ValueError(f"{where}.examples.{key} has numbers of the shape {numbers.shape} for {count} prompts")
+
+
+_NAMES = {
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+_hints = functools.cache(get_type_hints)
+
+
+def _check(value: Any, kind: Any, where: str) -> None:
+    """Raises ValueError if a value is not of a type that the classes above use."""
+    if kind is Any:
+        return
+    plain_kind = dict if is_typeddict(kind) else get_origin(kind) or kind
+    if kind is Numbers:
+        plain_kind = str if isinstance(value, str) else list
+    fits = isinstance(value, int | float if plain_kind is float else plain_kind)
+    fits = fits and isinstance(value, bool) == (kind is bool) and (plain_kind is not float or math.isfinite(value))
+    if not fits:
+        found = f"{where}={reprlib.repr(value)}" if where else f"{reprlib.repr(value)}"
+        raise ValueError(f"{found} is not {_NAMES[plain_kind]}")
+    if is_typeddict(kind):
+        for key, hint in _hints(kind).items():
+            if value.get(key) is not None:
+                _check(value[key], hint, f"{where}.{key}".lstrip("."))
+            elif key in kind.__required_keys__:
+                raise ValueError(f"{where or 'it'} has no {key}")
+            else:
+                value.pop(key, None)
+    elif plain_kind is list and get_args(kind) and kind is not Numbers:
+        for each in value:
+            _check(each, get_args(kind)[0], where)
+    elif plain_kind is dict and get_args(kind):
+        for key, each in value.items():
+            _check(each, get_args(kind)[1], f"{where}.{key}")
 
 
 def write_failure(directory: Path, error: BaseException) -> None:
@@ -84,17 +401,46 @@ def pack(values: Any) -> str:
     return base64.b64encode(zlib.compress(buffer.getvalue(), 9)).decode("ascii")
 
 
-def unpack(text: str) -> np.ndarray:
+def unpack(numbers: Numbers) -> np.ndarray:
     """What `pack` was given, as float64.
 
     Raises:
         ValueError: It is something else.
     """
     try:
-        raw = zlib.decompress(base64.b64decode(text, validate=True))
-        return np.load(io.BytesIO(raw), allow_pickle=False).astype(np.float64)
+        array = np.asarray(numbers) if isinstance(numbers, list) else _array(numbers)
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"not numbers but {reprlib.repr(numbers)}")
     except (zlib.error, ValueError, EOFError) as error:
         raise ValueError(f"per-example numbers cannot be read: {error}") from error
+    return (array.astype(np.float32) if array.dtype.kind == "f" else array).astype(np.float64)
+
+
+def _array(packed: str) -> np.ndarray:
+    raw = zlib.decompress(base64.b64decode(packed, validate=True))
+    array: np.ndarray = np.load(io.BytesIO(raw), allow_pickle=False)
+    return array
+
+
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with every packed array as a list: many of them compress better together than each by itself."""
+
+    def listed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: each if key == "test_set" else listed(each) for key, each in value.items()}
+        if not isinstance(value, str):
+            return value
+        array = _array(value)
+        if not np.isfinite(array).all():
+            return value  # JSON has no such numbers
+        # The shortest decimals that give the same float32.
+        return np.asarray(array.astype(str), dtype=np.float64).tolist() if array.dtype.kind == "f" else array.tolist()
+
+    variants = {
+        name: {**variant, "examples": listed(variant["examples"])} if variant.get("examples") else variant
+        for name, variant in record.get("variants", {}).items()
+    }
+    return {**record, **({"variants": variants} if variants else {})}
 
 
 def rate_by_token(rates: np.ndarray, response_tokens: np.ndarray) -> float:

@@ -11,11 +11,10 @@ from omegaconf import DictConfig
 
 from firstlab.config.command_line import check_command_line, guarded
 from firstlab.config.compose import conf_dir
-from firstlab.store.files import write_atomically
+from firstlab.store.files import check_writable, write_atomically
 from firstlab.tables import analysis, page, pictures, quality, speed
 from firstlab.tables.cells import Cells
 from firstlab.tables.config import TablesConfig, load, register
-from firstlab.tables.grid import known_methods
 from firstlab.tables.records import Library, read
 from firstlab.tables.table import Table, csv_text, latex, markdown
 
@@ -57,23 +56,26 @@ def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
             picture.unlink(missing_ok=True)  # of other results
     index = out / "index.html"
     records = sum(each.node["model"] in config.scale.models.values() for each in library.records)
-    write_atomically(index, page.render(config, tables, library.warnings, records))
+    shown = [table for table in tables if table.key != "runs"]  # as large as all others together; its files have it
+    write_atomically(index, page.render(config, shown, library.warnings, records))
     return index
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="tables")
 @guarded
 def main(composed: DictConfig) -> None:
+    """The command."""
+    run(load(composed))
+
+
+def run(config: TablesConfig) -> None:
     """Read, compute, write, say what is filled and what is not."""
-    config = load(composed)
+    check_writable(Path(config.out), "out")
     library = read(config.results)
     tables = build(config, library)
     index = write(config, tables, library)
     for warning in library.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    absent = [name for name in config.scale.methods if name not in known_methods(config.scale)]
-    if absent:
-        print(f"warning: no runs of {', '.join(absent)}: conf/method has no such file", file=sys.stderr)
     for table in tables:
         if table.filled or table.missing:
             print(f"{table.key:<12}{table.filled:>5} filled {len(table.missing):>5} without a run")

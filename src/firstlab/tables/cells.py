@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from firstlab.config.grid import Run, level_keys
 from firstlab.metrics import PairedTest, Scores, bootstrap_interval, from_rows, paired_test
 from firstlab.store import results
 from firstlab.tables.config import TablesConfig
-from firstlab.tables.grid import Run, known_methods, level_keys
 from firstlab.tables.records import Library, Record
 
 BETTER, WORSE = "▲", "▼"
@@ -71,51 +71,32 @@ class Match:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric of a match.
+    """A metric of a match."""
 
-    Attributes:
-        value: Mean over seeds, 0..100.
-        low, high: Bootstrap interval of that mean over test prompts; None for several seeds without per-prompt scores.
-        seeds: How many.
-        deviation: Standard deviation over seeds, None for one seed, or where no seed differs from another.
-        skip_rate: Measured.
-        difference, p_value: Against the reference, None where there is no test.
-        mark: BETTER or WORSE than the reference where the test says so, and the values shown do not say the contrary;
-            in parentheses where the better one skips less by more than `rate_gap`.
-        tested: Seeds of the test, those that both have, where it lacks some that one of them has.
-        others: Seeds that are left out, because they were evaluated on another test set.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
+    value: float  # mean over seeds, 0..100
+    low: float | None  # bootstrap interval of that mean over test prompts
+    high: float | None  # None for several seeds without per-prompt scores
     seeds: int
-    deviation: float | None
-    skip_rate: float
-    difference: float | None = None
-    p_value: float | None = None
+    deviation: float | None  # over seeds; None for one, or where no seed differs from another
+    skip_rate: float  # measured
+    difference: float | None = None  # against the reference
+    p_value: float | None = None  # None where there is no test
+    #: BETTER or WORSE than the reference where the test says so, and the values shown do not say the contrary; in
+    #: parentheses where the better one skips less by more than `rate_gap`.
     mark: str = ""
-    tested: tuple[int, ...] = ()
-    others: tuple[int, ...] = ()
+    tested: tuple[int, ...] = ()  # seeds of the test, those that both have, where one has others
+    others: tuple[int, ...] = ()  # seeds left out, because they were evaluated on another test set
 
 
 @dataclass(frozen=True)
 class EqualRate:
-    """Two methods at one skip rate.
+    """Two methods at one skip rate, means over the seeds that both have."""
 
-    Attributes:
-        skip_rate: What the reference skips, measured, mean over the seeds that both have.
-        value: The reference's score, mean over these seeds.
-        other: The other method's.
-        seeds: How many.
-        test: The reference minus the other method, paired.
-    """
-
-    skip_rate: float
-    value: float
-    other: float
+    skip_rate: float  # what the reference skips, measured
+    value: float  # the reference's score
+    other: float  # the other method's
     seeds: int
-    test: PairedTest
+    test: PairedTest  # the reference minus the other method
 
 
 def variant_name(method: str, lora: bool) -> str:
@@ -135,36 +116,26 @@ class Cells:
         self.config, self.library = config, library
         self._records = functools.cache(self._records_of)
         self._tested = functools.cache(self._test)
-        self._known = known_methods(config.scale)
         self.used: set[Record] = set()
 
     def find(self, run: Run, lora: bool) -> tuple[Match | None, str]:
         """The runs for a cell and "", or None and why there are none."""
         variant = variant_name(run.method, lora)
-        if run.method not in self._known:
-            return None, f"this version has no conf/method/{run.method}.yaml"
         matches = self._matches(run, variant)
         if run.changes:  # an ablation's row is one run, also where that of another level is nearer
             matches = [match for match in matches if self._asked_for(match.records[0], run)]
         if not matches:
             return None, "no run"
-        wanted = run.level
-        # Of runs that are equally near, to a point, the one that was asked for the level stands for it.
-        nearest = matches[0]
+        wanted, nearest = run.level, matches[0]
         if wanted is not None:
-            nearest = min(
-                matches,
-                key=lambda match: (
-                    round(abs(match.skip_rate - wanted), 2),
-                    not self._asked_for(match.records[0], run),
-                    abs(match.skip_rate - wanted),
-                ),
-            )
-        if wanted is not None and abs(nearest.skip_rate - wanted) > self.config.tolerance + 1e-9:
             asked = next((match for match in matches if self._asked_for(match.records[0], run)), None)
-            if asked is not None:
-                return None, f"{OFF_LEVEL}: asked for {wanted:.1%}, skipped {asked.skip_rate:.1%}"
-            return None, f"no run near {wanted:.1%}; the nearest skipped {nearest.skip_rate:.1%}"
+            # Of runs that are equally near, to a point, the one that was asked for the level stands for it.
+            off = {match: abs(match.skip_rate - wanted) for match in matches}
+            nearest = min(matches, key=lambda match: (round(off[match], 2), match is not asked, off[match]))
+            if off[nearest] > self.config.tolerance + 1e-9:
+                if asked is not None:
+                    return None, f"{OFF_LEVEL}: asked for {wanted:.1%}, skipped {asked.skip_rate:.1%}"
+                return None, f"no run near {wanted:.1%}; the nearest skipped {nearest.skip_rate:.1%}"
         self.used.update(nearest.records)
         return nearest, ""
 
@@ -246,14 +217,13 @@ class Cells:
         gap = more.skip_rate - less.skip_rate
         share = min(max((rate - less.skip_rate) / gap, 0.0), 1.0) if gap > 0 else 0.0
         records = [record for each in (own, less, more) for record in each.records]
-        scores = [_scores(record, ours.variant, metric) for record in records]
-        kept = [each for each in scores if each is not None]
-        if len(kept) < len(scores) or len(_test_sets(records, ours.variant)) > 1:
+        scores = _comparable(records, ours.variant, metric)
+        if scores is None:
             return None, (below, above)
         count = len(shared)
-        mean = Scores.average(kept[:count])
-        blends = [Scores.blend(a, b, share) for a, b in zip(kept[count : 2 * count], kept[2 * count :], strict=True)]
-        theirs = Scores.average(blends)
+        mean = Scores.average(scores[:count])
+        pairs = zip(scores[count : 2 * count], scores[2 * count :], strict=True)
+        theirs = Scores.average([Scores.blend(a, b, share) for a, b in pairs])
         test = paired_test(mean, theirs, confidence=self.config.confidence, resamples=self.config.resamples)
         self.used.update(records)
         return EqualRate(rate, mean.value, theirs.value, count, test), (below, above)
@@ -285,15 +255,12 @@ class Cells:
         return self.library.of(run, self.config.scale)
 
     def _interval(self, match: Match, metric: str) -> tuple[float, float] | None:
-        if len(match.records) == 1:
-            return None  # the record has its own
-        parts = [_scores(record, match.variant, metric) for record in match.records]
-        kept = [part for part in parts if part is not None]
-        if len(kept) < len(parts):
+        """Over several seeds; one record has its own."""
+        scores = _comparable(match.records, match.variant, metric) if len(match.records) > 1 else None
+        if scores is None:
             return None
-        return bootstrap_interval(
-            Scores.average(kept), confidence=self.config.confidence, resamples=self.config.resamples
-        )
+        mean = Scores.average(scores)
+        return bootstrap_interval(mean, confidence=self.config.confidence, resamples=self.config.resamples)
 
     def _test(
         self, ours: tuple[Record, ...], theirs: tuple[Record, ...], variant: str, metric: str
@@ -301,21 +268,20 @@ class Cells:
         """(difference, p) over the seeds that both have; None without per-prompt scores of one test set."""
         a, b = ({record.seed: record for record in each} for each in (ours, theirs))
         seeds = sorted(a.keys() & b.keys())
-        records = [*(a[seed] for seed in seeds), *(b[seed] for seed in seeds)]
-        if not seeds or len(_test_sets(records, variant)) > 1:
+        scores = _comparable([each[seed] for each in (a, b) for seed in seeds], variant, metric)
+        if not scores:
             return None
-        scores = [_scores(record, variant, metric) for record in records]
-        kept = [each for each in scores if each is not None]
-        if len(kept) < len(scores):
-            return None
-        half = len(seeds)
-        test = paired_test(
-            Scores.average(kept[:half]),
-            Scores.average(kept[half:]),
-            confidence=self.config.confidence,
-            resamples=self.config.resamples,
-        )
+        means = Scores.average(scores[: len(seeds)]), Scores.average(scores[len(seeds) :])
+        test = paired_test(*means, confidence=self.config.confidence, resamples=self.config.resamples)
         return test.difference, test.p_value
+
+
+def _comparable(records: Sequence[Record], variant: str, metric: str) -> list[Scores] | None:
+    """Per-prompt scores of each record, or None if one has none, or the test sets differ."""
+    scores = [_scores(record, variant, metric) for record in records]
+    kept = [each for each in scores if each is not None]
+    one_set = len({_test_set(record, variant) for record in records}) <= 1
+    return kept if one_set and len(kept) == len(scores) else None
 
 
 def _rate_by_token(record: Record, variant: str) -> float | None:
@@ -324,14 +290,9 @@ def _rate_by_token(record: Record, variant: str) -> float | None:
 
 
 def column(record: Record, variant: str, name: str) -> Any:
-    """[N] numbers per test prompt (`firstlab.evaluation.variant.example_columns`), or None in older records.
-
-    Raises:
-        ValueError: They cannot be read.
-    """
-    part = record.variant(variant) or {}
-    packed = part.get("examples", {}).get(name)
-    return None if packed is None else _unpack(record, packed)
+    """[N] numbers per test prompt (`firstlab.evaluation.variant.example_columns`), or None in older records."""
+    numbers = (record.variant(variant) or {}).get("examples", {}).get(name)
+    return None if numbers is None else results.unpack(numbers)
 
 
 @functools.cache
@@ -340,14 +301,7 @@ def _scores(record: Record, variant: str, metric: str) -> Scores | None:
     packed = part.get("examples", {}).get("scores", {}).get(metric)
     if packed is None or metric not in part["metrics"]:
         return None
-    return from_rows(metric, _unpack(record, packed), part["metrics"][metric].get("signature"))
-
-
-def _unpack(record: Record, packed: str) -> Any:
-    try:
-        return results.unpack(packed)
-    except ValueError as error:
-        raise ValueError(f"{record.file}: {error}") from error
+    return from_rows(metric, results.unpack(packed), part["metrics"][metric].get("signature"))
 
 
 def _of_one_test_set(records: list[Record], variant: str) -> Match:
@@ -361,7 +315,3 @@ def _of_one_test_set(records: list[Record], variant: str) -> Match:
 
 def _test_set(record: Record, variant: str) -> str:
     return str((record.variant(variant) or {}).get("examples", {}).get("test_set"))
-
-
-def _test_sets(records: Collection[Record], variant: str) -> set[str]:
-    return {_test_set(record, variant) for record in records}

@@ -27,7 +27,7 @@ COLOURS = {
 MARKERS = {"first": "o", "first_soft": "s", "sleb": "^", "static_first": "D", "oracle": "*", "unified_skip": "v"}
 
 _STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "firstlab", "font.family": "sans-serif", "font.size": 9,
+    "svg.fonttype": "none", "svg.hashsalt": "firstlab", "font.sans-serif": ["DejaVu Sans"], "font.size": 9,
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _INK, "grid.alpha": 0.12,
     "axes.axisbelow": True, "legend.frameon": False, 
@@ -83,7 +83,7 @@ def quality_against_skip(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> 
                         [(v if p[3] is None else p[3]) - v for v, p in zip(values, points, strict=True)]]  # fmt: skip
                 strong = method in ("first", "none")
                 line = axis.errorbar(
-                    rates, values, yerr=[[max(0.0, x) for x in side] for side in bars], capsize=2,
+                    rates, values, yerr=[[max(0.0, x) for x in side] for side in bars],
                     linewidth=1.8 if strong else 1, elinewidth=0.7, color=COLOURS.get(method, "#777777"),
                     marker=MARKERS.get(method, "o"), markersize=5 if strong else 4, zorder=3 if strong else 2,
                 )  # fmt: skip
@@ -124,11 +124,13 @@ def _svg(fig: Figure, label: str) -> str:
     plt.close(fig)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # Hundredths of a point and the ids that something points to are enough.
+    text = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", re.sub(r"\s+", " ", text))
+    used = set(re.findall(r'#([^"()]+)[")]', text))
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
     # Several pictures share one page: their ids must not meet.
-    salt = re.sub(r"\W+", "-", label.lower()) + f"-{zlib.crc32(text.encode()):08x}"
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{salt}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{salt}-\1)", text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{salt}-\1"', text)
+    salt = f"{label[:1].lower()}{zlib.crc32(text.encode()):08x}"
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\1{salt}-", text)
     text = re.sub(r'(<svg[^>]*?) height="[^"]+"', r"\1", text, count=1)
     return re.sub(
         r'<svg ([^>]*?)width="([\d.]+)pt"',

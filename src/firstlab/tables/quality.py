@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from firstlab.config.grid import Run, methods_of, quality_of, run_of
 from firstlab.store import paper
 from firstlab.store.paper import Printed, QualityTable
 from firstlab.tables.cells import OFF_LEVEL, Cells, Score
-from firstlab.tables.grid import Run, known_methods, methods_of, quality_of, run_of
-from firstlab.tables.table import Cell, Column, Table
+from firstlab.tables.table import LORA, Cell, Column, Table, columns, interval, percent
 
 METRICS = {
     "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu": "BLEU", "comet": "COMET",
@@ -30,27 +32,30 @@ def method_title(name: str) -> str:
     return METHODS.get(name, name)
 
 
-def score_cell(score: Score | None, reason: str, run: Run, digits: int = 1) -> Cell:
+def score_cell(score: Score | None, reason: str, run: Run) -> Cell:
     """A metric of ours with its interval, seeds and mark; or why there is none, and the command that fills it."""
     if score is None:
         return missing_cell(reason, run)
-    detail = "" if score.low is None else f"[{score.low:.{digits}f}, {score.high:.{digits}f}]"
-    text = f"{score.value:.{digits}f}"
+    detail = interval(score.low, score.high)
+    text = f"{score.value:.1f}"
     if score.deviation is not None:
-        text += f" ± {score.deviation:.{digits}f}"
+        text += f" ± {score.deviation:.1f}"
     if score.seeds > 1:
         detail = f"{detail} {score.seeds} seeds".strip()
     note = f"measured skip rate {100 * score.skip_rate:.1f} %"
     if score.p_value is not None and score.difference is not None:
         note += f"; difference to the reference {score.difference:+.2f}, p = {score.p_value:.3f}"
     if score.tested:
-        note += f", over seed{'s' if len(score.tested) > 1 else ''} {', '.join(map(str, score.tested))}"
+        note += f", over {_seeds(score.tested)}"
     if score.others:
-        seeds = f"seed{'s' if len(score.others) > 1 else ''} {', '.join(map(str, score.others))}"
-        note += f"; without {seeds}, evaluated on another test set"
+        note += f"; without {_seeds(score.others)}, evaluated on another test set"
     if score.mark.startswith("("):
         note += "; in parentheses: the worse of the two skips more"
     return Cell(text, score.value, detail, score.mark, note, kind="ours")
+
+
+def _seeds(seeds: tuple[int, ...]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def missing_cell(reason: str, run: Run) -> Cell:
@@ -59,31 +64,28 @@ def missing_cell(reason: str, run: Run) -> Cell:
         return Cell(note=reason)
     if reason.startswith(OFF_LEVEL):
         return Cell(OFF_LEVEL, note=reason)
-    return Cell("no run", None, "", "", reason, run.command(), "missing")
+    return Cell("no run", note=reason, command=run.command(), kind="missing")
 
 
-def paper_cell(printed: Printed | float | None, suffix: str = "") -> Cell:
+def paper_cell(printed: Printed | None) -> Cell:
     """A number of the paper."""
     if printed is None:
         return Cell()
-    if not isinstance(printed, Printed):
-        return Cell(f"{printed:.2f}{suffix}", printed, kind="paper")
     if printed.value is None:
         return Cell(note="illegible in our copy of the paper")
-    note = (
-        "illegible here in our copy of the paper; taken from the table that prints the same cell"
-        if printed.borrowed
-        else ""
-    )
-    return Cell(f"{printed.value:.2f}", printed.value, note=note, kind="paper")
+    borrowed = "illegible here in our copy of the paper; taken from the table that prints the same cell"
+    return Cell(f"{printed.value:.2f}", printed.value, note=borrowed if printed.borrowed else "", kind="paper")
 
 
 def rate_cell(cells: Cells, run: Run, lora: bool) -> Cell:
     """Measured skip rate in percent."""
     match, reason = cells.find(run, lora)
-    if match is None:
-        return Cell(note=reason)
-    return Cell(f"{100 * match.skip_rate:.1f} %", 100 * match.skip_rate, note="measured", kind="rate")
+    return Cell(note=reason) if match is None else percent(match.skip_rate)
+
+
+def errata(concerns: Callable[[str], bool]) -> list[str]:
+    """The paper's errata whose place concerns a table."""
+    return [f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if concerns(each["where"])]
 
 
 def quality_tables(cells: Cells) -> list[Table]:
@@ -94,18 +96,18 @@ def quality_tables(cells: Cells) -> list[Table]:
 def quality_table(cells: Cells, printed: QualityTable) -> Table:
     """Ours beside the paper's, one row per level, method and configuration."""
     scale = cells.config.scale
-    columns = [Column("Skip (paper)"), Column("Method"), Column("LoRA")]
+    heads = columns("Skip (paper)", "Method", "LoRA")
     shown: list[tuple[str, str, bool]] = []
     for task in printed.tasks:
         ours = f"{TASKS[task]}, {scale.tasks[task]}"
-        columns.append(Column("skip", ours))
+        heads.append(Column("skip", ours))
         for metric in dict.fromkeys((*printed.metrics, HEADLINE[task])):
             measured = _is_measured(cells, scale.tasks[task], metric)
             shown.append((task, metric, measured))
             if measured:
-                columns.append(Column(METRICS[metric], ours))
+                heads.append(Column(METRICS[metric], ours))
             if metric in printed.metrics:
-                columns.append(Column(f"{METRICS[metric]}, paper", ours))
+                heads.append(Column(f"{METRICS[metric]}, paper", ours))
     rows = []
     for level in (0, *printed.levels):
         for method in methods_of(printed.number, scale):
@@ -114,14 +116,10 @@ def quality_table(cells: Cells, printed: QualityTable) -> Table:
     return Table(
         f"table{printed.number}",
         f"Table {printed.number}. {printed.title}",
-        columns,
+        heads,
         rows,
         _caption(cells, printed),
-        [
-            f"{each['where']}: {each['note']}"
-            for each in paper.read()["errata"]
-            if _about(each["where"], printed.number)
-        ],
+        errata(lambda where: _about(where, printed.number)),
         "Quality" if len(printed.number.rstrip("ab")) == 1 and printed.number != "9" else "Quality in detail",
     )
 
@@ -135,7 +133,7 @@ def _row(
     lora: bool,
 ) -> list[Cell]:
     scale, theirs = cells.config.scale, printed.rows.get((level, method, lora), {})
-    row = [Cell(f"{level} %", level), Cell(method_title(method)), Cell("+ LoRA" if lora else "–")]
+    row = [Cell(f"{level} %", level), Cell(method_title(method)), LORA[lora]]
     last = ""
     for task, metric, measured in shown:
         run = run_of(scale, task, printed.model, method, level)
@@ -156,11 +154,11 @@ def overview(cells: Cells) -> Table:
     model = next(iter(scale.models))
     levels = {scale.levels[level]: level for level in sorted(scale.levels, reverse=True)}
     wanted = [(rate, level) for rate, level in sorted(levels.items())]
-    columns, rows = [Column("Method")], []
+    heads, rows = columns("Method"), []
     for task in scale.tasks:
         group = f"{scale.tasks[task]}: {METRICS[HEADLINE[task]]}"
-        columns += [Column(f"{100 * rate:g} % skip", group) for rate, _ in wanted]
-    for method in known_methods(scale):
+        heads += columns(*(f"{100 * rate:g} % skip" for rate, _ in wanted), group=group)
+    for method in scale.methods:
         row = [Cell(method_title(method) + " + LoRA")]
         for task in scale.tasks:
             base = run_of(scale, task, model, "none", 0)
@@ -180,7 +178,7 @@ def overview(cells: Cells) -> Table:
         "Headline metric with LoRA at matched skip rates; behind it the share of Base + LoRA's score that is kept, and "
         "the measured skip rate."
     )
-    return Table("overview", "Overview", columns, rows, caption, section="Overview")
+    return Table("overview", "Overview", heads, rows, caption, section="Overview")
 
 
 def _caption(cells: Cells, printed: QualityTable) -> str:

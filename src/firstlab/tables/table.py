@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 _LATEX = {
@@ -20,25 +21,15 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell.
-
-    Attributes:
-        text: What is shown; empty shows as a dash.
-        value: What is sorted by and stands in the CSV; the text where there is no number.
-        detail: Smaller, behind the text: interval, seeds.
-        mark: Of a test.
-        note: Why there is no value, or what else should be known.
-        command: What fills an empty cell.
-        kind: "ours", "paper", "missing" or "" for looks.
-    """
+    """One cell: its text (a dash where it is empty), and the number that is sorted by and stands in the CSV."""
 
     text: str = ""
     value: float | None = None
-    detail: str = ""
-    mark: str = ""
-    note: str = ""
-    command: str = ""
-    kind: str = ""
+    detail: str = ""  # interval, seeds: smaller, behind the text
+    mark: str = ""  # of a test
+    note: str = ""  # why there is no value, or what else should be known
+    command: str = ""  # what fills an empty cell
+    kind: str = ""  # ours, paper, rate, missing: for looks
 
     @property
     def hint(self) -> str:
@@ -51,6 +42,25 @@ class Cell:
         return " ".join(part for part in (self.text or "–", self.mark, self.detail) if part)
 
 
+#: Without LoRA, with it.
+LORA = {False: Cell("–"), True: Cell("+ LoRA")}
+
+
+def number(value: float | None, form: str = ".1f", kind: str = "ours") -> Cell:
+    """A number, or that it was not measured."""
+    return Cell(note="not measured") if value is None else Cell(f"{value:{form}}", value, kind=kind)
+
+
+def percent(rate: float | None, form: str = ".1f") -> Cell:
+    """A skip rate in percent, or that it was not measured."""
+    return Cell(note="not measured") if rate is None else Cell(f"{100 * rate:{form}} %", 100 * rate, kind="rate")
+
+
+def interval(low: float | None, high: float | None, form: str = ".1f") -> str:
+    """As it stands behind a value; nothing without one."""
+    return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+
+
 @dataclass(frozen=True)
 class Column:
     """A column; columns of one group that stand side by side share a heading."""
@@ -58,21 +68,20 @@ class Column:
     name: str
     group: str = ""
 
+    @property
+    def full_name(self) -> str:
+        """The name with the group."""
+        return f"{self.group} {self.name}".strip()
+
+
+def columns(*names: str, group: str = "") -> list[Column]:
+    """Columns of one group."""
+    return [Column(name, group) for name in names]
+
 
 @dataclass
 class Table:
-    """A table.
-
-    Attributes:
-        key: File name without ending, and anchor on the page.
-        title: Heading.
-        columns: One per cell of a row.
-        rows: Cells.
-        caption: What a reader must know.
-        notes: Errata and remarks.
-        section: Part of the page.
-        picture: SVG above the table, or "".
-    """
+    """A table; `key` is its files' name and its anchor on the page, `picture` an SVG above it."""
 
     key: str
     title: str
@@ -101,35 +110,26 @@ class Table:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """Headings of neighbouring columns and how many each spans."""
-        spans: list[tuple[str, int]] = []
-        for column in self.columns:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = (column.group, spans[-1][1] + 1)
-            else:
-                spans.append((column.group, 1))
-        return spans
+        return [(group, len(list(each))) for group, each in groupby(column.group for column in self.columns)]
 
     def text_column(self, index: int) -> bool:
         """Whether a column holds words only."""
         return all(row[index].value is None and row[index].kind != "missing" and row[index].text for row in self.rows)
 
-    def leads(self, index: int) -> bool:
-        """Whether a column names the rows of a grouped table: it stands before the first group."""
-        return any(column.group for column in self.columns) and not any(c.group for c in self.columns[: index + 1])
+    def classes(self, index: int, cell: Cell | None = None) -> dict[str, str | None]:
+        """CSS classes of a cell, or of a column's heading.
 
-    def starts_group(self, index: int) -> bool:
-        """Whether a column is the first of a group."""
-        return index > 0 and self.columns[index].group != self.columns[index - 1].group
-
-
-def full_name(column: Column) -> str:
-    """The column's name with its group."""
-    return f"{column.group} {column.name}".strip()
-
-
-def text_cell(text: str) -> Cell:
-    """A cell that only says something."""
-    return Cell(text)
+        A column leads that stands before the first group of a grouped table: it names the rows.
+        """
+        groups = [column.group for column in self.columns]
+        names = {
+            "lead": any(groups) and not any(groups[: index + 1]),
+            "none": cell is not None and not cell.text,
+            "text": self.text_column(index),
+            "start": index > 0 and groups[index] != groups[index - 1],
+        }
+        chosen = [name for name, holds in names.items() if holds] + ([cell.kind] if cell and cell.kind else [])
+        return {"class": " ".join(chosen) or None}
 
 
 def markdown(table: Table) -> str:
@@ -141,7 +141,7 @@ def markdown(table: Table) -> str:
     lines = [f"## {table.title}", ""]
     if table.caption:
         lines += [table.caption, ""]
-    lines += [line([full_name(column) for column in table.columns]), "|" + "---|" * len(table.columns)]
+    lines += [line([column.full_name for column in table.columns]), "|" + "---|" * len(table.columns)]
     lines += [line([cell.plain for cell in row]) for row in table.rows]
     if table.notes:
         lines += ["", *(f"- {note}" for note in table.notes)]
@@ -156,9 +156,9 @@ def csv_text(table: Table) -> str:
     wide = {i for row in table.rows for i, cell in enumerate(row) if cell.kind in ("ours", "missing") or cell.detail}
     header: list[str] = []
     for i, column in enumerate(table.columns):
-        header.append(full_name(column))
+        header.append(column.full_name)
         if i in wide:
-            header += [f"{full_name(column)}: {extra}" for extra in ("detail", "test", "note", "command")]
+            header += [f"{column.full_name}: {extra}" for extra in ("detail", "test", "note", "command")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from firstlab.methods.base import Prompts, check_count, routes_without
-from firstlab.model import RouterAugmentedLM
-from firstlab.model.layers import routing
-from firstlab.training.calibration import Batch, rms_normed
+from firstlab.training.calibration import rms_normed, router_input
+from firstlab.training.prompt_set import Batch, PromptSet, check_finite
 
 _KMEANS_ROUNDS = 20
 # No kind of prompt skips more than so many times the mean.
@@ -66,14 +65,24 @@ def greedy_orders(prompts: Prompts, chosen: Tensor, size: int, depth: int) -> li
     layers = prompts.num_layers
     check_count(depth, layers, 1, 1)
     orders: list[list[int]] = [[] for _ in range(size)]
+    between = range(1, layers - 1)
+    bar = tqdm(
+        total=depth * len(between),
+        desc="search layers to skip for each kind of prompts",
+        unit="pass",
+        disable=not prompts.progress_bar,
+        leave=False,
+    )
     for _ in range(depth):
         harm = torch.full((size, layers), torch.inf)
-        for layer in range(1, layers - 1):
+        for layer in between:
             routes = torch.stack([routes_without(layers, [*order, layer]) for order in orders])
             harm[:, layer] = _means(prompts.losses(routes[chosen]), chosen, size)
+            bar.update()
         for cluster_harm, order in zip(harm, orders, strict=True):
             cluster_harm[order] = torch.inf
             order.append(int(cluster_harm.argmin()))
+    bar.close()
     return orders
 
 
@@ -87,7 +96,8 @@ def loss_curves(prompts: Prompts, chosen: Tensor, orders: Sequence[Sequence[int]
     """
     layers, depth = prompts.num_layers, len(orders[0])
     curves = []
-    for count in range(depth + 1):
+    title = "measure what skipping costs"
+    for count in tqdm(range(depth + 1), desc=title, unit="pass", disable=not prompts.progress_bar, leave=False):
         routes = torch.stack([routes_without(layers, order[:count]) for order in orders])
         curves.append(_means(prompts.losses(routes[chosen]), chosen, len(orders)))
     return torch.stack(curves, dim=1)
@@ -148,59 +158,29 @@ def find_codebook(prompts: Prompts, chosen: Tensor, others: Prompts, measured: T
     return torch.stack([routes_without(layers, order[:count]) for order, count in zip(orders, counts, strict=True)])
 
 
-@torch.no_grad()
-def pooled_states(model: RouterAugmentedLM, batches: Sequence[Batch]) -> Tensor:
+def pooled_states(prompts: PromptSet) -> Tensor:
     """Mean state of each prompt in front of every layer, [N, L · D] fp32; tokens have a root mean square of 1."""
-    found = []
-    for batch in batches:
-        watch = _MeanStates(batch["prompt_mask"].bool())
-        with routing(watch):
-            model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        found.append(torch.cat(watch.means, dim=1))
-    return torch.cat(found)
+    found: list[list[Tensor]] = [[] for _ in range(prompts.num_layers)]
 
-
-class _MeanStates:
-    """Routing that runs every layer and keeps the mean state of each prompt in front of it."""
-
-    def __init__(self, prompt_mask: Tensor) -> None:
-        self.prompt_mask = prompt_mask
-        self.means: list[Tensor] = []
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        mask = self.prompt_mask.to(hidden.device)
+    def pool(batch: Batch, index: int, hidden: Tensor) -> None:
+        mask = batch["prompt_mask"].bool().to(hidden.device)
         states = rms_normed(hidden.float()).masked_fill(~mask.unsqueeze(-1), 0)
-        self.means.append((states.sum(1) / mask.sum(1, keepdim=True)).cpu())
-        return run()
+        found[index].append((states.sum(1) / mask.sum(1, keepdim=True)).cpu())
+
+    prompts.observe(pool, "read prompts")
+    states = torch.cat([torch.cat(parts) for parts in found], dim=1)
+    check_finite(states, "mean states of prompts")
+    return states
 
 
-class _PromptStates:
-    """Routing that runs every layer and keeps the prompt tokens' states as the router sees them."""
-
-    def __init__(self, model: RouterAugmentedLM) -> None:
-        self.input_norm = model.routers.settings.input_norm
-        self.states: list[list[Tensor]] = [[] for _ in range(model.num_layers)]
-        self.prompt_mask = torch.empty(0)
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        states = hidden[self.prompt_mask.to(hidden.device)].float()
-        if self.input_norm == "rms":
-            states = rms_normed(states)
-        self.states[index].append(states.cpu())
-        return run()
-
-
-def fit_to_routes(
-    model: RouterAugmentedLM, batches: Sequence[Batch], wanted: Tensor, margin: float, trained: int
-) -> Tensor:
+def fit_to_routes(prompts: PromptSet, wanted: Tensor, *, margin: float, trained: int) -> Tensor:
     """Train the routers to give each prompt its route, rho at least `margin` on the right side of the threshold.
 
     The loss is the squared hinge of rho's distance from the threshold; it needs the states of all prompt tokens,
     tokens · L · D · 4 bytes.
 
     Args:
-        model: Its routers are overwritten.
-        batches: N prompts in all.
+        prompts: N prompts; the routers of their model are overwritten.
         wanted: [N, L], their routes.
         margin: In (0, 0.5).
         trained: The first so many prompts are fitted, the others test it.
@@ -208,21 +188,24 @@ def fit_to_routes(
     Returns:
         [L], the share of right decisions on the prompts that were not fitted.
     """
-    with torch.no_grad():
-        cache = _PromptStates(model)
-        for batch in batches:
-            cache.prompt_mask = batch["prompt_mask"].bool()
-            with routing(cache):
-                model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    lengths = torch.cat([batch["prompt_mask"].sum(1) for batch in batches]).cpu()
+    routers = prompts.model.routers
+    found: list[list[Tensor]] = [[] for _ in range(prompts.num_layers)]
+
+    def keep(batch: Batch, index: int, hidden: Tensor) -> None:
+        states = hidden[batch["prompt_mask"].bool().to(hidden.device)]
+        found[index].append(router_input(states, routers.settings.input_norm).cpu())
+
+    prompts.observe(keep, "read prompts")
+    lengths = torch.cat([batch["prompt_mask"].sum(1) for batch in prompts.batches]).cpu()
     owner = torch.arange(len(lengths)).repeat_interleave(lengths)
-    threshold, sign = model.routers.settings.threshold, wanted.float() * 2 - 1
-    accuracy = torch.ones(model.num_layers)
-    for index, parts in enumerate(cache.states):
+    threshold, sign = routers.settings.threshold, wanted.float() * 2 - 1
+    accuracy = torch.ones(prompts.num_layers)
+    bar = tqdm(found, desc="fit routers", unit="layer", disable=not prompts.progress_bar, leave=False)
+    for index, parts in enumerate(bar):
         states = torch.cat(parts)
         seen = owner < trained
         weight = _fit_one(states[seen], owner[seen], lengths[:trained], sign[:trained, index], margin, threshold)
-        model.routers.weight.data[index] = weight.to(model.routers.weight)
+        routers.weight.data[index] = weight.to(routers.weight)
         rho = _rho(states, owner, lengths, weight)
         right = (rho >= threshold) == wanted[:, index]
         accuracy[index] = right[trained:].float().mean()

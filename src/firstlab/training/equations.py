@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def router_loss(cross_entropy: Tensor, regularization: Tensor, non_skip: Tensor, lam: float, alpha: float) -> Tensor:
+def router_loss(cross_entropy: Tensor, regularization: Tensor, non_skip: Tensor, *, lam: float, alpha: float) -> Tensor:
     """Phase 1 (§4.1): L = L_CE + λ · Σ_i ||r_i||² + α · Σ_i rho_i.
 
     Args:
@@ -19,7 +19,7 @@ def router_loss(cross_entropy: Tensor, regularization: Tensor, non_skip: Tensor,
     return cross_entropy + lam * regularization + alpha * non_skip
 
 
-def lora_loss(cross_entropy: Tensor, non_skip: Tensor, beta: float) -> Tensor:
+def lora_loss(cross_entropy: Tensor, non_skip: Tensor, *, beta: float) -> Tensor:
     """Phase 2 (§4.2): L = L_CE(response) + β · Σ_i rho_i, β = α / 3 in the paper (A.4)."""
     return cross_entropy + beta * non_skip
 
@@ -37,7 +37,7 @@ def distillation_losses(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
 
 
-def dual_step(multiplier: float, skip_rate: float, target: float, rate: float) -> float:
+def dual_step(multiplier: float, skip_rate: float, *, target: float, rate: float) -> float:
     """One step of dual ascent on the measured hard skip rate: too little skipping raises the price of running layers.
 
     The multiplier may become negative, which pays for running layers when too many are skipped.
@@ -46,7 +46,7 @@ def dual_step(multiplier: float, skip_rate: float, target: float, rate: float) -
 
 
 def selection_score(
-    cross_entropy: float, skip_rate: float, target: float | None, tolerance: float, weight: float
+    cross_entropy: float, skip_rate: float, *, target: float | None, tolerance: float, weight: float
 ) -> float:
     """What "best by validation" means at a target skip rate: cross-entropy of the routed model plus `weight` times the
     distance to the target beyond `tolerance`. Without a target it is the cross-entropy alone.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -15,37 +14,18 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from firstlab.methods.base import Routes, rows_of
+from firstlab.config.schema import PhaseConfig
+from firstlab.methods.base import rows_of
 from firstlab.methods.objective import RoutingObjective
-from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, layer_skips
+from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, Routes, layer_skips
 from firstlab.model.loss import in_chunks
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW with linear warm-up and cosine decay to zero.
-
-    Attributes:
-        learning_rate: Peak.
-        weight_decay: Decoupled.
-        warmup_fraction: Share of the optimizer steps.
-        total_steps: Optimizer steps of the whole phase.
-        router_learning_rate: Peak for the routers where they are trained beside LoRA; None takes `learning_rate`.
-    """
-
-    learning_rate: float
-    weight_decay: float
-    warmup_fraction: float
-    total_steps: int
-    router_learning_rate: float | None = None
-
 
 # Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.
 _TARGET_WEIGHT = 10.0
 
 
-class _Phase(L.LightningModule):
+class Phase(L.LightningModule):
     """What both phases share: loss normalisation over ranks, dual ascent, validation, optimizer, lean checkpoints."""
 
     trainable: tuple[str, ...]
@@ -53,19 +33,21 @@ class _Phase(L.LightningModule):
     def __init__(
         self,
         model: RouterAugmentedLM,
+        *,
         objective: RoutingObjective,
-        optimizer: OptimizerSettings,
+        phase: PhaseConfig,
         seed: int,
+        router_learning_rate: float | None = None,
         routes: Routes | None = None,
         val_routes: Routes | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.objective = objective
-        self.optimizer_settings = optimizer
-        self.seed = seed
+        self.model, self.objective, self.phase, self.seed = model, objective, phase, seed
+        self.router_learning_rate = phase.learning_rate if router_learning_rate is None else router_learning_rate
         self.multiplier = objective.multiplier
         self.score = math.inf
+        # The first step whose loss was not finite. A tensor, so that no step waits for the device.
+        self._broken_at = torch.tensor(math.inf)
         # A method's routes of training and validation prompts; None lets the routers decide.
         self.routes, self.val_routes = routes, val_routes
         # Checkpoints hold the trainable weights only.
@@ -91,10 +73,10 @@ class _Phase(L.LightningModule):
         terms = out.loss_terms
         cross_entropy = self._global_mean(terms["cross_entropy"], terms["token_count"])
         fit = cross_entropy
-        if self.objective.distill > 0:
+        if self.phase.distill > 0:
             divergence = self._global_mean(self._divergence(out, batch), terms["token_count"])
             self.log("train/divergence", divergence.detach(), sync_dist=True)
-            fit = cross_entropy + self.objective.distill * divergence
+            fit = cross_entropy + self.phase.distill * divergence
         rows = torch.tensor(len(batch["input_ids"]), device=self.device)
         non_skip = self._global_mean(terms["non_skip"], rows)
         loss = self.loss(fit, non_skip)
@@ -105,6 +87,8 @@ class _Phase(L.LightningModule):
         skip_rate = self._hard_skip_rate(out, batch, routes)
         if self.objective.target_skip is not None:
             self._skip_rates.append(self._global_mean(skip_rate, rows))
+        broken = torch.where(loss.detach().isfinite(), math.inf, self.trainer.global_step + 1.0)
+        self._broken_at = torch.minimum(self._broken_at.to(broken.device), broken)
         self.log("train/loss", loss.detach(), sync_dist=True)
         # In the progress bar: the loss with its driven penalty can fall, below zero even, while the fit gets worse.
         self.log("train/cross_entropy", cross_entropy.detach(), prog_bar=True, sync_dist=True)
@@ -152,8 +136,6 @@ class _Phase(L.LightningModule):
         return local_mean * (local_weight * world / total)
 
     def _hard_skip_rate(self, out: RouterAugmentedOutput, batch: dict[str, Tensor], routes: Routes | None) -> Tensor:
-        if isinstance(routes, Tensor):
-            return 1 - routes.float().mean()
         if routes is not None:
             return _step_skips(out, batch).mean()
         rho = out.rho
@@ -169,12 +151,13 @@ class _Phase(L.LightningModule):
             return
         # Mean over the accumulated micro-batches, the same on every rank.
         measured = float(self.trainer.strategy.reduce(torch.stack(self._skip_rates).mean(), reduce_op="mean"))
-        self.multiplier = dual_step(self.multiplier, measured, target, self.objective.dual_rate)
+        self.multiplier = dual_step(self.multiplier, measured, target=target, rate=self.objective.dual_rate)
         self._skip_rates.clear()
 
     # -- validation: the routed model as inference runs it --
 
     def on_validation_epoch_start(self) -> None:
+        torch.manual_seed(self.seed * self.trainer.world_size + self.global_rank)  # sampled gates, after a resume too
         self._validation = {
             name: torch.zeros(size, device=self.device)
             for name, size in (
@@ -202,10 +185,8 @@ class _Phase(L.LightningModule):
         sums = self._validation
         rows = len(batch["input_ids"])
         tokens = out.loss_terms["token_count"]
-        if routes is None:
-            skips = (~self.model.routers.decide(out.rho)).float()
-        else:
-            skips = (~routes.expand(rows, -1)).float() if isinstance(routes, Tensor) else _step_skips(out, batch)
+        decided = self.model.routers.decide(out.rho)
+        skips = (~decided).float() if routes is None else _step_skips(out, batch)
         sums["nll"] += out.loss * tokens
         sums["tokens"] += tokens
         sums["rows"] += rows
@@ -223,75 +204,81 @@ class _Phase(L.LightningModule):
             # The paper stops on its own training loss (A.4).
             score = float(sums["soft"] / sums["rows"])
         else:
-            score = selection_score(
-                cross_entropy, skip_rate, self.objective.target_skip, self.objective.tolerance, _TARGET_WEIGHT
-            )
+            target, tolerance = self.objective.target_skip, self.objective.tolerance
+            score = selection_score(cross_entropy, skip_rate, target=target, tolerance=tolerance, weight=_TARGET_WEIGHT)
         self.score = score
-        values = {"val/score": score, "val/cross_entropy": cross_entropy, "val/skip_rate": skip_rate}
+        broken = torch.full_like(sums["rows"][0], math.inf if math.isfinite(score) else self.trainer.global_step)
+        self._broken_at = self.trainer.strategy.reduce(
+            torch.minimum(self._broken_at.to(broken.device), broken), reduce_op="min"
+        )
+        values = {"val/cross_entropy": cross_entropy, "val/skip_rate": skip_rate}
         for index in range(self.model.num_layers):
             values[f"rho/layer{index:02d}"] = float(rho[index])
             values[f"skip/layer{index:02d}"] = float(skip[index])
         # Already reduced: the same number on every rank.
         self.log_dict(values, rank_zero_only=False, sync_dist=False)
-        self.log("val_score", score, prog_bar=True, logger=False)
+        self.log("val/score", score, prog_bar=True)
+
+    @property
+    def broken_at(self) -> int | None:
+        """The first step whose loss, in training or in the validation behind it, was not finite."""
+        step = float(self._broken_at)
+        return int(step) if math.isfinite(step) else None
 
     # -- optimizer and checkpoints --
 
     def configure_optimizers(self) -> Any:
-        settings = self.optimizer_settings
-        routers = {id(p) for p in self.model.routers.parameters()}
-        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in routers]
-        rate = settings.learning_rate if settings.router_learning_rate is None else settings.router_learning_rate
-        groups = [
-            {"params": [p for p in self.model.routers.parameters() if p.requires_grad], "lr": rate},
-            {"params": others, "lr": settings.learning_rate},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=rate, weight_decay=settings.weight_decay
-        )
-        warmup = max(1, round(settings.warmup_fraction * settings.total_steps))
+        routers = [p for p in self.model.routers.parameters() if p.requires_grad]
+        known = set(map(id, routers))
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+        rate, total = self.phase.learning_rate, self.trainer.max_steps
+        groups = [{"params": routers, "lr": self.router_learning_rate}, {"params": others, "lr": rate}]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=self.phase.weight_decay)
+        warmup = max(1, round(self.phase.warmup_fraction * total))
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            progress = (step - warmup) / max(1, settings.total_steps - warmup)
+            progress = (step - warmup) / max(1, total - warmup)
             return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def trainable_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a state dict that this phase trains; all that its checkpoints hold."""
         named = ((name.replace("_fsdp_wrapped_module.", ""), p) for name, p in self.named_parameters())
         trainable = {name for name, p in named if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        return {name: value for name, value in state.items() if name in trainable}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.trainable_weights(checkpoint["state_dict"])
         checkpoint["multiplier"] = self.multiplier
-        checkpoint["val_score"] = self.score
+        checkpoint["broken_at"] = self._broken_at.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.multiplier = checkpoint["multiplier"]
+        self.multiplier, self._broken_at = checkpoint["multiplier"], checkpoint["broken_at"]
 
 
-class RouterModule(_Phase):
+class RouterModule(Phase):
     """Phase 1: routers only (§4.1)."""
 
     trainable: tuple[str, ...] = ("routers",)
 
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
-        """CE + λ Σ||r||² + α Σ rho."""
-        return router_loss(
-            cross_entropy, self.model.routers.squared_norm(), non_skip, self.objective.lam, self.multiplier
-        )
+        """CE + λ Σ||r||² + α Σ rho; `multiplier` is α."""
+        norms = self.model.routers.squared_norm()
+        return router_loss(cross_entropy, norms, non_skip, lam=self.objective.lam, alpha=self.multiplier)
 
 
-class LoRACompensationModule(_Phase):
+class LoRACompensationModule(Phase):
     """Phase 2: LoRA under frozen routers (§4.2)."""
 
     trainable = ("lora",)
 
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
-        """CE(response) + β Σ rho."""
-        if self.routes is not None:
-            return cross_entropy
-        return lora_loss(cross_entropy, non_skip, self.multiplier)
+        """CE(response) + β Σ rho, `multiplier` is β; where a method has decided the routes, CE alone."""
+        return cross_entropy if self.routes is not None else lora_loss(cross_entropy, non_skip, beta=self.multiplier)
 
 
 class OnePhaseModule(RouterModule):
@@ -301,6 +288,6 @@ class OnePhaseModule(RouterModule):
 
 
 def _step_skips(out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
-    """[B, L], how often the response's tokens skipped each layer, where that changes from token to token."""
+    """[B, L], how often the response's tokens skipped each layer under forced routes."""
     assert out.ran is not None
     return layer_skips(out.ran, batch["attention_mask"].bool() & ~batch["prompt_mask"].bool())

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import Row, TrainingRows, collate_training
 from firstlab.data.task import Example
+from firstlab.methods.base import rows_of
 from firstlab.methods.early_exit import teacher_forced_skip_rates
-from firstlab.model import EarlyExit, PromptReading, PrunedRoutes, RouterAugmentedLM
+from firstlab.model import EarlyExit, PromptReading, RouterAugmentedLM, Routes, as_routes
 from firstlab.model.layers import routing
-from firstlab.training.calibration import Batch, losses_under_routes, read_prompts
+
+Batch = dict[str, Tensor]
 
 
 class PromptSet:
@@ -28,6 +31,7 @@ class PromptSet:
         batch_size: Prompts in one pass.
         cache_bytes: Room for the prompts' keys and values, so that measuring losses again under other routes computes
             the responses only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
+        progress_bar: Show one where all prompts are read, or read again and again.
     """
 
     def __init__(
@@ -37,9 +41,10 @@ class PromptSet:
         examples: Sequence[Example],
         batch_size: int,
         cache_bytes: int = 0,
+        progress_bar: bool = False,
     ) -> None:
         self.model, self.data, self.examples, self.batch_size = model, data, examples, batch_size
-        self.cache_bytes = cache_bytes
+        self.cache_bytes, self.progress_bar = cache_bytes, progress_bar
         self._readings: list[PromptReading | None] = []
         self.texts: Sequence[str] = [data.task.prompt(example) for example in examples]
 
@@ -62,7 +67,8 @@ class PromptSet:
 
     def slice(self, start: int, stop: int) -> PromptSet:
         """Those from `start` up to `stop`, as in a list."""
-        return PromptSet(self.model, self.data, self.examples[start:stop], self.batch_size, self.cache_bytes)
+        examples = self.examples[start:stop]
+        return PromptSet(self.model, self.data, examples, self.batch_size, self.cache_bytes, self.progress_bar)
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -80,6 +86,8 @@ class PromptSet:
 
     @cached_property
     def _rows(self) -> list[Row]:
+        if not self.examples:
+            raise ValueError("there are no prompts to measure: raise data.train_size or data.val_size")
         if not all(example.references for example in self.examples):
             raise ValueError("a prompt without a reference cannot be routed by a method that measures its loss")
         rows = TrainingRows(self.data.task, self.examples, self.data.tokenizer, self.data.max_length)
@@ -97,17 +105,17 @@ class PromptSet:
         sums, counts = self._sums(routes)
         return sums / counts
 
-    def loss(self, routes: Tensor | PrunedRoutes) -> float:
+    def loss(self, routes: Tensor | Routes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L] or [N, L])."""
         sums, counts = self._sums(routes)
         return float(sums.sum() / counts.sum())
 
-    def _sums(self, routes: Tensor | PrunedRoutes) -> tuple[Tensor, Tensor]:
+    def _sums(self, routes: Tensor | Routes) -> tuple[Tensor, Tensor]:
         order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
-        if isinstance(routes, Tensor) and routes.ndim == 2:
-            routes = routes[order]
+        forced = as_routes(routes).rows(order.tolist())
         with self.model.lora_disabled():
-            sums, counts = losses_under_routes(self.model, self._by_length, routes, self._read())
+            sums, counts = losses_under_routes(self.model, self._by_length, forced, self._read())
+        check_finite(sums / counts, "losses of prompts")
         back = order.argsort()
         return sums[back], counts[back]
 
@@ -145,6 +153,21 @@ class PromptSet:
         return labels.masked_fill((labels != -100).cumsum(1) > most.unsqueeze(1), -100)
 
     @torch.no_grad()
+    def observe(
+        self, see: Callable[[Batch, int, Tensor], None], title: str, attention_mask: str = "attention_mask"
+    ) -> None:
+        """Call `see(batch, layer, states [B, T, D])` for the input of every layer when all of them run.
+
+        Args:
+            see: The observer.
+            title: Of the progress bar.
+            attention_mask: Which mask of a batch the model attends by.
+        """
+        for batch in tqdm(self.batches, desc=title, unit="batch", disable=not self.progress_bar, leave=False):
+            with self.model.lora_disabled(), routing(_Observer(batch, see)):
+                self.model.backbone(input_ids=batch["input_ids"], attention_mask=batch[attention_mask], use_cache=False)
+
+    @torch.no_grad()
     def layer_states(self) -> Iterator[list[Tensor]]:
         """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the output of the last one.
 
@@ -180,3 +203,83 @@ class _States:
         after = output[0] if isinstance(output, tuple) else output
         self.states.append(after[self.mask.to(after.device)])
         return output
+
+
+class _Observer:
+    """Routing that runs every layer and shows its input."""
+
+    def __init__(self, batch: Batch, see: Callable[[Batch, int, Tensor], None]) -> None:
+        self.batch, self.see = batch, see
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        self.see(self.batch, index, hidden)
+        return run()
+
+
+@torch.no_grad()
+def losses_under_routes(
+    model: RouterAugmentedLM,
+    batches: Sequence[Batch],
+    routes: Tensor | Routes,
+    readings: Iterable[PromptReading | None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Response cross-entropy of every prompt when decode runs exactly `routes`.
+
+    Args:
+        model: The model.
+        batches: Teacher-forced batches, N rows in all.
+        routes: [L] boolean, or [N, L] with one row per prompt; or layers that the prompts do not run either.
+        readings: The prompts of each batch as the model read them earlier, with every layer; by default they are read
+            here. Of no use where prompts skip layers, too.
+
+    Returns:
+        (summed over response tokens [N], number of response tokens [N]), on the CPU.
+    """
+    sums, counts, seen = [], [], 0
+    if as_routes(routes).skips_prompt:
+        readings = [None] * len(batches)
+    elif readings is None:
+        readings = read_prompts(model, batches)
+    for batch, reading in zip(batches, readings, strict=True):
+        rows = range(seen, seen + len(batch["input_ids"]))
+        seen = rows.stop
+        labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
+        forced = rows_of(routes, rows, labels.device)
+        if reading is not None:
+            assert isinstance(forced, Tensor)
+            out = model.respond(reading, labels, routes=forced)
+        else:
+            out = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                prompt_mask=batch["prompt_mask"],
+                objective="decode_consistent",
+                routes=forced,
+                keep_logits=False,
+            )
+        assert out.token_losses is not None
+        sums.append(out.token_losses.sum(1).cpu())
+        counts.append((labels[:, 1:] != -100).sum(1).cpu())
+    return torch.cat(sums), torch.cat(counts)
+
+
+@torch.no_grad()
+def read_prompts(model: RouterAugmentedLM, batches: Iterable[Batch]) -> Iterator[PromptReading | None]:
+    """The prompts of each batch, read when they are asked for; None where they cannot be read alone."""
+    for batch in batches:
+        yield model.read_prompts(batch["input_ids"], batch["attention_mask"], batch["prompt_mask"])
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse to decide by numbers that are none: a comparison with NaN is false, and the answer would be wrong.
+
+    Raises:
+        ValueError: Some are infinite or not a number.
+    """
+    broken = int((~values.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {values.numel()} {what} are infinite or not a number; check the weights of model.path, or "
+            "use model.dtype=float32 or bfloat16, which overflow less than float16"
+        )

@@ -29,7 +29,7 @@ from firstlab.training.codebook import (
     pooled_states,
     threshold_at,
 )
-from firstlab.training.prompt_set import PromptSet
+from firstlab.training.prompt_set import PromptSet, check_finite
 
 # The SLEB order that routers with a calibrated start begin from: layers, best skipped first.
 STATIC_ORDER = "start.json"
@@ -53,9 +53,10 @@ def start_phase_1(directory: Path, start: RouterStart, training: PromptSet) -> d
     """
     if start.codebook_size > 1:
         return _from_codebook(directory, start, training)
-    prompts = training.slice(0, start.calibration_prompts)
+    prompts = training.take(start.calibration_prompts)
+    _say(f"calibrating the routers' start on {len(prompts)} training prompts")
     order = _static_order(directory, prompts, start) if start.skip_rate > 0 else []
-    start_routers(prompts.model, prompts.batches, order, start.skip_rate, start.margin)
+    start_routers(prompts, order, skip_rate=start.skip_rate, margin=start.margin)
     return {}
 
 
@@ -66,8 +67,9 @@ def _static_order(directory: Path, prompts: PromptSet, start: RouterStart) -> li
     if not file.is_file() and rank()[0] == 0:
         check_count(math.ceil(count), layers, 1, 1)
         # The whole layers first, by themselves: with the last one in the search their set need not be the best.
-        order = elimination(layers, math.floor(count), prompts.loss, width=start.search_width)
-        order = elimination(layers, math.ceil(count), prompts.loss, first=order)
+        shown, width = prompts.progress_bar, start.search_width
+        order = elimination(layers, math.floor(count), prompts.loss, width=width, progress_bar=shown)
+        order = elimination(layers, math.ceil(count), prompts.loss, first=order, progress_bar=shown)
         write_atomically(file, json.dumps(order) + "\n")
     barrier()
     return read_order(directory, layers, math.ceil(count))
@@ -93,15 +95,15 @@ def read_order(directory: Path, num_layers: int, count: int) -> list[int]:
 def _from_codebook(directory: Path, start: RouterStart, training: PromptSet) -> dict[str, float]:
     first = start.calibration_prompts
     prompts, others = training.slice(0, first), training.slice(first, first + start.fit_prompts)
-    model = training.model
     if len(others) < 4:
         raise ValueError(
             f"method.start=codebook needs at least 4 training prompts behind the first {first}, and there are "
             f"{len(others)}: lower method.calibration_prompts, or raise data.train_size"
         )
-    states = pooled_states(model, prompts.batches)
+    _say(f"calibrating the routers' start (codebook) on {len(prompts)} training prompts and {len(others)} further ones")
+    states = pooled_states(prompts)
     centres = cluster(states, start.codebook_size)
-    measured = nearest(pooled_states(model, others.batches), centres)
+    measured = nearest(pooled_states(others), centres)
     file = directory / CODEBOOK
     if not file.is_file() and rank()[0] == 0:
         found = find_codebook(prompts, nearest(states, centres), others, measured, start.skip_rate)
@@ -117,18 +119,17 @@ def _from_codebook(directory: Path, start: RouterStart, training: PromptSet) -> 
     routes = read_own(file, parse)
     wanted = routes[measured]
     trained = math.ceil(len(others) * 3 / 4)
-    accuracy = fit_to_routes(model, others.batches, wanted, start.margin, trained)
+    accuracy = fit_to_routes(others, wanted, margin=start.margin, trained=trained)
     started = {
         "start_accuracy": float(accuracy.mean()),
         "start_constant_accuracy": float(constant_accuracy(wanted, trained).mean()),
     }
+    _say(
+        f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
+        f"{100 * started['start_accuracy']:.1f} % of decisions right on held-out prompts, "
+        f"{100 * started['start_constant_accuracy']:.1f} % by constant ones"
+    )
     if rank()[0] == 0:
-        print(
-            f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
-            f"{100 * started['start_accuracy']:.1f} % of decisions right on held-out prompts, "
-            f"{100 * started['start_constant_accuracy']:.1f} % by constant ones",
-            flush=True,
-        )
         record = {"routes": routes.tolist(), "held_out_accuracy": accuracy.tolist()}
         write_atomically(file, json.dumps(record) + "\n")
     return started
@@ -138,6 +139,12 @@ def calibrate_rate(validation: PromptSet, skip_rate: float) -> float:
     """Move the routers' threshold so that these prompts skip `skip_rate` on average; returns the new threshold."""
     model = validation.model
     rho = torch.cat([model.prompt_rho(batch["input_ids"], batch["prompt_mask"]) for batch in validation.batches])
+    check_finite(rho, "rho of validation prompts")
     threshold = threshold_at(rho.cpu(), skip_rate)
     model.routers.settings = replace(model.routers.settings, threshold=threshold)
     return threshold
+
+
+def _say(message: str) -> None:
+    if rank()[0] == 0:
+        print(message, flush=True)

@@ -1,54 +1,31 @@
-"""One phase as one Lightning fit: callbacks, atomic checkpoints, exact resume, best weights by validation."""
+"""One phase as one Lightning fit: atomic checkpoints, exact resume, the best weights by validation."""
 
 from __future__ import annotations
 
 import math
 import os
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
+from firstlab.config.schema import PhaseConfig, TrainerConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.model.layers import find_decoder
-from firstlab.training.modules import LoRACompensationModule, RouterModule
+from firstlab.store.ranks import barrier, rank
+from firstlab.training.modules import Phase
 
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How one phase is run.
-
-    Attributes:
-        accelerator, devices, num_nodes, strategy, precision: As for Lightning's Trainer; strategy auto, ddp or fsdp.
-        accumulate: Micro-batches per optimizer step; their mean losses weigh alike.
-        max_steps: Optimizer steps.
-        gradient_clip: Global gradient norm, or None.
-        validate_every, checkpoint_every: In optimizer steps.
-        patience: Validations without improvement before stopping, or None.
-        progress_bar: Show progress.
-    """
-
-    accelerator: str
-    devices: int
-    num_nodes: int
-    strategy: str
-    precision: str
-    accumulate: int
-    max_steps: int
-    gradient_clip: float | None
-    validate_every: int
-    checkpoint_every: int
-    patience: int | None
-    progress_bar: bool
+LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -81,14 +58,53 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         ) from error
 
 
-class _CountBatches(Callback):
-    """Tells the data module where an interrupted run goes on. Lightning runs it before any ModelCheckpoint."""
+class _Progress(Callback):
+    """Everything that a resumed run must know, in one file that is written last at a step.
 
-    def __init__(self, data: PromptDataModule) -> None:
-        self.data = data
+    At a step, training comes first, then validation where it is due, then last.ckpt with the best weights so far and
+    the patience left: whenever the run is killed, it goes on behind a step that was finished.
+    """
+
+    def __init__(self, data: PromptDataModule, phase: PhaseConfig, max_steps: int, directory: Path) -> None:
+        self.data, self.phase, self.max_steps, self.directory = data, phase, max_steps, directory
+        self.validate_every = min(phase.validate_every, max_steps)
+        self.start_score = math.inf
+        self.best_score, self.best_step = math.inf, 0
+        self.best_weights: dict[str, Tensor] = {}
+        self.waited, self.stopped = 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("start_score", "best_score", "best_step", "best_weights", "waited", "stopped")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.should_stop = self.stopped
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.data.consumed_batches = batch_idx + 1
+        if self.data.consumed_batches % self.phase.accumulate == 0 and trainer.global_step % self.validate_every:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, Phase)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.waited += 1
+        if module.score < self.best_score:
+            weights = module.trainable_weights(trainer.strategy.lightning_module_state_dict())
+            self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            self.best_score, self.best_step, self.waited = module.score, trainer.global_step, 0
+        if self.phase.patience is not None:
+            self.stopped = self.waited >= self.phase.patience or not math.isfinite(module.score)
+            trainer.should_stop = self.stopped
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.global_step % self.phase.checkpoint_every == 0:
+            trainer.save_checkpoint(self.directory / LAST)
 
 
 class _ProgressBar(TQDMProgressBar):
@@ -116,71 +132,28 @@ def make_strategy(name: str, layer_class: type[torch.nn.Module]) -> Strategy | s
     return "auto"
 
 
-def fit_phase(
-    module: RouterModule | LoRACompensationModule,
-    data: PromptDataModule,
-    settings: FitSettings,
-    directory: Path,
-    loggers: list[Logger],
-    resume: bool,
-) -> dict[str, float]:
-    """Train, resuming from `directory/last.ckpt` if there is one, and leave the best weights in the module.
-
-    Args:
-        module: The phase.
-        data: Its loaders make the whole run one epoch.
-        settings: See `FitSettings`.
-        directory: For last.ckpt and best.ckpt.
-        loggers: Lightning loggers.
-        resume: Whether to go on from last.ckpt.
-
-    Returns:
-        Validation figures of the weights kept.
-    """
-    last = directory / "last.ckpt"
-    best = ModelCheckpoint(
-        directory,
-        filename="best",
-        monitor="val_score",
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-    callbacks: list[Callback] = [
-        _CountBatches(data),
-        best,
-        ModelCheckpoint(
-            directory,
-            filename="last",
-            every_n_train_steps=settings.checkpoint_every,
-            save_top_k=1,
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-        ),
-    ]
-    if settings.patience is not None:
-        callbacks.append(EarlyStopping("val_score", patience=settings.patience, check_on_train_epoch_end=False))
+def _trainer(module: Phase, config: TrainerConfig, progress: _Progress, loggers: list[Logger]) -> L.Trainer:
+    callbacks: list[Callback] = [progress]
     if loggers:
         callbacks.append(LearningRateMonitor("step"))
-    if settings.progress_bar:
+    if config.progress_bar:
         callbacks.append(_ProgressBar(f"train {' and '.join(module.trainable)}"))
-    layer_class = type(find_decoder(module.model.lm)[1][0])
     plugins: list[Any] = [AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning would requeue the job itself, from a checkpoint that it also puts in place of what we validate.
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    trainer = L.Trainer(
-        default_root_dir=directory,
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=make_strategy(settings.strategy, layer_class),
-        precision=cast(Any, settings.precision),  # Lightning checks it; its name for the type is private
+    return L.Trainer(
+        default_root_dir=progress.directory,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=make_strategy(config.strategy, type(find_decoder(module.model.lm)[1][0])),
+        precision=cast(Any, config.precision),  # Lightning checks it; its name for the type is private
         max_epochs=1,
-        max_steps=settings.max_steps,
-        accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=settings.gradient_clip,
-        val_check_interval=min(settings.validate_every, settings.max_steps) * settings.accumulate,
+        max_steps=progress.max_steps,
+        accumulate_grad_batches=module.phase.accumulate,
+        gradient_clip_val=module.phase.gradient_clip,
+        val_check_interval=progress.validate_every * module.phase.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -188,13 +161,46 @@ def fit_phase(
         plugins=plugins,
         logger=loggers or False,
         use_distributed_sampler=False,
-        enable_progress_bar=settings.progress_bar,
+        enable_checkpointing=False,  # `_Progress` does it
+        enable_progress_bar=config.progress_bar,
         enable_model_summary=False,
     )
+
+
+def fit_phase(
+    module: Phase,
+    data: PromptDataModule,
+    *,
+    config: TrainerConfig,
+    max_steps: int,
+    directory: Path,
+    loggers: list[Logger],
+    resume: bool,
+) -> dict[str, Any]:
+    """Train, resuming from `directory/last.ckpt` if there is one, and leave the best weights in the module.
+
+    Sharded weights stay where they are; the best ones are in `directory/best.ckpt` then.
+
+    Args:
+        module: The phase.
+        data: Its loaders make the whole run one epoch.
+        config: Where and how it runs.
+        max_steps: Optimizer steps.
+        directory: For checkpoints.
+        loggers: Lightning loggers.
+        resume: Whether to go on from last.ckpt.
+
+    Returns:
+        Validation figures of the weights kept, and as `warning` what is wrong with the training, or None.
+    """
+    progress = _Progress(data, module.phase, max_steps, directory)
+    trainer = _trainer(module, config, progress, loggers)
     data.start_over()
     # The start competes with what training makes of it: a calibrated router may not be worth changing.
-    start = {k: v.detach().cpu().clone() for k, v in module.state_dict().items() if k in _trainable(module)}
+    start = {name: value.cpu().clone() for name, value in module.trainable_weights(module.state_dict()).items()}
     [before] = trainer.validate(module, datamodule=data, verbose=False)
+    progress.start_score = before["val/score"]
+    last = directory / LAST
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.is_file() else None)
     except SystemExit:
@@ -202,26 +208,25 @@ def fit_phase(
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    if settings.strategy == "fsdp":
-        # The module holds shards; the best checkpoint holds everything.
-        checkpoint = read_checkpoint(Path(best.best_model_path))
-        module.multiplier = checkpoint["multiplier"]
-        return {"val/score": float(checkpoint["val_score"])}
-    [final] = trainer.validate(module, datamodule=data, verbose=False)
-    start_score, best_score = _finite(before["val/score"]), _finite(best.best_model_score)
-    kept_score = min(start_score, best_score)
-    if not final["val/score"] <= kept_score < math.inf:  # training that diverges ends at NaN
-        kept = Path(best.best_model_path)
-        weights = start if start_score == kept_score else read_checkpoint(kept)["state_dict"]
-        module.load_state_dict(weights, strict=False)
-        [final] = trainer.validate(module, datamodule=data, verbose=False)
-    return {**final, "start/score": before["val/score"]}
-
-
-def _finite(score: Any) -> float:
-    """A score to be compared: one that is missing or not a number is as bad as can be."""
-    return math.inf if score is None or not math.isfinite(score) else float(score)
-
-
-def _trainable(module: torch.nn.Module) -> set[str]:
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    start_score = progress.start_score if math.isfinite(progress.start_score) else math.inf
+    kept_score = min(start_score, progress.best_score)
+    kept = start if start_score == kept_score else progress.best_weights
+    final = {"val/score": kept_score}
+    if config.strategy == "fsdp":
+        if rank()[0] == 0:
+            AtomicCheckpointIO().save_checkpoint({"state_dict": kept}, directory / BEST)
+        barrier()
+        last_is_best = False
+    else:
+        [figures] = trainer.validate(module, datamodule=data, verbose=False)
+        last_is_best = figures["val/score"] <= kept_score < math.inf  # training that diverges ends at NaN
+        if not last_is_best:
+            module.load_state_dict(kept, strict=False)
+            [figures] = trainer.validate(module, datamodule=data, verbose=False)
+        final.update(figures)
+    warning = None
+    if module.broken_at is not None:
+        warning = f"non-finite loss at step {module.broken_at}"
+    elif kept is start and not last_is_best:
+        warning = "did not improve on its start"
+    return {**final, "start/score": progress.start_score, "warning": warning}

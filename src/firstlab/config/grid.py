@@ -1,0 +1,288 @@
+"""The grid of planned runs: what the paper's tables need and what sweeps add, from one file of conf/scale."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from omegaconf import MISSING
+
+from firstlab.config.compose import own_conf_dirs, search_path
+from firstlab.store import paper
+from firstlab.store.paper import QualityTable
+
+#: The paper's methods; the detailed tables show the others of a scale behind them.
+PAPER_METHODS = ("none", "skip_decode", "random_skip", "unified_skip", "first_soft", "first")
+#: FiRST, the paper's form and ours: the rows of the paper's tables of times and layers.
+FIRST = ("first_soft", "first")
+
+
+@dataclass
+class AblationConfig:
+    """One row of the ablation table: the default method with some settings changed.
+
+    Attributes:
+        group: The setting.
+        name: Its value.
+        overrides: What makes it.
+        method: Another method instead of the default one, with no level asked for: whatever its overrides skip.
+    """
+
+    group: str = MISSING
+    name: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+    method: str | None = None
+
+
+@dataclass
+class ScaleConfig:
+    """What stands for the paper's models, tasks and levels; tables of those that it lacks are left out.
+
+    Attributes:
+        name: The file's; also the folder of its tables.
+        base: Overrides that every run of the scale starts with.
+        models: Paper's model to ours (conf/model).
+        tasks: Paper's task to ours (conf/data).
+        levels: Paper's skip level in percent to the skip rate that we ask for.
+        alphas: Paper's skip level in percent to α, for methods that take α.
+        methods: Overrides per method; {level} and {alpha} are filled in.
+        ablation_model: Which of the paper's models the ablations are made with, on the first task; null for none.
+        all_steps: Overrides that give the LoRA phase the steps of both phases.
+        ablations: Rows of the ablation table.
+    """
+
+    name: str = MISSING
+    base: list[str] = field(default_factory=list)
+    models: dict[str, str] = MISSING
+    tasks: dict[str, str] = MISSING
+    levels: dict[int, float] = MISSING
+    alphas: dict[int, float] = field(default_factory=dict)
+    methods: dict[str, list[str]] = MISSING
+    ablation_model: str | None = None
+    all_steps: list[str] = field(default_factory=list)
+    ablations: list[AblationConfig] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ValueError with the option's full name."""
+        for option, theirs in (("models", paper.models()), ("tasks", paper.tasks())):
+            ours = getattr(self, option)
+            if not ours or set(ours) - set(theirs):
+                wrong = f"{min(set(ours) - set(theirs))!r} is not the paper's" if ours else "it is empty"
+                known = ", ".join(theirs)
+                raise ValueError(f"scale.{option}={dict(ours)}: {wrong}; say what stands for any of {known}")
+        if "none" not in self.methods:
+            raise ValueError("scale.methods has no entry for 'none': every table compares with the dense model")
+        if self.ablation_model is not None and self.ablation_model not in self.models:
+            raise ValueError(f"scale.ablation_model={self.ablation_model!r}: choose one of {', '.join(self.models)}")
+        for level, rate in self.levels.items():
+            if not 0 < rate < 1:
+                raise ValueError(f"scale.levels.{level}={rate} is not a skip rate: strictly between 0 and 1")
+        missing = sorted(set(self.levels) - set(self.alphas))
+        for method, overrides in self.methods.items():
+            if missing and any("{alpha}" in each for each in overrides):
+                raise ValueError(f"scale.methods.{method} takes an α, and scale.alphas has none for {missing}")
+
+    def entry(self, option: str, key: Any) -> Any:
+        """What the scale has for a model, task, level or method.
+
+        Raises:
+            ValueError: Nothing.
+        """
+        known = getattr(self, option)
+        if key not in known:
+            raise ValueError(f"scale.{option} has no entry for {key!r}; it has {', '.join(map(str, known))}")
+        return known[key]
+
+
+@dataclass
+class CellsConfig:
+    """Runs of a sweep.
+
+    Attributes:
+        tables: Tables of the paper whose runs are made (table3 stands for 3a and 3b), at `rates` if any are named.
+        ablations: Paper's levels (percent) at which the rows of the ablation table are made.
+        models, tasks: Ours, instead of all of the scale; as axes where no table is named, and else to narrow.
+        methods: The same; required where neither tables nor ablations are named.
+        rates: Skip rates; the dense model has none.
+        seeds: Of every run.
+        changes: Further overrides, a run for each list.
+    """
+
+    tables: list[str] = field(default_factory=list)
+    ablations: list[int] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    changes: list[list[str]] = field(default_factory=lambda: [[]])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `firstlab.train`.
+
+    Attributes:
+        task, model, method: Names of files in conf/data, conf/model and conf/method.
+        level: Skip rate that is asked for, 0 for the dense model, None where none is asked for.
+        overrides: What the command line says, without the seed.
+        changes: The part of `overrides` by which an ablation differs from the method's defaults.
+    """
+
+    task: str
+    model: str
+    method: str
+    level: float | None
+    overrides: tuple[str, ...] = field(compare=False)
+    changes: tuple[str, ...] = ()
+
+    def command(self, seed: int = 0) -> str:
+        """Ready for a shell."""
+        own = search_path(own_conf_dirs())
+        return shlex.join(["python", "-m", "firstlab.train", *own, *self.overrides, f"seed={seed}"])
+
+
+def quality_of(scale: ScaleConfig) -> list[QualityTable]:
+    """The paper's quality tables: what the scale stands for of them, their models, tasks and levels."""
+    tables = []
+    for table in paper.quality_tables().values():
+        tasks = tuple(task for task in table.tasks if task in scale.tasks)
+        rows = {key: row for key, row in table.rows.items() if key[0] in (0, *scale.levels)}
+        narrowed = replace(table, tasks=tasks, rows=rows)
+        if table.model in scale.models and tasks and narrowed.levels:
+            tables.append(narrowed)
+    return tables
+
+
+def tpot_of(scale: ScaleConfig) -> dict[str, dict[str, Any]]:
+    """The paper's tables of times, as `quality_of`: number to title, model and the ratios of each task and level."""
+    tables = {}
+    for number, node in paper.read()["tpot"].items():
+        tasks = {
+            task: {level: ratio for level, ratio in ratios.items() if level in scale.levels}
+            for task, ratios in node["tasks"].items()
+            if task in scale.tasks
+        }
+        if node["model"] in scale.models and any(tasks.values()):
+            tables[number] = {**node, "tasks": tasks}
+    return tables
+
+
+def run_of(scale: ScaleConfig, task: str, model: str, method: str, level: int, changes: tuple[str, ...] = ()) -> Run:
+    """The run behind a cell.
+
+    Args:
+        scale: Says what stands for the paper's names.
+        task, model: The paper's.
+        method: A method of the scale.
+        level: The paper's skip level in percent; 0 for the dense model.
+        changes: Further overrides.
+
+    Raises:
+        ValueError: The scale has nothing for one of them.
+    """
+    rate = scale.entry("levels", level) if level else 0.0
+    return at_rate(scale, task, model, method, rate, scale.alphas.get(level, 0), changes)
+
+
+def at_rate(
+    scale: ScaleConfig,
+    task: str,
+    model: str,
+    method: str,
+    rate: float,
+    alpha: float = 0,
+    changes: tuple[str, ...] = (),
+) -> Run:
+    """As `run_of`, at any skip rate of a method that takes one."""
+    fill = {"level": f"{rate:.12g}", "alpha": f"{alpha:.12g}"}
+    data, base = scale.entry("tasks", task), scale.entry("models", model)
+    own = [each.format_map(fill) for each in scale.entry("methods", method)]
+    return Run(data, base, method, rate, (*scale.base, f"model={base}", f"data={data}", *own, *changes), changes)
+
+
+def level_keys(scale: ScaleConfig) -> set[str]:
+    """Keys that set a skip level; runs that differ in them alone belong to one method."""
+    templates = [each for overrides in scale.methods.values() for each in overrides if "{" in each]
+    return {each.partition("=")[0] for each in templates}
+
+
+def methods_of(number: str, scale: ScaleConfig) -> list[str]:
+    """Rows of a quality table: the paper's methods and ours in the main tables, all of them in the detailed ones."""
+    detailed = number in ("9", "10", "11", "12", "13a", "13b", "14a", "14b")
+    return [name for name in scale.methods if detailed or name in (*PAPER_METHODS, "sleb")]
+
+
+def ablation_runs(scale: ScaleConfig, level: int, reference: str = "first") -> list[tuple[str, str, Run]]:
+    """(group, name, run) of every ablation at a level of the paper, the unchanged method first."""
+    model = scale.ablation_model
+    if model is None:
+        return []
+    task = next(iter(scale.tasks))
+
+    def run(changes: tuple[str, ...] = (), method: str | None = None) -> Run:
+        if method is None:
+            return run_of(scale, task, model, reference, level, changes)
+        named = (f"model={scale.models[model]}", f"data={scale.tasks[task]}", f"method={method}")
+        return Run(scale.tasks[task], scale.models[model], method, None, (*scale.base, *named, *changes), changes)
+
+    rows = [("default", reference, run())]
+    for each in scale.ablations:
+        changes = [part for item in each.overrides for part in (scale.all_steps if item == "{all_steps}" else [item])]
+        rows.append((each.group, each.name, run(tuple(changes), each.method)))
+    return rows
+
+
+def planned_runs(scale: ScaleConfig) -> dict[Run, list[str]]:
+    """Every run that a table of the paper needs, with the names of those tables, main tables first."""
+    plan: dict[Run, list[str]] = {}
+    for name, run in _needs(scale):
+        tables = plan.setdefault(run, [])
+        if name not in tables:
+            tables.append(name)
+    return plan
+
+
+def _needs(scale: ScaleConfig) -> Iterator[tuple[str, Run]]:
+    for table in quality_of(scale):
+        for task in table.tasks:
+            for method in methods_of(table.number, scale):
+                for level in [0] if method == "none" else table.levels:
+                    yield f"table{table.number}", run_of(scale, task, table.model, method, level)
+    for number, node in tpot_of(scale).items():
+        for task, ratios in node["tasks"].items():
+            for method in (name for name in FIRST if name in scale.methods):
+                for level in ratios:
+                    yield f"table{number}", run_of(scale, task, node["model"], method, level)
+
+
+def sweep_runs(scale: ScaleConfig, cells: Mapping[str, CellsConfig]) -> list[dict[str, str]]:
+    """The overrides of every run of a sweep, by key."""
+    runs = []
+    for each in cells.values():
+        for run, changes, seed in product(_chosen(scale, each), each.changes, each.seeds):
+            runs.append(dict(item.split("=", 1) for item in (*run.overrides, *changes, f"seed={seed}")))
+    return runs
+
+
+def _chosen(scale: ScaleConfig, cells: CellsConfig) -> list[Run]:
+    if cells.ablations:
+        return [run for level in cells.ablations for _, _, run in ablation_runs(scale, level)]
+    chosen = []
+    for run, tables in planned_runs(scale).items() if cells.tables else ():
+        named = any(table.rstrip("ab") in cells.tables or table in cells.tables for table in tables)
+        wanted = ((run.model, cells.models), (run.task, cells.tasks), (run.method, cells.methods))
+        fits = not cells.rates or not run.level or run.level in cells.rates
+        if named and fits and all(not names or name in names for name, names in wanted):
+            chosen.append(run)
+    ours = {model: paper_model for paper_model, model in reversed(scale.models.items())}
+    for model, task, method in product(cells.models or ours, scale.tasks, () if cells.tables else cells.methods):
+        if not cells.tasks or scale.tasks[task] in cells.tasks:
+            for rate in [0.0] if method == "none" else cells.rates:
+                chosen.append(at_rate(scale, task, ours.get(model, model), method, rate))
+    if not chosen:
+        raise ValueError(f"hydra.sweeper.cells: {cells} is no run of the scale {scale.name}")
+    return chosen

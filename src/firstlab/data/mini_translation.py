@@ -1,0 +1,42 @@
+"""Mini translation: bundled sentences with one right translation each, a stand-in for WMT without a network."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from firstlab.data.bundled import BundledTask
+from firstlab.data.prompts import translation_prompt
+from firstlab.data.task import Example
+
+_LANGUAGES = {"en-de": "German", "en-zh": "Chinese"}
+
+
+class MiniTranslation(BundledTask):
+    """Translation from English to German or Chinese.
+
+    Level 1 is a short clause; 2 adds adjectives, numbers, prices and possessors; 3 adds time phrases that
+    invert the German order, modals, perfect, future and negation; 4 has one subordinate or relative clause; 5
+    nests or joins several clauses.
+
+    Args:
+        pair: "en-de" or "en-zh".
+        pool_size: Examples in `train_pool`.
+        test_size: Examples in `test`.
+
+    Raises:
+        ValueError: The pair is unknown, or there are not so many examples.
+    """
+
+    kind: ClassVar[str] = "translation"
+
+    def __init__(self, pair: str = "en-de", pool_size: int = 6000, test_size: int = 500) -> None:
+        if pair not in _LANGUAGES:
+            raise ValueError(f"pair={pair!r} is unknown; choose one of {', '.join(_LANGUAGES)}")
+        super().__init__(pool_size, test_size)
+        self.pair = pair
+        self.name = f"mini-{pair.replace('-', '')}"
+        self.target_language = pair.split("-")[1]
+
+    def prompt(self, example: Example, source: str | None = None) -> str:
+        """The translation prompt of appendix A.6."""
+        return translation_prompt(example.source if source is None else source, "English", _LANGUAGES[self.pair])

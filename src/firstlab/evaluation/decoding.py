@@ -1,0 +1,184 @@
+"""Decode test prompts through transformers' `generate` or the decode engine, with the same settings and responses."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from firstlab.config.schema import EvaluationConfig
+from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.encoding import PromptRows, collate_prompts
+from firstlab.engine.engine import engine_for
+from firstlab.engine.llama_step import check_supported
+from firstlab.engine.sampling import Sampling
+from firstlab.methods.base import rows_of
+from firstlab.model import RoutedCache, RouterAugmentedLM, Routes
+from firstlab.model.generation_options import stop_tokens
+
+#: A prompt's place in the test set, its response with the token that ended it, and of each layer the share of its
+#: decode steps that skipped it.
+Response = tuple[int, list[int], list[float]]
+
+_MOVES_NO_SCORE = re.compile(r"_|output_|return_|use_cache$|transformers_version$|(bos|eos|pad)_token_id$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Every setting that moves a score or the search; `pinned_generation` keeps the model's own ones out.
+
+    Attributes:
+        max_new_tokens: Tokens of a response at most; examples may have a lower limit.
+        stop_tokens: Tokens that end a response: the tokenizer's EOS and those of the model's generation config.
+        temperature, top_k, top_p, seed: Of drawn tokens, where `do_sample`.
+        batch_size: Rows decoded together.
+    """
+
+    decoder: str
+    max_new_tokens: int
+    stop_tokens: list[int]
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float = 1.0
+    num_beams: int
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(cls, model: RouterAugmentedLM, data: PromptDataModule, config: EvaluationConfig, seed: int) -> Decoding:
+        """The settings of an evaluation."""
+        return cls(
+            decoder=config.decoder,
+            max_new_tokens=data.max_new_tokens,
+            stop_tokens=stop_tokens(model.lm, data.tokenizer),
+            do_sample=config.do_sample,
+            temperature=config.temperature if config.do_sample else 1.0,
+            top_k=config.top_k if config.do_sample else 0,
+            num_beams=config.num_beams,
+            batch_size=config.batch_size,
+            seed=seed,
+        )
+
+    def record(self, model: RouterAugmentedLM) -> dict[str, Any]:
+        """For `result.json`: the settings in force, and those of the model's folder that are not."""
+        own = model.lm.generation_config.to_diff_dict()
+        ignored = {name: value for name, value in own.items() if value is not None and not _MOVES_NO_SCORE.match(name)}
+        return asdict(self) | {"ignored": json.loads(json.dumps(ignored, default=str))}
+
+
+def check_engine(model: RouterAugmentedLM, option: str, decoder: str) -> None:
+    """Raises ValueError, with the option's name, if the decode engine is wanted and does not know the model."""
+    if decoder == "engine":
+        try:
+            check_supported(model.lm)
+        except ValueError as error:
+            raise ValueError(f"{option}={decoder}: {error} ({option}=generate)") from error
+
+
+def decode(
+    model: RouterAugmentedLM,
+    data: PromptDataModule,
+    decoding: Decoding,
+    batches: Sequence[Sequence[int]],
+    routes: Routes | None,
+) -> Iterator[Response]:
+    """The responses to test prompts, as they end.
+
+    Args:
+        model: In eval mode, within `pinned_generation`.
+        data: Gives test examples, tokenizer and lengths.
+        decoding: The settings.
+        batches: Test prompts, by position.
+        routes: The method's routes of all test prompts, or None to let the routers decide.
+    """
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    if batches:
+        yield from (_by_engine if decoding.decoder == "engine" else _by_generate)(
+            model, data, decoding, rows, batches, routes
+        )
+
+
+def _by_generate(
+    model: RouterAugmentedLM,
+    data: PromptDataModule,
+    decoding: Decoding,
+    rows: PromptRows,
+    batches: Sequence[Sequence[int]],
+    routes: Routes | None,
+) -> Iterator[Response]:
+    """Through transformers' `generate`, batch by batch."""
+    options: dict[str, Any] = {
+        "max_new_tokens": decoding.max_new_tokens,
+        "do_sample": decoding.do_sample,
+        "num_beams": decoding.num_beams,
+        "pad_token_id": data.pad,
+        "eos_token_id": decoding.stop_tokens or None,
+        "return_dict_in_generate": True,
+    }
+    if decoding.do_sample:
+        options |= {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
+    for indices in batches:
+        batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        torch.manual_seed(decoding.seed * 1_000_003 + indices[0])
+        result = model.generate(ids, mask, routes=rows_of(routes, indices, model.device), **options)
+        responses = [
+            until_end(tokens[: data.test[i].max_new_tokens], decoding.stop_tokens, data.pad)
+            for i, tokens in zip(indices, result.sequences[:, ids.shape[1] :].tolist(), strict=True)
+        ]
+        skips = _skips(result.past_key_values, routes, [len(tokens) for tokens in responses], decoding.num_beams)
+        yield from zip(indices, responses, skips, strict=True)
+
+
+def _by_engine(
+    model: RouterAugmentedLM,
+    data: PromptDataModule,
+    decoding: Decoding,
+    rows: PromptRows,
+    batches: Sequence[Sequence[int]],
+    routes: Routes | None,
+) -> Iterator[Response]:
+    """Through the decode engine: a prompt that waits takes the place of one that has ended."""
+    prompts = {i: rows[i].prompt for batch in batches for i in batch}
+    limits = {i: min(decoding.max_new_tokens, data.test[i].max_new_tokens or decoding.max_new_tokens) for i in prompts}
+    longest = max(len(prompts[i]) + limits[i] for i in prompts)
+    engine = engine_for(model, longest, min(decoding.batch_size, len(prompts)))
+    # Drawn tokens depend on the prompts beside them: a batch stays what it is, also in a run that goes on. Greedy ones
+    # do not: long prompts first, so that none is left alone at the end, and those read together are of one length.
+    groups = batches if decoding.do_sample else [sorted(prompts, key=lambda i: (-len(prompts[i]), i))]
+    for group in groups:
+        drawn = Sampling(decoding.temperature, decoding.top_k, decoding.top_p, decoding.seed * 1_000_003 + group[0])
+        for place, out in engine.as_completed(
+            [prompts[i] for i in group],
+            [limits[i] for i in group],
+            rows_of(routes, group, torch.device("cpu")),
+            decoding.stop_tokens,
+            sampling=drawn if decoding.do_sample else None,
+        ):
+            tokens = until_end(out.tokens[0], decoding.stop_tokens, data.pad)
+            yield group[place], tokens, out.layer_skips[0].tolist()
+
+
+def _skips(cache: RoutedCache, routes: Routes | None, new_tokens: Sequence[int], beams: int) -> list[list[float]]:
+    """Of every row, the share of its own decode steps that skipped each layer."""
+    if routes is not None and routes.decides_each_step:
+        steps = torch.tensor(new_tokens).sub(1).clamp_min(0)
+        return cache.layer_skips(steps.repeat_interleave(beams))[::beams].tolist()
+    assert cache.routes is not None
+    return (~cache.routes[::beams]).float().tolist()
+
+
+def until_end(tokens: list[int], ends: Sequence[int], pad: int) -> list[int]:
+    """A response up to the token that ends it; without one, without the padding behind it."""
+    for length, token in enumerate(tokens, start=1):
+        if token in ends:
+            return tokens[:length]
+    length = len(tokens)
+    while length and tokens[length - 1] == pad:
+        length -= 1
+    return tokens[:length]

@@ -1,0 +1,74 @@
+"""Score responses with the metrics of their task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from firstlab.config.schema import EvaluationConfig
+from firstlab.data.task import Example, Task
+from firstlab.metrics import PRIMARY_METRIC, BertScoreConfig, CometConfig, MetricResult, evaluate_predictions
+from firstlab.metrics.translation import load_bleu
+
+
+def score_texts(
+    task: Task, examples: Sequence[Example], texts: Sequence[str], config: EvaluationConfig
+) -> dict[str, MetricResult]:
+    """Every metric of the task, with intervals; see `firstlab.metrics.evaluate_predictions`.
+
+    Of a mixture each part's metrics as PART/NAME, and "mean", the mean of the parts' headline metrics.
+    """
+    if task.parts:
+        found: dict[str, MetricResult] = {}
+        for name, part in task.parts.items():
+            own = [i for i, example in enumerate(examples) if example.part == name]
+            if own:
+                scores = score_texts(part, [examples[i] for i in own], [texts[i] for i in own], config)
+                found |= {f"{name}/{metric}": score for metric, score in scores.items()}
+        headline = [
+            found[key] for name, part in task.parts.items() if (key := f"{name}/{primary_metric(part)}") in found
+        ]
+        return {"mean": mean_score(headline)} | found
+    bertscore, comet = config.bertscore, config.comet
+    return evaluate_predictions(
+        task.kind,
+        texts,
+        [example.references for example in examples],
+        [example.source for example in examples],
+        task.target_language,
+        confidence=config.confidence,
+        resamples=config.resamples,
+        bertscore=None
+        if bertscore.path is None
+        else BertScoreConfig(encoder=bertscore.path, num_layers=bertscore.num_layers),
+        comet=None
+        if comet.model is None
+        else CometConfig(command=comet.command, model=comet.model, batch_size=comet.batch_size, gpus=comet.gpus),
+    )
+
+
+def primary_metric(task: Task) -> str:
+    """The headline metric of a task."""
+    return "mean" if task.parts else PRIMARY_METRIC[task.kind]
+
+
+def mean_score(parts: Sequence[MetricResult]) -> MetricResult:
+    """The mean of scores on different examples; as these are independent, half-widths of intervals add in squares."""
+    count = len(parts)
+    value = sum(part.value for part in parts) / count
+    below = math.hypot(*(part.value - part.low for part in parts)) / count
+    above = math.hypot(*(part.high - part.value for part in parts)) / count
+    return MetricResult(value, value - below, value + above, sum(part.n for part in parts))
+
+
+def check_metrics(task: Task, config: EvaluationConfig) -> None:
+    """Try the metrics that need a model or program of their own: what is missing shows now, not after training.
+
+    Raises:
+        ValueError: A metric's model, program or tokenizer is not there.
+    """
+    for each in task.parts.values() or [task]:
+        if each.kind == "translation":
+            load_bleu(each.target_language)
+        if config.bertscore.path is not None or config.comet.model is not None:
+            score_texts(each, [Example("probe", "a house", ("ein Haus",))], ["ein Haus"], config)
