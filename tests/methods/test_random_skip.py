@@ -13,7 +13,7 @@ from support.fake_prompts import FakePrompts, skipped
 
 @given(
     layers=st.integers(4, 40),
-    rate=st.floats(0.05, 0.5),
+    rate=st.floats(0.15, 0.5),
     seed=st.integers(0, 1000),
     first=st.integers(0, 1),
     last=st.integers(0, 1),

@@ -72,10 +72,10 @@ def test_calibration_loss_is_the_loss_of_the_routed_model(setup: TinyPhase):
 def test_calibration_says_how_many_prompts_there_are_and_shows_progress(
     setup: TinyPhase, tmp_path: Path, shown: bool, capsys: pytest.CaptureFixture[str]
 ):
-    method = First(target_skip=0.375, start="static", calibration_prompts=128)
+    method = First(target_skip=0.375, start="static", calibration_prompts=128).router_start()
     start_phase_1(tmp_path, method, prompts_of(setup, progress_bar=shown))
     printed = capsys.readouterr()
-    assert printed.out == "calibrating the routers' start (static) on 8 training prompts\n"
+    assert printed.out == "calibrating the routers' start on 8 training prompts\n"
     for title in ("search layers to skip", "fit routers", "meet the skip rate"):
         assert (title in printed.err) is shown
 
@@ -84,7 +84,7 @@ def test_weights_that_are_no_numbers_stop_the_calibration(setup: TinyPhase, tmp_
     with torch.no_grad():
         setup.model.backbone.layers[2].mlp.up_proj.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"8 of 8 losses of prompts are infinite or not a number.*model\.dtype"):
-        start_phase_1(tmp_path, First(target_skip=0.25, start="static"), prompts_of(setup))
+        start_phase_1(tmp_path, First(target_skip=0.25, start="static").router_start(), prompts_of(setup))
     with pytest.raises(ValueError, match="hidden states are infinite or not a number"):
         start_routers(prompts_of(setup), [1], skip_rate=0.25, margin=0.2)
     assert list(tmp_path.iterdir()) == []

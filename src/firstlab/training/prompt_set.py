@@ -246,7 +246,6 @@ def losses_under_routes(
         labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
         forced = rows_of(routes, rows, labels.device)
         if reading is not None:
-            assert isinstance(forced, Tensor)
             out = model.respond(reading, labels, routes=forced)
         else:
             out = model(
