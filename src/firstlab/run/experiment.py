@@ -118,7 +118,7 @@ class Experiment(Run):
             for logger in self.loggers:
                 close_logger(logger)
         barrier()
-        return record
+        return results.read(self.directory) or record  # as any later reader finds it
 
     def _finished(self) -> dict[str, Any] | None:
         if rank()[0] == 0:
