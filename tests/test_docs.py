@@ -5,6 +5,7 @@ import html
 import importlib
 import io
 import itertools
+import pkgutil
 import re
 import shlex
 import sys
@@ -16,10 +17,12 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
+from firstlab import bench
 from firstlab.config.build import model_path
 from firstlab.config.command_line import own_folders, parse_options
-from firstlab.config.compose import conf_dir, register, search_path
+from firstlab.config.compose import conf_dir, register, search_path, settings
 from firstlab.run.dashboard import DashboardOptions
 from firstlab.run.load import load, read
 from firstlab.run.sweep import expand
@@ -143,13 +146,20 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
     if name in TEXT_COMMANDS:
         check_text_command(name, arguments, command.piped, monkeypatch)
         return
+    config_name = name
+    if name == "benchmark":
+        for each in pkgutil.iter_modules(bench.__path__, "firstlab.bench."):
+            importlib.import_module(each.name)  # registers its schema
+        if arguments[:1] == ["training"]:
+            config_name = f"{arguments.pop(0)}_speed"
     arguments, folders = own_folders([each for each in arguments if each not in HYDRA_FLAGS])
     overrides = [*search_path(folders), *arguments]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         if name == "train":
             check_runs(overrides)
         elif name == "benchmark":
-            importlib.import_module(module).load(compose(name, overrides))
+            speed = compose(config_name, overrides)
+            settings(speed, OmegaConf.get_type(speed))
         elif name == "tables":
             tables.load(compose(name, overrides))
         else:
