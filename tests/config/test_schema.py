@@ -68,7 +68,7 @@ def test_names_match_their_files():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("method.alpha=-1", r"method\.alpha=-1.*negative"),
+        ("method.alpha=-1", r"method\.alpha=-1 must be at least 0"),
         ("method.target_skip=0", r"method\.target_skip=0.*between 0 and 1"),
         ("method.target_skip=1.5", r"method\.target_skip=1\.5.*between 0 and 1"),
         ("method.objective=hard", r"method\.objective='hard'.*soft, decode_consistent"),

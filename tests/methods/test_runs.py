@@ -17,7 +17,6 @@ from firstlab.run import stream
 from firstlab.run.decisions import decided_routes
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
-from firstlab.store import results
 from firstlab.training.prompt_set import PromptSet
 from support.reference import without_layers
 from support.tiny_run import composed, overrides
@@ -53,7 +52,7 @@ def test_a_method_runs_end_to_end(
         assert skip["mode_agreement"] == 1 or by_prompt
         assert variant["perplexity"] > 1
     assert (record["fixed_routes"] is None) == by_prompt
-    assert results.read(run.directory) == json.loads(json.dumps(record))
+    assert json.loads((run.directory / "result.json").read_text()) == json.loads(json.dumps(record))
 
     # A saved run decodes as it did when it was evaluated.
     config, loaded, model, variant = load_run(run.directory, None)

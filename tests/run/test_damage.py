@@ -47,8 +47,8 @@ def test_predictions_and_evaluations_that_are_damaged_are_made_again(
     whole = unrecorded / "predictions" / "router_lora.jsonl"
     whole.write_text("".join(whole.read_text().splitlines(keepends=True)[:3]))
     again = evaluated(unrecorded, tiny_model_dir).run()
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert [Path(line.split()[1]).name for line in said] == ["router.yaml", "router_lora.yaml"]
+    said = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [Path(file).name for file in said if file.endswith("yaml")] == ["router.yaml", "router_lora.yaml"]
     assert (unrecorded / "predictions.jsonl").read_text() == (finished / "predictions.jsonl").read_text()
     before = json.loads((finished / "result.json").read_text())["variants"]
     for name, variant in again["variants"].items():

@@ -174,21 +174,21 @@ class FixedCount(Method):
         """k = round(s · L), the nearest number of whole layers to the wanted skip rate.
 
         Raises:
-            ValueError: That is none, or fewer layers may be skipped.
+            ValueError: Fewer layers than that may be skipped.
         """
         assert self.target_skip is not None
         count = round(self.target_skip * num_layers)
+        return check_count(count, num_layers, self.protect_first, self.protect_last)
+
+    def rounding(self, num_layers: int) -> str:
+        """k of L, and the rate that it makes; see `Method`."""
+        assert self.target_skip is not None
+        count = self.skipped_layers(num_layers)
         if count == 0:
             raise ValueError(
                 f"method.target_skip={self.target_skip} of {num_layers} layers rounds to none: one layer is "
                 f"{1 / num_layers:.3g}; raise it, or choose method=none"
             )
-        return check_count(count, num_layers, self.protect_first, self.protect_last)
-
-    def rounding(self, num_layers: int) -> str:
-        """k of L, and the rate that it makes."""
-        assert self.target_skip is not None
-        count = self.skipped_layers(num_layers)
         return f"{count} of {num_layers} layers = {100 * count / num_layers:.1f} % for {100 * self.target_skip:g} %"
 
     def free_layers(self, num_layers: int) -> range:

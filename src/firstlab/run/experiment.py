@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from firstlab.config.build import (
     model_path,
 )
 from firstlab.config.schema import ExperimentConfig
+from firstlab.data.files import warn
 from firstlab.evaluation.decoding import check_engine
 from firstlab.evaluation.predictions import fingerprint, is_complete
 from firstlab.evaluation.scoring import check_metrics
@@ -205,8 +205,7 @@ class Experiment(Run):
             try:
                 return read_own(file, parse, "it is made again")
             except ValueError as error:
-                if rank()[0] == 0:
-                    print(f"note: {error}", file=sys.stderr)
+                warn(str(error))
             barrier()  # nobody writes while another one reads
         with self.memory_for(f"the evaluation of {name}"):
             variant = evaluate_variant(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from firstlab.config.build import load_model, model_path
 from firstlab.config.schema import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.files import warn
 from firstlab.data.task import Example
 from firstlab.methods.base import Method
 from firstlab.model import FixedRoutes, LoraSettings, RouterAugmentedLM, Routes
@@ -78,31 +78,21 @@ class Run:
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
-            part = "evaluation" if phase is None else f"{phase}_phase"
-            size = self.config.evaluation.batch_size if phase is None else self.settings(phase).batch_size
-            ways = [f"trainer.prompt_cache_mib={self.config.trainer.prompt_cache_mib}"]
+            option, size = "evaluation.batch_size", self.config.evaluation.batch_size
+            ways = "trainer.prompt_cache_mib, or set model.dtype=bfloat16"
             if phase is not None:
-                ways = [
-                    "trainer.loss_chunk",
-                    f"data.max_length_{phase}",
-                    "or set trainer.gradient_checkpointing=true or trainer.precision=bf16-mixed "
-                    f"({part}.accumulate makes up for a smaller batch)",
-                ]
-            raise ValueError(
-                f"the GPU ran out of memory in {step} with {part}.batch_size={size}: lower it, {', '.join(ways)}"
-            ) from error
+                option, size = f"{phase}_phase.batch_size", self.settings(phase).batch_size
+                ways = (
+                    f"raising {phase}_phase.accumulate in its place, or data.max_length_{phase}, or set "
+                    "trainer.gradient_checkpointing=true or trainer.precision=bf16-mixed"
+                )
+            raise ValueError(f"the GPU ran out of memory in {step} with {option}={size}: lower it, {ways}") from error
 
 
 def say(message: str) -> None:
     """Print a line, once for all processes."""
     if rank()[0] == 0:
         print(message, flush=True)
-
-
-def warn(message: str) -> None:
-    """Print a line to stderr, once for all processes."""
-    if rank()[0] == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def train_routers(run: Run) -> None:
