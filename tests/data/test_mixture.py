@@ -71,6 +71,12 @@ def test_each_part_is_scored_by_its_own_metrics(mixture: Mixture):
     assert found["mean"] == mean_score(headline)
 
 
+def test_one_example_of_a_mixture_is_scored(mixture: Mixture):
+    (example,) = data_of(mixture, val_size=8, test_size=1).test
+    found = score_texts(mixture, [example], [example.references[0]], EvaluationConfig(resamples=100))
+    assert found["mean"].value == pytest.approx(100.0) and not any(key.startswith("qa/") for key in found)
+
+
 def test_half_widths_of_independent_intervals_add_in_squares(mixture: Mixture):
     low, high = mean_score([_result(10, 7, 14), _result(20, 16, 23)]), _result(15, 12.5, 17.5)
     assert (low.value, low.low, low.high, low.n) == (high.value, high.low, high.high, 10)

@@ -16,7 +16,7 @@ from firstlab.config.command_line import guarded, parse_options
 from firstlab.store.files import write_atomically
 
 VARIANTS = ("base", "base_lora", "router", "router_lora")
-QUALITY = ("bleu1", "bleu2", "bleu", "chrf", "comet", "rouge1", "rougeL", "bertscore", "em", "f1")
+QUALITY = ("bleu1", "bleu2", "bleu", "chrf", "comet", "rouge1", "rougeL", "rougeLsum", "bertscore", "em", "f1")
 
 
 @dataclass
