@@ -306,12 +306,10 @@ def test_finished_runs_are_collected_for_the_record(tmp_path: Path):
 
 
 def test_recorded_runs_of_this_repository_count_as_finished():
-    recorded = Path(conf_dir()).parent / "experiments"
+    recorded = Path(conf_dir()).parent / "experiments" / "nano_grid"
     if not recorded.is_dir():
         pytest.skip("not a checkout")
-    known = [record for _, record in results.read_all(recorded, pytest.fail) if "variants" in record]
-    assert len(known) > 400
-    for record in known:
+    for _, record in results.read_all(recorded, pytest.fail):
         text = json.dumps(record["config"], sort_keys=True)
         assert hashlib.sha256(text.encode()).hexdigest()[:12] == record["config_hash"]
     runs = [["compare_with_base=false", *run] for run in ([], ["method=none"], ["method=sleb", "data=mini_qa"])]
