@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -302,6 +303,17 @@ def test_finished_runs_are_collected_for_the_record(tmp_path: Path):
     finish(plan(other, make, None)[0], 60)
     with pytest.raises(ValueError, match=r"sweep.collect=.*: .*seed0 records another configuration"):
         run_sweep([other[0][:-1]], compose=make, launch=lambda jobs: None, settings=settings)
+
+
+def test_recorded_runs_of_this_repository_count_as_finished():
+    recorded = Path(conf_dir()).parent / "experiments" / "nano_grid"
+    if not recorded.is_dir():
+        pytest.skip("not a checkout")
+    for _, record in results.read_all(recorded, pytest.fail):
+        text = json.dumps(record["config"], sort_keys=True)
+        assert hashlib.sha256(text.encode()).hexdigest()[:12] == record["config_hash"]
+    runs = [["compare_with_base=false", *run] for run in ([], ["method=none"], ["method=sleb", "data=mini_qa"])]
+    assert [run.state for run in plan(runs, make, recorded)] == ["finished"] * 3
 
 
 def test_a_directory_has_one_owner(tmp_path: Path):
