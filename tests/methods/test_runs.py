@@ -52,7 +52,7 @@ def test_a_method_runs_end_to_end(
         assert skip["mode_agreement"] == 1 or by_prompt
         assert variant["perplexity"] > 1
     assert (record["fixed_routes"] is None) == by_prompt
-    assert json.loads((run.directory / "result.json").read_text()) == json.loads(json.dumps(record))
+    assert results.read(run.directory) == json.loads(json.dumps(record))
 
     # A saved run decodes as it did when it was evaluated.
     config, loaded, model, variant = load_run(run.directory, None)
