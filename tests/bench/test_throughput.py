@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from firstlab.bench.decoding import Models, Workload
+from firstlab.bench.models import Models
 from firstlab.bench.throughput import Queue
+from firstlab.bench.workload import Workload
 from firstlab.model import RouterSettings
 from support.models import tiny_model
 
@@ -15,11 +16,12 @@ from support.models import tiny_model
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder: Path = tmp_path_factory.mktemp("model")
     tiny_model("llama").save_pretrained(folder)
-    return Models.load(str(folder), RouterSettings(), False, torch.device("cpu"))
+    return Models.load(str(folder), RouterSettings(), random_init=False, device=torch.device("cpu"))
 
 
 def test_both_ways_decode_every_prompt_to_its_length(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = Queue(models, None, [0.33], 11, Workload(4, 20, 8, seed=3))
+    workload = Workload(batch_size=4, prompt_length=20, tokens=8, seed=3)
+    queue = Queue(models, quantization=None, skip_rates=[0.33], prompts=11, workload=workload)
     assert min(map(len, queue.prompts)) >= 5 and max(map(len, queue.prompts)) <= 20
     assert min(queue.limits) >= 2 and max(queue.limits) <= 8
     assert len(set(map(len, queue.prompts))) > 3 and len(set(queue.limits)) > 3

@@ -11,8 +11,11 @@ from hydra import compose, initialize_config_dir
 from transformers import TrainingArguments
 
 from firstlab.bench import training
-from firstlab.bench.timed_training import transformers_steps
-from firstlab.bench.training import TrainingSpeedConfig, load, measure, random_rows, run
+from firstlab.bench.config import TrainingSpeedConfig, load
+from firstlab.bench.models import Models
+from firstlab.bench.report import run
+from firstlab.bench.steps import transformers_steps
+from firstlab.bench.training import measure, random_rows
 from firstlab.config.compose import conf_dir
 from firstlab.config.schema import LoraConfig, SpeedModelConfig
 from support.models import HIDDEN, LAYERS, tiny_model
@@ -64,8 +67,6 @@ def test_architecture_alone_with_checkpointing_and_half_precision(tmp_path: Path
 
 
 def test_every_variant_trains_what_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from firstlab.bench.decoding import Models
-
     seen = []
     original = training._variants
 
@@ -90,10 +91,8 @@ def test_a_plain_step_takes_one_batch_on_many_gpus(folder: Path, monkeypatch: py
         arguments._n_gpu = 4
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", with_four_gpus)
-    rows = random_rows(settings(folder, warmup=1, steps=3), 97)
-    given = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
-    size = len(rows) // 4
-    assert len(transformers_steps(tiny_model("llama"), given, size, 1.0, 1e-4, False)) == 4
+    config = settings(folder, warmup=1, steps=3)
+    assert len(transformers_steps(tiny_model("llama"), config, random_rows(config, 97))) == 4
 
 
 def test_rows(folder: Path) -> None:
@@ -133,6 +132,10 @@ def test_settings_that_do_not_fit_the_model(folder: Path) -> None:
         measure(settings(folder, model=SpeedModelConfig("none", "no/such/folder", random_init=True)))
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, firstlab.bench.training; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("arguments", [["--help"], ["training", "--help"]])
+def test_the_command_shows_the_options_of_either_measurement(arguments: list[str]) -> None:
+    code = "import runpy, sys; runpy.run_module('firstlab.benchmark', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("batch_sizes:" in done.stdout) is (arguments[0] != "training")
+    assert ("hold_routes:" in done.stdout) is (arguments[0] == "training")

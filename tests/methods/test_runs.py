@@ -17,6 +17,7 @@ from firstlab.run import stream
 from firstlab.run.decisions import decided_routes
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
+from firstlab.store import results
 from firstlab.training.prompt_set import PromptSet
 from support.reference import without_layers
 from support.tiny_run import composed, overrides

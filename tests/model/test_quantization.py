@@ -12,8 +12,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from firstlab.bench.benchmark import BenchmarkConfig, load, run
-from firstlab.bench.decoding import Models, read_bytes
+from firstlab.bench.config import BenchmarkConfig, load
+from firstlab.bench.models import Models
+from firstlab.bench.report import run
+from firstlab.bench.workload import read_bytes
 from firstlab.config.compose import conf_dir
 from firstlab.config.schema import ModelConfig, SpeedModelConfig
 from firstlab.engine.engine import DecodeEngine

@@ -5,11 +5,11 @@ import fcntl
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from firstlab.bench import benchmark, training
+from firstlab.bench import decoding, report, training
+from firstlab.bench.config import BenchmarkConfig, TrainingSpeedConfig
 from firstlab.store import results
 from firstlab.store.files import check_writable, claimed, json_text, remove_torn
 
@@ -53,10 +53,10 @@ def test_an_output_folder_is_tried_before_the_work(tmp_path: Path, monkeypatch: 
     (tmp_path / "file").touch()
     check_writable(tmp_path / "new" / "folder", "out")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
-    for module in (benchmark, training):
+    for module, config in ((decoding, BenchmarkConfig), (training, TrainingSpeedConfig)):
         monkeypatch.setattr(module, "measure", lambda _: pytest.fail("measured"))
         with pytest.raises(ValueError, match=f"out={tmp_path / 'file' / 'x'} cannot be written .* another folder"):
-            module.run(SimpleNamespace(out=str(tmp_path / "file" / "x")))
+            report.run(config(out=str(tmp_path / "file" / "x")))
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path):

@@ -175,13 +175,16 @@ def test_early_stopping_counts_validations_without_improvement(
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
 
 
-def test_a_truncated_checkpoint_is_named(setup: TinyPhase, tmp_path: Path):
+def test_a_damaged_checkpoint_is_named(setup: TinyPhase, tmp_path: Path):
     module = setup.module("router", OURS)
     setup.fit(module, tmp_path)
     whole = (tmp_path / "last.ckpt").read_bytes()
     (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"last\.ckpt is truncated.*ckpt=none"):
-        setup.fit(setup.module("router", OURS), tmp_path)
+        setup.fit(module, tmp_path)
+    torch.save({"epoch": 0}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt is of another program or version.*ckpt=none"):
+        setup.fit(module, tmp_path)
 
 
 @pytest.mark.parametrize(("micro_batch", "step"), [(2, 2), (11, 6)])

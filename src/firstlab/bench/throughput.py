@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from firstlab.bench.decoding import Cell, Models, Variant, Workload, distinct_routes, read_bytes, spread_route
+from firstlab.bench.cell import Cell, Variant
+from firstlab.bench.models import Models
+from firstlab.bench.workload import Workload, distinct_routes, read_bytes, spread_route
 from firstlab.engine.engine import DecodeEngine
 from firstlab.evaluation.timing import synchronize
 
@@ -33,6 +35,7 @@ class MixedRoutes:
     def __init__(
         self,
         models: Models,
+        *,
         quantization: str | None,
         counts: Sequence[int],
         skip_rates: Sequence[float],
@@ -107,6 +110,7 @@ class Queue:
     def __init__(
         self,
         models: Models,
+        *,
         quantization: str | None,
         skip_rates: Sequence[float],
         prompts: int,
@@ -117,10 +121,9 @@ class Queue:
         def lengths(longest: int) -> list[int]:
             return torch.randint(-(-longest // 4), longest + 1, (prompts,), generator=generator).tolist()
 
-        vocabulary = models.plain.config.get_text_config(decoder=True).vocab_size
         self.models, self.quantization, self.workload = models, quantization, workload
         self.prompts = [
-            torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+            torch.randint(0, models.vocabulary, (length,), generator=generator).tolist()
             for length in lengths(workload.prompt_length)
         ]
         self.limits = lengths(workload.tokens)

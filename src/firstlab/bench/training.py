@@ -1,114 +1,28 @@
-"""How fast the two training phases are, beside a plain LoRA step of transformers' Trainer and PEFT.
-
-python -m firstlab.training_speed [model=hf model.path=ID_OR_FOLDER model.name=NAME] [device=cuda] [out=FOLDER]
-"""
+"""Speed of both training phases beside a plain LoRA step of transformers and PEFT."""
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+import numpy as np
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 
-from firstlab.config.command_line import check_command_line, guarded
-from firstlab.config.compose import conf_dir, settings
-from firstlab.config.schema import LoraConfig, RouterConfig, SpeedModelConfig
+from firstlab.bench.config import TrainingSpeedConfig
+from firstlab.bench.models import Models, load_models
+from firstlab.bench.steps import Row, firstlab_steps, transformers_steps
+from firstlab.config.schema import PhaseConfig
+from firstlab.model import LoraSettings, RouterAugmentedLM
+from firstlab.store import machine
+from firstlab.training.modules import LoRACompensationModule, Phase, RouterModule, RoutingObjective
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-# The first is what the others are compared with.
-VARIANTS = {
-    "plain": "transformers Trainer + PEFT LoRA",
-    "phase_1": "firstlab phase 1 (routers)",
-    "phase_2": "firstlab phase 2 (LoRA)",
-}
-
-
-@dataclass
-class TrainingSpeedConfig:
-    """What `python -m firstlab.training_speed` takes.
-
-    Attributes:
-        model: The base model; its dtype is that of all variants.
-        router: How the routers read hidden states.
-        lora: Of phase 2 and of the plain step.
-        device: "cpu", "cuda", or "auto" for CUDA where there is one.
-        objective, gate: Of both phases; see `firstlab.model.teacher_forcing.TeacherForcedPass`.
-        hold_routes: Of phase 2 under the decode-consistent objective; above 0 it reads the prompts once more.
-        batch_size: Rows of a step.
-        prompt_length, response_length: Tokens of each row, drawn at random; responses are labelled.
-        gradient_checkpointing: In all variants.
-        loss_chunk: Positions whose logits exist at a time; the plain step knows no such thing.
-        learning_rate, gradient_clip: Of all variants.
-        warmup: First steps of each round that do not count.
-        steps: Steps of each round that count.
-        repetitions: Rounds; in each, all variants take their turn.
-        seed: Of rows, routers, LoRA and random weights.
-        out: Folder of training_speed.json.
-    """
-
-    model: SpeedModelConfig = field(default_factory=SpeedModelConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    device: str = "auto"
-    objective: str = "decode_consistent"
-    gate: str = "hard"
-    hold_routes: float = 10.0
-    batch_size: int = 8
-    prompt_length: int = 128
-    response_length: int = 64
-    gradient_checkpointing: bool = False
-    loss_chunk: int = 1024
-    learning_rate: float = 3e-4
-    gradient_clip: float = 1.0
-    warmup: int = 2
-    steps: int = 5
-    repetitions: int = 3
-    seed: int = 0
-    out: str = "runs/training_speed"
-
-    def check(self) -> None:
-        """Raises ValueError with the option, its value and what is allowed."""
-
-        def require(condition: bool, option: str, allowed: str) -> None:
-            if not condition:
-                raise ValueError(f"{option}={getattr(self, option)!r} is not allowed: {allowed}")
-
-        require(self.device in ("auto", "cpu", "cuda"), "device", "choose one of auto, cpu, cuda")
-        objectives = ("soft", "decode_consistent")
-        require(self.objective in objectives, "objective", f"choose one of {', '.join(objectives)}")
-        gates = ("soft", "hard", "bernoulli")
-        require(self.gate in gates, "gate", f"choose one of {', '.join(gates)}")
-        for option in ("batch_size", "prompt_length", "response_length", "loss_chunk", "steps", "repetitions"):
-            require(getattr(self, option) >= 1, option, "at least 1")
-        for option in ("learning_rate", "gradient_clip"):
-            require(getattr(self, option) > 0, option, "greater than 0")
-        for option in ("hold_routes", "warmup"):
-            require(getattr(self, option) >= 0, option, "at least 0")
-
-
-ConfigStore.instance().store(name="training_speed_schema", node=TrainingSpeedConfig)
-
-
-def load(composed: DictConfig) -> TrainingSpeedConfig:
-    """The checked settings.
-
-    Raises:
-        ValueError: One message with the option, its value and what is allowed.
-    """
-    config = settings(composed, TrainingSpeedConfig)
-    config.check()
-    return config
+Steps = Callable[[Sequence[Row]], list[float]]
 
 
 def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
@@ -120,37 +34,12 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     Raises:
         ValueError: A setting that this model or device does not fit.
     """
-    import numpy as np
-    import torch
-
-    from firstlab.bench.decoding import Models
-    from firstlab.config.build import model_path
-    from firstlab.model import RouterSettings
-    from firstlab.store import machine
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    torch.manual_seed(config.seed)
-    settings = RouterSettings(config.router.input_norm, config.router.threshold)
-    config.model.check_trainable()
-    options = {"dtype": config.model.dtype, "revision": config.model.revision}
-    options |= {"attn_implementation": config.model.attn_implementation}
-    given = {key: value for key, value in options.items() if value is not None}
-    device = torch.device("cuda" if on_gpu else "cpu")
-    models = Models.load(
-        model_path(config.model.path, config.model.random_init), settings, config.model.random_init, device, **given
-    )
-    text = models.plain.config.get_text_config(decoder=True)
     length = config.prompt_length + config.response_length
-    allowed = getattr(text, "max_position_embeddings", length)
-    if length > allowed:
-        raise ValueError(
-            f"prompt_length={config.prompt_length} with response_length={config.response_length} needs {length} "
-            f"positions, and model={config.model.name} has {allowed}; shorten one of them"
-        )
-    rows = random_rows(config, text.vocab_size)
-    variants, trainable = _variants(config, models)
+    lengths = f"prompt_length={config.prompt_length} with response_length={config.response_length}"
+    models = load_models(config, length, lengths)
+    on_gpu = models.routed.device.type == "cuda"
+    rows = random_rows(config, models.vocabulary)
+    variants = _variants(config, models)
     seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
     peaks: dict[str, int | None] = dict.fromkeys(variants)
     for repetition in range(config.repetitions):
@@ -159,7 +48,7 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
             if on_gpu:
                 torch.cuda.empty_cache()
             machine.reset_peak_memory()
-            seconds[name].append(variants[name](rows)[config.warmup :])
+            seconds[name].append(variants[name][0](rows)[config.warmup :])
             if on_gpu:
                 peaks[name] = max(peaks[name] or 0, torch.cuda.max_memory_allocated())
     medians = {name: np.median(np.array(rounds), 1) for name, rounds in seconds.items()}
@@ -174,7 +63,7 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
         "variants": [
             {
                 "variant": name,
-                "trainable_parameters": trainable[name],
+                "trainable_parameters": variants[name][1],
                 "step_s": float(np.median(rounds)),
                 "tokens_per_s": float(tokens / np.median(rounds)),
                 "speedup_over_plain": float(np.median(medians["plain"] / medians[name])),
@@ -188,10 +77,8 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     }
 
 
-def random_rows(config: TrainingSpeedConfig, vocabulary: int) -> list[dict[str, Tensor]]:
+def random_rows(config: TrainingSpeedConfig, vocabulary: int) -> list[Row]:
     """The rows of one round, as both trainers take them: [T] each; only the last tokens, the response, are labelled."""
-    import torch
-
     generator = torch.Generator().manual_seed(config.seed)
     count, length = config.batch_size * (config.warmup + config.steps), config.prompt_length + config.response_length
     ids = torch.randint(0, vocabulary, (count, length), generator=generator)
@@ -208,117 +95,50 @@ def random_rows(config: TrainingSpeedConfig, vocabulary: int) -> list[dict[str, 
     ]
 
 
-def _variants(
-    config: TrainingSpeedConfig, models: Any
-) -> tuple[dict[str, Callable[[Sequence[dict[str, Tensor]]], list[float]]], dict[str, int]]:
-    """What takes the steps of one round and gives their seconds, by name; and how many parameters each trains."""
-    from copy import deepcopy
-
-    import torch
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    from firstlab.bench.timed_training import firstlab_steps, transformers_steps
-    from firstlab.methods.objective import RoutingObjective
-    from firstlab.model import LoraSettings, RouterAugmentedLM
-    from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule
-
+def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[Steps, int]]:
+    """What takes the steps of one round and gives their seconds, by name; and how many parameters it trains."""
     lora = config.lora
-    targets = None if lora.target_modules is None else list(lora.target_modules)
+    # Phase 2 has the weights of the others, and modules of its own; PEFT wraps those of `plain` in place.
     base: Any = deepcopy(models.plain, {id(parameter): parameter for parameter in models.plain.parameters()})
     second = RouterAugmentedLM(base, models.routed.routers.settings)
-    second.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
-    chosen: Any = base.peft_config["default"]
+    second.add_lora(
+        LoraSettings(
+            rank=lora.rank, lora_alpha=lora.lora_alpha, dropout=lora.dropout, target_modules=lora.target_modules
+        )
+    )
+    plain = _with_plain_lora(models.plain, base.peft_config["default"])
+    objective = RoutingObjective(objective=config.objective, gate=config.gate, pooled_tokens="prompt", multiplier=0.01)
+    held = config.hold_routes if config.objective == "decode_consistent" else 0.0
+    phase = PhaseConfig(learning_rate=config.learning_rate, warmup_fraction=0.0, gradient_clip=config.gradient_clip)
+    phases: dict[str, Phase] = {
+        "phase_1": RouterModule(models.routed, objective=objective, phase=phase, seed=config.seed),
+        "phase_2": LoRACompensationModule(
+            second, objective=replace(objective, hold_routes=held), phase=phase, seed=config.seed
+        ),
+    }
+    found: dict[str, tuple[Steps, int]] = {"plain": (partial(transformers_steps, plain, config), _trained(plain))}
+    for name, module in phases.items():
+        module.model.gradient_checkpointing = config.gradient_checkpointing
+        module.model.loss_chunk = config.loss_chunk
+        found[name] = partial(firstlab_steps, module, config), _trained(module)
+    return found
+
+
+def _with_plain_lora(lm: Any, like: PeftConfig) -> torch.nn.Module:
+    """PEFT's own adapters, of the same places and sizes as ours."""
     peft_config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.dropout,
-        target_modules=chosen.target_modules,
-        fan_in_fan_out=chosen.fan_in_fan_out,
+        r=like.r,
+        lora_alpha=like.lora_alpha,
+        lora_dropout=like.lora_dropout,
+        target_modules=like.target_modules,
+        fan_in_fan_out=like.fan_in_fan_out,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
         # Adapters in the dtype of the model, as in phase 2.
-        plain = get_peft_model(models.plain, peft_config, autocast_adapter_dtype=False)
-    objective = RoutingObjective(config.objective, config.gate, "prompt", multiplier=0.01)
-    held = config.hold_routes if config.objective == "decode_consistent" else 0.0
-    total = config.warmup + config.steps
-    optimizer = OptimizerSettings(config.learning_rate, 0.0, 0.0, total)
-    modules: dict[str, RouterModule | LoRACompensationModule] = {
-        "phase_1": RouterModule(models.routed, objective, optimizer, config.seed),
-        "phase_2": LoRACompensationModule(second, replace(objective, hold_routes=held), optimizer, config.seed),
-    }
-    for module in modules.values():
-        module.model.gradient_checkpointing = config.gradient_checkpointing
-        module.model.loss_chunk = config.loss_chunk
-
-    def plain_steps(rows: Sequence[dict[str, Tensor]]) -> list[float]:
-        names = ("input_ids", "attention_mask", "labels")
-        given = [{name: row[name] for name in names} for row in rows]
-        checkpointing = config.gradient_checkpointing
-        return transformers_steps(
-            plain, given, config.batch_size, config.gradient_clip, config.learning_rate, checkpointing
-        )
-
-    def steps_of(name: str) -> Callable[[Sequence[dict[str, Tensor]]], list[float]]:
-        return lambda rows: firstlab_steps(modules[name].train(), rows, config.batch_size, config.gradient_clip)
-
-    def trained(module: torch.nn.Module) -> int:
-        return sum(each.numel() for each in module.parameters() if each.requires_grad)
-
-    counts = {"plain": trained(plain)} | {name: trained(module) for name, module in modules.items()}
-    return {"plain": plain_steps} | {name: steps_of(name) for name in modules}, counts
+        return get_peft_model(lm, peft_config, autocast_adapter_dtype=False)
 
 
-def print_table(record: dict[str, Any]) -> None:
-    """One row per variant."""
-    from rich.console import Console
-    from rich.table import Table
-
-    given = record["settings"]
-    title = (
-        f"{record['model']}, batch {given['batch_size']}, prompts of {given['prompt_length']} and responses of "
-        f"{given['response_length']} tokens, {given['model']['dtype']}, {record['device']}"
-    )
-    view = Table(title=title, title_justify="left")
-    view.add_column("", no_wrap=True)
-    for name in ("trained parameters", "step ms", "tokens/s", "speed-up", "peak MiB"):
-        view.add_column(name, justify="right")
-    for row in record["variants"]:
-        peak = row["peak_memory_bytes"]
-        view.add_row(
-            VARIANTS[row["variant"]],
-            f"{row['trainable_parameters']:,}",
-            f"{1000 * row['step_s']:.1f}",
-            f"{row['tokens_per_s']:.0f}",
-            f"{row['speedup_over_plain']:.2f}",
-            "-" if peak is None else f"{peak / 2**20:.0f}",
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(view)
-    if all(row["peak_memory_bytes"] is None for row in record["variants"]):
-        print("peak memory is measured on CUDA devices only")
-
-
-def run(config: TrainingSpeedConfig) -> None:
-    """Measure, print, write."""
-    from firstlab.store.files import check_writable, write_atomically
-
-    check_writable(Path(config.out), "out")
-    record = measure(config)
-    print_table(record)
-    file = Path(config.out) / "training_speed.json"
-    write_atomically(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    print(f"record: {file}")
-
-
-@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="training_speed")
-@partial(guarded, resumes=False)
-def main(composed: DictConfig) -> None:
-    """The settings, then the measurement."""
-    run(load(composed))
-
-
-if __name__ == "__main__":
-    check_command_line("training_speed", sys.argv[1:])
-    main()
+def _trained(module: torch.nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters() if each.requires_grad)

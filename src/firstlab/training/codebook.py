@@ -1,4 +1,4 @@
-"""A start that tells prompts apart: a few routes, each good for some prompts, and routers that choose among them."""
+"""Find a few routes, each good for some kind of prompts, and fit routers that choose among them."""
 
 from __future__ import annotations
 

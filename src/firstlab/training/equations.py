@@ -1,4 +1,4 @@
-"""The objectives of the paper (§4.1, §4.2) and of the target-skip controller, as pure functions of scalars."""
+"""The losses of the paper (§4.1, §4.2), where α and β enter, and the controller of the skip rate: pure functions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The two training phases as LightningModules that share one `RouterAugmentedLM`.
+"""The two training phases as LightningModules: phase 1 trains the routers alone, phase 2 LoRA under frozen routers.
 
-Phase 1 trains the routers and nothing else; phase 2 trains LoRA under the frozen routers (§4.1, §4.2).
+The losses themselves are in `equations`; checkpoints and the choice of the best weights are in `trainer`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TARGET_WEIGHT = 10.0
 
 
 class Phase(L.LightningModule):
-    """What both phases share: loss normalisation over ranks, dual ascent, validation, optimizer, lean checkpoints."""
+    """Train part of a model: loss normalisation over ranks, dual ascent, validation, optimizer, lean checkpoints."""
 
     trainable: tuple[str, ...]
 

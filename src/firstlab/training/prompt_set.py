@@ -1,4 +1,4 @@
-"""What methods may look at: prompts with their references, and the model that reads them (`methods.base.Prompts`)."""
+"""Measure losses, states and routes on a set of prompts: all that a method may look at (`methods.base.Prompts`)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where phase 1 begins, and the threshold after it: routers calibrated on prompts, without gradients of the loss.
+"""Calibrate routers on prompts before phase 1, and their threshold after it, without gradients of the loss.
 
-What is found on the way stands in the run directory, so that an interrupted run does not search again.
+Whatever is searched for is kept in the run directory, so that an interrupted run does not search again.
 """
 
 from __future__ import annotations

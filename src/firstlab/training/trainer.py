@@ -1,4 +1,4 @@
-"""One phase as one Lightning fit: atomic checkpoints, exact resume, the best weights by validation."""
+"""Run one phase as one Lightning fit: atomic checkpoints, exact resume, the best weights by validation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(temporary, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(Path(path))
+        if not isinstance(checkpoint, dict) or "broken_at" not in checkpoint:
+            raise ValueError(
+                f"{path} is of another program or version: delete it, or pass ckpt=none to start the phase again"
+            )
+        return checkpoint
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

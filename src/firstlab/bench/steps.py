@@ -1,6 +1,4 @@
-"""Seconds of whole training steps, from a batch that is there to updated weights, of Lightning's and of transformers'
-trainer.
-"""
+"""Seconds of whole training steps, from a batch that is there to updated weights, of two trainers."""
 
 from __future__ import annotations
 
@@ -17,97 +15,77 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from firstlab.bench.config import TrainingSpeedConfig
 from firstlab.evaluation.timing import synchronize
-from firstlab.training.modules import LoRACompensationModule, RouterModule
+from firstlab.training.modules import Phase
 
 Row = dict[str, Tensor]
 
 
-class Seconds:
-    """The time between pairs of calls; the device is synchronised at each."""
+class Watch(Callback, TrainerCallback):
+    """Seconds of each step, for Lightning's trainer and for transformers'; the device is synchronised at both ends."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.steps: list[float] = []
         self._start = 0.0
 
-    def begin(self) -> None:
-        """A step begins."""
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         synchronize(self.device)
         self._start = time.perf_counter()
 
-    def end(self) -> None:
-        """It has ended."""
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         synchronize(self.device)
         self.steps.append(time.perf_counter() - self._start)
 
+    on_train_batch_start, on_train_batch_end = on_step_begin, on_step_end
 
-class _LightningWatch(Callback):
-    def __init__(self, seconds: Seconds) -> None:
-        self.seconds = seconds
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.seconds.begin()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seconds.end()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Both trainers call it, each in its own way."""
 
 
-class _TransformersWatch(TrainerCallback):
-    def __init__(self, seconds: Seconds) -> None:
-        self.seconds = seconds
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.begin()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.end()
-
-
-def firstlab_steps(
-    module: RouterModule | LoRACompensationModule, rows: Sequence[Row], batch_size: int, clip: float
-) -> list[float]:
+def firstlab_steps(module: Phase, config: TrainingSpeedConfig, rows: Sequence[Row]) -> list[float]:
     """Seconds of each step of one phase over `rows`, on the device where its model is."""
     device = module.model.device
-    seconds = Seconds(device)
+    watch = Watch(device)
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
         max_epochs=1,
-        gradient_clip_val=clip,
-        callbacks=[_LightningWatch(seconds)],
+        max_steps=len(rows) // config.batch_size,
+        gradient_clip_val=config.gradient_clip,
+        callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     # Lists are datasets to torch, whatever its types say.
-    loader: Any = DataLoader(rows, batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows, config.batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
-        trainer.fit(module, loader)
+        trainer.fit(module.train(), loader)
     module.to(device)
-    return seconds.steps
+    return watch.steps
 
 
-def transformers_steps(
-    model: torch.nn.Module, rows: Sequence[Row], batch_size: int, clip: float, learning_rate: float, checkpointing: bool
-) -> list[float]:
+def transformers_steps(model: torch.nn.Module, config: TrainingSpeedConfig, rows: Sequence[Row]) -> list[float]:
     """Seconds of each step of transformers' own trainer over `rows`, on the device where the model is."""
     device = next(model.parameters()).device
-    seconds = Seconds(device)
+    watch = Watch(device)
+    names = ("input_ids", "attention_mask", "labels")
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         # The options' newer names are unknown to the oldest transformers we run with.
         warnings.simplefilter("ignore", FutureWarning)
         arguments = TrainingArguments(
             directory,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=config.batch_size,
             num_train_epochs=1,
-            learning_rate=learning_rate,
+            learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
-            max_grad_norm=clip,
+            max_grad_norm=config.gradient_clip,
             optim="adamw_torch",
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=config.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
             use_cpu=device.type == "cpu",
             save_strategy="no",
@@ -120,10 +98,10 @@ def transformers_steps(
         trainer = Trainer(
             model,
             arguments,
-            train_dataset=list(rows),  # type: ignore[arg-type]
+            train_dataset=[{name: row[name] for name in names} for row in rows],  # type: ignore[arg-type]
             data_collator=default_data_collator,
-            callbacks=[_TransformersWatch(seconds)],
+            callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return seconds.steps
+    return watch.steps

@@ -21,16 +21,12 @@ from transformers import (
     StaticCache,
 )
 
-from firstlab.bench.benchmark import BenchmarkConfig, chosen_routes, load, measure, print_tables, run
-from firstlab.bench.decoding import (
-    Models,
-    Variant,
-    check_memory,
-    copy_bandwidth,
-    distinct_routes,
-    read_bytes,
-    spread_route,
-)
+from firstlab.bench.cell import Variant
+from firstlab.bench.config import BenchmarkConfig, load
+from firstlab.bench.decoding import measure
+from firstlab.bench.models import Models, check_memory
+from firstlab.bench.report import print_decoding, run
+from firstlab.bench.workload import chosen_routes, copy_bandwidth, distinct_routes, read_bytes, spread_route
 from firstlab.config.build import ARCHITECTURES
 from firstlab.config.compose import conf_dir
 from firstlab.config.schema import SpeedModelConfig
@@ -71,7 +67,7 @@ def test_distinct_routes(layers: int, rate: float, count: int, seed: int) -> Non
 
 
 def test_the_engine_orders_no_weights_but_its_own(folder: Path) -> None:
-    models = Models.load(str(folder), RouterSettings(), False, torch.device("cpu"))
+    models = Models.load(str(folder), RouterSettings(), random_init=False, device=torch.device("cpu"))
     DecodeEngine(models.for_engine, 16)
     assert not models.for_engine.lm.model.layers[0].mlp.down_proj.weight.is_contiguous()
     for lm in (models.plain, models.routed.lm):
@@ -81,7 +77,7 @@ def test_the_engine_orders_no_weights_but_its_own(folder: Path) -> None:
 def test_mixed_routes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"decoders": ["engine"], "batch_sizes": [1], "skip_rates": [0.0, 0.33]}
     record = measure(settings(folder, mixed_routes=[2, 3], mixed_batch_size=6, **options))
-    print_tables(record)
+    print_decoding(record)
     rows = record["mixed_routes"]
     assert [(row["routes"], row["batch_size"], row["skip_rate_asked"]) for row in rows] == [(2, 6, 0.33), (3, 6, 0.33)]
     printed = capsys.readouterr().out
@@ -97,7 +93,7 @@ def test_mixed_routes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_queue(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"decoders": ["engine"], "batch_sizes": [1], "skip_rates": [0.33], "prompt_lengths": [6, 9]}
     record = measure(settings(folder, queue=7, queue_batch_size=3, **options))
-    print_tables(record)
+    print_decoding(record)
     rows = record["queues"]
     found = [(row["prompts"], row["batch_size"], row["prompt_length"], row["skip_rate_asked"]) for row in rows]
     assert found == [(7, 3, length, rate) for length in (6, 9) for rate in (0.0, 0.33)]
@@ -210,7 +206,7 @@ def test_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_every_engine_and_a_static_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "firstlab.bench.decoding.compile_everywhere", lambda: None
+        "firstlab.bench.cell.compile_everywhere", lambda: None
     )  # not compiled: seconds instead of minutes
     caches, reset = set(), StaticCache.reset
     monkeypatch.setattr(StaticCache, "reset", lambda cache: (caches.add(id(cache)), reset(cache)))
@@ -256,7 +252,9 @@ def test_architecture_alone_in_its_own_dtype(tmp_path: Path, saved: torch.dtype 
     config = tiny_model("llama").config
     config.dtype = saved
     config.save_pretrained(tmp_path)
-    models = Models.load(str(tmp_path), RouterSettings(), True, torch.device("cpu"), dtype="auto", revision="main")
+    models = Models.load(
+        str(tmp_path), RouterSettings(), random_init=True, device=torch.device("cpu"), dtype="auto", revision="main"
+    )
     assert {weight.dtype for weight in models.plain.parameters()} == {expected}
 
 

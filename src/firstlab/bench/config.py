@@ -1,0 +1,186 @@
+"""What `python -m firstlab.benchmark` takes, for decoding and for training; no torch, so that help comes at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from firstlab.config.compose import settings
+from firstlab.config.schema import LoraConfig, RouterConfig, SpeedModelConfig
+
+DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager", "engine_compiled")
+ROUTES = ("spread", "paper")
+
+
+@dataclass
+class SpeedConfig:
+    """What both measurements take.
+
+    Attributes:
+        model: The base model; speed does not depend on its weights.
+        router: How the routers read hidden states.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        warmup: Rounds (decoding) or first steps of each round (training) that do not count.
+        repetitions: Rounds that count; in each, all variants take their turn.
+        seed: Of all that is drawn: tokens, routes, weights.
+        out: Folder of the record.
+    """
+
+    model: SpeedModelConfig = field(default_factory=SpeedModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    device: str = "auto"
+    warmup: int = 1
+    repetitions: int = 5
+    seed: int = 0
+    out: str = "runs/benchmark"
+
+    def require(self, condition: bool, option: str, allowed: str) -> None:
+        """Raises ValueError with the option, its value and what is allowed."""
+        if not condition:
+            raise ValueError(f"{option}={getattr(self, option)!r} is not allowed: {allowed}")
+
+    def require_least(self, **least: float) -> None:
+        """Raises ValueError for an option below the value given for it."""
+        for option, lowest in least.items():
+            self.require(getattr(self, option) >= lowest, option, f"at least {lowest}")
+
+    def check(self) -> None:
+        """Raises ValueError with the option, its value and what is allowed."""
+        self.require(self.device in ("auto", "cpu", "cuda"), "device", "choose one of auto, cpu, cuda")
+        self.require_least(warmup=0, repetitions=1)
+
+
+@dataclass
+class BenchmarkConfig(SpeedConfig):
+    """What the measurement of decoding takes besides.
+
+    Attributes:
+        decoders: Of transformers (`generate` of the plain model), transformers_static (the same with its static cache,
+            compiled: slow to start), generate (`RouterAugmentedLM.generate`), engine (`DecodeEngine`: CUDA graphs on a
+            GPU), engine_eager (the same without graphs) and engine_compiled (with compiled layers: slow to start).
+        quantizations: Of the decoder layers' weights, all measured in turn: null for none, int8, int4.
+        routes: Which layers are skipped: spread evenly at each of `skip_rates`, or those that most prompts skip in the
+            paper's Table 15 (of a model with 32 layers).
+        skip_rates: Shares of layers to skip; 0 is always measured too.
+        batch_sizes, prompt_lengths: All pairs are measured.
+        mixed_routes: Numbers of different routes in one batch of the engine, compared with one route that all rows
+            share; empty for none.
+        mixed_batch_size: Rows of such a batch.
+        queue: Prompts of different lengths, with responses of different lengths, that wait for a place in a batch:
+            throughput of the engine beside `generate` batch by batch; 0 for none.
+        queue_batch_size: Rows of such a batch.
+        tokens: New tokens per row.
+        do_sample: Draw tokens, as in the paper, instead of greedy decoding.
+        temperature, top_k: Of drawn tokens; see `firstlab.engine.sampling.Sampling`.
+        least_cpu_share: A warning is printed if a variant got less of the CPU than this share of its time.
+        copy_mib: Size of the copy that measures the memory's bandwidth; larger than any cache.
+    """
+
+    decoders: list[str] = field(default_factory=lambda: ["transformers", "generate", "engine"])
+    quantizations: list[str | None] = field(default_factory=lambda: [None])
+    routes: str = "spread"
+    skip_rates: list[float] = field(default_factory=lambda: [0.15, 0.25, 0.35])
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    prompt_lengths: list[int] = field(default_factory=lambda: [128])
+    mixed_routes: list[int] = field(default_factory=list)
+    mixed_batch_size: int = 32
+    queue: int = 0
+    queue_batch_size: int = 8
+    tokens: int = 32
+    do_sample: bool = False
+    temperature: float = 0.8
+    top_k: int = 10
+    least_cpu_share: float = 0.9
+    copy_mib: int = 256
+
+    def check(self) -> None:
+        """See `SpeedConfig.check`."""
+        super().check()
+        known = bool(self.decoders) and set(self.decoders) <= set(DECODERS)
+        self.require(known, "decoders", f"choose from {', '.join(DECODERS)}")
+        self.require(bool(self.quantizations), "quantizations", "one or more, null for none")
+        for name in filter(None, self.quantizations):
+            from firstlab.model.quantization import check_quantization
+
+            check_quantization(name)
+        if self.model.quantization is not None:
+            given = self.model.quantization
+            raise ValueError(f"model.quantization={given!r} is not for the benchmark; use quantizations=[null,{given}]")
+        self.require(self.routes in ROUTES, "routes", f"choose one of {', '.join(ROUTES)}")
+        self.require(all(0 <= rate < 1 for rate in self.skip_rates), "skip_rates", "each at least 0 and below 1")
+        for option in ("batch_sizes", "prompt_lengths"):
+            values = getattr(self, option)
+            self.require(bool(values) and min(values) >= 1, option, "one value or more, each at least 1")
+        self.require_least(mixed_batch_size=2, queue=0, queue_batch_size=1, copy_mib=1, top_k=0)
+        fits = all(2 <= count <= self.mixed_batch_size for count in self.mixed_routes)
+        self.require(fits, "mixed_routes", f"each from 2 to mixed_batch_size={self.mixed_batch_size}")
+        needs = not self.mixed_routes or "engine" in self.decoders
+        self.require(
+            needs, "mixed_routes", f"they run on the engine, which decoders={self.decoders} leaves out; add it"
+        )
+        self.require(self.tokens >= 2, "tokens", "at least 2, one from prefill and one from decode")
+        self.require(0 < self.temperature < math.inf, "temperature", "above 0; do_sample=false decodes greedily")
+        self.require(0 <= self.least_cpu_share <= 1, "least_cpu_share", "between 0 and 1")
+
+
+@dataclass
+class TrainingSpeedConfig(SpeedConfig):
+    """What the measurement of training takes besides.
+
+    Attributes:
+        lora: Of phase 2 and of the plain step.
+        objective, gate: Of both phases; see `firstlab.model.teacher_forcing.TeacherForcedPass`.
+        hold_routes: Of phase 2 under the decode-consistent objective; above 0 it reads the prompts once more.
+        batch_size: Rows of a step.
+        prompt_length, response_length: Tokens of each row, drawn at random; responses are labelled.
+        gradient_checkpointing: In all variants.
+        loss_chunk: Positions whose logits exist at a time; the plain step knows no such thing.
+        learning_rate, gradient_clip: Of all variants.
+        steps: Steps of each round that count.
+    """
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: str = "decode_consistent"
+    gate: str = "hard"
+    hold_routes: float = 10.0
+    batch_size: int = 8
+    prompt_length: int = 128
+    response_length: int = 64
+    gradient_checkpointing: bool = False
+    loss_chunk: int = 1024
+    learning_rate: float = 3e-4
+    gradient_clip: float = 1.0
+    warmup: int = 2
+    steps: int = 5
+    repetitions: int = 3
+    out: str = "runs/training_speed"
+
+    def check(self) -> None:
+        """See `SpeedConfig.check`."""
+        from firstlab.model.teacher_forcing import GATES, OBJECTIVES
+
+        super().check()
+        self.model.check_trainable()
+        self.require(self.objective in OBJECTIVES, "objective", f"choose one of {', '.join(OBJECTIVES)}")
+        self.require(self.gate in GATES, "gate", f"choose one of {', '.join(GATES)}")
+        self.require_least(batch_size=1, prompt_length=1, response_length=1, loss_chunk=1, steps=1, hold_routes=0)
+        for option in ("learning_rate", "gradient_clip"):
+            self.require(getattr(self, option) > 0, option, "greater than 0")
+
+
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+ConfigStore.instance().store(name="training_speed_schema", node=TrainingSpeedConfig)
+
+
+def load(composed: DictConfig) -> SpeedConfig:
+    """The checked settings of either measurement.
+
+    Raises:
+        ValueError: One message with the option, its value and what is allowed.
+    """
+    config = settings(composed, SpeedConfig)
+    config.check()
+    return config

@@ -1,0 +1,130 @@
+"""The model that is measured: the same weights plain, as transformers has them, and wrapped."""
+
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from firstlab.bench.config import SpeedConfig
+from firstlab.config.build import model_path
+from firstlab.engine.llama_step import orders_anew
+from firstlab.model import RouterAugmentedLM, RouterSettings
+from firstlab.model.quantization import quantize
+from firstlab.model.storage import load_base
+
+
+@dataclass(frozen=True)
+class Models:
+    """The same weights twice."""
+
+    plain: PreTrainedModel
+    routed: RouterAugmentedLM
+
+    @classmethod
+    def load(
+        cls, path: str, settings: RouterSettings, *, random_init: bool, device: torch.device, **options: Any
+    ) -> Models:
+        """Load, or with `random_init` make from the config alone.
+
+        Raises:
+            ValueError: Nothing can be loaded from `path`, or random weights do not fit into the device's memory.
+        """
+        if random_init:
+            try:
+                config = AutoConfig.from_pretrained(path, revision=options.pop("revision", None))
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(f"model.path={path!r} has no config that transformers can read: {error}") from error
+            if options.get("dtype") == "auto":
+                options["dtype"] = config.dtype or torch.float32
+            check_memory(config, device, **options)
+            with device:
+                lm = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            lm = load_base(path, **options)
+        lm = lm.to(device).eval()
+        # Random prompts: a row must not end before the others, and no setting of the model's own may change scores.
+        lm.generation_config = GenerationConfig()
+        return cls(_twin(lm), RouterAugmentedLM(lm, settings))
+
+    @cached_property
+    def for_engine(self) -> RouterAugmentedLM:
+        """`routed`, with weights of its own where the engine orders them anew: the ways beside it keep theirs."""
+        if not orders_anew(self.plain):
+            return self.routed
+        return RouterAugmentedLM(deepcopy(self.plain), self.routed.routers.settings)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens to draw from."""
+        return self.plain.config.get_text_config(decoder=True).vocab_size
+
+    def quantized(self, name: str | None) -> Models:
+        """These models for None, else others with weights of `QUANTIZATIONS`, which share what is not quantized.
+
+        Raises:
+            ValueError: The model cannot be quantized.
+        """
+        if name is None:
+            return self
+        lm = _twin(self.plain)
+        quantize(lm, name)
+        return Models(_twin(lm), RouterAugmentedLM(lm, self.routed.routers.settings))
+
+
+def load_models(config: SpeedConfig, length: int, lengths: str) -> Models:
+    """The model of a configuration on its device, with the seed set.
+
+    Args:
+        config: Of either measurement.
+        length: The longest sequence.
+        lengths: The options that make it, as text.
+
+    Raises:
+        ValueError: The device is not there, the model cannot be loaded, or its positions are too few.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    given = config.model
+    options = {name: getattr(given, name) for name in ("dtype", "revision", "attn_implementation")}
+    models = Models.load(
+        model_path(given.path, given.random_init),
+        RouterSettings(input_norm=config.router.input_norm, threshold=config.router.threshold),
+        random_init=given.random_init,
+        device=device,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    allowed = getattr(models.plain.config.get_text_config(decoder=True), "max_position_embeddings", length)
+    if length > allowed:
+        raise ValueError(
+            f"{lengths} needs {length} positions, and model={given.name} has {allowed}; shorten one of them"
+        )
+    return models
+
+
+def _twin(lm: PreTrainedModel) -> PreTrainedModel:
+    """Other modules with the same weights."""
+    return deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
+
+
+def check_memory(config: Any, device: torch.device, **options: Any) -> None:
+    """Raises ValueError if the weights of a config are larger than the device's whole memory."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, **options)
+    needed = sum(each.nbytes for each in lm.parameters())
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[1]
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise ValueError(
+            f"model.random_init=true: the weights take {needed / 2**30:.1f} GiB in {lm.dtype}, {device.type} has "
+            f"{available / 2**30:.1f} GiB; use model.dtype=bfloat16, a smaller model or a larger device"
+        )

@@ -1,0 +1,142 @@
+"""Measure, print and write: the tables of both measurements, and their files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from firstlab.bench import decoding, figure, training
+from firstlab.bench.config import BenchmarkConfig, SpeedConfig, TrainingSpeedConfig
+from firstlab.store import paper
+from firstlab.store.files import check_writable, write_atomically
+
+# The first is what the others are compared with.
+TRAINERS = {
+    "plain": "transformers Trainer + PEFT LoRA",
+    "phase_1": "firstlab phase 1 (routers)",
+    "phase_2": "firstlab phase 2 (LoRA)",
+}
+
+
+def run(config: SpeedConfig) -> None:
+    """Measure what the configuration is about; print it and write it to its folder."""
+    check_writable(Path(config.out), "out")
+    if isinstance(config, TrainingSpeedConfig):
+        record = training.measure(config)
+        print_training(record)
+        file = Path(config.out) / "training_speed.json"
+    else:
+        assert isinstance(config, BenchmarkConfig)
+        record = decoding.measure(config)
+        print_decoding(record)
+        file = Path(config.out) / "benchmark.json"
+        picture = file.with_suffix(".png")
+        figure.tpot_against_skip(record, paper.read()["tpot"]["5"]["tasks"]["wmt_ende"], picture)
+        print(f"picture: {picture}")
+    write_atomically(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    print(f"record:  {file}")
+
+
+def _print_table(title: str, rows: Sequence[dict[str, str | None]]) -> None:
+    """The first column holds the names; columns without any value are left out."""
+    view = Table(title=title, title_justify="left")
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    for place, name in enumerate(names):
+        view.add_column(name, no_wrap=place == 0, justify="left" if place == 0 else "right")
+    for row in rows:
+        view.add_row(*(row[name] or "-" for name in names))
+    Console(width=None if sys.stdout.isatty() else 150).print(view)
+
+
+def print_decoding(record: dict[str, Any]) -> None:
+    """One table per batch size and prompt length, then a line for each mixed batch and queue."""
+    for cell in record["cells"]:
+        title = f"{record['model']}, batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens"
+        _print_table(title, [_decoding_row(row) for row in cell["variants"]])
+        least = {row["quantization"]: row["limit_tpot_s"] for row in cell["variants"] if row["skip_rate"] == 0}
+        limits = (f"{1000 * seconds:.2f} ms" + (f" ({name})" if name else "") for name, seconds in least.items())
+        print(
+            f"routers: {1000 * cell['router_s']:.2f} ms, {100 * cell['router_share_of_prefill']:.2f} % of prefill; "
+            f"TPOT of the bytes read without skipping: {', '.join(limits)} "
+            f"(copies run at {record['copy_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s)"
+        )
+    for row in record["mixed_routes"]:
+        routes = ", ".join(filter(None, (f"{row['routes']} routes", row["quantization"])))
+        print(
+            f"mixed routes: {100 * row['throughput_ratio']:.0f} % of the throughput of one shared route "
+            f"({routes}, batch {row['batch_size']}, prompt of {row['prompt_length']} tokens, "
+            f"{100 * row['skip_rate']:.1f} % skipped, {row['tokens_per_s']:.0f} tokens/s; "
+            f"by the bytes read {100 * row['limit_ratio']:.0f} %)"
+        )
+    for row in record["queues"]:
+        weights = f", {row['quantization']}" if row["quantization"] else ""
+        print(
+            f"queue of {row['prompts']} prompts of up to {row['prompt_length']} tokens, "
+            f"batch {row['batch_size']}{weights}, {100 * row['skip_rate']:.1f} % skipped: "
+            f"{row['tokens_per_s']:.0f} tokens/s, "
+            f"{row['speedup_over_generate']:.2f} times those of generate, batch by batch "
+            f"({row['tokens_per_s_generate']:.0f})"
+        )
+    share = min(row["cpu_share"] for cell in record["cells"] for row in cell["variants"])
+    if share < record["settings"]["least_cpu_share"]:
+        print(
+            f"warning: other processes had the CPU for up to {100 * (1 - share):.0f} % of a run: times are too long, "
+            "and medians mislead; measure on a quiet machine",
+            file=sys.stderr,
+        )
+
+
+def _decoding_row(row: dict[str, Any]) -> dict[str, str | None]:
+    def number(name: str, form: str, factor: float = 1) -> str | None:
+        return None if row[name] is None else f"{factor * row[name]:{form}}"
+
+    saved = row["kv_bytes_saved"]
+    return {
+        "": " ".join(filter(None, (row["decoder"], row["quantization"]))),
+        "skipped": f"{100 * row['skip_rate']:.1f} %",
+        "TTFT ms": number("ttft_s", ".1f", 1000),
+        "TPOT ms": number("tpot_mean_s", ".2f", 1000),
+        "median": number("tpot_s", ".2f", 1000),
+        "p95": number("tpot_p95_s", ".2f", 1000),
+        "tokens/s": number("tokens_per_s", ".0f"),
+        "speed-up": number("speedup_over_transformers", ".2f"),
+        "TPOT ratio": f"{row['tpot_ratio']:.2f}x",
+        "limit": f"{row['limit_ratio']:.2f}x",
+        "× plain weights": number("speedup_over_unquantized", ".2f") if row["quantization"] else None,
+        "KV MiB": number("kv_bytes", ".2f", 2**-20),
+        "saved": f"{100 * saved / (row['kv_bytes'] + saved):.0f} %",
+        "peak MiB": number("peak_memory_bytes", ".0f", 2**-20),
+        "CPU": f"{100 * row['cpu_share']:.0f} %",
+        "J/token": number("joules_per_token", ".3g"),
+    }
+
+
+def print_training(record: dict[str, Any]) -> None:
+    """One row per trainer."""
+    given = record["settings"]
+    title = (
+        f"{record['model']}, batch {given['batch_size']}, prompts of {given['prompt_length']} and responses of "
+        f"{given['response_length']} tokens, {given['model']['dtype']}, {record['device']}"
+    )
+    rows = []
+    for row in record["variants"]:
+        peak = row["peak_memory_bytes"]
+        rows.append(
+            {
+                "": TRAINERS[row["variant"]],
+                "trained parameters": f"{row['trainable_parameters']:,}",
+                "step ms": f"{1000 * row['step_s']:.1f}",
+                "tokens/s": f"{row['tokens_per_s']:.0f}",
+                "speed-up": f"{row['speedup_over_plain']:.2f}",
+                "peak MiB": None if peak is None else f"{peak / 2**20:.0f}",
+            }
+        )
+    _print_table(title, rows)
+    if all(row["peak MiB"] is None for row in rows):
+        print("peak memory is measured on CUDA devices only")

@@ -1,0 +1,172 @@
+"""What is decoded, along which routes, and what the device's memory allows at best.
+
+Every token reads the weights of the layers that run once, and the keys and values of every row: at small batches no
+decoder is faster than these bytes over the memory's bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from firstlab.bench.config import BenchmarkConfig
+from firstlab.engine.sampling import Sampling
+from firstlab.evaluation.timing import synchronize
+from firstlab.model.layers import find_decoder
+from firstlab.model.quantization import stored_bytes
+from firstlab.store import paper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is decoded: random prompts, each to the same number of tokens.
+
+    Attributes:
+        batch_size: Rows.
+        prompt_length: Tokens of each prompt.
+        tokens: New tokens of each row.
+        sampling: How tokens are drawn; None for greedy decoding.
+        seed: Of the prompts, and of routes that are drawn.
+    """
+
+    batch_size: int
+    prompt_length: int
+    tokens: int
+    sampling: Sampling | None = None
+    seed: int = 0
+
+    @property
+    def attended(self) -> float:
+        """Tokens of a row that attention reads in a decode step, on average.
+
+        The first step attends to the prompt and one token more, the last to all but the last token.
+        """
+        return self.prompt_length + self.tokens / 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For transformers' `generate`: exactly `tokens` tokens of each row."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.tokens, "do_sample": self.sampling is not None}
+        if self.sampling is not None:
+            chosen |= {name: getattr(self.sampling, name) for name in ("temperature", "top_k", "top_p")}
+        return chosen | {"pad_token_id": 0}
+
+
+def spread_route(num_layers: int, skip_rate: float) -> Tensor:
+    """[L] boolean: round(skip rate · L) layers skipped, evenly spread, the first and the last kept.
+
+    Raises:
+        ValueError: More layers to skip than stand between the first and the last.
+    """
+    skipped, between = round(skip_rate * num_layers), num_layers - 2
+    if skipped > between:
+        raise ValueError(
+            f"skip_rates: {skip_rate} skips {skipped} of {num_layers} layers, but the first and the last are kept; "
+            f"give at most {between / num_layers:.3g}"
+        )
+    route = torch.ones(num_layers, dtype=torch.bool)
+    route[[1 + int((place + 0.5) * between / skipped) for place in range(skipped)]] = False
+    return route
+
+
+def distinct_routes(num_layers: int, skip_rate: float, count: int, seed: int) -> Tensor:
+    """[count, L] boolean, all different: round(skip rate · L) random layers skipped, the first and the last kept.
+
+    Raises:
+        ValueError: There are fewer such routes, or more layers to skip than stand between the first and the last.
+    """
+    skipped = int((~spread_route(num_layers, skip_rate)).sum())
+    possible = math.comb(num_layers - 2, skipped)
+    if possible < count:
+        raise ValueError(
+            f"mixed_routes: {count} different routes at skip rate {skip_rate}, but only {possible} skip {skipped} of "
+            f"{num_layers} layers and keep the first and the last; give at most {possible}, or another skip rate"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[tuple[int, ...], None] = {}  # in the order drawn
+    while len(found) < count:
+        drawn = 1 + torch.randperm(num_layers - 2, generator=generator)[:skipped]
+        found[tuple(sorted(drawn.tolist()))] = None
+    routes = torch.ones(count, num_layers, dtype=torch.bool)
+    for route, layers in zip(routes, found, strict=True):
+        route[list(layers)] = False
+    return routes
+
+
+def chosen_routes(config: BenchmarkConfig, num_layers: int) -> dict[float, Tensor]:
+    """Skip rate to route [L], dense first.
+
+    Raises:
+        ValueError: A rate or the paper's layers do not fit the model.
+    """
+    if config.routes == "spread":
+        return {rate: spread_route(num_layers, rate) for rate in sorted({0.0, *config.skip_rates})}
+    table = paper.read()["per_layer"]
+    if num_layers != table["layers"]:
+        raise ValueError(
+            f"routes=paper: Table 15 is about a model of {table['layers']} layers, and model={config.model.name} has "
+            f"{num_layers}; use routes=spread"
+        )
+    routes = {0.0: torch.ones(num_layers, dtype=torch.bool)}
+    for column in table["columns"]:
+        if column["variant"] == "router_lora":
+            route = torch.tensor(paper.per_layer_shares(column, num_layers)) < 50
+            routes[1 - route.float().mean().item()] = route
+    return routes
+
+
+def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: float) -> float:
+    """Bytes that one decode step must read.
+
+    Args:
+        lm: The base model.
+        route: [L] boolean, or of each row [B, L].
+        batch_size: Rows.
+        length: Tokens per row that attention reads, the new one included.
+
+    Returns:
+        Weights of the layers that some row runs, of the final norm and of the output head, and keys and values of the
+        layers that each row runs. Rows of the input embedding are left out: one per row.
+    """
+    config: Any = lm.config.get_text_config(decoder=True)
+    layers = find_decoder(lm)[1]
+    embedding: Any = lm.get_input_embeddings()
+    head: Any = lm.get_output_embeddings()
+    elsewhere = {id(parameter) for parameter in layers.parameters()}
+    if head.weight is not embedding.weight:
+        elsewhere.add(id(embedding.weight))
+    weights = sum(stored_bytes(each) for each in lm.parameters() if id(each) not in elsewhere)
+    routes = route.expand(batch_size, -1)
+    weights += sum(
+        stored_bytes(each)
+        for layer, runs in zip(layers, routes.any(0).tolist(), strict=True)
+        if runs
+        for each in layer.parameters()
+    )
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = 2 * kv_heads * head_dim * embedding.weight.element_size()
+    return weights + int(routes.sum()) * length * kv
+
+
+def copy_bandwidth(device: torch.device, size: int, repetitions: int = 5) -> float:
+    """Bytes per second of the best of several copies of `size` bytes; a copy reads and writes each."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    # A GPU needs microseconds to start and to report, and a copy not many more: several, one right behind the other.
+    copies = 10 if device.type == "cuda" else 1
+    times = []
+    for _ in range(repetitions + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(copies):
+            target.copy_(source)
+        synchronize(device)
+        times.append((time.perf_counter() - start) / copies)
+    return 2 * size / min(times[1:])
