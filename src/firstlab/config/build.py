@@ -1,4 +1,4 @@
-"""What a configuration names becomes an object here: task, data, model, trained run."""
+"""Build the task, data and model that a configuration names."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def build_task(config: ExperimentConfig) -> Task:
             f"data.root={config.data.root!r}: data={config.data.name} is generated and reads no files, or a mixture, "
             "whose parts have their own root"
         )
-    task = instantiate.build(node, "data.task")
-    if not isinstance(task, Task):
-        raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
+    task: Task = instantiate.build(node, "data.task", Task)  # type: ignore[type-abstract]
     for each in task.parts.values() or [task]:
         kind = getattr(each, "kind", None)
         if kind not in PRIMARY_METRIC:

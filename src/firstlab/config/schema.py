@@ -21,9 +21,6 @@ PHASES = ("router", "lora", "evaluate")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
 
-#: Settings of methods that runs did not have at first, with what they then did: runs that do so leave them out.
-UNSAID = {"skip_prefill": False, "search_width": 1}
-
 
 def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
     if not condition:
@@ -416,25 +413,12 @@ class ExperimentConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the run's numbers: everything but where it runs, where it writes and how it is started."""
         config = self.to_dict()
-        # With every setting of the method, so that a run stays itself when the method gets a new one.
-        method = instantiate.build(self.method, "method")
-        config["method"] = instantiate.with_floats(type(method), config["method"] | asdict(method))
-        for key in ("logger", "run_dir", "note", "runs", "phases", "compare_with_base", "ckpt"):
+        config["method"] = instantiate.with_defaults(self.method, "method")
+        for key in ("logger", "run_dir", "note", "runs", "phases", "compare_with_base", "ckpt", "overwrite", "sweep"):
             del config[key]
-        del config["overwrite"], config["sweep"]
-        if config["init_from"] is None:
-            del config["init_from"]
-        # Of the trainer, only precision moves the numbers beyond rounding.
-        config["trainer"] = {"precision": config["trainer"]["precision"]}
         del config["data"]["num_workers"]
-        if config["data"]["bucket"] == 1:
-            # Off is what runs were before there was this setting; they stay themselves.
-            del config["data"]["bucket"]
-        if config["model"]["quantization"] is None:
-            del config["model"]["quantization"]
-        if config["evaluation"]["decoder"] == "generate":
-            del config["evaluation"]["decoder"]
-        config["method"] = {key: value for key, value in config["method"].items() if UNSAID.get(key, ...) != value}
+        # Of the trainer, only precision moves the numbers beyond rounding.
+        config["trainer"] = {"precision": self.trainer.precision}
         return config
 
     def hash(self) -> str:

@@ -132,7 +132,7 @@ def main(raw: DictConfig) -> None:
     OmegaConf.resolve(raw)
     config = settings(raw, NanoConfig)
     check(config)
-    tasks = {name: instantiate.build(chosen.task, f"tasks.{name}.task") for name, chosen in config.tasks.items()}
+    tasks = {name: instantiate.build(chosen.task, f"tasks.{name}.task", Task) for name, chosen in config.tasks.items()}
     work = Path(config.work_dir)
     prepare(config, tasks, work)
     train_in_processes(config, work)

@@ -246,7 +246,7 @@ class Experiment:
         loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
             node = dict(self.config.logger)
-            logger = instantiate.build(node, "logger", **logger_options(node, self.directory, self.method.name))
+            logger = instantiate.build(node, "logger", Logger, **logger_options(node, self.directory, self.method.name))
             if rank()[0] == 0:
                 open_logger(logger)
                 logger.log_hyperparams(self.config.identity())

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from firstlab.config.compose import composed_config
-from firstlab.config.schema import UNSAID
 from firstlab.store import results
 from firstlab.tables.config import ScaleConfig
 from firstlab.tables.grid import Run, level_keys
@@ -29,6 +28,8 @@ _DATA = (
 _COLUMNS = ("difficulty", "prompt_tokens", "response_tokens", "skip_rate", "nll")
 #: Where `firstlab.evaluate` writes, inside a run directory.
 _EVALUATIONS = "evaluations"
+# Settings that older records lack, with what those runs did.
+_UNSAID = {"skip_prefill": False, "search_width": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +286,7 @@ def _numbers(node: dict[str, Any], key: str, where: str) -> list[float]:
 def _training(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of the method, of training and of evaluation."""
     chosen: dict[str, Any] = {section: config.get(section, {}) for section in _SECTIONS}
-    chosen["method"] = UNSAID | chosen["method"]
+    chosen["method"] = _UNSAID | chosen["method"]
     evaluation = {key: value for key, value in config.get("evaluation", {}).items() if key in _EVALUATION}
     evaluation = {"decoder": "generate"} | evaluation  # as recorded before there was a choice
     if evaluation.get("do_sample") is False:
