@@ -6,24 +6,22 @@ python -m firstlab.benchmark model=llama3_8b model.random_init=true model.dtype=
 
 from __future__ import annotations
 
-import sys
-from functools import partial
+from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig
+from firstlab.config.command_line import command
 
-from firstlab.bench.benchmark import load, run
-from firstlab.config.command_line import check_command_line, guarded
-from firstlab.config.compose import conf_dir
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="benchmark")
-@partial(guarded, resumes=False)
 def main(composed: DictConfig) -> None:
     """The settings, then the benchmark."""
+    from firstlab.bench.benchmark import load, run
+
     run(load(composed))
 
 
 if __name__ == "__main__":
-    check_command_line("benchmark", sys.argv[1:])
-    main()
+    import firstlab.bench.benchmark  # noqa: F401  registers the schema
+
+    command("benchmark", main, resumes=False)

@@ -8,11 +8,15 @@
 
 Every key of conf/ under data, evaluation, trainer and seed may be given, model.quantization (int8, int4), and
 model.path where the base model has moved. Results go to DIR/evaluations/.
+
+What is saved in DIR is data and runs no code. Where the run's method or task is a class of your own, name its package:
+trust=my_package.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,23 +31,32 @@ def main(arguments: list[str]) -> None:
         return
     arguments, folders = own_folders(arguments)
     options, words = split_options(arguments)
-    if words and words[0].startswith(("--config-dir", "-cd")):
-        raise ValueError(f"{' '.join(words)}: there is no such folder")
     if words:
         raise ValueError(f"{words[0]!r} is not KEY=VALUE; see python -m firstlab.evaluate --help")
-    run, variant = options.pop("run", None), options.pop("variant", None)
+    run, variant, trusted = (options.pop(key, None) for key in ("run", "variant", "trust"))
     if run is None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
     free = ("data", "evaluation", "trainer", "seed")
-    refused = [
-        key for key in options if key.split(".")[0] not in free and key not in ("model.quantization", "model.path")
-    ]
-    if refused:
-        raise ValueError(
-            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer, seed, "
-            "model.quantization and, where the base model has moved, model.path change"
-        )
+    for key in options:
+        if key.split(".")[0] not in free and key not in ("model.quantization", "model.path"):
+            raise ValueError(
+                f"{key} was fixed when the run was trained; only data, evaluation, trainer, seed, "
+                "model.quantization and, where the base model has moved, model.path change"
+            )
+    evaluate(Path(os.path.expanduser(run)), variant, options, folders, trusted)
 
+
+def evaluate(
+    run: Path, variant: str | None, overrides: dict[str, str], folders: list[str], trusted: str | None
+) -> None:
+    """Evaluate one variant and add it to the record of these settings.
+
+    Args:
+        run: Run directory.
+        variant: See `firstlab.run.load.load_run`; `overrides` and `folders` too.
+        trusted: Package of the user's own whose classes the saved configuration may name.
+    """
+    from firstlab.config import instantiate
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
     from firstlab.evaluation.variant import evaluate_variant, fingerprint
     from firstlab.model.quantization import quantize
@@ -54,15 +67,16 @@ def main(arguments: list[str]) -> None:
     from firstlab.store.files import claimed
     from firstlab.training.prompt_set import PromptSet
 
-    config, method, model, variant = load_run(Path(run), variant, options, folders)
+    instantiate.trust([] if trusted is None else [trusted])
+    config, method, model, variant = load_run(run, variant, overrides, folders)
     data = build_data(config)
     check_test_set(data)
     check_vocabulary(config, data.tokenizer, model)
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
-    routes = decided_routes(Path(run), method, variant, prompts)
-    record = results.read(Path(run), "delete it; the model stays") or {}
+    routes = decided_routes(run, method, variant, prompts)
+    record = results.read(run, "delete it; the model stays") or {}
     # The text as well: the same files may hold other text the next time.
-    directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
+    directory = run / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
     quantize(model.merge_and_unload().lm, config.model.quantization)
     with claimed(directory):
         earlier = (results.read(directory, "delete it to evaluate again") or {"variants": {}})["variants"]
@@ -75,7 +89,7 @@ def main(arguments: list[str]) -> None:
             routes,
             config.seed,
             config.trainer.progress_bar,
-            static_routes(Path(run), method, model.num_layers),
+            static_routes(run, method, model.num_layers),
         )
         full = {
             **{key: record.get(key) for key in ("level", "rounding", "note", "phases")},

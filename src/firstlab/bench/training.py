@@ -9,16 +9,14 @@ import json
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from firstlab.config.command_line import check_command_line, guarded
-from firstlab.config.compose import conf_dir, settings
+from firstlab.config.command_line import command
+from firstlab.config.compose import settings
 from firstlab.config.schema import LoraConfig, RouterConfig, SpeedModelConfig
 
 if TYPE_CHECKING:
@@ -311,13 +309,10 @@ def run(config: TrainingSpeedConfig) -> None:
     print(f"record: {file}")
 
 
-@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="training_speed")
-@partial(guarded, resumes=False)
 def main(composed: DictConfig) -> None:
     """The settings, then the measurement."""
     run(load(composed))
 
 
 if __name__ == "__main__":
-    check_command_line("training_speed", sys.argv[1:])
-    main()
+    command("training_speed", main, resumes=False)

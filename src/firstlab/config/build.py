@@ -112,6 +112,16 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
 
 
+def check_level(config: ExperimentConfig, num_layers: int) -> None:
+    """Raises ValueError if the wanted skip rate is less than half a layer: nothing would be skipped."""
+    rate = config.method.get("target_skip")
+    if rate is not None and round(rate * num_layers) == 0:
+        raise ValueError(
+            f"method.target_skip={rate} rounds to none of the model's {num_layers} layers: one layer is "
+            f"{1 / num_layers:.3f}; raise it, or choose method=none"
+        )
+
+
 def check_vocabulary(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model: RouterAugmentedLM) -> None:
     """Raises ValueError if the tokenizer gives tokens that the model has no embedding for."""
     embedding: Any = model.lm.get_input_embeddings()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +75,7 @@ def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
         raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
     if not isinstance(found, schema):
         raise ValueError(f"this is no configuration of this command, which takes a {schema.__name__}")
+    _refuse_unknown(composed, found)
     return found
 
 
@@ -89,6 +91,33 @@ def expand_home(composed: DictConfig) -> None:
 
     for key, value in OmegaConf.to_container(composed).items():  # type: ignore[union-attr]
         walk(value, str(key))
+
+
+def allowed_keys(key: str, overrides: Sequence[str], config_name: str) -> str:
+    """Why `key` is wrong: the deepest part of it that exists with these overrides, and the keys that part has."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        node: Any = compose(config_name, list(overrides))
+    parts, path = key.split("."), []
+    while parts and OmegaConf.is_dict(node) and parts[0] in node:
+        path.append(parts.pop(0))
+        node = node[path[-1]]
+    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
+    target = OmegaConf.is_dict(node) and "_target_" in node and len(parts) == 1
+    more = f"; another argument of its class is added: +{key}=..." if target else ""
+    where = ".".join(path) or "the configuration"
+    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}{more}"
+
+
+def _refuse_unknown(node: Any, found: Any, path: str = "") -> None:
+    """Raises ValueError for a key that a plus has added beside those of a dataclass."""
+    known = [each.name for each in fields(found)]
+    for key in node:
+        if key not in known:
+            where = path.rstrip(".") or "the configuration"
+            raise ValueError(f"{path}{key} is unknown: {where} has no key {key!r}; its keys are {', '.join(known)}")
+        if is_dataclass(value := getattr(found, key)):
+            _refuse_unknown(node[key], value, f"{path}{key}.")
 
 
 def refuse_numbers_for_booleans(config: DictConfig, arguments: Sequence[str]) -> None:

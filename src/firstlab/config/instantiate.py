@@ -1,7 +1,7 @@
 """Build the object that a `_target_` node of the configuration names; refuse everything that is not known or named.
 
-Nothing is imported before the name is on the allowlist: firstlab's own classes, Lightning's loggers, and classes that
-the command line or a configuration given with it names (`trust`). What a run directory or a record says is no such name.
+Nothing is imported but firstlab's own classes, Lightning's loggers, and what the command line, or a configuration given
+with it, names (`trust`); a run directory or a record cannot add to these.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
     if node["_target_"] == _MIXTURE:
         given["parts"] = {name: _part(part, f"{option}.parts.{name}", kind) for name, part in node["parts"].items()}
     try:
-        return target(**given, **extra)
+        return target(**given | extra)
     except ValueError:
         raise
     except Exception as error:  # a constructor may fail in any way
@@ -183,6 +183,8 @@ def with_defaults(node: Any, option: str) -> Any:
     hints = _hints(target)
     takes_float = {key for key, hint in hints.items() if float in (hint, *get_args(hint))}
     return {key: float(value) if key in takes_float and type(value) is int else value for key, value in found.items()}
+
+
 def _hints(target: type) -> dict[str, Any]:
     init: Any = target.__init__  # type: ignore[misc]
     found: dict[str, Any] = {}

@@ -43,9 +43,9 @@ class SLEB(CalibratedSet):
 
 
 def check_width(width: int) -> None:
-    """Raises ValueError for a search that keeps no set."""
-    if width < 1:
-        raise ValueError(f"method.search_width={width} must be at least 1")
+    """Raises ValueError for a search that keeps no set, or so many that it would not end."""
+    if not 1 <= width <= 64:
+        raise ValueError(f"method.search_width={width} must be at least 1 and at most 64")
 
 
 def elimination(

@@ -7,11 +7,9 @@ import logging
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import transformers
 from hydra.core.config_store import ConfigStore
@@ -19,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from firstlab.config import instantiate
-from firstlab.config.command_line import check_command_line, guarded
-from firstlab.config.compose import conf_dir, settings
+from firstlab.config.command_line import command
+from firstlab.config.compose import settings
 from firstlab.data.task import Task
 from firstlab.nano.config import NanoConfig, check, device_of, recipe
 from firstlab.nano.scoring import score
@@ -125,8 +123,6 @@ def finish(config: NanoConfig, tasks: dict[str, Task], work: Path) -> dict[str, 
     return record
 
 
-@hydra.main(config_path=conf_dir(), config_name="nano", version_base="1.3")
-@guarded
 def main(raw: DictConfig) -> None:
     """Prepares, trains, saves and scores; goes on where an earlier call was stopped."""
     OmegaConf.resolve(raw)
@@ -140,5 +136,4 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    check_command_line("nano", sys.argv[1:])
-    main()
+    command("nano", main)

@@ -22,6 +22,7 @@ from firstlab.config import instantiate
 from firstlab.config.build import (
     build_data,
     check_device,
+    check_level,
     check_test_set,
     check_vocabulary,
     load_model,
@@ -201,6 +202,7 @@ class Experiment:
             check_metrics(self.data.task, self.config.evaluation)
         _say(f"data {self.config.data.name}: {sizes}")
         self.model = self._load_model()
+        check_level(self.config, self.model.num_layers)
         if "evaluate" in self.config.phases:
             check_engine(self.model, "evaluation.decoder", self.config.evaluation.decoder)
         check_vocabulary(self.config, self.data.tokenizer, self.model)

@@ -6,21 +6,20 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from firstlab.config.command_line import quiet
+from firstlab.config.command_line import LAUNCHED, quiet
 from firstlab.config.schema import TrainerConfig
 from firstlab.store import results
 
 
 def is_sweep_job() -> bool:
     """Whether Hydra runs this as one job of a sweep."""
-
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
@@ -57,12 +56,12 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
     return run
 
 
-def _finish(command: list[str], patience_s: float = 1.0) -> int:
+def _finish(command: list[str], environment: Mapping[str, str] | None = None, patience_s: float = 1.0) -> int:
     """The exit status of a launcher of processes, which is stopped with us and given the time to stop its own.
 
     `subprocess.run` would kill it, and leave its processes running. On Ctrl-C a terminal has told it already.
     """
-    with subprocess.Popen(command) as launcher:
+    with subprocess.Popen(command, env=environment) as launcher:
         try:
             return launcher.wait()
         except KeyboardInterrupt:
@@ -102,7 +101,8 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
     if is_sweep_job():
         os.environ[results.SWEEP_JOB] = "1"
-    code = _finish([*launcher, "-m", module, *overrides])
+    environment = {**os.environ, LAUNCHED: "1"}
+    code = _finish([*launcher, "-m", module, *overrides], environment)
     if code:
         sys.exit(code)
     return True
