@@ -7,16 +7,15 @@
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
 
 Every key of conf/ under data, evaluation, trainer and seed may be given, model.quantization (int8, int4), and
-model.path where the base model has moved. Results go to DIR/evaluations/.
-
-What is saved in DIR is data and runs no code. Where the run's method or task is a class of your own, name its package:
-trust=my_package.
+model.path where the base model has moved. Results go to DIR/evaluations/. Nothing that DIR says is run as code: where
+its method or task is a class of your own, name the package again, trust=my_package.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -36,26 +35,12 @@ def main(arguments: list[str]) -> None:
     run, variant, trusted = (options.pop(key, None) for key in ("run", "variant", "trust"))
     if run is None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
-    free = ("data", "evaluation", "trainer", "seed")
     for key in options:
-        if key.split(".")[0] not in free and key not in ("model.quantization", "model.path"):
+        if not re.fullmatch(r"(data|evaluation|trainer|seed)(\..*)?|model\.(quantization|path)", key):
             raise ValueError(
                 f"{key} was fixed when the run was trained; only data, evaluation, trainer, seed, "
                 "model.quantization and, where the base model has moved, model.path change"
             )
-    evaluate(Path(os.path.expanduser(run)), variant, options, folders, trusted)
-
-
-def evaluate(
-    run: Path, variant: str | None, overrides: dict[str, str], folders: list[str], trusted: str | None
-) -> None:
-    """Evaluate one variant and add it to the record of these settings.
-
-    Args:
-        run: Run directory.
-        variant: See `firstlab.run.load.load_run`; `overrides` and `folders` too.
-        trusted: Package of the user's own whose classes the saved configuration may name.
-    """
     from firstlab.config import instantiate
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
     from firstlab.evaluation.variant import evaluate_variant, fingerprint
@@ -68,7 +53,8 @@ def evaluate(
     from firstlab.training.prompt_set import PromptSet
 
     instantiate.trust([] if trusted is None else [trusted])
-    config, method, model, variant = load_run(run, variant, overrides, folders)
+    run = Path(os.path.expanduser(run))
+    config, method, model, variant = load_run(run, variant, options, folders)
     data = build_data(config)
     check_test_set(data)
     check_vocabulary(config, data.tokenizer, model)

@@ -11,7 +11,15 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from firstlab.config.build import build_data, build_task, check_lengths, check_test_set, check_vocabulary, load_model
+from firstlab.config.build import (
+    build_data,
+    build_task,
+    check_lengths,
+    check_level,
+    check_test_set,
+    check_vocabulary,
+    load_model,
+)
 from firstlab.data.mini_qa import MiniQA
 from firstlab.model import load_tokenizer
 from firstlab.run.decisions import shared_routes
@@ -42,13 +50,28 @@ def test_lengths_beyond_the_models_positions_are_named(tmp_path: Path):
             check_lengths(config, 256)
 
 
+def test_a_revision_is_for_models_of_the_hub(tiny_model_dir: Path, tmp_path: Path):
+    for model in (str(tiny_model_dir), "bundled:nano"):
+        with pytest.raises(
+            ValueError, match="model.revision='v2' is for models of the hub, and model.path=.* a folder"
+        ):
+            composed(*overrides(tiny_model_dir, tmp_path, f"model.path={model}", "model.revision=v2"))
+
+
+def test_a_rate_below_half_a_layer_is_named(tmp_path: Path):
+    config, _ = composed(*overrides(tmp_path, tmp_path, "method=sleb", "method.target_skip=0.1"))
+    check_level(config, 6)
+    with pytest.raises(ValueError, match=r"method.target_skip=0.1 rounds to none of the model's 4 layers"):
+        check_level(config, 4)
+
+
 def test_the_tokenizer_has_the_models_revision(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
     load = AutoTokenizer.from_pretrained
     monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda *a, **k: (asked.append(k.get("revision")), load(*a))[1]
+        AutoTokenizer, "from_pretrained", lambda *a, **k: (asked.append(k.get("revision")), load(tiny_model_dir))[1]
     )
-    build_data(composed(*overrides(tiny_model_dir, tmp_path, "model.revision=v2"))[0])
+    build_data(composed(*overrides(Path("hub/model"), tmp_path, "model.revision=v2"))[0])
     assert asked == ["v2"]
 
 

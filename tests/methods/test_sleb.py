@@ -61,7 +61,7 @@ def test_a_beam_as_wide_as_all_sets_finds_the_best_one(layers: int, data: st.Dat
 def test_the_width_of_a_search(method: str):
     plain, _ = composed(f"method={method}")
     wide, built = composed(f"method={method}", "method.search_width=4")
-    assert "search_width" not in plain.identity()["method"] and wide.identity()["method"]["search_width"] == 4
+    assert plain.identity()["method"]["search_width"] == 1 and wide.identity()["method"]["search_width"] == 4
     assert built.search_width == 4 and plain.hash() != wide.hash()
     with pytest.raises(ValueError, match="method.search_width=0 must be at least 1"):
         composed(f"method={method}", "method.search_width=0")

@@ -103,13 +103,13 @@ def test_disabling_without_lora_is_harmless():
 
 def test_target_modules_choose_a_part():
     model = routed_model()
-    model.add_lora(LoraSettings(rank=2, target_modules=("q_proj", "v_proj")))
+    model.add_lora(LoraSettings(rank=2, target_modules=["q_proj", "v_proj"]))
     assert len(list(lora_layers(model.lm))) == 2 * LAYERS
 
 
 def test_target_modules_that_match_nothing_are_named():
     with pytest.raises(ValueError, match=r"lora.target_modules=\('lm_head',\) matches no linear map"):
-        routed_model().add_lora(LoraSettings(target_modules=("lm_head",)))
+        routed_model().add_lora(LoraSettings(target_modules=["lm_head"]))
 
 
 @pytest.mark.parametrize(("architecture", "maps"), [("phimoe", 4), ("falcon", 4), ("ctrl", 6)])
@@ -135,7 +135,7 @@ def test_maps_outside_the_decoder_layers_stay():
     lm.tower = torch.nn.Module()
     lm.tower.q_proj = torch.nn.Linear(4, 4)
     model = RouterAugmentedLM(lm)
-    model.add_lora(LoraSettings(target_modules=("q_proj",)))
+    model.add_lora(LoraSettings(target_modules=["q_proj"]))
     assert len(list(lora_layers(lm))) == LAYERS and type(lm.tower.q_proj) is torch.nn.Linear
 
 

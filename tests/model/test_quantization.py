@@ -342,7 +342,7 @@ def test_training_is_refused_and_null_is_no_part_of_a_run(tmp_path: Path, monkey
     monkeypatch.setattr(quantization, "find_spec", lambda name: object())
     given = overrides(tmp_path, tmp_path)
     config, method = composed(*given)
-    assert "quantization" not in config.identity()["model"]
+    assert config.identity()["model"]["quantization"] is None
     smaller, _ = composed(*given, "model.quantization=int8")
     assert smaller.identity()["model"]["quantization"] == "int8" and smaller.hash() != config.hash()
     with pytest.raises(ValueError, match="model.quantization='int8' is for decoding, and this trains"):

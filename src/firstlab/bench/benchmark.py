@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from firstlab.config.compose import settings
-from firstlab.config.schema import RouterConfig, SpeedModelConfig
+from firstlab.config.compose import settings, store_schema
+from firstlab.config.schema import SpeedModelConfig, training_routers
+from firstlab.model.settings import RouterSettings
 
 DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager", "engine_compiled")
 ROUTES = ("spread", "paper")
@@ -58,7 +58,7 @@ class BenchmarkConfig:
     """
 
     model: SpeedModelConfig = field(default_factory=SpeedModelConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
+    router: RouterSettings = field(default_factory=training_routers)
     device: str = "auto"
     decoders: list[str] = field(default_factory=lambda: ["transformers", "generate", "engine"])
     quantizations: list[str | None] = field(default_factory=lambda: [None])
@@ -121,7 +121,7 @@ class BenchmarkConfig:
             require(getattr(self, option) >= 1, option, "at least 1")
 
 
-ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+store_schema("benchmark_schema", BenchmarkConfig)
 
 
 def load(composed: DictConfig) -> BenchmarkConfig:
@@ -174,7 +174,6 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from firstlab.bench.throughput import MixedRoutes, Queue
     from firstlab.config.build import model_path
     from firstlab.engine.sampling import Sampling
-    from firstlab.model import RouterSettings
     from firstlab.store import machine
 
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -182,7 +181,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     name = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     device = torch.device(name)
     torch.manual_seed(config.seed)
-    settings = RouterSettings(config.router.input_norm, config.router.threshold)
+    settings = config.router
     options = {"dtype": config.model.dtype, "revision": config.model.revision}
     options |= {"attn_implementation": config.model.attn_implementation}
     given = {key: value for key, value in options.items() if value is not None}

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from firstlab.config.command_line import command
-from firstlab.config.compose import settings
-from firstlab.config.schema import LoraConfig, RouterConfig, SpeedModelConfig
+from firstlab.config.compose import settings, store_schema
+from firstlab.config.schema import SpeedModelConfig, training_routers
+from firstlab.model.settings import LoraSettings, RouterSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,8 +56,8 @@ class TrainingSpeedConfig:
     """
 
     model: SpeedModelConfig = field(default_factory=SpeedModelConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    router: RouterSettings = field(default_factory=training_routers)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     device: str = "auto"
     objective: str = "decode_consistent"
     gate: str = "hard"
@@ -95,7 +95,7 @@ class TrainingSpeedConfig:
             require(getattr(self, option) >= 0, option, "at least 0")
 
 
-ConfigStore.instance().store(name="training_speed_schema", node=TrainingSpeedConfig)
+store_schema("training_speed_schema", TrainingSpeedConfig)
 
 
 def load(composed: DictConfig) -> TrainingSpeedConfig:
@@ -123,14 +123,13 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
 
     from firstlab.bench.decoding import Models
     from firstlab.config.build import model_path
-    from firstlab.model import RouterSettings
     from firstlab.store import machine
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     torch.manual_seed(config.seed)
-    settings = RouterSettings(config.router.input_norm, config.router.threshold)
+    settings = config.router
     config.model.check_trainable()
     options = {"dtype": config.model.dtype, "revision": config.model.revision}
     options |= {"attn_implementation": config.model.attn_implementation}
@@ -217,14 +216,13 @@ def _variants(
     from peft import get_peft_model
 
     from firstlab.bench.timed_training import firstlab_steps, transformers_steps
-    from firstlab.model import LoraSettings, RouterAugmentedLM
+    from firstlab.model import RouterAugmentedLM
     from firstlab.training.modules import LoRACompensationModule, OptimizerSettings, RouterModule, RoutingObjective
 
     lora = config.lora
-    targets = None if lora.target_modules is None else tuple(lora.target_modules)
     base: Any = deepcopy(models.plain, {id(parameter): parameter for parameter in models.plain.parameters()})
     second = RouterAugmentedLM(base, models.routed.routers.settings)
-    second.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
+    second.add_lora(lora)
     chosen: Any = base.peft_config["default"]
     peft_config = PeftConfig(
         r=lora.rank,

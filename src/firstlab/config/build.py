@@ -96,11 +96,10 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     if config.model.attn_implementation is not None:
         options["attn_implementation"] = config.model.attn_implementation
     torch.manual_seed(config.seed)
-    settings = RouterSettings(config.router.input_norm, config.router.threshold)
     saved, base_path = read_config(path), model_path(config.model.path)
     own_base = config.init_from is not None or (Path(path) / "base").is_dir() or read_config(base_path) is not None
     if saved is None or own_base:
-        model = RouterAugmentedLM.from_pretrained(path, settings=settings, **options)
+        model = RouterAugmentedLM.from_pretrained(path, settings=config.router, **options)
     else:  # on the configured base, wherever that was when the routers were saved
         base = load_base(base_path, **options)
         model = RouterAugmentedLM(base, RouterSettings(**saved["router"]))

@@ -90,13 +90,16 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
         ours = ours and threading.current_thread() is threading.main_thread()
         if ours:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+            if LAUNCHED in os.environ:
+                # At once: processes that wait for this one would print tracebacks. Files are whole at any time.
+                signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         try:
             main(given)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            if LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0":
+            if _speaks():
                 how = "without overwrite=true " * (resumes and _overwrites(given)) + way_out
                 print(f"\ninterrupted; {how}", file=sys.stderr)  # on a line of its own, below a progress bar
             sys.exit(130)
@@ -111,6 +114,11 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return run
+
+
+def _speaks() -> bool:
+    """Whether this is the process that tells of an interrupt: of several, the one that started them, or the first."""
+    return LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -174,7 +182,7 @@ def _one_line(error: Exception, name: str) -> str:
     told = ", ".join(line for line in lines if not line.startswith(("reference_type", "object_type", "full_key")))
     told = told.replace(":,", ":")
     unknown = re.search(r"Could not override '([\w.]+)'", text)
-    if unknown and "is not in struct" in text:
+    if unknown and "in the defaults list" not in text:
         from hydra.errors import HydraException
 
         from firstlab.config.compose import allowed_keys
@@ -213,6 +221,8 @@ def quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     # The frozen base is in eval mode on purpose, and the data module resumes by itself.
@@ -268,7 +278,8 @@ def _interrupted_early(kind: type[BaseException], error: BaseException, trace: A
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    print("interrupted; nothing had started", file=sys.stderr, flush=True)
+    if _speaks():
+        print("interrupted; nothing had started", file=sys.stderr, flush=True)
     os._exit(130)
 
 

@@ -45,8 +45,23 @@ def search_path(folders: Sequence[str]) -> list[str]:
 
 
 def register() -> None:
-    """Tell Hydra the schemas that the primary config files start from."""
-    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
+    """Tell Hydra the schema of an experiment."""
+    store_schema("experiment_schema", ExperimentConfig)
+
+
+def store_schema(name: str, schema: type) -> None:
+    """Tell Hydra the schema that a primary config file starts from."""
+    ConfigStore.instance().store(name=name, node=_writable(OmegaConf.structured(schema)))
+
+
+def _writable(node: Any) -> Any:
+    """Let options be set one by one: OmegaConf makes nodes of frozen dataclasses read-only."""
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, None)
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                _writable(node[key])
+    return node
 
 
 def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -67,6 +82,7 @@ def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
         ValueError: A value is missing, of the wrong type, or refused by the dataclass.
     """
     try:
+        _refuse_unknown(composed)
         expand_home(composed)
         found = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
@@ -75,7 +91,6 @@ def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
         raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
     if not isinstance(found, schema):
         raise ValueError(f"this is no configuration of this command, which takes a {schema.__name__}")
-    _refuse_unknown(composed, found)
     return found
 
 
@@ -109,15 +124,17 @@ def allowed_keys(key: str, overrides: Sequence[str], config_name: str) -> str:
     return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}{more}"
 
 
-def _refuse_unknown(node: Any, found: Any, path: str = "") -> None:
+def _refuse_unknown(node: DictConfig, path: str = "") -> None:
     """Raises ValueError for a key that a plus has added beside those of a dataclass."""
-    known = [each.name for each in fields(found)]
-    for key in node:
+    if not is_dataclass(kind := OmegaConf.get_type(node)):
+        return
+    known = [each.name for each in fields(kind)]
+    for key in map(str, node):
         if key not in known:
             where = path.rstrip(".") or "the configuration"
             raise ValueError(f"{path}{key} is unknown: {where} has no key {key!r}; its keys are {', '.join(known)}")
-        if is_dataclass(value := getattr(found, key)):
-            _refuse_unknown(node[key], value, f"{path}{key}.")
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            _refuse_unknown(node[key], f"{path}{key}.")
 
 
 def refuse_numbers_for_booleans(config: DictConfig, arguments: Sequence[str]) -> None:
@@ -181,6 +198,6 @@ def _refuse_interpolations(node: Any, file: str | Path) -> None:
 
 @functools.cache
 def _schema() -> DictConfig:
-    schema = OmegaConf.structured(ExperimentConfig)
+    schema = _writable(OmegaConf.structured(ExperimentConfig))
     assert isinstance(schema, DictConfig)
     return schema

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from firstlab.config import instantiate
+from firstlab.model.settings import LoraSettings, RouterSettings
 
 PHASES = ("router", "lora", "evaluate")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -50,16 +51,9 @@ def _require_least(node: Any, name: str, least: dict[str, int]) -> None:
         _require(value is None or value >= lowest, f"{name}.{key}", value, f"at least {lowest}")
 
 
-@dataclass
-class RouterConfig:
-    """See `firstlab.model.RouterSettings`."""
-
-    input_norm: str = "rms"
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        _require(self.input_norm in ("none", "rms"), "router.input_norm", self.input_norm, "choose one of none, rms")
-        _require(0 < self.threshold < 1, "router.threshold", self.threshold, "strictly between 0 and 1")
+def training_routers() -> RouterSettings:
+    """Routers as a run has them by default; the library's default is the paper's."""
+    return RouterSettings(input_norm="rms")
 
 
 @dataclass
@@ -152,21 +146,6 @@ class DataConfig:
         least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0, "split_seed": 0}
         _require_least(self, "data", least)
         _require(self.num_workers <= 128, "data.num_workers", self.num_workers, "at most 128, each is a process")
-
-
-@dataclass
-class LoraConfig:
-    """See `firstlab.model.LoraSettings`; the defaults are the paper's (A.4)."""
-
-    rank: int = 8
-    lora_alpha: int = 32
-    dropout: float = 0.1
-    target_modules: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        _require_least(self, "lora", {"rank": 1, "lora_alpha": 1})
-        _require(self.target_modules != [], "lora.target_modules", [], "names of modules, or null for all")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
 
 
 @dataclass
@@ -373,8 +352,8 @@ class ExperimentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: Any = MISSING
-    router: RouterConfig = field(default_factory=RouterConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    router: RouterSettings = field(default_factory=training_routers)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     router_phase: PhaseConfig = field(default_factory=PhaseConfig)
     lora_phase: PhaseConfig = field(default_factory=PhaseConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -1,29 +1,15 @@
-"""The router-augmented language model. Imports nothing else of firstlab."""
+"""The router-augmented language model; names are loaded on first use, for help must not wait for torch."""
 
-from firstlab.model.cache import RoutedCache
-from firstlab.model.exit_rule import EarlyExit
-from firstlab.model.lm import RouterAugmentedLM, RouterAugmentedOutput
-from firstlab.model.lora import LoraSettings
-from firstlab.model.prompt_cache import PromptReading
-from firstlab.model.routers import Routers, RouterSettings
-from firstlab.model.routes import PrunedRoutes, Routes, StepRoutes, layer_skips, routes_from_json, routes_to_json
-from firstlab.model.storage import ModelUnavailableError, load_tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EarlyExit",
-    "LoraSettings",
-    "ModelUnavailableError",
-    "PromptReading",
-    "PrunedRoutes",
-    "RoutedCache",
-    "RouterAugmentedLM",
-    "RouterAugmentedOutput",
-    "RouterSettings",
-    "Routers",
-    "Routes",
-    "StepRoutes",
-    "layer_skips",
-    "load_tokenizer",
-    "routes_from_json",
-    "routes_to_json",
-]
+if TYPE_CHECKING:
+    from firstlab.model.public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        public = import_module("firstlab.model.public")
+        if name in public.__all__:
+            return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,24 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from firstlab.model.layers import find_decoder
 from firstlab.model.quantization import is_quantized
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA hyper-parameters; the defaults are the paper's (A.4).
-
-    Attributes:
-        rank: r.
-        lora_alpha: Scaling; the update is multiplied by lora_alpha / rank.
-        dropout: On the input of the adapter.
-        target_modules: Module names, or None for every linear map of the decoder layers (q, k, v, o, gate, up, down,
-            or the architecture's equivalents).
-    """
-
-    rank: int = 8
-    lora_alpha: int = 32
-    dropout: float = 0.1
-    target_modules: tuple[str, ...] | None = None
+from firstlab.model.settings import LoraSettings
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

@@ -34,7 +34,7 @@ from firstlab.data.task import Example
 from firstlab.evaluation.variant import check_engine, check_metrics, evaluate_variant
 from firstlab.methods.base import Method, Routes
 from firstlab.methods.first import First
-from firstlab.model import LoraSettings, RouterAugmentedLM, routes_to_json
+from firstlab.model import RouterAugmentedLM, routes_to_json
 from firstlab.run.decisions import prompt_routes, shared_routes, static_routes
 from firstlab.run.directory import CONFIG, check_directory, has_begun, variant_names, wanted_variants
 from firstlab.run.load import check_start
@@ -314,10 +314,8 @@ class Experiment:
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)
 
     def _add_lora(self) -> None:
-        lora = self.config.lora
-        targets = None if lora.target_modules is None else tuple(lora.target_modules)
         torch.manual_seed(self.config.seed)
-        self.model.add_lora(LoraSettings(lora.rank, lora.lora_alpha, lora.dropout, targets))
+        self.model.add_lora(self.config.lora)
 
     def _train(self, name: str, loggers: list[Logger]) -> None:
         config, method = self.config, self.method

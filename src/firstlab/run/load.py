@@ -23,16 +23,16 @@ from firstlab.config.compose import (
     search_path,
     settings,
 )
-from firstlab.config.schema import PHASES, CometConfig, ExperimentConfig, PhaseConfig, RouterConfig
+from firstlab.config.schema import PHASES, CometConfig, ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.first import First
 from firstlab.methods.none import Dense
-from firstlab.model import ModelUnavailableError, RouterAugmentedLM
+from firstlab.model import ModelUnavailableError, RouterAugmentedLM, RouterSettings
 from firstlab.run.directory import variant_names
 
 
-def check_start(router: RouterConfig, method: Method) -> None:
+def check_start(router: RouterSettings, method: Method) -> None:
     """Raises ValueError if calibrated routers would have to start at no probability."""
     if not isinstance(method, First) or method.start == "random":
         return
@@ -112,7 +112,7 @@ def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Metho
     counterpart = replace(
         config,
         method=node,
-        router=RouterConfig(),
+        router=training_routers(),
         router_phase=PhaseConfig(),
         run_dir=directory,
         init_from=None,
@@ -149,7 +149,7 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         )
     if method.name == "none":
         # What only routers use is left at its default, so that every method shares one dense run.
-        config = replace(config, router=RouterConfig(), router_phase=PhaseConfig())
+        config = replace(config, router=training_routers(), router_phase=PhaseConfig())
     return config, method
 
 
