@@ -13,9 +13,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from firstlab.config import instantiate
 from firstlab.config.command_line import guarded
 from recipe.corpus import prepare
 from recipe.finish import finish
@@ -30,7 +30,7 @@ def main(composed: DictConfig) -> None:
     OmegaConf.resolve(composed)
     config: RecipeConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
     check(config)
-    tasks = {name: instantiate.build(chosen.task, f"tasks.{name}.task") for name, chosen in config.tasks.items()}
+    tasks = {name: instantiate(chosen.task, _convert_="object") for name, chosen in config.tasks.items()}
     work = Path(config.work_dir)
     prepare(config, tasks, work)
     train_in_processes(config, work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from firstlab.model import RouterAugmentedLM
+    from firstlab.model.lm import RouterAugmentedLM
 
 __all__ = ["RouterAugmentedLM"]
 __version__ = "0.2.0"
@@ -14,7 +14,7 @@ __version__ = "0.2.0"
 def __getattr__(name: str) -> Any:
     # Loaded on first use: command-line help must not wait for torch and transformers.
     if name == "RouterAugmentedLM":
-        from firstlab.model import RouterAugmentedLM
+        from firstlab.model.lm import RouterAugmentedLM
 
         return RouterAugmentedLM
     raise AttributeError(f"module 'firstlab' has no attribute {name!r}")

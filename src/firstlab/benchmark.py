@@ -8,19 +8,18 @@ python -m firstlab.benchmark training [model=hf model.path=ID_OR_FOLDER model.na
 from __future__ import annotations
 
 import sys
-from functools import partial
+from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig
+from firstlab.config.command_line import command
 
-from firstlab.bench.config import load
-from firstlab.config.command_line import check_command_line, guarded
-from firstlab.config.compose import conf_dir
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@partial(guarded, resumes=False)
 def main(composed: DictConfig) -> None:
     """Check the settings, then measure; torch is imported only now."""
+    from firstlab.bench.config import load
+
     config = load(composed)
     from firstlab.bench.report import run
 
@@ -28,9 +27,9 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    import firstlab.bench.config  # noqa: F401  registers the schemas
+
     training = sys.argv[1:2] == ["training"]
     if training:
         del sys.argv[1]
-    name = "training_speed" if training else "benchmark"
-    check_command_line(name, sys.argv[1:])
-    hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(main)()
+    command("training_speed" if training else "benchmark", main, resumes=False)

@@ -7,12 +7,15 @@
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
 
 Every key of conf/ under data, evaluation, trainer and seed may be given, model.quantization (int8, int4), and
-model.path where the base model has moved. Results go to DIR/evaluations/.
+model.path where the base model has moved. Results go to DIR/evaluations/. Nothing that DIR says is run as code: where
+its method or task is a class of your own, name the package again, trust=my_package.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -27,23 +30,18 @@ def main(arguments: list[str]) -> None:
         return
     arguments, folders = own_folders(arguments)
     options, words = split_options(arguments)
-    if words and words[0].startswith(("--config-dir", "-cd")):
-        raise ValueError(f"{' '.join(words)}: there is no such folder")
     if words:
         raise ValueError(f"{words[0]!r} is not KEY=VALUE; see python -m firstlab.evaluate --help")
-    run, variant = options.pop("run", None), options.pop("variant", None)
+    run, variant, trusted = (options.pop(key, None) for key in ("run", "variant", "trust"))
     if run is None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
-    free = ("data", "evaluation", "trainer", "seed")
-    refused = [
-        key for key in options if key.split(".")[0] not in free and key not in ("model.quantization", "model.path")
-    ]
-    if refused:
-        raise ValueError(
-            f"{refused[0]} was fixed when the run was trained; only data, evaluation, trainer, seed, "
-            "model.quantization and, where the base model has moved, model.path change"
-        )
-
+    for key in options:
+        if not re.fullmatch(r"(data|evaluation|trainer|seed)(\..*)?|model\.(quantization|path)", key):
+            raise ValueError(
+                f"{key} was fixed when the run was trained; only data, evaluation, trainer, seed, "
+                "model.quantization and, where the base model has moved, model.path change"
+            )
+    from firstlab.config import instantiate
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
     from firstlab.evaluation.predictions import fingerprint
     from firstlab.evaluation.scoring import check_metrics
@@ -56,29 +54,31 @@ def main(arguments: list[str]) -> None:
     from firstlab.store.files import claimed
     from firstlab.training.prompt_set import PromptSet
 
-    config, method, model, variant = load_run(Path(run), variant, options, folders)
+    instantiate.trust([] if trusted is None else [trusted])
+    directory = Path(os.path.expanduser(run))
+    config, method, model, variant = load_run(directory, variant, options, folders)
     data = build_data(config)
     check_test_set(data)
     check_metrics(data.task, config.evaluation)
     check_vocabulary(config, data.tokenizer, model)
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
-    routes = decided_routes(Path(run), method, variant, prompts)
-    record = results.read(Path(run), "delete it; the model stays") or {}
+    routes = decided_routes(directory, method, variant, prompts)
+    record = results.read(directory, "delete it; the model stays") or {}
     # The text as well: the same files may hold other text the next time.
-    directory = Path(run) / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
+    out = directory / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
     quantize(model.merge_and_unload().lm, config.model.quantization)
-    with claimed(directory):
-        earlier = (results.read(directory, "delete it to evaluate again") or {"variants": {}})["variants"]
+    with claimed(out):
+        earlier = (results.read(out, "delete it to evaluate again") or {"variants": {}})["variants"]
         result = evaluate_variant(
             model,
             data,
             config.evaluation,
-            directory,
+            out,
             variant,
             routes,
             config.seed,
             config.trainer.progress_bar,
-            static_routes(Path(run), method, model.num_layers),
+            static_routes(directory, method, model.num_layers),
         )
         full = {
             **{key: record.get(key) for key in ("level", "rounding", "note", "phases")},
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> None:
             "label": method.label,
             "model": config.model.name,
             "data": config.data.name,
-            "directory": str(directory),
+            "directory": str(out),
             "config_hash": config.hash(),
             "config": config.identity(),
             "seed": config.seed,
@@ -94,9 +94,9 @@ def main(arguments: list[str]) -> None:
             "variants": earlier | {variant: result},
             **machine.provenance(),
         }
-        results.write(directory, full)
+        results.write(out, full)
     print_table(f"{config.data.name}: {run}", rows_of_record(full))
-    print(json.dumps({"record": str(directory / results.RESULT)}))
+    print(json.dumps({"record": str(out / results.RESULT)}))
 
 
 if __name__ == "__main__":

@@ -6,29 +6,29 @@ again goes on where an interrupted run was, and does nothing for a finished one.
 
 from __future__ import annotations
 
-import sys
+from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig
+from firstlab.config.command_line import command
 
-from firstlab.config.command_line import check_command_line, guarded
-from firstlab.config.compose import conf_dir, register
-from firstlab.run.launch import in_processes, is_sweep_job, isolated
-
-register()
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="train")
 def main(composed: DictConfig) -> None:
     """One run, or one of a sweep: there a failure is recorded and the sweep goes on."""
-    (isolated if is_sweep_job() else guarded)(run)(composed)
+    from firstlab.run.launch import is_sweep_job, isolated
+
+    (isolated(run) if is_sweep_job() else run)(composed)
 
 
 def run(composed: DictConfig) -> None:
     """Run one experiment and, for the table, the dense model on the same settings."""
+    from firstlab.config.build import check_device
+    from firstlab.run.launch import in_processes, is_sweep_job
     from firstlab.run.load import load
 
     config, method = load(composed)
+    check_device(config.trainer)
     if in_processes("firstlab.train", config.trainer):
         return
 
@@ -46,5 +46,4 @@ def run(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    check_command_line("train", sys.argv[1:])
-    main()
+    command("train", main)

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 
 class GridSweeper(Sweeper):
@@ -32,6 +32,10 @@ class GridSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before `sweep`."""
+        from firstlab.config.compose import expand_home
+
+        with read_write(config.hydra):
+            expand_home(config)
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> None:
@@ -40,13 +44,24 @@ class GridSweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         from firstlab.config.command_line import guarded
+        from firstlab.config.compose import refuse_numbers_for_booleans
         from firstlab.run.sweep import expand, run_sweep, with_cells
 
         def compose(overrides: list[str]) -> DictConfig:
             config = self.context.config_loader.load_sweep_config(self.config, overrides)
             with open_dict(config):
                 del config["hydra"]
+            refuse_numbers_for_booleans(config, overrides)
             return config
+
+        def fitting(overrides: list[str]) -> tuple[str, ...]:
+            """Without those of sweep.optional that the run's method does not have."""
+            optional = [each for each in overrides if each.partition("=")[0] in self.config.sweep.optional]
+            if not optional:
+                return tuple(overrides)
+            known = compose([each for each in overrides if each not in optional])
+            absent = [e for e in optional if not _has(known, e.partition("=")[0])]
+            return tuple(each for each in overrides if each not in absent)
 
         def run(arguments: list[str]) -> None:
             overrides = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(arguments)
@@ -61,10 +76,18 @@ class GridSweeper(Sweeper):
             )
             on_slurm = "Slurm" in self.config.hydra.launcher._target_
             launch = partial(_launch_on_slurm if on_slurm else _launch, launcher)
-            runs = expand(with_cells(self.scale, self.cells, self.grids), given)
+            cells = with_cells(self.scale, self.cells, self.grids)
+            # Without an optional key, runs may be the same.
+            runs = list(map(list, dict.fromkeys(map(fitting, expand(cells, given)))))
             run_sweep(runs, compose=compose, launch=launch, settings=self.config.sweep, here=not on_slurm)
 
         guarded(run)(arguments)
+
+
+def _has(config: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    return OmegaConf.is_dict(node) and name in node
 
 
 def _launch(launcher: Launcher, jobs: list[list[str]]) -> None:

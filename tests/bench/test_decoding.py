@@ -32,7 +32,7 @@ from firstlab.config.compose import conf_dir
 from firstlab.config.schema import SpeedModelConfig
 from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.sampling import Sampling
-from firstlab.model import RouterSettings
+from firstlab.model.settings import RouterSettings
 from support.models import tiny_model
 
 

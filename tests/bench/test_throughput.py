@@ -8,7 +8,7 @@ import torch
 from firstlab.bench.models import Models
 from firstlab.bench.throughput import Queue
 from firstlab.bench.workload import Workload
-from firstlab.model import RouterSettings
+from firstlab.model.settings import RouterSettings
 from support.models import tiny_model
 
 

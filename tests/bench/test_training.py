@@ -17,7 +17,8 @@ from firstlab.bench.report import run
 from firstlab.bench.steps import transformers_steps
 from firstlab.bench.training import measure, random_rows
 from firstlab.config.compose import conf_dir
-from firstlab.config.schema import LoraConfig, SpeedModelConfig
+from firstlab.config.schema import SpeedModelConfig
+from firstlab.model.settings import LoraSettings
 from support.models import HIDDEN, LAYERS, tiny_model
 
 
@@ -75,7 +76,7 @@ def test_every_variant_trains_what_it_says(folder: Path, monkeypatch: pytest.Mon
         return original(config, models)
 
     monkeypatch.setattr(training, "_variants", spy)
-    measure(settings(folder, learning_rate=0.1, lora=LoraConfig(rank=2)))
+    measure(settings(folder, learning_rate=0.1, lora=LoraSettings(rank=2)))
     [(models, before)] = seen
     after = models.routed.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"routers.weight"}

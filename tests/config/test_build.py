@@ -11,9 +11,16 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from firstlab.config.build import build_data, build_task, check_lengths, check_test_set, check_vocabulary, load_model
+from firstlab.config.build import (
+    build_data,
+    build_task,
+    check_lengths,
+    check_test_set,
+    check_vocabulary,
+    load_model,
+)
 from firstlab.data.mini_qa import MiniQA
-from firstlab.model import load_tokenizer
+from firstlab.model.storage import load_tokenizer
 from firstlab.run.decisions import shared_routes
 from firstlab.run.directory import taken_over
 from firstlab.run.experiment import Experiment
@@ -43,13 +50,21 @@ def test_lengths_beyond_the_models_positions_are_named(tmp_path: Path):
             check_lengths(config, 256)
 
 
+def test_a_revision_is_for_models_of_the_hub(tiny_model_dir: Path, tmp_path: Path):
+    for model in (str(tiny_model_dir), "bundled:nano"):
+        with pytest.raises(
+            ValueError, match="model.revision='v2' is for models of the hub, and model.path=.* a folder"
+        ):
+            composed(*overrides(tiny_model_dir, tmp_path, f"model.path={model}", "model.revision=v2"))
+
+
 def test_the_tokenizer_has_the_models_revision(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
     load = AutoTokenizer.from_pretrained
     monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda *a, **k: (asked.append(k.get("revision")), load(*a))[1]
+        AutoTokenizer, "from_pretrained", lambda *a, **k: (asked.append(k.get("revision")), load(tiny_model_dir))[1]
     )
-    build_data(composed(*overrides(tiny_model_dir, tmp_path, "model.revision=v2"))[0])
+    build_data(composed(*overrides(Path("hub/model"), tmp_path, "model.revision=v2"))[0])
     assert asked == ["v2"]
 
 

@@ -10,12 +10,13 @@ import pytest
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from firstlab.config.command_line import check_command_line
+from firstlab.config.command_line import parse_options
 from firstlab.config.compose import composed_config, load_dict, own_conf_dirs, search_path
 from firstlab.methods.base import Method, Prompts
 from firstlab.run.directory import check_same
 from firstlab.run.load import read
-from support.tiny_run import composed, started_with
+from firstlab.run.stream import GenerateConfig
+from support.tiny_run import composed, flat, started_with
 
 
 def test_unknown_keys_and_wrong_types_stop_at_composition():
@@ -37,6 +38,37 @@ def test_a_configuration_survives_its_file(tmp_path: Path):
         read(tmp_path / "nothing" / "config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("lora.rnk", "lora.rnk is unknown: lora has no key 'rnk'; its keys are rank, lora_alpha"),
+        ("model.bogus", "model.bogus is unknown: model has no key 'bogus'"),
+        ("bogus", "bogus is unknown: the configuration has no key 'bogus'; its keys are model, data"),
+    ],
+)
+def test_keys_that_a_plus_adds_are_checked_as_well(key: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        composed(f"+{key}=1")
+
+
+@pytest.mark.parametrize("value", ["0", "1", "-2"])
+def test_numbers_are_no_booleans(tmp_path: Path, value: str):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(composed()[0].to_dict()))
+    with pytest.raises(ValueError, match="takes true or false"):
+        read(file, {"evaluation.do_sample": value})
+    assert read(file, {"evaluation.do_sample": "true", "seed": "1"})[0].evaluation.do_sample
+
+
+def test_a_tilde_is_the_home_folder_in_every_option(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ("run_dir", "runs", "init_from", "model.path", "data.root", "data.task.root", "sweep.collect")
+    config, _ = composed("data=parallel", 'sweep.recorded="~"', *(f'{key}="~/x"' for key in keys))
+    found = flat(config.to_dict())
+    assert [found[f".{key}"] for key in keys] == ["/home/me/x"] * len(keys) and config.sweep.recorded == "/home/me"
+    assert parse_options(GenerateConfig(), ["run=~/r", "text"])[0].run == "/home/me/r"
+
+
 def test_a_logger_is_looked_at_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"logger\._target_='nothing\.here' cannot be imported"):
         composed("logger=csv", "logger._target_=nothing.here")
@@ -44,43 +76,9 @@ def test_a_logger_is_looked_at_before_anything_is_loaded():
         composed("logger=wandb", "logger.offline=maybe")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["method=sleb", "method.gate=hard"], "has no key 'gate'; its keys are _target_, target_skip, protect_first"),
-        (["method=none", "method.target_skip=0.1"], "method has no key 'target_skip'; its keys are _target_"),
-        (["logger=wandb", "logger.entiti=x"], "logger has no key 'entiti'; its keys are _target_, save_dir, project"),
-        (["+experiment=squad_a0.01", "method.alhpa=1"], "method has no key 'alhpa'; its keys are _target_, alpha"),
-        (["experiment=squad_a0.01"], "write +experiment=squad_a0.01"),
-        (["data.task.test_size=3"], "pair; another argument of its class is added: +data.task.test_size="),
-        (["--multirun", "+model.bogus=1"], "model.bogus is unknown: model has no key 'bogus'"),
-        (["logger=[csv,wandb]"], "logger=[csv,wandb]: choose one of csv, none, tensorboard, wandb"),
-        (["trainer=null"], "trainer=null: choose one of cpu, ddp, fsdp, gpu"),
-    ],
-)
-def test_unknown_keys_are_answered_with_those_of_the_chosen_parts(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit, match="2"):
-        check_command_line("train", arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_what_is_right_passes_the_command_line():
-    check_command_line("train", ["+experiment=squad_a0.01", "method.alpha=1", "trainer=cpu"])
-    check_command_line("train", ["data=mini_qa", "+data.task.test_size=3"])
-    check_command_line("train", ["--multirun", "method=first,sleb", "+data.task.test_size=3"])
-    check_command_line("train", ["--multirun", "method.target_skip=0.1,0.2"])
-
-
-def test_a_folder_of_ones_own_is_searched_beside_the_bundled_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_of_ones_own_is_searched_beside_the_bundled_one(tmp_path: Path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("defaults: [parallel]\nname: mine\nval_size: 7\n")
-    for option in (["--config-dir", str(tmp_path)], [f"-cd={tmp_path}"], search_path([str(tmp_path)])):
-        check_command_line("train", [*option, "data=mine", "+data.task.root=x"])
-        with pytest.raises(SystemExit, match="2"):
-            check_command_line("train", [*option, "data=mine", "lora.rnk=1"])
-        assert "lora has no key 'rnk'" in capsys.readouterr().err
     assert own_conf_dirs() == []
     with started_with(*search_path([str(tmp_path)])):
         assert own_conf_dirs() == [str(tmp_path)]

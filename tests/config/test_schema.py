@@ -103,21 +103,10 @@ def test_identity_ignores_where_and_how_a_run_is_started():
     assert composed("trainer.loss_chunk=7", "data.bucket=1")[0].hash() == composed()[0].hash()
 
 
-def test_identity_of_runs_from_before_there_were_buckets():
-    assert "bucket" not in composed()[0].identity()["data"]
-    assert composed("data.bucket=8")[0].identity()["data"]["bucket"] == 8
-
-
-def test_identity_of_runs_from_before_pairs_could_be_left_out():
-    text = ["data=parallel", "data.root=folder"]
-    assert "drop_empty" not in composed(*text)[0].identity()["data"]["task"]
-    assert composed(*text, "data.task.drop_empty=true")[0].identity()["data"]["task"]["drop_empty"] is True
-
-
 @pytest.mark.parametrize("method", ["sleb", "shortgpt"])
 def test_skipping_in_prefill_names_another_run(method: str):
     config, decode_only = composed(f"method={method}")
-    assert "skip_prefill" not in config.identity()["method"] and decode_only.label == f"{method}-skip0.15"
+    assert config.identity()["method"]["skip_prefill"] is False and decode_only.label == f"{method}-skip0.15"
     config, pruned = composed(f"method={method}", "method.skip_prefill=true")
     assert config.identity()["method"]["skip_prefill"] and pruned.label == f"{method}-skip0.15-prefill"
 
@@ -150,12 +139,16 @@ def test_a_method_setting_left_out_is_the_default_one():
         ("data.max_new_tokens=0", r"data\.max_new_tokens=0 is not allowed"),
         ("model.path=", r"model\.path='' is not allowed: a hub id or a folder"),
         ("model.attn_implementation=fast", r"model\.attn_implementation='fast'.*sdpa, eager"),
-        ("lora.lora_alpha=0", r"lora\.lora_alpha=0 is not allowed"),
-        ("lora.target_modules=[]", r"lora\.target_modules=\[\] is not allowed"),
+        ("lora.lora_alpha=0", r"lora\.lora_alpha=0 must be at least 1"),
+        ("lora.target_modules=[]", r"lora\.target_modules=\[\] names nothing"),
         ("lora_phase.learning_rate=inf", r"lora_phase\.learning_rate=inf is not allowed"),
         ("router_phase.weight_decay=-1", r"router_phase\.weight_decay=-1\.0 is not allowed: at least 0"),
         ("router_phase.gradient_clip=0", r"router_phase\.gradient_clip=0\.0 is not allowed: greater than 0, or null"),
         ("evaluation.top_k=-1", r"evaluation\.top_k=-1 is not allowed: at least 0"),
+        ("evaluation.temperature=1e-300", r"evaluation\.temperature=1e-300 is not allowed: .*at least 0\.001"),
+        ("lora_phase.learning_rate=1e300", r"lora_phase\.learning_rate=1e\+300 is not allowed"),
+        ("data.num_workers=1000", r"data\.num_workers=1000 is not allowed: at most 128"),
+        ("method.search_width=99999", r"method\.search_width=99999 must be .* at most 64"),
         ("evaluation.temperature=inf", r"evaluation\.temperature=inf is not allowed"),
         ("evaluation.limit=0", r"evaluation\.limit=0 is not allowed"),
         ("evaluation.comet.batch_size=0", r"evaluation\.comet\.batch_size=0 is not allowed"),

@@ -16,8 +16,10 @@ from firstlab.engine.engine import DecodeEngine, EngineOutput
 from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.llama_step import LlamaStep
 from firstlab.engine.sampling import Sampling
-from firstlab.model import EarlyExit, LoraSettings, PrunedRoutes, RouterAugmentedLM, StepRoutes
 from firstlab.model.generation_options import pinned_generation
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import EarlyExit, PrunedRoutes, StepRoutes
+from firstlab.model.settings import LoraSettings
 from support.models import prompts as padded_prompts
 from support.models import random_routers, routed_model, tiny_model
 from support.tape import Tape

@@ -19,7 +19,8 @@ from firstlab.data.encoding import PromptRows
 from firstlab.evaluation.decoding import Decoding
 from firstlab.evaluation.predictions import Prediction, generate_predictions, is_complete
 from firstlab.evaluation.variant import evaluate_variant
-from firstlab.model import EarlyExit, FixedRoutes, PrunedRoutes, RouterAugmentedLM, Routes, StepRoutes
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import EarlyExit, FixedRoutes, PrunedRoutes, Routes, StepRoutes
 from firstlab.run.experiment import Experiment
 from firstlab.store.results import unpack
 from support.models import random_routers, tiny_model
@@ -291,7 +292,7 @@ def test_a_run_is_itself_with_and_without_the_choice() -> None:
     chosen, _ = composed("evaluation.decoder=generate")
     engine, _ = composed("evaluation.decoder=engine")
     assert plain.hash() == chosen.hash() != engine.hash()
-    assert "decoder" not in plain.identity()["evaluation"]
+    assert plain.identity()["evaluation"]["decoder"] == "generate"
     with pytest.raises(ValueError, match="evaluation.num_beams=2 is not allowed: 1 with evaluation.decoder=engine"):
         composed("evaluation.decoder=engine", "evaluation.num_beams=2")
     with pytest.raises(ValueError, match="evaluation.decoder='vllm' is not allowed: choose one of generate, engine"):

@@ -12,7 +12,7 @@ import torch
 from firstlab import evaluate
 from firstlab.config.build import build_data, load_model
 from firstlab.data.encoding import PromptRows, TrainingRows
-from firstlab.model import FixedRoutes
+from firstlab.model.routes import FixedRoutes
 from firstlab.run import stream
 from firstlab.run.decisions import decided_routes
 from firstlab.run.experiment import Experiment

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firstlab.methods.sleb import SLEB, elimination
-from firstlab.model import PrunedRoutes
+from firstlab.model.routes import PrunedRoutes
 from support.fake_prompts import FakePrompts, skipped
 from support.tiny_run import composed
 
@@ -61,7 +61,7 @@ def test_a_beam_as_wide_as_all_sets_finds_the_best_one(layers: int, data: st.Dat
 def test_the_width_of_a_search(method: str):
     plain, _ = composed(f"method={method}")
     wide, built = composed(f"method={method}", "method.search_width=4")
-    assert "search_width" not in plain.identity()["method"] and wide.identity()["method"]["search_width"] == 4
+    assert plain.identity()["method"]["search_width"] == 1 and wide.identity()["method"]["search_width"] == 4
     assert built.search_width == 4 and plain.hash() != wide.hash()
     for width, allowed in ((0, "at least 1"), (99999, "at most 64")):
         with pytest.raises(ValueError, match=f"method.search_width={width} must be {allowed}"):

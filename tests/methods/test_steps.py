@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from firstlab.methods.early_exit import calibrate_threshold, teacher_forced_skip_rates
 from firstlab.methods.skip_decode import budget, calibrate_skip_decode, schedule_skip_rate, skip_decode_schedule
-from firstlab.model import EarlyExit
+from firstlab.model.routes import EarlyExit
 from support.models import pair, prompts
 
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from firstlab.model import PrunedRoutes, RoutedCache, Routers, StepRoutes
+from firstlab.model.cache import RoutedCache
+from firstlab.model.routers import Routers
+from firstlab.model.routes import PrunedRoutes, StepRoutes
 from support.models import ARCHITECTURES, LAYERS, pair, prompts, random_routes
 from support.reference import gated_logits, step_logits
 

@@ -18,7 +18,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from firstlab.model import RoutedCache, stop_tokens
+from firstlab.model.cache import RoutedCache
+from firstlab.model.generation_options import stop_tokens
 from support.models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model
 from support.reference import prompt_rho, slow_generate, step_logits
 

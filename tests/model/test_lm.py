@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from firstlab.model import LoraSettings, RouterSettings
 from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.settings import LoraSettings, RouterSettings
 from support.models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model, tiny_model
 from support.reference import prompt_rho, step_logits
 

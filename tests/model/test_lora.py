@@ -8,8 +8,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from firstlab.model import LoraSettings, RouterAugmentedLM, check_lora
-from firstlab.model.lora import linear_names, lora_layers, lora_parameters
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.lora import check_lora, linear_names, lora_layers, lora_parameters
+from firstlab.model.settings import LoraSettings
 from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, routed_model, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))

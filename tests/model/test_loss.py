@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from firstlab.model import LoraSettings
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.loss import in_chunks, token_cross_entropy
+from firstlab.model.settings import LoraSettings
 from support.models import ARCHITECTURES, batch, prompts, random_routers, routed_model, tiny_model
 
 

@@ -19,9 +19,10 @@ from firstlab.bench.workload import read_bytes
 from firstlab.config.compose import conf_dir
 from firstlab.config.schema import ModelConfig, SpeedModelConfig
 from firstlab.engine.engine import DecodeEngine
-from firstlab.model import LoraSettings, quantization
+from firstlab.model import quantization
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.quantization import Int4Linear, Int8Linear, is_quantized, quantize, stored_bytes
+from firstlab.model.settings import LoraSettings
 from firstlab.run import stream
 from firstlab.run.experiment import Experiment
 from support.models import random_routes, routed_model, tiny_model
@@ -344,7 +345,7 @@ def test_training_is_refused_and_null_is_no_part_of_a_run(tmp_path: Path, monkey
     monkeypatch.setattr(quantization, "find_spec", lambda name: object())
     given = overrides(tmp_path, tmp_path)
     config, method = composed(*given)
-    assert "quantization" not in config.identity()["model"]
+    assert config.identity()["model"]["quantization"] is None
     smaller, _ = composed(*given, "model.quantization=int8")
     assert smaller.identity()["model"]["quantization"] == "int8" and smaller.hash() != config.hash()
     with pytest.raises(ValueError, match="model.quantization='int8' is for decoding, and this trains"):

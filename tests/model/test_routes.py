@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firstlab.model import (
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import (
     EarlyExit,
     PrunedRoutes,
-    RouterAugmentedLM,
     StepRoutes,
+    decode_steps,
     layer_skips,
     routes_from_json,
     routes_to_json,
 )
-from firstlab.model.routes import decode_steps
 from support.models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model, tiny_model
 from support.reference import decoder_layers, slow_early_exit, slow_scheduled, without_layers
 

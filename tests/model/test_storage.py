@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from firstlab.model import LoraSettings, ModelUnavailableError, RouterSettings, load_tokenizer
 from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.settings import LoraSettings, RouterSettings
+from firstlab.model.storage import ModelUnavailableError, load_tokenizer
 from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_routers, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 
 from firstlab import evaluate, train
 from firstlab.config.compose import conf_dir, register
-from firstlab.model import RouterAugmentedLM
+from firstlab.model.lm import RouterAugmentedLM
 from firstlab.run import experiment as experiment_module
 from firstlab.run.directory import taken_over
 from firstlab.run.experiment import Experiment

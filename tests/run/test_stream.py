@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from firstlab.config.command_line import parse_options
-from firstlab.model import RouterAugmentedLM, load_tokenizer
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.storage import load_tokenizer
 from firstlab.run import stream
 from support.models import random_routers, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer

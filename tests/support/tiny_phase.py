@@ -12,7 +12,7 @@ from firstlab.config.build import build_data, load_model
 from firstlab.config.schema import ExperimentConfig, PhaseConfig, TrainerConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.methods.objective import RoutingObjective
-from firstlab.model import LoraSettings
+from firstlab.model.settings import LoraSettings
 from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, Phase, RouterModule
 from firstlab.training.trainer import fit_phase
 from support.tiny_run import composed, overrides

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from firstlab.config.build import build_data, load_model
-from firstlab.model import EarlyExit, PrunedRoutes, RouterAugmentedLM
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import EarlyExit, PrunedRoutes
 from firstlab.training.prompt_set import PromptSet
 from support.reference import without_layers
 from support.tiny_run import composed, overrides

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from firstlab.config.compose import settings
-from firstlab.config.schema import LoraConfig, RouterConfig, SpeedModelConfig
+from firstlab.config.compose import settings, store_schema
+from firstlab.config.schema import SpeedModelConfig, training_routers
+from firstlab.model.settings import LoraSettings, RouterSettings
 
 DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager", "engine_compiled")
 ROUTES = ("spread", "paper")
@@ -30,7 +30,7 @@ class SpeedConfig:
     """
 
     model: SpeedModelConfig = field(default_factory=SpeedModelConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
+    router: RouterSettings = field(default_factory=training_routers)
     device: str = "auto"
     warmup: int = 1
     repetitions: int = 5
@@ -142,7 +142,7 @@ class TrainingSpeedConfig(SpeedConfig):
         steps: Steps of each round that count.
     """
 
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     objective: str = "decode_consistent"
     gate: str = "hard"
     hold_routes: float = 10.0
@@ -171,8 +171,8 @@ class TrainingSpeedConfig(SpeedConfig):
             self.require(getattr(self, option) > 0, option, "greater than 0")
 
 
-ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
-ConfigStore.instance().store(name="training_speed_schema", node=TrainingSpeedConfig)
+store_schema("benchmark_schema", BenchmarkConfig)
+store_schema("training_speed_schema", TrainingSpeedConfig)
 
 
 def load(composed: DictConfig) -> SpeedConfig:

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from firstlab.bench.config import SpeedConfig
 from firstlab.config.build import model_path
 from firstlab.engine.llama_step import orders_anew
-from firstlab.model import RouterAugmentedLM, RouterSettings
+from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.quantization import quantize
+from firstlab.model.settings import RouterSettings
 from firstlab.model.storage import load_base
 
 

@@ -18,7 +18,7 @@ from firstlab.bench.config import TrainingSpeedConfig
 from firstlab.bench.models import Models, load_models
 from firstlab.bench.steps import Row, firstlab_steps, transformers_steps
 from firstlab.config.schema import PhaseConfig
-from firstlab.model import LoraSettings, RouterAugmentedLM
+from firstlab.model.lm import RouterAugmentedLM
 from firstlab.store import machine
 from firstlab.training.modules import LoRACompensationModule, Phase, RouterModule, RoutingObjective
 
@@ -97,15 +97,10 @@ def random_rows(config: TrainingSpeedConfig, vocabulary: int) -> list[Row]:
 
 def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[Steps, int]]:
     """What takes the steps of one round and gives their seconds, by name; and how many parameters it trains."""
-    lora = config.lora
     # Phase 2 has the weights of the others, and modules of its own; PEFT wraps those of `plain` in place.
     base: Any = deepcopy(models.plain, {id(parameter): parameter for parameter in models.plain.parameters()})
     second = RouterAugmentedLM(base, models.routed.routers.settings)
-    second.add_lora(
-        LoraSettings(
-            rank=lora.rank, lora_alpha=lora.lora_alpha, dropout=lora.dropout, target_modules=lora.target_modules
-        )
-    )
+    second.add_lora(config.lora)
     plain = _with_plain_lora(models.plain, base.peft_config["default"])
     objective = RoutingObjective(objective=config.objective, gate=config.gate, pooled_tokens="prompt", multiplier=0.01)
     held = config.hold_routes if config.objective == "decode_consistent" else 0.0

@@ -1,9 +1,8 @@
-"""What a configuration names becomes an object here: task, data, model, trained run."""
+"""Build the task, data and model that a configuration names."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,9 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import pad_id
 from firstlab.data.task import Task
 from firstlab.metrics import PRIMARY_METRIC
-from firstlab.model import (
-    LoraSettings,
-    ModelUnavailableError,
-    RouterAugmentedLM,
-    RouterSettings,
-    check_lora,
-    load_base_config,
-    load_tokenizer,
-)
-from firstlab.model.storage import read_config
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.lora import check_lora
+from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer, read_config
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = {"bundled:nano": _ASSETS / "nano"}
@@ -51,9 +43,7 @@ def build_task(config: ExperimentConfig) -> Task:
             f"data.root={config.data.root!r}: data={config.data.name} is generated and reads no files, or a mixture, "
             "whose parts have their own root"
         )
-    task = instantiate.build(node, "data.task")
-    if not isinstance(task, Task):
-        raise ValueError(f"data.task._target_={node['_target_']!r} is not a firstlab task")
+    task: Task = instantiate.build(node, "data.task", Task)  # type: ignore[type-abstract]
     for each in task.parts.values() or [task]:
         kind = getattr(each, "kind", None)
         if kind not in PRIMARY_METRIC:
@@ -97,7 +87,7 @@ def check_lora_targets(config: ExperimentConfig) -> None:
         base = load_base_config(model_path(config.init_from or config.model.path), config.model.revision)
     except ModelUnavailableError:
         return  # loading it says what is wrong, or knows more kinds of folders
-    check_lora(base, LoraSettings(**asdict(config.lora)))
+    check_lora(base, config.lora)
 
 
 def check_device(trainer: TrainerConfig) -> None:
@@ -118,12 +108,11 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     if config.model.attn_implementation is not None:
         options["attn_implementation"] = config.model.attn_implementation
     torch.manual_seed(config.seed)
-    settings = RouterSettings(config.router.input_norm, config.router.threshold)
     saved, base_path = read_config(path), model_path(config.model.path)
     own_base = config.init_from is not None or (Path(path) / "base").is_dir() or read_config(base_path) is not None
     # Routers go on the configured base, wherever that was when they were saved.
     base = None if saved is None or own_base else base_path
-    model = RouterAugmentedLM.from_pretrained(path, settings=settings, base=base, **options)
+    model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, **options)
     check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk

@@ -1,4 +1,4 @@
-"""What all command-line entry points share: one-line errors, resumable interrupts, several processes."""
+"""Run a command: errors become one message, an interrupted run says how to go on. Imports nothing but Python's own."""
 
 from __future__ import annotations
 
@@ -8,27 +8,69 @@ import functools
 import logging
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-if TYPE_CHECKING:
-    pass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 Input = TypeVar("Input")
 Options = TypeVar("Options")
 
+#: Set for the processes that a run starts: the one that started them speaks for all.
+LAUNCHED = "FIRSTLAB_LAUNCHED"
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: "no space left on the disk: free some",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "a file would be larger than `ulimit -f` or the file system allows: raise the limit or choose "
+    "another folder",
+    errno.ENAMETOOLONG: "a name is longer than the file system allows: shorten it",
+}
+_LOWER_MEMORY = (
+    "lower the phase's batch_size (raise accumulate instead), data.max_length_*, evaluation.batch_size or "
+    "trainer.prompt_cache_mib, set trainer.gradient_checkpointing=true, or choose a smaller trainer.precision or "
+    "model.dtype"
+)
+
+
+def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> None:
+    """Run a command of Hydra's on the arguments of this process.
+
+    Args:
+        name: Its file in conf/.
+        main: What it does with the composed configuration.
+        resumes: As of `guarded`.
+    """
+    quiet()
+    sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from firstlab.config.compose import conf_dir, refuse_numbers_for_booleans, register
+
+    register()
+
+    @functools.wraps(main)
+    def checked(composed: Any) -> None:
+        refuse_numbers_for_booleans(composed, HydraConfig.get().overrides.task)
+        main(composed)
+
+    # Without this Hydra would print its errors itself, over many lines, and exit with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    task = guarded(checked, resumes)
+    try:
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        print(f"error: {_one_line(error, name)}", file=sys.stderr)
+        sys.exit(2)
+
 
 def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
-    """Print a `ValueError`, or a full disk, as one message and exit with 2.
+    """Print a `ValueError`, a full disk or memory as one message and exit with 2.
 
     On Ctrl-C or SIGTERM say how to go on and exit with 130.
 
@@ -38,29 +80,34 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
         main: The command.
         resumes: Whether the same command, given again, goes on where it was stopped.
     """
-    way_out = "the same command goes on from the last checkpoint" if resumes else "nothing was written"
 
     @functools.wraps(main)
     def run(given: Input) -> None:
         quiet()
+        way_out = "the same command goes on where it was" if resumes else "give the same command again"
         # Not where a launcher or a library has a use of its own for it, nor in a thread, which may not.
         ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         ours = ours and threading.current_thread() is threading.main_thread()
         if ours:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+            if LAUNCHED in os.environ:
+                # At once: processes that wait for this one would print tracebacks. Files are whole at any time.
+                signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         try:
             main(given)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            how = "without overwrite=true " * (resumes and _overwrites(given)) + way_out
-            print(f"\ninterrupted; {how}", file=sys.stderr)  # on a line of its own, below a progress bar
+            if _speaks():
+                how = "without overwrite=true " * (resumes and _overwrites(given)) + way_out
+                print(f"\ninterrupted; {how}", file=sys.stderr)  # on a line of its own, below a progress bar
             sys.exit(130)
         except Exception as error:
-            if not _disk_is_full(error):
+            reason = _shortage(error)
+            if reason is None:
                 raise
-            print(f"\nerror: no space left on the disk: free some; {way_out}", file=sys.stderr)
+            print(f"\nerror: {reason}; then {way_out}", file=sys.stderr)
             sys.exit(2)
         finally:
             if ours:
@@ -69,96 +116,50 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
     return run
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether that is what an error comes from; libraries wrap the system's in their own."""
+def _speaks() -> bool:
+    """Whether this is the process that tells of an interrupt: of several, the one that started them, or the first."""
+    return LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Let errors say what went on, for instance "phase lora with lora_phase.batch_size=16"."""
+    try:
+        yield
+    except Exception as error:
+        vars(error).setdefault("__notes__", []).append(what)
+        raise
+
+
+def _shortage(error: BaseException | None) -> str | None:
+    """What the machine lacks, where that is what an error comes from; libraries wrap the system's in their own."""
+    where = ""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC) in str(error):  # safetensors keeps no more than the text
-            return True
+        text = str(error)
+        where = where or "".join(f" in {note}" for note in getattr(error, "__notes__", ()))
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in text:
+            device = "GPU" if "CUDA" in text else "main"
+            return f"out of {device} memory{where}: {_LOWER_MEMORY}"
+        for number, reason in _SYSTEM_ERRORS.items():
+            # safetensors and torch keep no more than the text
+            if getattr(error, "errno", None) == number or os.strerror(number) in text:
+                name = getattr(error, "filename", None)
+                return reason + (f" ({str(name)[:80]}...)" if number == errno.ENAMETOOLONG and name else "")
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _overwrites(given: Any) -> bool:
     """Whether a composed configuration, or the arguments of a sweep, would start again from nothing."""
-    if OmegaConf.is_config(given):
-        return bool(OmegaConf.select(given, "overwrite"))
-    return isinstance(given, list) and "overwrite=true" in map(str.lower, given)
+    if isinstance(given, list):
+        return "overwrite=true" in map(str.lower, given)
+    return bool(getattr(given, "get", lambda _: False)("overwrite"))
 
 
-def check_command_line(config_name: str, arguments: list[str]) -> None:
-    """Compose once before Hydra does, to turn its complaints into one message with the allowed values.
-
-    What comes with Hydra's own flags (--help, --multirun, ...) and the lists of values that narrow a sweep are left to
-    Hydra, but for keys added with a plus, which it would take and no schema would see. Those that are arguments of a
-    `_target_` are welcome: its class checks them.
-    """
-    arguments, folders = own_folders(arguments)
-    flags = any(argument.startswith("-") for argument in arguments)
-    given = arguments
-    if any(argument.startswith("+sweep=") for argument in arguments):
-        arguments = [argument for argument in arguments if "," not in argument]
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
-    from firstlab.config.compose import conf_dir, search_path
-
-    arguments = [*search_path(folders), *arguments]
-    added = ("+experiment=", "+sweep=")
-    names = {each.name for each in Path(conf_dir()).iterdir() if each.is_dir()} - {"experiment", "sweep"}
-    # Which keys there are depends on what is chosen from the groups, and where.
-    chosen = (*added, "hydra.searchpath=", *(f"{name}=" for name in names))
-    groups = [each for each in arguments if each.startswith(chosen)]
-    groups = [each for each in groups if not (flags and "," in each)]
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        try:
-            for argument in given:
-                key, plus = argument.lstrip("+").partition("=")[0], argument.startswith("+")
-                if config_name == "train" and key in ("experiment", "sweep") and not plus:
-                    raise ValueError(f"{argument} names a file of conf/{key}: write +{argument}")
-                if argument.startswith("+sweep=") and "," in argument:
-                    raise ValueError(f"{argument}: one sweep at a time; conf/sweep/tables.yaml has those of all tables")
-                if key in names and argument.partition("=")[2].strip("'\"").startswith(("[", "null")):
-                    files = sorted(each.stem for each in (Path(conf_dir()) / key).glob("*.yaml"))
-                    raise ValueError(f"{argument}: choose one of {', '.join(files)}")
-                if plus and not argument.startswith(added):
-                    node = compose(config_name, groups)
-                    if not _has_target(OmegaConf.select(node, key.rpartition(".")[0])):
-                        raise ValueError(_allowed(key, node))
-            if not flags:
-                compose(config_name, arguments)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            text = next(filter(None, map(_quoted, arguments)), str(error))
-            unknown = re.search(r"Could not override '([\w.]+)'", text)
-            if unknown:
-                text = _allowed(unknown[1], compose(config_name, groups))
-            else:
-                text = f"{text}\n{error.__cause__ or ''}".partition("Config search path:")[0]
-                lines = [line.strip() for line in text.splitlines() if line.strip()]
-                text = ", ".join(x for x in lines if not x.startswith(("reference_type", "object_type", "full_key")))
-            print(f"error: {text}", file=sys.stderr)
-            sys.exit(2)
-
-
-def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without Hydra's --config-dir, and the folder that this names."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config-dir", "-cd", dest="folder")
-    known, others = parser.parse_known_args(arguments)
-    folder = getattr(known, "folder", None)
-    # One that does not exist is left to Hydra, which says so.
-    return (others, [folder]) if folder is not None and Path(folder).is_dir() else (arguments, [])
-
-
-def _quoted(argument: str) -> str | None:
-    """How to write a KEY=VALUE that Hydra's grammar does not take without quotes; None if it does, or if none help."""
+def _quoted(argument: str) -> str:
+    """A KEY=VALUE in quotes if Hydra's grammar takes its value in no other way (as `~/data`, `a(b)`)."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
-
-    key, equals, value = argument.partition("=")
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    right = f'{key}="{escaped}"'
 
     def parses(each: str) -> bool:
         try:
@@ -167,35 +168,61 @@ def _quoted(argument: str) -> str | None:
             return False
         return True
 
-    if not equals or parses(argument) or not parses(right):
-        return None
-    return f"{argument}: the value needs quotes: {shlex.quote(right)}"
+    key, equals, value = argument.partition("=")
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    simple = re.fullmatch(r"[\w./,+-]*", value)
+    return quoted if equals and key[:1] != "-" and not simple and not parses(argument) and parses(quoted) else argument
 
 
-def _allowed(key: str, node: Any) -> str:
-    """Why `key` is wrong: the deepest part of it that exists, and the keys that part has."""
-    parts, path = key.split("."), []
-    while parts and OmegaConf.is_dict(node) and parts[0] in node:
-        path.append(parts.pop(0))
-        node = node[path[-1]]
-    where = ".".join(path) or "the configuration"
-    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
-    more = f"; another argument of its class is added: +{key}=..." if len(parts) == 1 and _has_target(node) else ""
-    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}{more}"
+def _one_line(error: Exception, name: str) -> str:
+    """Hydra's complaint without its internals, and the keys that there are where one is unknown."""
+    text = f"{error}\n{error.__cause__ or ''}".partition("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = ", ".join(line for line in lines if not line.startswith(("reference_type", "object_type", "full_key")))
+    told = told.replace(":,", ":")
+    unknown = re.search(r"Could not override '([\w.]+)'", text)
+    if unknown and "in the defaults list" not in text:
+        from hydra.errors import HydraException
+
+        from firstlab.config.compose import allowed_keys
+
+        key = unknown[1]
+        others = [each for each in sys.argv[1:] if each.lstrip("+").partition("=")[0] != key]
+        with suppress(HydraException, ValueError):  # the others may be wrong, too
+            told = allowed_keys(key, own_folders(others)[0], name)
+    return told
 
 
-def _has_target(node: Any) -> bool:
-    return OmegaConf.is_dict(node) and "_target_" in node
+def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without options of Hydra's, and the folder that --config-dir names.
+
+    Raises:
+        ValueError: There is no such folder.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    given, others = parser.parse_known_args(arguments)
+    if given.config_dir is None:
+        return others, []
+    if not os.path.isdir(folder := os.path.expanduser(given.config_dir)):
+        raise ValueError(f"--config-dir {given.config_dir}: there is no such folder")
+    return others, [folder]
 
 
 def quiet() -> None:
-    """Silence notices of the libraries that a user can do nothing about."""
+    """Silence notices of the libraries that a user can do nothing about, and let no terminal refuse a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # "\\u03b1" for α where the terminal knows ASCII alone
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     # The frozen base is in eval mode on purpose, and the data module resumes by itself.
@@ -221,6 +248,11 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
     Raises:
         ValueError: A value of the wrong type; or before the text a key that is no field.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from firstlab.config.compose import refuse_numbers_for_booleans, settings
+
     schema = OmegaConf.structured(defaults)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     words: list[str] = []
@@ -233,9 +265,24 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
                 )
             words.append(argument)
             continue
+        refuse_numbers_for_booleans(schema, [argument])
         try:
             schema[key] = None if value == "null" else value
         except OmegaConfBaseException as error:
             raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
-    options: Any = OmegaConf.to_object(schema)
-    return options, words + arguments[end + 1 :]
+    return settings(schema, type(defaults)), words + arguments[end + 1 :]
+
+
+def _interrupted_early(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What Python does with an error that nobody caught; Ctrl-C while a command still imports is one line."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    if _speaks():
+        print("interrupted; nothing had started", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+_command = getattr(sys.modules["__main__"], "__spec__", None)
+if _command is not None and _command.name.startswith("firstlab."):
+    sys.excepthook = _interrupted_early

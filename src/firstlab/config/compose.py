@@ -1,12 +1,15 @@
-"""From `conf/` and the command line, or from the config.yaml of a run, to a checked configuration."""
+"""Compose a configuration from `conf/` and the command line, or read one that a run saved."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -17,10 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from firstlab.config.schema import ExperimentConfig
-
-if TYPE_CHECKING:
-    # Imported where it is used: command-line help must not wait for torch.
-    pass
 
 Settings = TypeVar("Settings")
 
@@ -46,8 +45,23 @@ def search_path(folders: Sequence[str]) -> list[str]:
 
 
 def register() -> None:
-    """Tell Hydra the schemas that the primary config files start from."""
-    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
+    """Tell Hydra the schema of an experiment."""
+    store_schema("experiment_schema", ExperimentConfig)
+
+
+def store_schema(name: str, schema: type) -> None:
+    """Tell Hydra the schema that a primary config file starts from."""
+    ConfigStore.instance().store(name=name, node=_writable(OmegaConf.structured(schema)))
+
+
+def _writable(node: Any) -> Any:
+    """Let options be set one by one: OmegaConf makes nodes of frozen dataclasses read-only."""
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, None)
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                _writable(node[key])
+    return node
 
 
 def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -62,19 +76,73 @@ def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
-    """What Hydra composed for an entry point, as that entry point's dataclass.
+    """What Hydra composed for a command, as that command's dataclass.
 
     Raises:
         ValueError: A value is missing, of the wrong type, or refused by the dataclass.
     """
     try:
+        _refuse_unknown(composed)
+        expand_home(composed)
         found = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing: give {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
-    assert isinstance(found, schema)
+    if not isinstance(found, schema):
+        raise ValueError(f"this is no configuration of this command, which takes a {schema.__name__}")
     return found
+
+
+def expand_home(composed: DictConfig) -> None:
+    """Put the home folder in the place of `~`, in every option alike."""
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, str) and node.startswith("~"):
+            OmegaConf.update(composed, path, os.path.expanduser(node))
+        elif isinstance(node, dict | list):
+            for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+                walk(value, f"{path}[{key}]")
+
+    for key, value in OmegaConf.to_container(composed).items():  # type: ignore[union-attr]
+        walk(value, str(key))
+
+
+def allowed_keys(key: str, overrides: Sequence[str], config_name: str) -> str:
+    """Why `key` is wrong: the deepest part of it that exists with these overrides, and the keys that part has."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        node: Any = compose(config_name, list(overrides))
+    parts, path = key.split("."), []
+    while parts and OmegaConf.is_dict(node) and parts[0] in node:
+        path.append(parts.pop(0))
+        node = node[path[-1]]
+    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
+    target = OmegaConf.is_dict(node) and "_target_" in node and len(parts) == 1
+    more = f"; another argument of its class is added: +{key}=..." if target else ""
+    where = ".".join(path) or "the configuration"
+    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}{more}"
+
+
+def _refuse_unknown(node: DictConfig, path: str = "") -> None:
+    """Raises ValueError for a key that a plus has added beside those of a dataclass."""
+    if not is_dataclass(kind := OmegaConf.get_type(node)):
+        return
+    known = [each.name for each in fields(kind)]
+    for key in map(str, node):
+        if key not in known:
+            where = path.rstrip(".") or "the configuration"
+            raise ValueError(f"{path}{key} is unknown: {where} has no key {key!r}; its keys are {', '.join(known)}")
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            _refuse_unknown(node[key], f"{path}{key}.")
+
+
+def refuse_numbers_for_booleans(config: DictConfig, arguments: Sequence[str]) -> None:
+    """Raises ValueError for KEY=1 where KEY takes true or false: OmegaConf would take any number."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if re.fullmatch(r"[-+]?\d+", value) and isinstance(OmegaConf.select(config, key), bool):
+            raise ValueError(f"{argument} is not allowed: {key} takes true or false")
 
 
 def read_saved(file: Path) -> dict[str, Any]:
@@ -85,40 +153,51 @@ def read_saved(file: Path) -> dict[str, Any]:
     """
     try:
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(node, dict) or not {"model", "method", "router_phase"} <= node.keys():
         raise ValueError(f"{file} is damaged, or not the configuration of a run of firstlab.train")
     return node
 
 
+def merge_saved(node: dict[str, Any], file: str | Path = "saved configuration") -> DictConfig:
+    """The schema filled with what `ExperimentConfig.to_dict` gave; saved text is data, so that nothing is resolved.
+
+    Raises:
+        ValueError: It does not fit this version's schema, or holds an interpolation (`${...}`).
+    """
+    try:
+        _refuse_interpolations(node, file)
+        merged = OmegaConf.merge(_schema(), node)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(f"{file}: {str(error).strip().splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
 def load_dict(node: dict[str, Any]) -> ExperimentConfig:
-    """A configuration from what `ExperimentConfig.to_dict` gave.
+    """A configuration from what `ExperimentConfig.to_dict` gave, to compare; see `firstlab.run.load` to use it.
 
     Raises:
         ValueError: It does not fit this version's schema.
     """
-    try:
-        merged = OmegaConf.merge(_schema(), OmegaConf.create(_without_retired(node)))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"saved configuration: {str(error).strip()}") from error
-    assert isinstance(merged, DictConfig)
-    return settings(merged, ExperimentConfig)
+    return settings(merge_saved(node), ExperimentConfig)
 
 
-# Options of earlier versions that saved configurations still carry.
-_RETIRED = ("codebook_rounds",)
-
-
-def _without_retired(node: dict[str, Any]) -> dict[str, Any]:
-    method = node.get("method")
-    if not isinstance(method, dict):
-        return node  # the schema says what is wrong with it
-    return {**node, "method": {k: v for k, v in method.items() if k not in _RETIRED}}
+def _refuse_interpolations(node: Any, file: str | Path) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_interpolations(key, file)
+            _refuse_interpolations(value, file)
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_interpolations(value, file)
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(f"{file} holds {node!r}: what is saved is plain data; write the value itself")
 
 
 @functools.cache
 def _schema() -> DictConfig:
-    schema = OmegaConf.structured(ExperimentConfig)
+    schema = _writable(OmegaConf.structured(ExperimentConfig))
     assert isinstance(schema, DictConfig)
     return schema

@@ -1,16 +1,31 @@
-"""What a `_target_` node of the configuration names becomes an object here, after a look at its arguments."""
+"""Build the object that a `_target_` node of the configuration names; refuse everything that is not known or named.
+
+Nothing is imported but firstlab's own classes, Lightning's loggers, and what the command line, or a configuration given
+with it, names (`trust`); a run directory or a record cannot add to these.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+#: What may stand at an option, by the last part of its name: classes of firstlab, and the loggers of conf/logger.
+_OURS = {
+    "method": r"firstlab\.methods\.\w+\.\w+",
+    "task": r"firstlab\.data(\.\w+)+",
+    "logger": r"lightning\.pytorch\.loggers\.(CSVLogger|TensorBoardLogger|WandbLogger)",
+}
+_KINDS = {"method": "firstlab method", "task": "firstlab task", "logger": "Lightning logger"}
+_MIXTURE, _PART = "firstlab.data.mixture.Mixture", "firstlab.data.mixture.Part"
+#: Classes and packages of the user's own that this process may import.
+_trusted: set[str] = set()
 
 _NAMES = {
     int: "a whole number",
@@ -23,55 +38,151 @@ _NAMES = {
 }
 
 
-def build(node: Any, option: str, **extra: Any) -> Any:
-    """Instantiate a `_target_` node; errors become one line that names the option.
+def trust(names: Iterable[str]) -> None:
+    """Let this process import these classes, or any class of these packages: the user has named them."""
+    _trusted.update(names)
+
+
+def targets(node: Any) -> Iterator[str]:
+    """Every `_target_` in a node."""
+    if isinstance(node, Mapping):
+        if isinstance(name := node.get("_target_"), str):
+            yield name
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from targets(value)
+
+
+def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
+    """The object of a `_target_` node, of class `kind`; errors become one line that names the option.
 
     Raises:
-        ValueError: No `_target_`, unknown target, or arguments that it does not know, lacks or refuses.
+        ValueError: As `check`, or the class refuses its arguments.
     """
-    check(node, option, **extra)
+    target = check(node, option, kind, **extra)
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    if node["_target_"] == _MIXTURE:
+        given["parts"] = {name: _part(part, f"{option}.parts.{name}", kind) for name, part in node["parts"].items()}
     try:
-        return instantiate(node, _convert_="object", **extra)
-    except InstantiationException as error:
-        cause = error.__cause__ or error
-        raise ValueError(str(cause) if isinstance(cause, ValueError) else f"{option}: {cause}") from error
+        return target(**given | extra)
+    except ValueError:
+        raise
+    except Exception as error:  # a constructor may fail in any way
+        raise ValueError(f"{option}: {error}") from error
 
 
-def check(node: Any, option: str, **extra: Any) -> None:
-    """Look at a `_target_` node without making its object.
+def _part(node: dict[str, Any], option: str, kind: type) -> Any:
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    return _class(_PART, "task", option)(**given | {"task": build(node["task"], f"{option}.task", kind)})
+
+
+def check(node: Any, option: str, kind: type, **extra: Any) -> type:
+    """The class of a `_target_` node, after a look at the arguments; no object is made.
 
     Raises:
-        ValueError: No `_target_`, unknown target, or arguments that it does not know or lacks, or of the wrong type.
+        ValueError: No `_target_`, one that is not allowed, or arguments that it does not know or lacks, or of the wrong
+            type.
     """
-    if not isinstance(node, dict) or "_target_" not in node:
+    group = option.rpartition(".")[2]
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
     name = node["_target_"]
+    target = _class(name, group, option)
+    if not issubclass(target, kind):
+        raise ValueError(f"{option}._target_={name!r} is not a {_KINDS[group]}")
+    given = {key: value for key, value in node.items() if key != "_target_"}
+    if name == _MIXTURE and isinstance(given.get("parts"), dict):
+        for key, part in given["parts"].items():
+            where = f"{option}.parts.{key}"
+            if not isinstance(part, dict) or part.get("_target_") != _PART:
+                raise ValueError(f"{where} must be a {_PART}")
+            _check_arguments(_class(_PART, "task", where), {**part, "task": None}, where, plain=("task",))
+            check(part.get("task"), f"{where}.task", kind)
+        _check_arguments(target, given, option, plain=("parts",), **extra)
+    else:
+        _check_arguments(target, given, option, **extra)
+    return target
+
+
+def _class(name: str, group: str, option: str) -> type:
+    """Import a class whose name is allowed at this option.
+
+    Raises:
+        ValueError: It is not allowed, or no class.
+    """
+    module, _, attribute = name.rpartition(".")
+    ours = re.fullmatch(_OURS[group], name) is not None
+    parents = {name[: dot.start()] for dot in re.finditer(r"\.", name)} | {name}
+    if not ours and not parents & _trusted:
+        raise ValueError(
+            f"{option}._target_={name!r} stands in a saved file, and what is saved runs no code of others: if you know "
+            f"the module, name it on the command line, trust={name.partition('.')[0]}"
+        )
     try:
-        target = get_object(name)
+        target = getattr(import_module(module), attribute)
     except Exception as error:  # importing a module may fail in any way
         raise ValueError(f"{option}._target_={name!r} cannot be imported: {' '.join(str(error).split())}") from error
-    if not inspect.isclass(target):
+    if not inspect.isclass(target) or (ours and target.__module__.partition(".")[0] not in ("firstlab", "lightning")):
         raise ValueError(f"{option}._target_={name!r} is not a class")
+    return target
+
+
+def _check_arguments(
+    target: type, given: Mapping[str, Any], option: str, plain: Sequence[str] = (), **extra: Any
+) -> None:
+    name = f"{target.__module__}.{target.__qualname__}"
+    given = {key: value for key, value in given.items() if key != "_target_"}
+    for key, value in given.items():
+        if key not in plain:
+            _refuse_nested({key: value}, option)
     parameters = inspect.signature(target).parameters.values()
     known = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    given = {key: value for key, value in node.items() if key != "_target_"}
     unknown = [key for key in given if key not in known]
     if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters):
         raise ValueError(f"{option}.{unknown[0]} is unknown: {name} takes {', '.join(known) or 'nothing'}")
     for each in parameters:
-        if each.name in known and each.default is each.empty and each.name not in given | extra:
+        if each.name in known and each.default is each.empty and each.name not in {*given, *extra}:
             raise ValueError(f"{option}.{each.name} is missing: {name} needs it")
     hints = _hints(target)
     for key, value in given.items():
-        if key in hints and not _fits(value, hints[key]):
+        if key in hints and key not in plain and not _fits(value, hints[key]):
             raise ValueError(f"{option}.{key}={value!r} is not allowed: it takes {_describe(hints[key])}")
 
 
-def with_floats(target: type, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with whole numbers as floats where the target's parameters are floats: 1 and 1.0 are one setting."""
+def _refuse_nested(node: Any, option: str) -> None:
+    """Raises ValueError for an object inside an argument, and for Hydra's own keys (`_partial_`, `_args_`, ...)."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(node, Mapping):
+        items = node.items()
+    elif isinstance(node, list | tuple):
+        items = enumerate(node)
+    for key, value in items:
+        if isinstance(key, str) and re.fullmatch(r"_\w*_", key):
+            raise ValueError(f"{option}.{key} is not allowed: arguments are plain values")
+        _refuse_nested(value, f"{option}.{key}")
+
+
+def with_defaults(node: Any, option: str) -> Any:
+    """A node with the defaults of its dataclass, so that it stays the same when the class gets a new setting.
+
+    Whole numbers become floats where the class takes floats: 1 and 1.0 are one setting. A class that is not allowed
+    leaves the node as it is.
+    """
+    try:
+        target = _class(node["_target_"], option, option)
+    except (ValueError, TypeError, KeyError):
+        return node
+    if not is_dataclass(target):
+        return node
+    found: dict[str, Any] = dict(node)
+    for each in fields(target):
+        if each.name not in node and each.default is not MISSING:
+            found[each.name] = each.default
     hints = _hints(target)
     takes_float = {key for key, hint in hints.items() if float in (hint, *get_args(hint))}
-    return {key: float(value) if key in takes_float and type(value) is int else value for key, value in values.items()}
+    return {key: float(value) if key in takes_float and type(value) is int else value for key, value in found.items()}
 
 
 def _hints(target: type) -> dict[str, Any]:
@@ -86,8 +197,6 @@ def _hints(target: type) -> dict[str, Any]:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of a YAML file is what a parameter's type hint says; what YAML cannot hold fits any hint."""
-    if isinstance(value, dict) and "_target_" in value:
-        return True
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(_fits(value, each) for each in inner)

@@ -1,6 +1,6 @@
-"""The typed configuration. Every key that `conf/` may set stands here, with its meaning and its range.
+"""The typed configuration: every key that `conf/` may set, with its meaning and its range.
 
-`firstlab.config.schema.compose` makes it of what Hydra composed, or of what a run saved.
+`firstlab.config.compose` fills it with what Hydra composed, or with what a run saved.
 """
 
 from __future__ import annotations
@@ -16,15 +16,26 @@ from typing import Any
 from omegaconf import MISSING
 
 from firstlab.config import instantiate
+from firstlab.model.settings import LoraSettings, RouterSettings
 
 PHASES = ("router", "lora", "evaluate")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
+#: Below this the largest score decides alone, and smaller values overflow.
+LEAST_TEMPERATURE = 1e-3
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
 
 
 def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{option}={value!r} is not allowed: {allowed}")
+
+
+def check_sampling(temperature: float, top_k: int, prefix: str = "") -> None:
+    """Raises ValueError for a temperature by which no score can be divided, or a negative top_k."""
+    fits = LEAST_TEMPERATURE <= temperature < math.inf
+    allowed = f"finite and greater than 0, at least {LEAST_TEMPERATURE}; do_sample=false is greedy"
+    _require(fits, f"{prefix}temperature", temperature, allowed)
+    _require(top_k >= 0, f"{prefix}top_k", top_k, "at least 0, which keeps all tokens")
 
 
 def _require_plain(option: str, value: str) -> None:
@@ -40,16 +51,9 @@ def _require_least(node: Any, name: str, least: dict[str, int]) -> None:
         _require(value is None or value >= lowest, f"{name}.{key}", value, f"at least {lowest}")
 
 
-@dataclass
-class RouterConfig:
-    """See `firstlab.model.RouterSettings`."""
-
-    input_norm: str = "rms"
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        _require(self.input_norm in ("none", "rms"), "router.input_norm", self.input_norm, "choose one of none, rms")
-        _require(0 < self.threshold < 1, "router.threshold", self.threshold, "strictly between 0 and 1")
+def training_routers() -> RouterSettings:
+    """Routers as a run has them by default; the library's default is the paper's."""
+    return RouterSettings(input_norm="rms")
 
 
 @dataclass
@@ -141,21 +145,7 @@ class DataConfig:
         least = {"train_size": 1, "val_size": 0, "test_size": 1, "max_length_router": 2, "max_length_lora": 2}
         least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0, "split_seed": 0}
         _require_least(self, "data", least)
-
-
-@dataclass
-class LoraConfig:
-    """See `firstlab.model.LoraSettings`; the defaults are the paper's (A.4)."""
-
-    rank: int = 8
-    lora_alpha: int = 32
-    dropout: float = 0.1
-    target_modules: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        _require_least(self, "lora", {"rank": 1, "lora_alpha": 1})
-        _require(self.target_modules != [], "lora.target_modules", [], "names of modules, or null for all")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        _require(self.num_workers <= 128, "data.num_workers", self.num_workers, "at most 128, each is a process")
 
 
 @dataclass
@@ -196,7 +186,7 @@ class PhaseConfig:
             value = getattr(self, key)
             _require(value is None or value >= 1, f"{name}.{key}", value, "at least 1, or null")
         rate, clip = self.learning_rate, self.gradient_clip
-        _require(0 < rate < math.inf, f"{name}.learning_rate", rate, "greater than 0")
+        _require(0 < rate < 1e30, f"{name}.learning_rate", rate, "greater than 0, and a number that float32 holds")
         _require(clip is None or 0 < clip < math.inf, f"{name}.gradient_clip", clip, "greater than 0, or null")
         _require(0 <= self.warmup_fraction < 1, f"{name}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
         for key in ("weight_decay", "distill"):
@@ -269,9 +259,9 @@ class EvaluationConfig:
         _require(self.decoder in decoders, "evaluation.decoder", self.decoder, f"choose one of {', '.join(decoders)}")
         fits = self.decoder == "generate" or self.num_beams == 1
         _require(fits, "evaluation.num_beams", self.num_beams, "1 with evaluation.decoder=engine; generate has beams")
-        _require(0 < self.temperature < math.inf, "evaluation.temperature", self.temperature, "greater than 0")
+        check_sampling(self.temperature, self.top_k, "evaluation.")
         _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
-        least = {"batch_size": 1, "top_k": 0, "num_beams": 1, "resamples": 100}
+        least = {"batch_size": 1, "num_beams": 1, "resamples": 100}
         least |= {"tpot_prompts": 0, "tpot_tokens": 2, "tpot_repetitions": 1}
         _require_least(self, "evaluation", least)
 
@@ -330,6 +320,7 @@ class SweepConfig:
         recorded: Folder of recorded results that count as finished, or null.
         collect: Folder whose records.jsonl.xz gets every finished run's record, to be committed; or null.
         plan_only: Print the plan and stop.
+        optional: Keys, as method.calibration_prompts, that hold only for the runs whose method has them.
     """
 
     name: str | None = None
@@ -337,6 +328,7 @@ class SweepConfig:
     recorded: str | None = "experiments"
     collect: str | None = None
     plan_only: bool = False
+    optional: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -360,8 +352,8 @@ class ExperimentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: Any = MISSING
-    router: RouterConfig = field(default_factory=RouterConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    router: RouterSettings = field(default_factory=training_routers)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     router_phase: PhaseConfig = field(default_factory=PhaseConfig)
     lora_phase: PhaseConfig = field(default_factory=PhaseConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -413,17 +405,14 @@ class ExperimentConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the run's numbers: everything but where it runs, where it writes and how it is started."""
         config = self.to_dict()
-        # With every setting of the method, so that a run stays itself when the method gets a new one.
-        method = instantiate.build(self.method, "method")
-        config["method"] = instantiate.with_floats(type(method), config["method"] | asdict(method))
-        for key in ("logger", "run_dir", "note", "runs", "phases", "compare_with_base", "ckpt"):
+        config["method"] = instantiate.with_defaults(self.method, "method")
+        for key in ("logger", "run_dir", "note", "runs", "phases", "compare_with_base", "ckpt", "overwrite", "sweep"):
             del config[key]
-        del config["overwrite"], config["sweep"]
-        if config["init_from"] is None:
-            del config["init_from"]
-        # Of the trainer, only precision moves the numbers beyond rounding.
-        config["trainer"] = {"precision": config["trainer"]["precision"]}
         del config["data"]["num_workers"]
+        # Of the trainer, only precision moves the numbers beyond rounding.
+        config["trainer"] = {"precision": self.trainer.precision}
+        if self.init_from is None:
+            del config["init_from"]
         return config
 
     def hash(self) -> str:

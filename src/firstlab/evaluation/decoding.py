@@ -17,8 +17,10 @@ from firstlab.engine.engine import engine_for
 from firstlab.engine.llama_step import check_supported
 from firstlab.engine.sampling import Sampling
 from firstlab.methods.base import rows_of
-from firstlab.model import RoutedCache, RouterAugmentedLM, Routes
+from firstlab.model.cache import RoutedCache
 from firstlab.model.generation_options import stop_tokens
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import Routes
 
 #: A prompt's place in the test set, its response with the token that ended it, and of each layer the share of its
 #: decode steps that skipped it.

@@ -16,7 +16,8 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.files import warn
 from firstlab.data.task import Example
 from firstlab.evaluation.decoding import Decoding, decode
-from firstlab.model import RouterAugmentedLM, Routes
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import Routes
 from firstlab.store.files import write_atomically
 from firstlab.store.ranks import barrier, rank
 

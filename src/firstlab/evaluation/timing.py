@@ -14,7 +14,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows
 from firstlab.engine.engine import DecodeEngine, engine_for
-from firstlab.model import FixedRoutes, RouterAugmentedLM, Routes
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import FixedRoutes, Routes
 
 
 def synchronize(device: torch.device) -> None:

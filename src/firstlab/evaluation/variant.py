@@ -22,8 +22,9 @@ from firstlab.evaluation.skips import skip_statistics
 from firstlab.evaluation.timing import measure_tpot
 from firstlab.methods.base import routes_without, rows_of
 from firstlab.metrics import perplexity
-from firstlab.model import FixedRoutes, RouterAugmentedLM, Routes
 from firstlab.model.generation_options import pinned_generation
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import FixedRoutes, Routes
 from firstlab.store import results
 from firstlab.store.ranks import rank
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from firstlab.methods.objective import RouterStart, RoutingObjective
-from firstlab.model import EarlyExit, PrunedRoutes, Routes, as_routes
+from firstlab.model.routes import EarlyExit, PrunedRoutes, Routes, as_routes
 
 
 class Prompts(Protocol):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from firstlab.methods.base import Method, Prompts
-from firstlab.model import EarlyExit, RouterAugmentedLM, layer_skips
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import EarlyExit, layer_skips
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firstlab.methods.base import CalibratedSet, Prompts, routes_without
-from firstlab.model import Routes
+from firstlab.model.routes import Routes
 
 
 @dataclass

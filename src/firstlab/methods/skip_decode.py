@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from firstlab.methods.base import Method, Prompts
-from firstlab.model import StepRoutes
+from firstlab.model.routes import StepRoutes
 
 
 @dataclass

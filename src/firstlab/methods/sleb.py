@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from firstlab.methods.base import CalibratedSet, Prompts, check_count, routes_without
-from firstlab.model import Routes
+from firstlab.model.routes import Routes
 
 
 @dataclass

@@ -1,45 +1,15 @@
-"""The router-augmented language model. Imports nothing else of firstlab."""
+"""The router-augmented language model; names are loaded on first use, for help must not wait for torch."""
 
-from firstlab.model.cache import RoutedCache
-from firstlab.model.generation_options import stop_tokens
-from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.lora import LoraSettings, check_lora
-from firstlab.model.output import RouterAugmentedOutput
-from firstlab.model.prompt_cache import PromptReading
-from firstlab.model.routers import Routers, RouterSettings
-from firstlab.model.routes import (
-    EarlyExit,
-    FixedRoutes,
-    PrunedRoutes,
-    Routes,
-    StepRoutes,
-    as_routes,
-    layer_skips,
-    routes_from_json,
-    routes_to_json,
-)
-from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EarlyExit",
-    "FixedRoutes",
-    "LoraSettings",
-    "ModelUnavailableError",
-    "PromptReading",
-    "PrunedRoutes",
-    "RoutedCache",
-    "RouterAugmentedLM",
-    "RouterAugmentedOutput",
-    "RouterSettings",
-    "Routers",
-    "Routes",
-    "StepRoutes",
-    "as_routes",
-    "check_lora",
-    "layer_skips",
-    "load_base_config",
-    "load_tokenizer",
-    "routes_from_json",
-    "routes_to_json",
-    "stop_tokens",
-]
+if TYPE_CHECKING:
+    from firstlab.model.public import *
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_"):
+        public = import_module("firstlab.model.public")
+        if name in public.__all__:
+            return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,33 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from firstlab.model.layers import find_decoder
 from firstlab.model.quantization import is_quantized
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA hyper-parameters; the defaults are the paper's (A.4).
-
-    Attributes:
-        rank: r.
-        lora_alpha: Scaling; the update is multiplied by lora_alpha / rank.
-        dropout: On the input of the adapter.
-        target_modules: Module names, or None for every linear map of the decoder layers (q, k, v, o, gate, up, down,
-            or the architecture's equivalents).
-    """
-
-    rank: int = 8
-    lora_alpha: int = 32
-    dropout: float = 0.1
-    target_modules: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "lora_alpha"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"lora.{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout={self.dropout} must be at least 0 and below 1")
-        if self.target_modules is not None and not self.target_modules:
-            raise ValueError("lora.target_modules=[] names nothing; give module names, or null for all linear maps")
+from firstlab.model.settings import LoraSettings
 
 
 def check_lora(model: PreTrainedModel | PretrainedConfig, settings: LoraSettings) -> list[str]:

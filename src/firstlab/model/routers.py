@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-INPUT_NORMS = ("none", "rms")
+from firstlab.model.settings import RouterSettings
 
 
 def token_readings(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> tuple[Tensor, ...]:
@@ -83,27 +82,6 @@ def mix(hidden: Tensor, output: Tensor, gate: Tensor) -> Tensor:
         gate: [B, T] or broadcastable.
     """
     return torch.lerp(hidden, output, gate.to(output.dtype).unsqueeze(-1).expand_as(output))
-
-
-@dataclass(frozen=True)
-class RouterSettings:
-    """What a set of routers needs to be used as it was trained.
-
-    Attributes:
-        input_norm: "none" (paper) or "rms".
-        threshold: A layer runs when rho >= threshold; 0.5 in the paper.
-    """
-
-    input_norm: str = "none"
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.input_norm not in INPUT_NORMS:
-            raise ValueError(
-                f"router.input_norm={self.input_norm!r} is unknown; choose one of {', '.join(INPUT_NORMS)}"
-            )
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"router.threshold={self.threshold} must lie strictly between 0 and 1")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from firstlab.data.task import Example
 from firstlab.methods.base import Method, routes_without
-from firstlab.model import FixedRoutes, Routes, as_routes, routes_from_json
+from firstlab.model.routes import FixedRoutes, Routes, as_routes, routes_from_json
 from firstlab.store.files import read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.prompt_set import PromptSet

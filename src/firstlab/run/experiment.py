@@ -28,7 +28,7 @@ from firstlab.evaluation.predictions import fingerprint, is_complete
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
-from firstlab.model import Routes
+from firstlab.model.routes import Routes
 from firstlab.run.decisions import static_routes
 from firstlab.run.directory import check_directory, finished_record, taken_over, variant_names, wanted_variants
 from firstlab.run.loggers import (
@@ -148,7 +148,7 @@ class Experiment(Run):
         self.loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
             node = dict(self.config.logger)
-            logger = instantiate.build(node, "logger", **logger_options(node, self.directory, self.method.name))
+            logger = instantiate.build(node, "logger", Logger, **logger_options(node, self.directory, self.method.name))
             if rank()[0] == 0:
                 open_logger(logger)
                 logger.log_hyperparams(self.config.identity())

@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from firstlab.config.command_line import quiet
+from firstlab.config.command_line import LAUNCHED, quiet
 from firstlab.config.schema import TrainerConfig
 from firstlab.store import results
+
+# torchrun without its tracebacks, for when it is stopped, or one of its processes ends badly and has said why.
+_TORCHRUN = """
+import logging, sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+logging.disable(logging.WARNING)
+try:
+    main()
+except SignalException:
+    sys.exit(130)
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    if code < 0:
+        print(f"a process was killed by signal {-code}", file=sys.stderr)
+    sys.exit(code if code > 0 else 1)
+"""
+
+
+def torchrun(processes: int) -> list[str]:
+    """The command that starts a script or, after -m, a module in several processes of this machine."""
+    return [sys.executable, "-c", _TORCHRUN, "--standalone", "--nproc-per-node", str(processes)]
 
 
 def is_sweep_job() -> bool:
     """Whether Hydra runs this as one job of a sweep."""
-
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
@@ -57,19 +80,19 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
     return run
 
 
-def _finish(command: list[str], patience_s: float = 1.0) -> int:
+def _finish(command: list[str], environment: Mapping[str, str] | None = None, patience_s: float = 1.0) -> int:
     """The exit status of a launcher of processes, which is stopped with us and given the time to stop its own.
 
     `subprocess.run` would kill it, and leave its processes running. On Ctrl-C a terminal has told it already.
     """
-    with subprocess.Popen(command) as launcher:
+    with subprocess.Popen(command, env=environment) as launcher:
         try:
             return launcher.wait()
         except KeyboardInterrupt:
             try:
                 launcher.wait(patience_s)
             except subprocess.TimeoutExpired:
-                launcher.terminate()
+                launcher.send_signal(signal.SIGINT)
                 launcher.wait()
             raise
 
@@ -99,10 +122,10 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
 
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(trainer.devices)]
     if is_sweep_job():
         os.environ[results.SWEEP_JOB] = "1"
-    code = _finish([*launcher, "-m", module, *overrides])
+    environment = {**os.environ, LAUNCHED: "1"}
+    code = _finish([*torchrun(trainer.devices), "-m", module, *overrides], environment)
     if code:
         sys.exit(code)
     return True

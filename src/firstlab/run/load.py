@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from firstlab.config import instantiate
 from firstlab.config.build import check_device, load_model, model_path
-from firstlab.config.compose import _without_retired, composed_config, conf_dir, read_saved, search_path, settings
-from firstlab.config.schema import PHASES, ExperimentConfig, PhaseConfig, RouterConfig
+from firstlab.config.compose import (
+    composed_config,
+    conf_dir,
+    merge_saved,
+    read_saved,
+    refuse_numbers_for_booleans,
+    search_path,
+    settings,
+)
+from firstlab.config.schema import PHASES, CometConfig, ExperimentConfig, PhaseConfig, training_routers
+from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
-from firstlab.model import ModelUnavailableError, RouterAugmentedLM
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.storage import ModelUnavailableError
 from firstlab.run.directory import variant_names
 
 
@@ -90,7 +101,7 @@ def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Metho
     counterpart = replace(
         config,
         method=node,
-        router=RouterConfig(),
+        router=training_routers(),
         router_phase=PhaseConfig(),
         run_dir=directory,
         init_from=None,
@@ -100,31 +111,44 @@ def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Metho
     return counterpart, dense
 
 
-def load(config: DictConfig) -> tuple[ExperimentConfig, Method]:
-    """The checked configuration and its method.
+def load(composed: DictConfig) -> tuple[ExperimentConfig, Method]:
+    """The checked configuration that Hydra composed, and its method; classes of the user's own may be named there.
 
     Raises:
         ValueError: One message with the option, its value and what is allowed.
     """
-    experiment = settings(config, ExperimentConfig)
-    method = instantiate.build(experiment.method, "method")
-    if not isinstance(method, Method):
-        raise ValueError(f"method._target_={experiment.method.get('_target_')!r} is not a firstlab method")
+    config = settings(composed, ExperimentConfig)
+    instantiate.trust(instantiate.targets([config.method, config.data.task, config.logger]))
+    return _checked(config)
+
+
+def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
+    method = instantiate.build(config.method, "method", Method)
     if not isinstance(getattr(method, "name", None), str):
-        raise ValueError(f"method._target_={experiment.method['_target_']!r}: the class has no `name`, as tables need")
-    instantiate.check(experiment.data.task, "data.task")
-    if experiment.logger:
-        instantiate.check(experiment.logger, "logger")
+        raise ValueError(f"method._target_={config.method['_target_']!r}: the class has no `name`, as tables need")
+    instantiate.check(config.data.task, "data.task", Task)
+    if config.logger:
+        from lightning.pytorch.loggers import Logger
+
+        instantiate.check(config.logger, "logger", Logger)
+    if config.model.revision is not None and Path(model_path(config.model.path)).is_dir():
+        raise ValueError(
+            f"model.revision={config.model.revision!r} is for models of the hub, and model.path={config.model.path!r} "
+            "is a folder; leave model.revision=null"
+        )
     if method.name == "none":
         # What only routers use is left at its default, so that every method shares one dense run.
-        experiment = replace(experiment, router=RouterConfig(), router_phase=PhaseConfig())
-    return experiment, method
+        config = replace(config, router=training_routers(), router_phase=PhaseConfig())
+    return config, method
 
 
 def read(
     file: Path, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
 ) -> tuple[ExperimentConfig, Method]:
     """A run's own saved configuration, with some keys replaced.
+
+    Saved text is data: it names no classes but firstlab's, unless `instantiate.trust` was told so, no logger and no
+    program.
 
     Args:
         file: config.yaml of a run directory.
@@ -136,8 +160,7 @@ def read(
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")
-    saved = OmegaConf.create(_without_retired(read_saved(file)))
-    overrides = dict(overrides or {})
+    saved, overrides = read_saved(file), dict(overrides or {})
     for group in {"data", "trainer"} & overrides.keys():
         name = overrides.pop(group)
         places = [Path(each) / group for each in (conf_dir(), *config_dirs)]
@@ -145,23 +168,34 @@ def read(
         if name not in names:
             raise ValueError(f"{group}={name!r} is unknown; choose one of {', '.join(sorted(names))}")
         saved[group] = composed_config([*search_path(config_dirs), f"{group}={name}"])[group]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig), saved)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
-    assert isinstance(merged, DictConfig)
+        instantiate.trust(instantiate.targets(saved[group]))
+    merged = merge_saved(saved, file)
+    merged.logger, comet = None, merged.evaluation.comet
+    comet.command = CometConfig().command
+    hub = comet.model is None or re.fullmatch(r"Unbabel/[\w.-]+", comet.model) and not Path(comet.model).exists()
+    if not hub and "evaluation.comet.model" not in overrides:
+        raise ValueError(
+            f"{file}: evaluation.comet.model={comet.model!r} is a checkpoint, which may hold code: name it again, "
+            f"evaluation.comet.model={comet.model}, or leave COMET out, evaluation.comet.model=null"
+        )
+    instantiate.trust(value for key, value in overrides.items() if key.endswith("._target_"))
     for key, value in overrides.items():
-        if not value.strip():
-            raise ValueError(f"{key}= has no value; write {key}=null for none")
-        try:
-            part = OmegaConf.select(merged, key)
-            if OmegaConf.is_dict(part) and not isinstance(yaml.safe_load(value), dict):
-                raise ValueError(f"{key}={value}: {key} is a group; give its keys, {', '.join(map(str, part))}")
-            merged.merge_with_dotlist([f"{key}={value}"])
-        except yaml.YAMLError as error:
-            raise ValueError(f"{key}={value} is not valid YAML; quote the value, as in '{key}=\"...\"'") from error
-        except OmegaConfBaseException as error:
-            part = OmegaConf.select(merged, key.rpartition(".")[0]) if "." in key else merged
-            keys = f"; keys there: {', '.join(map(str, part))}" if OmegaConf.is_dict(part) else ""
-            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}{keys}") from error
-    return load(merged)
+        _replace(merged, key, value)
+    return _checked(settings(merged, ExperimentConfig))
+
+
+def _replace(merged: DictConfig, key: str, value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"{key}= has no value; write {key}=null for none")
+    try:
+        part = OmegaConf.select(merged, key)
+        if OmegaConf.is_dict(part) and not isinstance(yaml.safe_load(value), dict):
+            raise ValueError(f"{key}={value}: {key} is a group; give its keys, {', '.join(map(str, part))}")
+        refuse_numbers_for_booleans(merged, [f"{key}={value}"])
+        merged.merge_with_dotlist([f"{key}={value}"])
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}={value} is not valid YAML; quote the value, as in '{key}=\"...\"'") from error
+    except OmegaConfBaseException as error:
+        part = OmegaConf.select(merged, key.rpartition(".")[0]) if "." in key else merged
+        keys = f"; keys there: {', '.join(map(str, part))}" if OmegaConf.is_dict(part) else ""
+        raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}{keys}") from error

@@ -42,7 +42,6 @@ class PhaseLogger(Logger):
     def __init__(self, logger: Logger, phase: str) -> None:
         super().__init__()
         self.logger, self.phase = logger, phase
-        self.save, self.after_save_checkpoint = logger.save, logger.after_save_checkpoint
 
     @property
     def name(self) -> str | None:
@@ -60,6 +59,14 @@ class PhaseLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """With the phase in front of the names."""
         self.logger.log_metrics({f"{self.phase}/{name}": value for name, value in metrics.items()}, step)
+
+    def save(self) -> None:
+        """As the logger does."""
+        self.logger.save()
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """As the logger does: W&B may keep checkpoints (logger.log_model)."""
+        self.logger.after_save_checkpoint(checkpoint_callback)
 
 
 def _is_wandb(logger: dict[str, Any]) -> bool:

@@ -22,7 +22,9 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.files import warn
 from firstlab.data.task import Example
 from firstlab.methods.base import Method
-from firstlab.model import FixedRoutes, LoraSettings, RouterAugmentedLM, Routes
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.routes import FixedRoutes, Routes
+from firstlab.model.settings import LoraSettings
 from firstlab.run.decisions import prompt_routes, shared_routes
 from firstlab.run.directory import variant_names
 from firstlab.run.loggers import PhaseLogger

@@ -10,19 +10,19 @@ behind --. Where the run's base model has moved, model.path=FOLDER says where it
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from firstlab.config.command_line import guarded, parse_options
+from firstlab.config.schema import check_sampling
 from firstlab.data.files import has_text, without_marks
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from firstlab.model import RouterAugmentedLM, Routes
+    from firstlab.model.lm import RouterAugmentedLM
+    from firstlab.model.routes import Routes
 
 
 @dataclass
@@ -40,6 +40,7 @@ class GenerateConfig:
         quantization: int8 or int4 for such weights in the decoder layers, or null.
         do_sample, temperature, top_k: Sampling instead of greedy decoding.
         seed: For sampling.
+        trust: Package of your own whose classes the run's saved configuration may name.
     """
 
     run: str = ""
@@ -54,6 +55,18 @@ class GenerateConfig:
     temperature: float = 0.8
     top_k: int = 10
     seed: int = 0
+    trust: str | None = None
+
+    def check(self) -> None:
+        """Raises ValueError with the option, its value and what is allowed."""
+        if not self.run:
+            raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
+        for name, allowed in (("prompt", ("task", "raw")), ("decoder", ("generate", "engine"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: choose one of {', '.join(allowed)}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        check_sampling(self.temperature, self.top_k)
 
 
 def layer_map(skips: list[float]) -> str:
@@ -66,7 +79,7 @@ def layer_map(skips: list[float]) -> str:
     return f"layers 0 {drawn} {len(skips) - 1}   skipped {sum(skips):.3g} of {len(skips)} ({100 * rate:.1f} %)"
 
 
-@guarded
+@partial(guarded, resumes=False)
 def main(arguments: list[str]) -> None:
     """Parse, load, stream, show the route."""
     if {"-h", "--help"} & set(arguments):
@@ -75,89 +88,111 @@ def main(arguments: list[str]) -> None:
     base = "model.path="
     moved = dict(each.split("=", 1) for each in arguments if each.startswith(base))
     options, words = parse_options(GenerateConfig(), [each for each in arguments if not each.startswith(base)])
-    if not options.run:
-        raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
-    if options.prompt not in ("task", "raw"):
-        raise ValueError(f"prompt={options.prompt!r} is not allowed: choose one of task, raw")
-    if options.decoder not in ("generate", "engine"):
-        raise ValueError(f"decoder={options.decoder!r} is not allowed: choose one of generate, engine")
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={options.max_new_tokens} must be at least 1")
-    if not 0 < options.temperature < math.inf:
-        raise ValueError(f"temperature={options.temperature} is not allowed: greater than 0; do_sample=false is greedy")
-    if options.top_k < 0:
-        raise ValueError(f"top_k={options.top_k} is not allowed: at least 0, which keeps all tokens")
+    options.check()
     text = without_marks(" ".join(words) if words else sys.stdin.read().strip())
     if not has_text(text):
         raise ValueError("the text is empty; give at least one word")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("the text is not valid UTF-8; convert it")
 
-    import torch
-
-    from firstlab.config.build import build_data, check_vocabulary
-    from firstlab.data.encoding import fit_prompt, prompt_ids
-    from firstlab.data.task import Example
     from firstlab.evaluation.decoding import check_engine
-    from firstlab.model import FixedRoutes, RouterAugmentedLM, load_tokenizer
     from firstlab.model.generation_options import pinned_generation
     from firstlab.model.quantization import check_quantization, quantize
-    from firstlab.run.decisions import decided_routes
-    from firstlab.run.load import load_run
-    from firstlab.training.prompt_set import PromptSet
 
     check_quantization(options.quantization)
-    example, routes = Example("input", text, (), options.question, part=options.part), None
-    if (Path(options.run) / "config.yaml").is_file():
-        config, method, model, variant = load_run(Path(options.run), options.variant, moved)
-        data = build_data(config)
-        check_vocabulary(config, data.tokenizer, model)
-        task, tokenizer = data.task, data.tokenizer
-        prompts = PromptSet(model, data, [example], 1)
-        if options.prompt == "raw":
-            prompts.texts = [text]
-        routes = decided_routes(Path(options.run), method, variant, prompts)
-        limit, new_tokens = config.data.max_prompt_length, options.max_new_tokens or config.data.max_new_tokens
-    else:
-        if moved:
-            raise ValueError(f"model.path is for run directories of firstlab.train; run={options.run} is none")
-        if options.prompt == "task":
-            raise ValueError(
-                f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder"
-            )
-        model, task = RouterAugmentedLM.from_pretrained(options.run), None
-        if options.variant == "base":
-            routes = FixedRoutes(torch.ones(model.num_layers, dtype=torch.bool))
-        tokenizer = load_tokenizer(options.run)
-        limit, new_tokens = 0, options.max_new_tokens or 80
+    is_run = (Path(options.run) / "config.yaml").is_file()
+    source = _run(options, text, moved) if is_run else _folder(options, text, moved)
+    model = source.model
     check_engine(model, "decoder", options.decoder)
-    if options.prompt == "task":
-        assert task is not None
-        if task.parts.get(options.part, task).kind == "qa" and not options.question:
-            raise ValueError('this run answers questions: pass question="..." and the passage as text')
-        text = fit_prompt(task, example, tokenizer, limit, "data.max_prompt_length")
-    markup = task is None or options.prompt == "raw" or task.markup
-    ids = torch.tensor([prompt_ids(tokenizer, text, markup)], device=model.device)
-    if ids.numel() == 0:
+    if not source.ids:
         raise ValueError("the text is empty, and this tokenizer adds no BOS token; give at least one word")
     room = model.max_positions
-    if room is not None and ids.shape[1] + new_tokens > room:
+    if room is not None and len(source.ids) + source.new_tokens > room:
         raise ValueError(
-            f"the prompt has {ids.shape[1]} tokens and max_new_tokens={new_tokens}, but the model has {room} "
+            f"the prompt has {len(source.ids)} tokens and max_new_tokens={source.new_tokens}, but the model has {room} "
             "positions; shorten the text or lower max_new_tokens"
         )
     if options.quantization is not None:
         quantize(model.merge_and_unload().lm, options.quantization)
+    decode = _by_engine if options.decoder == "engine" else _by_generate
     with pinned_generation(model.lm):
-        if options.decoder == "engine":
-            skips = _by_engine(model, tokenizer, ids[0].tolist(), routes, new_tokens, options)
-        else:
-            skips = _by_generate(model, tokenizer, ids, routes, new_tokens, options)
+        skips = decode(model, source.tokenizer, source.ids, source.routes, source.new_tokens, options)
     print(layer_map(skips))
 
 
+class _Source(NamedTuple):
+    """What decodes, and what it decodes."""
+
+    model: RouterAugmentedLM
+    tokenizer: Any
+    ids: list[int]
+    routes: Routes | None
+    new_tokens: int
+
+
+def _run(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
+    """A run directory of firstlab.train: its model, its prompt and what its method decides."""
+    from firstlab.config import instantiate
+    from firstlab.config.build import build_data, check_vocabulary
+    from firstlab.data.encoding import fit_prompt, prompt_ids
+    from firstlab.data.task import Example
+    from firstlab.run.decisions import decided_routes
+    from firstlab.run.load import load_run
+    from firstlab.training.prompt_set import PromptSet
+
+    instantiate.trust([] if options.trust is None else [options.trust])
+    config, method, model, variant = load_run(Path(options.run), options.variant, moved)
+    data = build_data(config)
+    check_vocabulary(config, data.tokenizer, model)
+    raw, task = options.prompt == "raw", data.task
+    if options.part and not (task.parts and not raw):
+        raise ValueError(f"part={options.part!r}: this prompt is of no mixture; leave part out")
+    is_qa = not raw and task.parts.get(options.part, task).kind == "qa"
+    if options.question and not is_qa:
+        raise ValueError(f"question={options.question!r}: this prompt takes no question; leave it out")
+    if is_qa and not options.question:
+        raise ValueError('this run answers questions: pass question="..." and the passage as text')
+    example = Example("input", text, (), options.question, part=options.part)
+    prompts = PromptSet(model, data, [example], 1)
+    if raw:
+        prompts.texts = [text]
+    routes = decided_routes(Path(options.run), method, variant, prompts)
+    if not raw:
+        text = fit_prompt(task, example, data.tokenizer, config.data.max_prompt_length, "data.max_prompt_length")
+    ids = prompt_ids(data.tokenizer, text, raw or task.markup)
+    return _Source(model, data.tokenizer, ids, routes, options.max_new_tokens or config.data.max_new_tokens)
+
+
+def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
+    """A folder written by save_pretrained, which knows no task."""
+    import torch
+
+    from firstlab.data.encoding import prompt_ids
+    from firstlab.model.lm import RouterAugmentedLM
+    from firstlab.model.routes import FixedRoutes
+    from firstlab.model.storage import load_tokenizer
+
+    if moved:
+        raise ValueError(f"model.path is for run directories of firstlab.train; run={options.run} is none")
+    if options.prompt == "task":
+        raise ValueError(
+            f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder"
+        )
+    for name in ("question", "part"):
+        if getattr(options, name):
+            raise ValueError(f"{name}={getattr(options, name)!r}: prompt=raw takes the text alone; leave {name} out")
+    model, tokenizer = RouterAugmentedLM.from_pretrained(options.run), load_tokenizer(options.run)
+    routes = FixedRoutes(torch.ones(model.num_layers, dtype=torch.bool)) if options.variant == "base" else None
+    return _Source(model, tokenizer, prompt_ids(tokenizer, text, True), routes, options.max_new_tokens or 80)
+
+
 def _by_generate(
-    model: RouterAugmentedLM, tokenizer: Any, ids: Tensor, routes: Routes | None, limit: int, options: GenerateConfig
+    model: RouterAugmentedLM,
+    tokenizer: Any,
+    prompt: list[int],
+    routes: Routes | None,
+    limit: int,
+    options: GenerateConfig,
 ) -> list[float]:
     """Stream through transformers' `generate`; of each layer, the share of decode steps that skipped it."""
     import torch
@@ -168,7 +203,7 @@ def _by_generate(
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
     result = model.generate(
-        ids,
+        torch.tensor([prompt], device=model.device),
         routes=None if routes is None else routes.to(model.device),
         max_new_tokens=limit,
         do_sample=options.do_sample,

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from firstlab.config.command_line import check_command_line, guarded
-from firstlab.config.compose import conf_dir
+from firstlab.config.command_line import command
 from firstlab.store.files import check_writable, write_atomically
 from firstlab.tables import analysis, page, pictures, quality, speed
 from firstlab.tables.cells import Cells
@@ -61,8 +59,6 @@ def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
     return index
 
 
-@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="tables")
-@guarded
 def main(composed: DictConfig) -> None:
     """The command."""
     run(load(composed))
@@ -86,5 +82,4 @@ def run(config: TablesConfig) -> None:
 
 
 if __name__ == "__main__":
-    check_command_line("tables", sys.argv[1:])
-    main()
+    command("tables", main, resumes=False)

@@ -17,8 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from firstlab.config.schema import PhaseConfig
 from firstlab.methods.base import rows_of
 from firstlab.methods.objective import RoutingObjective
-from firstlab.model import RouterAugmentedLM, RouterAugmentedOutput, Routes, layer_skips
+from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.loss import in_chunks
+from firstlab.model.output import RouterAugmentedOutput
+from firstlab.model.routes import Routes, layer_skips
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
 
 # Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.

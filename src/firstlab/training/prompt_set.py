@@ -15,8 +15,10 @@ from firstlab.data.encoding import Row, TrainingRows, collate_training
 from firstlab.data.task import Example
 from firstlab.methods.base import rows_of
 from firstlab.methods.early_exit import teacher_forced_skip_rates
-from firstlab.model import EarlyExit, PromptReading, RouterAugmentedLM, Routes, as_routes
 from firstlab.model.layers import routing
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.prompt_cache import PromptReading
+from firstlab.model.routes import EarlyExit, Routes, as_routes
 
 Batch = dict[str, Tensor]
 

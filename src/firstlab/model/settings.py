@@ -1,0 +1,60 @@
+"""Settings of routers and LoRA, for options and saved folders alike. Imports no torch: help must not wait for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+INPUT_NORMS = ("none", "rms")
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """What a set of routers needs to be used as it was trained.
+
+    Attributes:
+        input_norm: "none" (paper) or "rms".
+        threshold: A layer runs when rho >= threshold; 0.5 in the paper.
+    """
+
+    input_norm: str = "none"
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.input_norm not in INPUT_NORMS:
+            raise ValueError(
+                f"router.input_norm={self.input_norm!r} is unknown; choose one of {', '.join(INPUT_NORMS)}"
+            )
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"router.threshold={self.threshold} must lie strictly between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for config.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA hyper-parameters; the defaults are the paper's (A.4).
+
+    Attributes:
+        rank: r.
+        lora_alpha: Scaling; the update is multiplied by lora_alpha / rank.
+        dropout: On the input of the adapter.
+        target_modules: Module names, or None for every linear map of the decoder layers (q, k, v, o, gate, up, down,
+            or the architecture's equivalents).
+    """
+
+    rank: int = 8
+    lora_alpha: int = 32
+    dropout: float = 0.1
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"lora.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout={self.dropout} must be at least 0 and below 1")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("lora.target_modules=[] names nothing; give module names, or null for all linear maps")
