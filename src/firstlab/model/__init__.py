@@ -1,6 +1,7 @@
 """The router-augmented language model; names are loaded on first use, for help must not wait for torch."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,8 +9,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith("_"):
-        public = import_module("firstlab.model.public")
+    # Python asks here for modules of this package as well, before it imports them.
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is None:
+        public = import_module(f"{__name__}.public")
         if name in public.__all__:
             return getattr(public, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
