@@ -14,7 +14,6 @@ its method or task is a class of your own, name the package again, trust=my_pack
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -32,8 +31,8 @@ def main(arguments: list[str]) -> None:
     options, words = split_options(arguments)
     if words:
         raise ValueError(f"{words[0]!r} is not KEY=VALUE; see python -m firstlab.evaluate --help")
-    run, variant, trusted = (options.pop(key, None) for key in ("run", "variant", "trust"))
-    if run is None:
+    named, variant, trusted = (options.pop(key, None) for key in ("run", "variant", "trust"))
+    if named is None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
     for key in options:
         if not re.fullmatch(r"(data|evaluation|trainer|seed)(\..*)?|model\.(quantization|path)", key):
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> None:
     from firstlab.training.prompt_set import PromptSet
 
     instantiate.trust([] if trusted is None else [trusted])
-    directory = Path(os.path.expanduser(run))
+    directory = Path(named).expanduser()
     config, method, model, variant = load_run(directory, variant, options, folders)
     data = build_data(config)
     check_test_set(data)

@@ -32,8 +32,8 @@ from support.tiny_tokenizer import tiny_tokenizer
         ([""], "the text is empty"),
         (["--", " "], "the text is empty"),
         (["--", "\ufeff\u200b\u2060"], "the text is empty"),
-        (["temperature=0", "word"], "temperature=0.0 is not allowed: greater than 0"),
-        (["temperature=nan", "word"], "temperature=nan is not allowed: greater than 0"),
+        (["temperature=0", "word"], "temperature=0.0 is not allowed: at least 0.001"),
+        (["temperature=nan", "word"], "temperature=nan is not allowed: at least 0.001"),
         (["top_k=-3", "word"], "top_k=-3 is not allowed: at least 0"),
     ],
 )

@@ -16,6 +16,8 @@ from importlib import import_module
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from firstlab.data.task import Task
+
 #: What may stand at an option, by the last part of its name: classes of firstlab, and the loggers of conf/logger.
 _OURS = {
     "method": r"firstlab\.methods\.\w+\.\w+",
@@ -64,18 +66,15 @@ def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
     target = check(node, option, kind, **extra)
     given = {key: value for key, value in node.items() if key != "_target_"}
     if node["_target_"] == _MIXTURE:
-        given["parts"] = {name: _part(part, f"{option}.parts.{name}", kind) for name, part in node["parts"].items()}
+        given["parts"] = {key: build(part, f"{option}.parts.{key}", object) for key, part in node["parts"].items()}
+    elif node["_target_"] == _PART:
+        given["task"] = build(node["task"], f"{option}.task", Task)
     try:
         return target(**given | extra)
     except ValueError:
         raise
     except Exception as error:  # a constructor may fail in any way
         raise ValueError(f"{option}: {error}") from error
-
-
-def _part(node: dict[str, Any], option: str, kind: type) -> Any:
-    given = {key: value for key, value in node.items() if key != "_target_"}
-    return _class(_PART, "task", option)(**given | {"task": build(node["task"], f"{option}.task", kind)})
 
 
 def check(node: Any, option: str, kind: type, **extra: Any) -> type:
@@ -85,7 +84,7 @@ def check(node: Any, option: str, kind: type, **extra: Any) -> type:
         ValueError: No `_target_`, one that is not allowed, or arguments that it does not know or lacks, or of the wrong
             type.
     """
-    group = option.rpartition(".")[2]
+    group = "task" if ".parts." in option else option.rpartition(".")[2]
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
     name = node["_target_"]
@@ -93,16 +92,15 @@ def check(node: Any, option: str, kind: type, **extra: Any) -> type:
     if not issubclass(target, kind):
         raise ValueError(f"{option}._target_={name!r} is not a {_KINDS[group]}")
     given = {key: value for key, value in node.items() if key != "_target_"}
-    if name == _MIXTURE and isinstance(given.get("parts"), dict):
-        for key, part in given["parts"].items():
-            where = f"{option}.parts.{key}"
-            if not isinstance(part, dict) or part.get("_target_") != _PART:
-                raise ValueError(f"{where} must be a {_PART}")
-            _check_arguments(_class(_PART, "task", where), {**part, "task": None}, where, plain=("task",))
-            check(part.get("task"), f"{where}.task", kind)
-        _check_arguments(target, given, option, plain=("parts",), **extra)
-    else:
-        _check_arguments(target, given, option, **extra)
+    # The only objects inside an object.
+    if name == _MIXTURE and isinstance(parts := given.get("parts"), dict):
+        for key, part in parts.items():
+            check(part, f"{option}.parts.{key}", _class(_PART, "task", option))
+        given["parts"] = {}
+    elif name == _PART:
+        check(given.get("task"), f"{option}.task", Task)
+        given["task"] = None
+    _check_arguments(target, given, option, **extra)
     return target
 
 
@@ -129,14 +127,9 @@ def _class(name: str, group: str, option: str) -> type:
     return target
 
 
-def _check_arguments(
-    target: type, given: Mapping[str, Any], option: str, plain: Sequence[str] = (), **extra: Any
-) -> None:
+def _check_arguments(target: type, given: Mapping[str, Any], option: str, **extra: Any) -> None:
     name = f"{target.__module__}.{target.__qualname__}"
-    given = {key: value for key, value in given.items() if key != "_target_"}
-    for key, value in given.items():
-        if key not in plain:
-            _refuse_nested({key: value}, option)
+    _refuse_nested(given, option)
     parameters = inspect.signature(target).parameters.values()
     known = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     unknown = [key for key in given if key not in known]
@@ -147,7 +140,7 @@ def _check_arguments(
             raise ValueError(f"{option}.{each.name} is missing: {name} needs it")
     hints = _hints(target)
     for key, value in given.items():
-        if key in hints and key not in plain and not _fits(value, hints[key]):
+        if key in hints and not _fits(value, hints[key]):
             raise ValueError(f"{option}.{key}={value!r} is not allowed: it takes {_describe(hints[key])}")
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import re
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +21,38 @@ from firstlab.config import instantiate
 from firstlab.model.settings import LoraSettings, RouterSettings
 
 PHASES = ("router", "lora", "evaluate")
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
-#: Below this the largest score decides alone, and smaller values overflow.
+DECODERS = "generate, engine"
+#: Below it the largest score decides alone and smaller ones overflow; do_sample=false is greedy.
 LEAST_TEMPERATURE = 1e-3
-PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
 
 
-def _require(condition: bool, option: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{option}={value!r} is not allowed: {allowed}")
+_RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "choices": ("choose one of {}", lambda value, choices: value in choices.split(", ")),
+    "least": ("at least {}", operator.ge),
+    "above": ("greater than {}", operator.gt),
+    "most": ("at most {}", operator.le),
+    "below": ("below {}", operator.lt),
+    "plain": ("letters, digits and . = + - _", lambda value, _: re.fullmatch(r"[\w.=+-]+", value) is not None),
+    "filled": ("{}", lambda value, _: value != ""),
+}
 
 
-def check_sampling(temperature: float, top_k: int, prefix: str = "") -> None:
-    """Raises ValueError for a temperature by which no score can be divided, or a negative top_k."""
-    fits = LEAST_TEMPERATURE <= temperature < math.inf
-    allowed = f"finite and greater than 0, at least {LEAST_TEMPERATURE}; do_sample=false is greedy"
-    _require(fits, f"{prefix}temperature", temperature, allowed)
-    _require(top_k >= 0, f"{prefix}top_k", top_k, "at least 0, which keeps all tokens")
+def option(default: Any = MISSING, **ranges: Any) -> Any:
+    """A field of a configuration with its range; see `_RANGES`."""
+    return field(default=default, metadata=ranges)
 
 
-def _require_plain(option: str, value: str) -> None:
-    """A part of the name of a run directory."""
-    plain = value == MISSING or re.fullmatch(r"[\w.=+-]+", value) is not None
-    _require(plain, option, value, "letters, digits and . = + - _")
-
-
-def _require_least(node: Any, name: str, least: dict[str, int]) -> None:
-    """Whole numbers of a part of the configuration that must not be smaller than given; null is none."""
-    for key, lowest in least.items():
-        value = getattr(node, key)
-        _require(value is None or value >= lowest, f"{name}.{key}", value, f"at least {lowest}")
+def check_options(config: Any, prefix: str = "") -> None:
+    """Raises ValueError for the first field of a configuration that is outside its range, or infinite."""
+    for each in fields(config):
+        value, ranges = getattr(config, each.name), each.metadata
+        if value is None or value == MISSING or not ranges:
+            continue
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or not all(_RANGES[key][1](value, limit) for key, limit in ranges.items()):
+            allowed = " and ".join(_RANGES[key][0].format(limit) for key, limit in ranges.items())
+            null = ", or null" if "None" in str(each.type) else ""
+            raise ValueError(f"{prefix}{each.name}={value!r} is not allowed: {allowed}{null}")
 
 
 def training_routers() -> RouterSettings:
@@ -70,21 +74,15 @@ class ModelConfig:
             `quantizations` instead.
     """
 
-    name: str = MISSING
-    path: str = MISSING
-    dtype: str = "float32"
+    name: str = option(plain=True)
+    path: str = option(filled="a hub id or a folder")
+    dtype: str = option("float32", choices="float32, bfloat16, float16, auto")
     revision: str | None = None
-    attn_implementation: str | None = None
+    attn_implementation: str | None = option(None, choices="sdpa, eager, flash_attention_2")
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        allowed = ("float32", "bfloat16", "float16", "auto")
-        _require(self.dtype in allowed, "model.dtype", self.dtype, f"choose one of {', '.join(allowed)}")
-        _require(bool(self.path), "model.path", self.path, "a hub id or a folder")
-        _require_plain("model.name", self.name)
-        known = self.attn_implementation is None or self.attn_implementation in ATTENTION
-        allowed_text = f"choose one of {', '.join(ATTENTION)}, or null"
-        _require(known, "model.attn_implementation", self.attn_implementation, allowed_text)
+        check_options(self, "model.")
         if self.quantization is not None:
             from firstlab.model.quantization import check_quantization
 
@@ -125,27 +123,22 @@ class DataConfig:
         bucket: Training batches whose examples are sorted by length together, so that less is padded; 1 is off.
     """
 
-    name: str = MISSING
+    name: str = option(plain=True)
     task: dict[str, Any] = MISSING
-    root: str | None = None
-    train_size: int | None = None
-    val_size: int = 128
-    test_size: int | None = None
-    split_seed: int = 0
-    max_length_router: int = 256
-    max_length_lora: int = 256
-    max_prompt_length: int = 512
-    max_new_tokens: int = 80
-    bucket: int = 1
-    num_workers: int = 0
+    root: str | None = option(None, filled="a folder")
+    train_size: int | None = option(None, least=1)
+    val_size: int = option(128, least=0)
+    test_size: int | None = option(None, least=1)
+    split_seed: int = option(0, least=0)
+    max_length_router: int = option(256, least=2)
+    max_length_lora: int = option(256, least=2)
+    max_prompt_length: int = option(512, least=1)
+    max_new_tokens: int = option(80, least=1)
+    bucket: int = option(1, least=1)
+    num_workers: int = option(0, least=0, most=128)
 
     def __post_init__(self) -> None:
-        _require(self.root != "", "data.root", self.root, "a folder, or null")
-        _require_plain("data.name", self.name)
-        least = {"train_size": 1, "val_size": 0, "test_size": 1, "max_length_router": 2, "max_length_lora": 2}
-        least |= {"max_prompt_length": 1, "max_new_tokens": 1, "bucket": 1, "num_workers": 0, "split_seed": 0}
-        _require_least(self, "data", least)
-        _require(self.num_workers <= 128, "data.num_workers", self.num_workers, "at most 128, each is a process")
+        check_options(self, "data.")
 
 
 @dataclass
@@ -164,35 +157,19 @@ class PhaseConfig:
         distill: Weight of KL(dense model || routed model) on the label tokens, beside the cross-entropy.
     """
 
-    batch_size: int = 16
-    accumulate: int = 1
-    epochs: int = 1
-    max_steps: int | None = None
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    warmup_fraction: float = 0.05
-    gradient_clip: float | None = 1.0
-    validate_every: int = 20
-    checkpoint_every: int = 20
-    patience: int | None = 4
-    loss_on: str = "response"
-    distill: float = 0.0
-
-    def check(self, name: str) -> None:
-        """Raises ValueError with the option's full name."""
-        for key in ("batch_size", "accumulate", "epochs", "validate_every", "checkpoint_every"):
-            _require(getattr(self, key) >= 1, f"{name}.{key}", getattr(self, key), "at least 1")
-        for key in ("max_steps", "patience"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, f"{name}.{key}", value, "at least 1, or null")
-        rate, clip = self.learning_rate, self.gradient_clip
-        _require(0 < rate < 1e30, f"{name}.learning_rate", rate, "greater than 0, and a number that float32 holds")
-        _require(clip is None or 0 < clip < math.inf, f"{name}.gradient_clip", clip, "greater than 0, or null")
-        _require(0 <= self.warmup_fraction < 1, f"{name}.warmup_fraction", self.warmup_fraction, "in [0, 1)")
-        for key in ("weight_decay", "distill"):
-            value = getattr(self, key)
-            _require(0 <= value < math.inf, f"{name}.{key}", value, "at least 0")
-        _require(self.loss_on in ("all", "response"), f"{name}.loss_on", self.loss_on, "choose one of all, response")
+    batch_size: int = option(16, least=1)
+    accumulate: int = option(1, least=1)
+    epochs: int = option(1, least=1)
+    max_steps: int | None = option(None, least=1)
+    learning_rate: float = option(3e-4, above=0, below=1e30)  # what float32 holds
+    weight_decay: float = option(0.0, least=0)
+    warmup_fraction: float = option(0.05, least=0, below=1)
+    gradient_clip: float | None = option(1.0, above=0)
+    validate_every: int = option(20, least=1)
+    checkpoint_every: int = option(20, least=1)
+    patience: int | None = option(4, least=1)
+    loss_on: str = option("response", choices="all, response")
+    distill: float = option(0.0, least=0)
 
 
 @dataclass
@@ -200,10 +177,10 @@ class BertScoreConfig:
     """BERTScore of summaries. path: hub id or folder of the encoder; null leaves the metric out."""
 
     path: str | None = None
-    num_layers: int | None = None
+    num_layers: int | None = option(None, least=1)
 
     def __post_init__(self) -> None:
-        _require_least(self, "evaluation.bertscore", {"num_layers": 1})
+        check_options(self, "evaluation.bertscore.")
 
 
 @dataclass
@@ -212,11 +189,11 @@ class CometConfig:
 
     model: str | None = None
     command: str = ".venv-comet/bin/comet-score"
-    batch_size: int = 8
-    gpus: int = 0
+    batch_size: int = option(8, least=1)
+    gpus: int = option(0, least=0)
 
     def __post_init__(self) -> None:
-        _require_least(self, "evaluation.comet", {"batch_size": 1, "gpus": 0})
+        check_options(self, "evaluation.comet.")
 
 
 @dataclass
@@ -237,33 +214,28 @@ class EvaluationConfig:
         tpot_repetitions: Times every prompt is timed.
     """
 
-    limit: int | None = None
-    batch_size: int = 32
-    decoder: str = "generate"
+    limit: int | None = option(None, least=1)
+    batch_size: int = option(32, least=1)
+    decoder: str = option("generate", choices=DECODERS)
     do_sample: bool = False
-    temperature: float = 0.8
-    top_k: int = 10
-    num_beams: int = 1
-    confidence: float = 0.95
-    resamples: int = 1000
+    temperature: float = option(0.8, least=LEAST_TEMPERATURE)
+    top_k: int = option(10, least=0)
+    num_beams: int = option(1, least=1)
+    confidence: float = option(0.95, above=0, below=1)
+    resamples: int = option(1000, least=100)
     perplexity: bool = True
-    tpot_prompts: int = 8
-    tpot_tokens: int = 16
-    tpot_repetitions: int = 2
+    tpot_prompts: int = option(8, least=0)
+    tpot_tokens: int = option(16, least=2)
+    tpot_repetitions: int = option(2, least=1)
     bertscore: BertScoreConfig = field(default_factory=BertScoreConfig)
     comet: CometConfig = field(default_factory=CometConfig)
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "at least 1, or null for all")
-        decoders = ("generate", "engine")
-        _require(self.decoder in decoders, "evaluation.decoder", self.decoder, f"choose one of {', '.join(decoders)}")
-        fits = self.decoder == "generate" or self.num_beams == 1
-        _require(fits, "evaluation.num_beams", self.num_beams, "1 with evaluation.decoder=engine; generate has beams")
-        check_sampling(self.temperature, self.top_k, "evaluation.")
-        _require(0 < self.confidence < 1, "evaluation.confidence", self.confidence, "between 0 and 1")
-        least = {"batch_size": 1, "num_beams": 1, "resamples": 100}
-        least |= {"tpot_prompts": 0, "tpot_tokens": 2, "tpot_repetitions": 1}
-        _require_least(self, "evaluation", least)
+        check_options(self, "evaluation.")
+        if self.decoder == "engine" and self.num_beams > 1:
+            raise ValueError(
+                f"evaluation.num_beams={self.num_beams} needs evaluation.decoder=generate; the engine has no beams"
+            )
 
 
 @dataclass
@@ -281,25 +253,18 @@ class TrainerConfig:
         progress_bar: Show progress.
     """
 
-    accelerator: str = "cpu"
-    devices: int = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    precision: str = "32-true"
+    accelerator: str = option("cpu", choices="cpu, gpu")
+    devices: int = option(1, least=1)
+    num_nodes: int = option(1, least=1)
+    strategy: str = option("auto", choices="auto, ddp, fsdp")
+    precision: str = option("32-true", choices="32-true, bf16-true, bf16-mixed, 16-mixed")
     gradient_checkpointing: bool = False
-    loss_chunk: int = 1024
-    prompt_cache_mib: int = 2048
+    loss_chunk: int = option(1024, least=1)
+    prompt_cache_mib: int = option(2048, least=0)
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.accelerator in ("cpu", "gpu"), "trainer.accelerator", self.accelerator, "choose one of cpu, gpu")
-        _require(
-            self.strategy in ("auto", "ddp", "fsdp"), "trainer.strategy", self.strategy, "choose one of auto, ddp, fsdp"
-        )
-        _require(
-            self.precision in PRECISIONS, "trainer.precision", self.precision, f"choose one of {', '.join(PRECISIONS)}"
-        )
-        _require_least(self, "trainer", {"devices": 1, "num_nodes": 1, "loss_chunk": 1, "prompt_cache_mib": 0})
+        check_options(self, "trainer.")
         if self.precision == "16-mixed" and self.accelerator == "cpu":
             raise ValueError("trainer.precision='16-mixed' needs trainer.accelerator=gpu; on CPU use bf16-mixed")
         if self.strategy == "auto" and self.devices * self.num_nodes > 1:
@@ -359,28 +324,23 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: Any = None
-    seed: int = 0
-    run_dir: str | None = None
-    note: str | None = None
-    runs: str = "runs"
+    seed: int = option(0, least=0, below=2**32)
+    run_dir: str | None = option(None, filled="a folder")
+    note: str | None = option(None, plain=True)
+    runs: str = option("runs", filled="a folder")
     phases: list[str] = field(default_factory=lambda: list(PHASES))
-    init_from: str | None = None
+    init_from: str | None = option(None, filled="a folder")
     compare_with_base: bool = True
-    ckpt: str = "last"
+    ckpt: str = option("last", choices="last, none")
     overwrite: bool = False
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
-        self.router_phase.check("router_phase")
-        self.lora_phase.check("lora_phase")
-        unknown = [p for p in self.phases if p not in PHASES]
-        _require(not unknown and bool(self.phases), "phases", self.phases, f"choose from {', '.join(PHASES)}")
-        _require(self.ckpt in ("last", "none"), "ckpt", self.ckpt, "choose one of last, none")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "at least 0 and below 2**32")
-        if self.note is not None:
-            _require_plain("note", self.note)
-        for key in ("run_dir", "runs", "init_from"):
-            _require(getattr(self, key) != "", key, "", "a folder")
+        check_options(self)
+        check_options(self.router_phase, "router_phase.")
+        check_options(self.lora_phase, "lora_phase.")
+        if not self.phases or not set(self.phases) <= set(PHASES):
+            raise ValueError(f"phases={self.phases!r} is not allowed: choose from {', '.join(PHASES)}")
 
     def directory(self, label: str) -> Path:
         """The run directory of a method of this label."""

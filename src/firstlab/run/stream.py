@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from firstlab.config.command_line import guarded, parse_options
-from firstlab.config.schema import check_sampling
+from firstlab.config.schema import DECODERS, LEAST_TEMPERATURE, check_options, option
 from firstlab.data.files import has_text, without_marks
 
 if TYPE_CHECKING:
@@ -45,15 +45,15 @@ class GenerateConfig:
 
     run: str = ""
     variant: str | None = None
-    prompt: str = "task"
+    prompt: str = option("task", choices="task, raw")
     question: str = ""
     part: str = ""
-    max_new_tokens: int | None = None
-    decoder: str = "generate"
+    max_new_tokens: int | None = option(None, least=1)
+    decoder: str = option("generate", choices=DECODERS)
     quantization: str | None = None
     do_sample: bool = False
-    temperature: float = 0.8
-    top_k: int = 10
+    temperature: float = option(0.8, least=LEAST_TEMPERATURE)
+    top_k: int = option(10, least=0)
     seed: int = 0
     trust: str | None = None
 
@@ -61,12 +61,7 @@ class GenerateConfig:
         """Raises ValueError with the option, its value and what is allowed."""
         if not self.run:
             raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
-        for name, allowed in (("prompt", ("task", "raw")), ("decoder", ("generate", "engine"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: choose one of {', '.join(allowed)}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        check_sampling(self.temperature, self.top_k)
+        check_options(self)
 
 
 def layer_map(skips: list[float]) -> str:
