@@ -47,7 +47,7 @@ def read_own(
     try:
         text = file.read_text(encoding="utf-8")
         return parse(yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file} is missing or damaged ({type(error).__name__}: {reason}); {remedy}") from error
 
