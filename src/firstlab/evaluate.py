@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
             **machine.provenance(),
         }
         results.write(out, full)
-    print_table(f"{config.data.name}: {run}", rows_of_record(full))
+    print_table(f"{config.data.name}: {named}", rows_of_record(full))
     print(json.dumps({"record": str(out / results.RESULT)}))
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from firstlab.bench.config import BenchmarkConfig
 from firstlab.bench.models import Models
 from firstlab.bench.throughput import Queue
-from firstlab.bench.workload import Workload
-from firstlab.model.settings import RouterSettings
+from firstlab.model import RouterSettings
 from support.models import tiny_model
 
 
@@ -20,8 +20,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def test_both_ways_decode_every_prompt_to_its_length(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = Workload(batch_size=4, prompt_length=20, tokens=8, seed=3)
-    queue = Queue(models, quantization=None, skip_rates=[0.33], prompts=11, workload=workload)
+    config = BenchmarkConfig(queue=11, queue_batch_size=4, tokens=8, skip_rates=[0.33], seed=3)
+    queue = Queue(config, models, quantization=None, prompt_length=20)
     assert min(map(len, queue.prompts)) >= 5 and max(map(len, queue.prompts)) <= 20
     assert min(queue.limits) >= 2 and max(queue.limits) <= 8
     assert len(set(map(len, queue.prompts))) > 3 and len(set(queue.limits)) > 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 
 from firstlab.bench.cell import PLAIN, Cell, Variant
 from firstlab.bench.config import BenchmarkConfig
-from firstlab.bench.models import Models, load_models
+from firstlab.bench.models import load_models
 from firstlab.bench.throughput import MixedRoutes, Queue
 from firstlab.bench.workload import Workload, chosen_routes, copy_bandwidth
-from firstlab.engine.sampling import Sampling
 from firstlab.store import machine
 
 
@@ -30,7 +28,9 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     routes = chosen_routes(config, loaded.routed.num_layers)
     models = {name: loaded.quantized(name) for name in config.quantizations}
     # Made before anything is measured: there may be too few different routes.
-    mixed, queues = _mixed(config, models), _queues(config, models)
+    pairs = list(product(config.prompt_lengths, models.items()))
+    mixed = [MixedRoutes(config, each, name, length) for length, (name, each) in pairs] if config.mixed_routes else []
+    queues = [Queue(config, each, name, length) for length, (name, each) in pairs] if config.queue else []
     bandwidth = copy_bandwidth(device, config.copy_mib << 20)
     cells = []
     for batch_size, prompt_length in product(config.batch_sizes, config.prompt_lengths):
@@ -41,7 +41,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
             for rate, route in routes.items()
             if decoder not in PLAIN or rate == 0
         ]
-        cell = Cell(models, variants, _workload(config, batch_size, prompt_length))
+        cell = Cell(models, variants, Workload.of(config, batch_size, prompt_length))
         cell.measure(config.warmup, config.repetitions)
         cells.append(cell.summary(bandwidth))
     return {
@@ -56,42 +56,3 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         **machine.provenance(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else machine.processor_name(),
     }
-
-
-def _workload(config: BenchmarkConfig, batch_size: int, prompt_length: int) -> Workload:
-    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
-    return Workload(
-        batch_size=batch_size,
-        prompt_length=prompt_length,
-        tokens=config.tokens,
-        sampling=sampling if config.do_sample else None,
-        seed=config.seed,
-    )
-
-
-def _mixed(config: BenchmarkConfig, models: Mapping[str | None, Models]) -> list[MixedRoutes]:
-    return [
-        MixedRoutes(
-            each,
-            quantization=name,
-            counts=config.mixed_routes,
-            skip_rates=config.skip_rates,
-            workload=_workload(config, config.mixed_batch_size, length),
-        )
-        for length in (config.prompt_lengths if config.mixed_routes else [])
-        for name, each in models.items()
-    ]
-
-
-def _queues(config: BenchmarkConfig, models: Mapping[str | None, Models]) -> list[Queue]:
-    return [
-        Queue(
-            each,
-            quantization=name,
-            skip_rates=config.skip_rates,
-            prompts=config.queue,
-            workload=_workload(config, config.queue_batch_size, length),
-        )
-        for length in (config.prompt_lengths if config.queue else [])
-        for name, each in models.items()
-    ]

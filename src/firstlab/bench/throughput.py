@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from firstlab.bench.cell import Cell, Variant
+from firstlab.bench.config import BenchmarkConfig
 from firstlab.bench.models import Models
 from firstlab.bench.workload import Workload, distinct_routes, read_bytes, spread_route
 from firstlab.engine.engine import DecodeEngine
@@ -21,38 +21,30 @@ class MixedRoutes:
     """Rows of different routes in one batch of the engine, beside the same rows with one route of as many layers.
 
     Args:
+        config: Numbers of different routes, which the rows share evenly; rates that skip no layer are left out.
         models: What decodes.
         quantization: Of its weights.
-        counts: How many different routes the rows have, in turn; rows share them evenly.
-        skip_rates: Of every route; those that skip no layer are left out.
-        workload: What they decode.
+        prompt_length: Tokens of each prompt.
 
     Raises:
         ValueError: Fewer different routes exist than asked for, no rate skips a layer, or the engine does not know the
             model.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        *,
-        quantization: str | None,
-        counts: Sequence[int],
-        skip_rates: Sequence[float],
-        workload: Workload,
-    ) -> None:
+    def __init__(self, config: BenchmarkConfig, models: Models, quantization: str | None, prompt_length: int) -> None:
+        workload = Workload.of(config, config.mixed_batch_size, prompt_length)
         layers, rows = models.routed.num_layers, torch.arange(workload.batch_size)
         self.pairs: list[tuple[int, Variant, Variant]] = []
         variants = []
-        skipping = sorted({rate for rate in skip_rates if round(rate * layers)})
+        skipping = sorted({rate for rate in config.skip_rates if round(rate * layers)})
         if not skipping:
             raise ValueError(
-                f"mixed_routes: skip_rates={list(skip_rates)} skip none of {layers} layers; give larger ones"
+                f"mixed_routes: skip_rates={list(config.skip_rates)} skip none of {layers} layers; give larger ones"
             )
         for rate in skipping:
             shared = Variant("engine", rate, spread_route(layers, rate), quantization)
             variants.append(shared)
-            for count in counts:
+            for count in config.mixed_routes:
                 routes = distinct_routes(layers, rate, count, workload.seed)[rows % count]
                 mixed = Variant("engine", rate, routes, quantization)
                 variants.append(mixed)
@@ -97,29 +89,21 @@ class Queue:
     longest up to it.
 
     Args:
+        config: Numbers of prompts and rows; all prompts share a route.
         models: What decodes.
         quantization: Of its weights.
-        skip_rates: Of the route that all prompts share, 0 included.
-        prompts: How many there are.
-        workload: Rows decoded together, the longest prompt and the longest response.
+        prompt_length: The longest prompt.
 
     Raises:
         ValueError: The engine does not know the model.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        *,
-        quantization: str | None,
-        skip_rates: Sequence[float],
-        prompts: int,
-        workload: Workload,
-    ) -> None:
+    def __init__(self, config: BenchmarkConfig, models: Models, quantization: str | None, prompt_length: int) -> None:
+        workload = Workload.of(config, config.queue_batch_size, prompt_length)
         generator = torch.Generator().manual_seed(workload.seed)
 
         def lengths(longest: int) -> list[int]:
-            return torch.randint(-(-longest // 4), longest + 1, (prompts,), generator=generator).tolist()
+            return torch.randint(-(-longest // 4), longest + 1, (config.queue,), generator=generator).tolist()
 
         self.models, self.quantization, self.workload = models, quantization, workload
         self.prompts = [
@@ -128,7 +112,7 @@ class Queue:
         ]
         self.limits = lengths(workload.tokens)
         layers = models.routed.num_layers
-        self.routes = {rate: spread_route(layers, rate) for rate in sorted({0.0, *skip_rates})}
+        self.routes = {rate: spread_route(layers, rate) for rate in sorted({0.0, *config.skip_rates})}
         try:
             longest = workload.prompt_length + workload.tokens
             self.engine = DecodeEngine(models.for_engine, longest, workload.batch_size)

@@ -41,6 +41,18 @@ class Workload:
     sampling: Sampling | None = None
     seed: int = 0
 
+    @classmethod
+    def of(cls, config: BenchmarkConfig, batch_size: int, prompt_length: int) -> Workload:
+        """What a configuration decodes at this size."""
+        sampling = Sampling(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
+        return cls(
+            batch_size=batch_size,
+            prompt_length=prompt_length,
+            tokens=config.tokens,
+            sampling=sampling if config.do_sample else None,
+            seed=config.seed,
+        )
+
     @property
     def attended(self) -> float:
         """Tokens of a row that attention reads in a decode step, on average.

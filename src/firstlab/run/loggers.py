@@ -64,10 +64,6 @@ class PhaseLogger(Logger):
         """As the logger does."""
         self.logger.save()
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """As the logger does: W&B may keep checkpoints (logger.log_model)."""
-        self.logger.after_save_checkpoint(checkpoint_callback)
-
 
 def _is_wandb(logger: dict[str, Any]) -> bool:
     return logger["_target_"].endswith(WandbLogger.__name__)
