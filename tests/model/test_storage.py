@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.settings import LoraSettings, RouterSettings
-from firstlab.model.storage import ModelUnavailableError, load_tokenizer
+from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer
 from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_routers, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -177,6 +177,56 @@ def test_code_in_a_model_folder_is_neither_run_nor_asked_about(base_folder, monk
         RouterAugmentedLM.from_pretrained(base_folder)
     with pytest.raises(ModelUnavailableError):
         load_tokenizer(base_folder)
+
+
+@pytest.mark.parametrize("folder", ["base", "saved", "adapter"])
+def test_an_adapter_imports_no_package(base_folder, tmp_path, monkeypatch, folder):
+    planted, saved = tmp_path / "megatron", tmp_path / "saved"
+    planted.mkdir()
+    (planted / "__init__.py").write_text("raise SystemExit('was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    trained(base_folder).save_pretrained(saved)
+    no_hashes(saved)
+    config = json.loads((saved / "adapter_config.json").read_text())
+    text = json.dumps(config | {"megatron_config": {"a": 1}, "megatron_core": "megatron.core"})
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config.json: megatron_config imports a package"):
+        RouterAugmentedLM.from_pretrained(tmp_path / folder)
+
+
+def test_attention_code_of_the_hub_is_named_by_the_user(base_folder):
+    file = base_folder / "config.json"
+    config = json.loads(file.read_text())
+    for value in ("somebody/kernel", {"": "somebody/kernel"}):
+        file.write_text(json.dumps(config | {"attn_implementation": value}))
+        with pytest.raises(ModelUnavailableError, match="attention code of the hub, somebody/kernel, .* name it"):
+            RouterAugmentedLM.from_pretrained(base_folder)
+        RouterAugmentedLM.from_pretrained(base_folder, attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"dtype": "planted"}, "AttributeError"),
+        ("config.json", {"num_hidden_layers": "6"}, "num_hidden_layers"),
+        ("config.json", {"rope_parameters": [1]}, "rope_parameters"),
+        ("adapter_config.json", {"peft_type": ["LORA"]}, "TypeError"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id='x' must be a token id"),
+        ("generation_config.json", {"eos_token_id": [1, "x"]}, "must be a token id or a list"),
+        ("generation_config.json", "[1]", "holds no JSON object"),
+        ("generation_config.json", '{"eos_token_id": [', "is not valid JSON"),  # transformers takes its own defaults
+    ],
+)
+def test_damaged_files_of_a_base_are_named(base_folder, name, change, message):
+    file = base_folder / name
+    found = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(change if isinstance(change, str) else json.dumps(found | change))
+    with pytest.raises(ModelUnavailableError, match=message):
+        RouterAugmentedLM.from_pretrained(base_folder)
+    if name == "config.json":
+        with pytest.raises(ModelUnavailableError, match=message):
+            load_base_config(base_folder)
 
 
 def test_options_whose_package_is_missing_say_so(base_folder):
@@ -366,6 +416,8 @@ def test_routers_that_cannot_be_meant_are_refused(base_folder, tmp_path, weights
         ("adapter_config.json", {"r": None}, "r=None must be a number"),
         ("adapter_config.json", {"target_modules": 3}, "target_modules=3 must be names of modules"),
         ("adapter_config.json", {"peft_type": "IA3"}, "peft_type must be LORA"),
+        ("adapter_config.json", {"target_modules": "("}, "unterminated subpattern"),
+        ("adapter_config.json", {"bias": "x"}, "not implemented"),
         ("adapter_config.json", {"future_option": True}, "the installed PEFT knows no 'future_option'"),
     ],
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import find_adapter_config_file
 
 from firstlab.model.lora import inject_lora, lora_layers
 from firstlab.model.routers import Routers, RouterSettings
@@ -27,6 +30,8 @@ _AGAIN = "save the model again; in a run directory, delete this folder and give 
 #: Folder of a base that was saved along.
 _BASE = "base"
 _PEFT_PREFIX = "base_model.model."
+#: Where a hub's files are found; the other options say how a model is loaded.
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 class ModelUnavailableError(ValueError):
@@ -97,9 +102,12 @@ def load_base(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     options = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
+        _check_folder(path, kwargs)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         model, info = loaded
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (ModelUnavailableError, RuntimeError, MemoryError):  # the latter are the machine's fault
+        raise
+    except Exception as error:  # a damaged folder breaks its readers in many ways
         raise _unavailable(path, error) from error
     # transformers would draw these at random and go on.
     absent = sorted(info["missing_keys"])
@@ -113,6 +121,47 @@ def load_base(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def _check_folder(path: str, options: Mapping[str, Any]) -> None:
+    """Look into the files that transformers believes, before it does.
+
+    Raises:
+        ModelUnavailableError: The generation config is damaged, for which transformers would put its own, with other
+            stop tokens; or a file names code to import: a package of PEFT's, or attention kernels of the hub.
+    """
+    file = Path(path) / "generation_config.json"
+    if file.is_file():
+        ends = _read_object(file).get("eos_token_id")
+        if not all(isinstance(each, int | None) for each in (ends if isinstance(ends, list) else [ends])):
+            raise ModelUnavailableError(f"{file}: eos_token_id={ends!r} must be a token id or a list of them")
+    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    configs = [(path, hub)]
+    if (adapter := find_adapter_config_file(path, **hub)) is not None:
+        found = _read_object(Path(adapter))
+        _refuse_packages(adapter, found)
+        configs.append((str(found.get("base_model_name_or_path")), {}))
+    kernels = {kernel for place, where in configs for kernel in _hub_kernels(place, where)}
+    if kernels and "attn_implementation" not in options:
+        raise ModelUnavailableError(
+            f"model.path={path!r}: config.json asks for attention code of the hub, {', '.join(sorted(kernels))}, which "
+            "runs only if you name it yourself: set model.attn_implementation to it, or to sdpa"
+        )
+
+
+def _hub_kernels(path: str, hub: Mapping[str, Any]) -> Iterator[str]:
+    """Attention code of the hub that a config asks for; one that cannot be read asks for nothing."""
+    with suppress(Exception):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if "/" in (name := str(getattr(part, "_attn_implementation", ""))):
+                yield name
+
+
+def _refuse_packages(file: str | Path, adapter: Mapping[str, Any]) -> None:
+    """Raises ModelUnavailableError for an adapter config by which PEFT imports a package."""
+    if adapter.get("megatron_config"):
+        raise ModelUnavailableError(f"{file}: megatron_config imports a package, which a saved adapter may not do")
+
+
 def load_base_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
     """The config of a base model, without its weights; of a folder written by firstlab, that of its base.
 
@@ -122,7 +171,7 @@ def load_base_config(path: str | Path, revision: str | None = None) -> Pretraine
     location = _base_of(path)
     try:
         return AutoConfig.from_pretrained(location, trust_remote_code=False, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # values of a wrong type break it in many ways
         raise _unavailable(location, error) from error
 
 
@@ -285,9 +334,10 @@ def load_trained(lm: PreTrainedModel, routers: Routers, saved: SavedModel) -> No
         weights = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(saved, _ADAPTER_WEIGHTS).items()}
         file = saved.folder / _ADAPTER_CONFIG
         settings = _read_object(file)
+        _refuse_packages(file, settings)
         try:
             inject_lora(lm, _adapter_config(settings))
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, re.error) as error:
             raise ValueError(f"{file} cannot be used ({type(error).__name__}: {error}); {_AGAIN}") from error
         # The names are those of the model's own modules. PEFT's loading would take them for names of the hub's
         # checkpoint, translate them, and leave out silently what then has no place.
