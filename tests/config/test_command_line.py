@@ -20,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
+from firstlab import train
 from firstlab.config.command_line import LAUNCHED, command, during, guarded, own_folders
 from firstlab.config.compose import conf_dir, register, search_path, settings
 from firstlab.config.schema import ExperimentConfig
@@ -287,6 +288,16 @@ time.sleep(60)
         _finish([sys.executable, "-c", child], patience_s=0.1)
     assert stopped.exists()
     assert _finish([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+def test_missing_devices_are_named_before_processes_start(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("firstlab.run.launch._finish", lambda *_: pytest.fail("processes were started"))
+    register()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        given = compose("train", ["trainer=fsdp"])
+    with pytest.raises(ValueError, match="this machine has no CUDA device; use trainer=cpu"):
+        train.run(given)
 
 
 def test_a_stopped_launcher_is_quiet(tmp_path: Path):

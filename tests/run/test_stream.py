@@ -34,6 +34,10 @@ from support.tiny_tokenizer import tiny_tokenizer
         (["--", "\ufeff\u200b\u2060"], "the text is empty"),
         (["temperature=0", "word"], "temperature=0.0 is not allowed: at least 0.001"),
         (["temperature=nan", "word"], "temperature=nan is not allowed: at least 0.001"),
+        (["temperature=1e-300", "word"], "temperature=1e-300 is not allowed: at least 0.001"),
+        (["do_sample=1", "word"], "do_sample=1 is not allowed: do_sample takes true or false"),
+        (["question=Who?", "word"], "question='Who?': prompt=raw takes the text alone; leave question out"),
+        (["part=mini_qa", "word"], "part='mini_qa': prompt=raw takes the text alone; leave part out"),
         (["top_k=-3", "word"], "top_k=-3 is not allowed: at least 0"),
     ],
 )
