@@ -16,6 +16,7 @@ from firstlab.config import instantiate
 from firstlab.config.build import (
     build_data,
     check_device,
+    check_lora_targets,
     check_test_set,
     check_vocabulary,
     load_model,
@@ -132,6 +133,7 @@ class Experiment(Run):
 
     def _start(self) -> None:
         """Loggers, data and model: what can be wrong with a command shows here, in little time."""
+        check_lora_targets(self.config)
         try:
             self._open_loggers()
             self._read_data()
