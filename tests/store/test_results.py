@@ -88,6 +88,24 @@ def test_a_record_that_cannot_be_read_is_named_with_the_way_out(tmp_path: Path, 
         read(tmp_path, "delete it")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"phases": "x"}, "phases='x' is not a mapping"),
+        ({"phases": {"router": None, "lora": [None]}}, r"phases.lora=\[None\] is not a mapping"),
+        ({"variants": {"router": {**finished(0)["variants"]["router"], "examples": {"a": {}}}}}, "examples.a: .*read"),
+        (
+            {"variants": {"router": {**finished(0)["variants"]["router"], "examples": {"a": None}}}},
+            "examples.a: .*read",
+        ),
+    ],
+)
+def test_a_record_with_a_part_of_another_type_is_left_out(tmp_path: Path, change: dict, reason: str):
+    assert results.checked({**finished(0), "phases": {"router": None, "lora": {"steps": 1}}}, results.Record)
+    with pytest.raises(ValueError, match=reason):
+        results.checked({**finished(0), **change}, results.Record)
+
+
 def test_records_are_packed_together(tmp_path: Path):
     refused: list[str] = []
     one, two = (finished(seed) for seed in (0, 1))

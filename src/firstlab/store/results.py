@@ -137,6 +137,7 @@ class Record(_Record, total=False):
     note: str
     wall_s: float
     resumed: bool
+    phases: dict[str, Any]
 
 
 class Cell(TypedDict):
@@ -288,8 +289,11 @@ def checked(node: Any, kind: type) -> dict[str, Any]:
         ValueError: It lacks a key, or one is of another type.
     """
     _check(node, kind, "")
-    for name, variant in node["variants"].items() if kind is Record else ():
-        _check_variant(variant, f"variants.{name}", node["num_layers"])
+    if kind is Record:
+        for name, variant in node["variants"].items():
+            _check_variant(variant, f"variants.{name}", node["num_layers"])
+        for name, phase in node.get("phases", {}).items():
+            _check(phase or {}, dict, f"phases.{name}")  # null where a run has not trained it
     found: dict[str, Any] = node
     return found
 
@@ -411,7 +415,7 @@ def unpack(numbers: Numbers) -> np.ndarray:
         array = np.asarray(numbers) if isinstance(numbers, list) else _array(numbers)
         if array.dtype.kind not in "iuf":
             raise ValueError(f"not numbers but {reprlib.repr(numbers)}")
-    except (zlib.error, ValueError, EOFError) as error:
+    except (zlib.error, TypeError, ValueError, EOFError) as error:
         raise ValueError(f"per-example numbers cannot be read: {error}") from error
     return (array.astype(np.float32) if array.dtype.kind == "f" else array).astype(np.float64)
 
