@@ -56,7 +56,6 @@ def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["evaluation.do_sample=1"], "evaluation.do_sample=1 is not allowed: evaluation.do_sample takes true or false"),
         (["--config-name", "nope"], "Cannot find primary config 'nope'"),
         (["--config-dir", "/nope"], "config directory '/nope' not found"),
-        (["--config-name=tables"], "Could not load 'tables_schema'"),
         (["+sweep=table1,table2"], "Ambiguous value for argument '+sweep=table1,table2'"),
     ],
 )
@@ -74,7 +73,7 @@ def test_a_folder_of_ones_own_counts_where_keys_are_named(
     (tmp_path / "data" / "mine.yaml").write_text("defaults: [parallel]\nname: mine\nval_size: 7\n")
     for option in (["--config-dir", str(tmp_path)], [f"-cd={tmp_path}"], search_path([str(tmp_path)])):
         said = complaint(capsys, monkeypatch, *option, "data=mine", "lora.rnk=1")
-        assert "lora has no key 'rnk'" in said
+        assert "lora" in said and "'rnk'" in said
     assert own_folders(["--config-dir", str(tmp_path), "a=b"]) == (["a=b"], [str(tmp_path)])
     with pytest.raises(ValueError, match="--config-dir /nope: there is no such folder"):
         own_folders(["-cd=/nope"])
@@ -340,7 +339,7 @@ def test_an_option_of_some_methods_alone(
 ):
     GlobalHydra.instance().clear()
     given = ["method=first,random_skip", "data=mini_qa", "method.target_skip=0.25", "method.calibration_prompts=64"]
-    plan = ["train", "+sweep=table3", *given, f"runs={tmp_path}", "sweep.plan_only=true", "sweep.recorded=null"]
+    plan = ["train", "+sweep=quality", *given, f"runs={tmp_path}", "sweep.plan_only=true", "sweep.recorded=null"]
     monkeypatch.setattr(sys, "argv", [*plan, "note=c"])
     with pytest.raises(SystemExit, match="2"):
         command("train", lambda _: None)

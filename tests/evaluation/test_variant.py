@@ -293,7 +293,7 @@ def test_a_run_is_itself_with_and_without_the_choice() -> None:
     engine, _ = composed("evaluation.decoder=engine")
     assert plain.hash() == chosen.hash() != engine.hash()
     assert plain.identity()["evaluation"]["decoder"] == "generate"
-    with pytest.raises(ValueError, match="evaluation.num_beams=2 is not allowed: 1 with evaluation.decoder=engine"):
+    with pytest.raises(ValueError, match="evaluation.num_beams=2 needs evaluation.decoder=generate"):
         composed("evaluation.decoder=engine", "evaluation.num_beams=2")
     with pytest.raises(ValueError, match="evaluation.decoder='vllm' is not allowed: choose one of generate, engine"):
         composed("evaluation.decoder=vllm")

@@ -103,7 +103,7 @@ def test_a_method_that_skips_in_prefill_is_the_model_without_the_layers(
     # With LoRA, as a saved run.
     evaluate.main([f"run={run.directory}", "variant=router_lora"])
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    variant = json.loads(Path(again["record"]).read_text())["variants"]["router_lora"]
+    variant = results.read(Path(again["record"]).parent)["variants"]["router_lora"]
     for key in ("perplexity", "metrics", "skip"):
         assert variant[key] == record["variants"]["router_lora"][key]
     stream.main([f"run={run.directory}", "Ein Haus"])

@@ -220,7 +220,7 @@ def test_a_stopped_command_goes_on_when_it_is_given_again(finished: Path, tiny_m
         _, errors = process.communicate()
         assert process.returncode == (130 if stop is signal.SIGINT else -stop), errors
         if stop is signal.SIGINT:
-            assert errors.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
+            assert errors.splitlines()[-1] == "interrupted; the same command goes on where it was"
             assert "Traceback" not in errors
         assert not (directory / "result.json").exists()
     subprocess.run(command, check=True, capture_output=True, env=environment)
@@ -407,7 +407,9 @@ def test_overwriting_starts_from_nothing(tiny_model_dir: Path, tmp_path: Path):
 
 
 def test_a_torn_record_beside_a_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    record = {"config": {"model": 1, "data": 2, "evaluation": 3}, "seed": 0, "method": "none", "label": "none"}
+    parts = ("model", "data", "method", "router", "lora", "router_phase", "lora_phase", "evaluation")
+    names = ("method", "label", "model", "data", "directory", "config_hash")
+    record = {**dict.fromkeys(names, "x"), "config": {part: {} for part in parts}, "seed": 0, "num_layers": 4}
     record |= {"variants": {}}
     for name, text in (("a", json.dumps(record)), ("b", '{"conf'), ("c", "[]"), ("d", json.dumps(record))):
         (tmp_path / name).mkdir()
@@ -455,7 +457,9 @@ def test_evaluation_sees_that_the_text_changed(
         patched.setattr("firstlab.evaluation.variant.evaluate_variant", None)  # the torn record is found before
         with pytest.raises(SystemExit, match="2"):
             evaluate.main([*given, "variant=base", "data.max_prompt_length=150", "data.max_new_tokens=3"])
-    assert re.search(r"result.json is not valid JSON .*; delete it to evaluate again", capsys.readouterr().err)
+    assert re.search(
+        r"result.json is no result of firstlab: not valid JSON .*; delete it to evaluate again", capsys.readouterr().err
+    )
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([*given, "evaluation.bogus=1"])
     assert "evaluation.bogus=1: Key 'bogus' not in 'EvaluationConfig'; keys there: limit," in capsys.readouterr().err
@@ -470,12 +474,12 @@ def test_a_line_torn_by_a_kill_spoils_no_later_line(finished: Path, tiny_model_d
     shutil.copytree(finished, run)
     part = run / "predictions" / "router.0.part"
     whole = part.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(whole) == 1 + 7
+    assert len(whole) == 7
     part.write_text("".join(whole[:6])[:-9], encoding="utf-8")
     for file in (run / "result.json", run / "evaluation" / "router.yaml", run / "predictions" / "router.jsonl"):
         file.unlink()
     given = overrides(tiny_model_dir, tmp_path, "method.target_skip=0.25", f"run_dir={run}", "phases=[evaluate]")
     Experiment(*composed(*given)).run()
-    lines = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()[1:]]
+    lines = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
     assert {line["index"] for line in lines} == set(range(7))
     assert (run / "predictions" / "router.jsonl").read_text() == (finished / "predictions" / "router.jsonl").read_text()

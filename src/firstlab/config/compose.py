@@ -90,7 +90,7 @@ def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration: {str(error).strip().splitlines()[0]}") from error
     if not isinstance(found, schema):
-        raise ValueError(f"this is no configuration of this command, which takes a {schema.__name__}")
+        raise ValueError(f"this is no configuration of this command, which takes {schema.__name__}")
     return found
 
 
