@@ -338,8 +338,8 @@ def test_an_option_of_some_methods_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     GlobalHydra.instance().clear()
-    given = ["method=first,random_skip", "data=mini_qa", "method.target_skip=0.25", "method.calibration_prompts=64"]
-    plan = ["train", "+sweep=quality", *given, f"runs={tmp_path}", "sweep.plan_only=true", "sweep.recorded=null"]
+    given = ["method=first,random_skip", "data=mini_ende", "method.target_skip=0.25", "method.calibration_prompts=64"]
+    plan = ["train", "+sweep=table1", *given, f"runs={tmp_path}", "sweep.plan_only=true", "sweep.recorded=null"]
     monkeypatch.setattr(sys, "argv", [*plan, "note=c"])
     with pytest.raises(SystemExit, match="2"):
         command("train", lambda _: None)

@@ -185,12 +185,12 @@ def _one_line(error: Exception, name: str) -> str:
     if unknown and "in the defaults list" not in text:
         from hydra.errors import HydraException
 
-        from firstlab.config.compose import allowed_keys
+        from firstlab.config.compose import allowed_keys, search_path
 
         key = unknown[1]
-        others = [each for each in sys.argv[1:] if each.lstrip("+").partition("=")[0] != key]
+        others, folders = own_folders([x for x in sys.argv[1:] if x.lstrip("+").partition("=")[0] != key])
         with suppress(HydraException, ValueError):  # the others may be wrong, too
-            told = allowed_keys(key, own_folders(others)[0], name)
+            told = allowed_keys(key, [*search_path(folders), *(x for x in others if x[:1] != "-")], name)
     return told
 
 
