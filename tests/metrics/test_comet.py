@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from firstlab.metrics.comet import CometConfig, comet
+from firstlab.metrics.comet import comet
 from firstlab.metrics.scores import MetricUnavailableError
+from firstlab.metrics.settings import CometConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 COMET_BIN = ROOT / ".venv-comet" / "bin"
@@ -40,7 +41,7 @@ def program(tmp_path):
         path = tmp_path / "comet-score"
         path.write_text(f"#!{sys.executable}\n{STAND_IN}{ending}", encoding="utf-8")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        return CometConfig(command=str(path), **settings)
+        return CometConfig(**{"model": "Unbabel/XCOMET-XL", "batch_size": 16, **settings}, command=str(path))
 
     return make
 
@@ -143,7 +144,7 @@ def test_real_program_with_a_tiny_model(tmp_path):
         check=False,
     )
     assert built.returncode == 0, built.stderr
-    config = CometConfig(str(COMET_BIN / "comet-score"), str(tmp_path / "tiny"), batch_size=2)
+    config = CometConfig(command=str(COMET_BIN / "comet-score"), model=str(tmp_path / "tiny"), batch_size=2)
     triples = [("Good day.", "Guten Tag.", "Tag!"), ("A cat", "Ein\nHund", "Eine Katze"), ("No", "", "Nein")]
     triples += triples[::-1]  # the program sorts by length: the same text must get the same score at both places
     sources, predictions, references = (list(column) for column in zip(*triples, strict=True))

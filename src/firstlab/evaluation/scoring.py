@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from firstlab.config.schema import EvaluationConfig
 from firstlab.data.task import Example, Task
-from firstlab.metrics import PRIMARY_METRIC, BertScoreConfig, CometConfig, MetricResult, evaluate_predictions
+from firstlab.metrics import PRIMARY_METRIC, MetricResult, evaluate_predictions
 from firstlab.metrics.translation import load_bleu
 
 
@@ -29,7 +29,6 @@ def score_texts(
             found[key] for name, part in task.parts.items() if (key := f"{name}/{primary_metric(part)}") in found
         ]
         return {"mean": mean_score(headline)} | found
-    bertscore, comet = config.bertscore, config.comet
     return evaluate_predictions(
         task.kind,
         texts,
@@ -38,12 +37,8 @@ def score_texts(
         task.target_language,
         confidence=config.confidence,
         resamples=config.resamples,
-        bertscore=None
-        if bertscore.path is None
-        else BertScoreConfig(encoder=bertscore.path, num_layers=bertscore.num_layers),
-        comet=None
-        if comet.model is None
-        else CometConfig(command=comet.command, model=comet.model, batch_size=comet.batch_size, gpus=comet.gpus),
+        bertscore=config.bertscore,
+        comet=config.comet,
     )
 
 

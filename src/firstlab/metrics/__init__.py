@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from firstlab.metrics import qa, summarization, translation
-from firstlab.metrics.comet import CometConfig
 from firstlab.metrics.comet import comet as comet_scores
 from firstlab.metrics.language_modeling import perplexity
 from firstlab.metrics.scores import FloatArray, MetricUnavailableError, Scores
+from firstlab.metrics.settings import BertScoreConfig, CometConfig
 from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test
-from firstlab.metrics.summarization import BertScoreConfig
 
 __all__ = [
     "PRIMARY_METRIC",
@@ -95,8 +94,8 @@ def evaluate_predictions(
         confidence: Coverage of the intervals.
         resamples: Bootstrap resamples.
         seed: Seed of the resampling.
-        bertscore: Encoder of BERTScore; None leaves "bertscore" out.
-        comet: Model of COMET; None leaves "comet" out.
+        bertscore: Encoder of BERTScore; without one "bertscore" is left out.
+        comet: Model of COMET; without one "comet" is left out.
 
     Raises:
         ValueError: Unknown kind, or empty or unpaired inputs.
@@ -110,11 +109,11 @@ def evaluate_predictions(
                 "bleu": translation.bleu(predictions, references, target_language),
                 "chrf": translation.chrf(predictions, references),
             }
-            if comet is not None:
+            if comet is not None and comet.model is not None:
                 scores["comet"] = comet_scores(sources, predictions, references, comet)
         case "summarization":
             scores = summarization.rouge(predictions, references)
-            if bertscore is not None:
+            if bertscore is not None and bertscore.path is not None:
                 scores["bertscore"] = summarization.bertscore(predictions, references, bertscore)
         case "qa":
             scores = {"em": qa.exact_match(predictions, references), "f1": qa.f1(predictions, references)}

@@ -13,33 +13,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from firstlab.metrics.scores import MetricUnavailableError, Scores, check_pairs
-
-
-@dataclass(frozen=True, slots=True)
-class CometConfig:
-    """Which COMET model scores, and where its program is.
-
-    Attributes:
-        command: The `comet-score` program; a relative path starts at the working directory.
-        model: Hub id, path of a `.ckpt` file, or a directory that holds `checkpoints/model.ckpt`.
-        batch_size: Segments per forward pass.
-        gpus: Number of GPUs; 0: CPU.
-    """
-
-    command: str = ".venv-comet/bin/comet-score"
-    model: str = "Unbabel/XCOMET-XL"
-    batch_size: int = 16
-    gpus: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"comet.batch_size={self.batch_size} must be at least 1")
-        if self.gpus < 0:
-            raise ValueError(f"comet.gpus={self.gpus} must be 0 (CPU) or more")
+from firstlab.metrics.settings import CometConfig
 
 
 def comet(
@@ -58,7 +35,9 @@ def comet(
     check_pairs(predictions, references)
     if len(sources) != len(predictions):
         raise ValueError(f"{len(sources)} sources but {len(predictions)} predictions: COMET needs each source")
-    program = _program(config)
+    model, program = config.model, _program(config)
+    if model is None:
+        raise ValueError("evaluation.comet.model is not set; give a hub id or a checkpoint")
     lines = [
         (_one_line(source), _one_line(prediction), _one_line(accepted[0]))
         for source, prediction, accepted in zip(sources, predictions, references, strict=True)
@@ -66,22 +45,22 @@ def comet(
     spoken = [index for index, (_, prediction, _) in enumerate(lines) if prediction]
     scores = [0.0] * len(lines)
     if spoken:
-        for index, score in zip(spoken, _run(program, [lines[i] for i in spoken], config), strict=True):
+        for index, score in zip(spoken, _run(program, model, [lines[i] for i in spoken], config), strict=True):
             scores[index] = 100.0 * score
-    return Scores.mean(scores, f"model:{_model_name(config.model)}|refs:first|empty:0")
+    return Scores.mean(scores, f"model:{_model_name(model)}|refs:first|empty:0")
 
 
 def _program(config: CometConfig) -> str:
     program = shutil.which(config.command)
     if program is None:
         raise MetricUnavailableError(
-            f"COMET is not installed: comet.command={config.command!r} is not a program; run 'make comet', "
+            f"COMET is not installed: evaluation.comet.command={config.command!r} is not a program; run 'make comet', "
             "or give the path of comet-score in another environment"
         )
     return program
 
 
-def _run(program: str, lines: list[tuple[str, str, str]], config: CometConfig) -> list[float]:
+def _run(program: str, model: str, lines: list[tuple[str, str, str]], config: CometConfig) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="firstlab-comet-") as folder:
         paths = [Path(folder, name) for name in ("sources.txt", "predictions.txt", "references.txt")]
         for path, segments in zip(paths, zip(*lines, strict=True), strict=True):
@@ -89,7 +68,7 @@ def _run(program: str, lines: list[tuple[str, str, str]], config: CometConfig) -
         output = Path(folder, "scores.json")
         texts = zip(("-s", "-t", "-r"), map(str, paths), strict=True)
         command = [program, *(part for pair in texts for part in pair), "--only_system", "--quiet"]
-        command += ["--model", _checkpoint(config.model), "--to_json", str(output)]
+        command += ["--model", _checkpoint(model), "--to_json", str(output)]
         command += ["--batch_size", str(config.batch_size), "--gpus", str(config.gpus)]
         # The other environment must not find our packages.
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
@@ -109,7 +88,7 @@ def _parse(text: str, expected: int, config: CometConfig) -> list[float]:
     if len(scores) != expected:
         raise MetricUnavailableError(f"{config.command} returned {len(scores)} scores for {expected} segments")
     if not all(map(math.isfinite, scores)):
-        raise MetricUnavailableError(f"comet.model={config.model!r} returned a score that is not a number")
+        raise MetricUnavailableError(f"evaluation.comet.model={config.model!r} returned a score that is not a number")
     return scores
 
 
@@ -118,7 +97,7 @@ def _failure(done: subprocess.CompletedProcess[str], config: CometConfig) -> str
     advice = ""
     if "not supported by COMET" in done.stderr or "Invalid checkpoint path" in done.stderr:
         advice = (
-            f"\ncomet.model={config.model!r} could not be had. Either it is not in the hub cache and there "
+            f"\nevaluation.comet.model={config.model!r} could not be had. Either it is not in the hub cache and there "
             "is no network, or it is gated (accept its licence on its hub page, then `hf auth login`); "
             "otherwise give the path of a .ckpt file"
         )

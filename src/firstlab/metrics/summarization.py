@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchmetrics.functional.text import rouge_score
-from torchmetrics.functional.text.rouge import _normalize_and_tokenize_text, _rouge_lsum_score
-
 from firstlab.metrics.scores import MetricUnavailableError, Scores, check_pairs
+from firstlab.metrics.settings import BertScoreConfig
 
 if TYPE_CHECKING:
     from bert_score import BERTScorer
-
-
-@dataclass(frozen=True, slots=True)
-class BertScoreConfig:
-    """Which encoder BERTScore compares with.
-
-    Attributes:
-        encoder: Hub id or local directory; bert-score's own choice for English by default.
-        num_layers: Layer whose states are compared; None: bert-score's choice for the encoder, else its last.
-        device: Torch device; None: CUDA where there is one.
-        batch_size: Texts per forward pass.
-    """
-
-    encoder: str = "roberta-large"
-    num_layers: int | None = None
-    device: str | None = None
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"bertscore.batch_size={self.batch_size} must be at least 1")
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ValueError(f"bertscore.num_layers={self.num_layers} must be at least 1, or null")
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Scores]:
@@ -48,6 +22,8 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
     Computed by torchmetrics: it is maintained, while rouge-score, equal to it figure by figure, had its last
     release in 2022. Both lower-case, keep only a-z and 0-9, and do not stem here: text in other scripts scores 0.
     """
+    from torchmetrics.functional.text import rouge_score  # slow to import
+
     check_pairs(predictions, references)
     best: dict[str, list[float]] = {"rouge1": [], "rougeL": [], "rougeLsum": []}
     for prediction, accepted in zip(predictions, references, strict=True):
@@ -61,18 +37,32 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
 
 def _rouge_lsum(prediction: str, reference: str) -> float:
+    from torchmetrics.functional.text.rouge import _normalize_and_tokenize_text, _rouge_lsum_score
+
     # Lines are sentences, as in rouge-score; torchmetrics' public function would split them with NLTK's data.
     lines = ([_normalize_and_tokenize_text(line) for line in text.split("\n")] for text in (prediction, reference))
     return float(_rouge_lsum_score(*lines)["fmeasure"])
 
 
-def bertscore(predictions: Sequence[str], references: Sequence[Sequence[str]], config: BertScoreConfig) -> Scores:
+def bertscore(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    config: BertScoreConfig,
+    device: str | None = None,
+    batch_size: int = 64,
+) -> Scores:
     """Mean BERTScore F1 (Zhang et al. 2020), 0..100, best reference; no idf weights, no rescaling.
 
     A blank text has no tokens to match: its F1 is 0 and the encoder never sees it.
 
+    Args:
+        predictions, references: As of every metric.
+        config: The encoder.
+        device: Torch device; None takes CUDA where there is one.
+        batch_size: Texts per forward pass.
+
     Raises:
-        ValueError: Empty or unpaired inputs, or `num_layers` beyond the encoder's depth.
+        ValueError: Empty or unpaired inputs, no encoder, or `num_layers` beyond the encoder's depth.
         MetricUnavailableError: The encoder is not there.
     """
     check_pairs(predictions, references)
@@ -83,15 +73,18 @@ def bertscore(predictions: Sequence[str], references: Sequence[Sequence[str]], c
         for reference in accepted
         if texts[index] and _encodable(reference)
     ]
-    scorer, num_layers = _load_scorer(config)
+    path = config.path
+    if path is None:
+        raise ValueError("evaluation.bertscore.path is not set; give the hub id or folder of an encoder")
+    scorer, num_layers = _load_scorer(path, config.num_layers, device)
     best: dict[int, float] = {}
     if pairs:
         candidates, targets = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
-        _, _, found = scorer.score(candidates, targets, batch_size=config.batch_size)
+        _, _, found = scorer.score(candidates, targets, batch_size=batch_size)
         for (index, _, _), value in zip(pairs, found.tolist(), strict=True):
             best[index] = max(value, best.get(index, -1.0))
 
-    name = Path(config.encoder).name if Path(config.encoder).is_dir() else config.encoder
+    name = Path(path).name if Path(path).is_dir() else path
     signature = f"f1|encoder:{name}|layer:{num_layers}|idf:no|rescale:no|refs:max|bert-score:{version('bert-score')}"
     return Scores.mean([100.0 * best.get(index, 0.0) for index in range(len(texts))], signature)
 
@@ -110,7 +103,7 @@ class _NotT5(str):
         return part != "t5" and str(part) in str(self)
 
 
-def _load_scorer(config: BertScoreConfig) -> tuple[BERTScorer, int]:
+def _load_scorer(path: str, wanted: int | None, device: str | None) -> tuple[BERTScorer, int]:
     """The scorer and the layer it uses."""
     # Slow to import, and of use here alone.
     from bert_score import BERTScorer
@@ -118,18 +111,18 @@ def _load_scorer(config: BertScoreConfig) -> tuple[BERTScorer, int]:
     from transformers import AutoConfig
 
     try:
-        encoder = AutoConfig.from_pretrained(config.encoder)
+        encoder = AutoConfig.from_pretrained(path)
         depth: int = encoder.num_hidden_layers
-        num_layers = config.num_layers or model2layers.get(config.encoder, depth)
+        num_layers = wanted or model2layers.get(path, depth)
         if num_layers > depth:
-            raise ValueError(f"bertscore.num_layers={num_layers}: {config.encoder!r} has {depth} layers")
-        name = config.encoder if "t5" in encoder.model_type else _NotT5(config.encoder)
-        scorer = BERTScorer(model_type=name, num_layers=num_layers, device=config.device)
+            raise ValueError(f"evaluation.bertscore.num_layers={num_layers}: {path!r} has {depth} layers")
+        name = path if "t5" in encoder.model_type else _NotT5(path)
+        scorer = BERTScorer(model_type=name, num_layers=num_layers, device=device)
     except OSError as error:
         raise MetricUnavailableError(
-            f"bertscore.encoder={config.encoder!r} is no local encoder directory, is not in the hub cache and "
+            f"evaluation.bertscore.path={path!r} is no local encoder directory, is not in the hub cache and "
             "cannot be downloaded from here; give the directory of an encoder, or fetch it first with "
-            f"`hf download {config.encoder}`"
+            f"`hf download {path}`"
         ) from error
     tokenizer = scorer._tokenizer
     positions = getattr(encoder, "max_position_embeddings", None)

@@ -23,10 +23,11 @@ from firstlab.config.compose import (
     search_path,
     settings,
 )
-from firstlab.config.schema import PHASES, CometConfig, ExperimentConfig, PhaseConfig, training_routers
+from firstlab.config.schema import PHASES, ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
+from firstlab.metrics.settings import CometConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.storage import ModelUnavailableError
 from firstlab.run.directory import variant_names
