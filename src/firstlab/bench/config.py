@@ -1,4 +1,4 @@
-"""What `python -m firstlab.benchmark` takes, for decoding and for training; no torch, so that help comes at once."""
+"""Settings of `python -m firstlab.benchmark`, for decoding and for training. Imports no torch, so that help is fast."""
 
 from __future__ import annotations
 

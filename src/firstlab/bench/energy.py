@@ -1,4 +1,4 @@
-"""Energy counters, where the device has them: RAPL of the CPU, NVML of the GPU."""
+"""Read energy counters where the device has them: RAPL of the CPU, NVML of the GPU."""
 
 from __future__ import annotations
 

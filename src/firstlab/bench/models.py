@@ -1,4 +1,4 @@
-"""The model that is measured: the same weights plain, as transformers has them, and wrapped."""
+"""Load the model to measure, once as transformers has it and once wrapped, with the same weights."""
 
 from __future__ import annotations
 

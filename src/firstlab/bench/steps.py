@@ -1,4 +1,4 @@
-"""Seconds of whole training steps, from a batch that is there to updated weights, of two trainers."""
+"""Time whole training steps of two trainers, from a loaded batch to updated weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Throughput of the engine when the prompts of a batch differ: in their routes, or in their lengths."""
+"""Measure the engine's throughput when the prompts of a batch differ in their routes or lengths."""
 
 from __future__ import annotations
 

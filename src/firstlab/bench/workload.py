@@ -1,4 +1,4 @@
-"""What is decoded, along which routes, and what the device's memory allows at best.
+"""Make the prompts and routes that a benchmark decodes, and compute the limit that memory bandwidth sets.
 
 Every token reads the weights of the layers that run once, and the keys and values of every row: at small batches no
 decoder is faster than these bytes over the memory's bandwidth.

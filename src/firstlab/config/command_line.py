@@ -1,4 +1,4 @@
-"""Run a command: errors become one message, an interrupted run says how to go on. Imports nothing but Python's own."""
+"""Run a command: print errors as one message, and say how to resume. Imports only the standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of samples: batches and shards that lose and double nothing, the same on every machine."""
+"""Order samples into batches and shards, each sample exactly once and the same on every machine."""
 
 from __future__ import annotations
 

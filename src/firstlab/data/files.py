@@ -1,4 +1,4 @@
-"""Strict readers of text, JSON and hub data sets: every fault names its file, its place and the way out."""
+"""Read text, JSON and hub data sets strictly: each error names the file, the place and the way out."""
 
 from __future__ import annotations
 

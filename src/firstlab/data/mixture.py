@@ -1,4 +1,4 @@
-"""Several tasks as one: heterogeneous input, for routers that should tell tasks apart."""
+"""Mix several tasks into one, for routers that should tell tasks apart."""
 
 from __future__ import annotations
 

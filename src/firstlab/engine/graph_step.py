@@ -1,4 +1,4 @@
-"""The step of `LlamaStep` as a list of replays: one graph per layer, one before and one after them.
+"""Run the step of `LlamaStep` as a list of graph replays: one per layer, one before and one after them.
 
 All tensors between them stand at fixed addresses and have fixed shapes, so any route is a list of graphs that exist
 already. Two things change shape, both rarely: how many rows a layer computes, rounded up to a power of two, and how

@@ -1,4 +1,4 @@
-"""Callables of fixed memory: on a GPU captured once as CUDA graphs and replayed, elsewhere called."""
+"""Capture functions on fixed memory as CUDA graphs and replay them; without a GPU, just call them."""
 
 from __future__ import annotations
 

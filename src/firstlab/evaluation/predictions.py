@@ -1,4 +1,4 @@
-"""Generate a variant's response to every test prompt; an interrupted call goes on behind what is on disk."""
+"""Generate a variant's response to every test prompt; an interrupted call resumes after what is on disk."""
 
 from __future__ import annotations
 

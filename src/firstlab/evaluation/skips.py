@@ -1,4 +1,4 @@
-"""How much was skipped, where, and how the routes differ between prompts."""
+"""Summarize how much was skipped, in which layers, and how the routes differ between prompts."""
 
 from __future__ import annotations
 

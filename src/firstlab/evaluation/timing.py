@@ -1,4 +1,4 @@
-"""Time per output token, dense and routed in turn in one process, so that their ratio means something."""
+"""Measure time per output token, dense and routed in turn in one process, so that the ratio is fair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router-augmented language model; names are loaded on first use, for help must not wait for torch."""
+"""The router-augmented language model. Names are loaded on first use, so that help does not wait for torch."""
 
 from importlib import import_module
 from importlib.util import find_spec

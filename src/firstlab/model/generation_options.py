@@ -1,4 +1,4 @@
-"""Options of generation: which ones routed decoding cannot honour, which are in force, and what ends a response."""
+"""Generation options: refuse those that routed decoding cannot honour, pin the others, and collect stop tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a decoder layer is made routable without touching parameters, names or state-dict keys.
+"""Make decoder layers routable without touching parameters, names or state-dict keys.
 
 The layer's class is swapped for a subclass of itself whose `forward` asks the current routing what to do. Routing comes
 with the KV cache (inference) or with the current teacher-forced pass (training); without either the layer is unchanged.

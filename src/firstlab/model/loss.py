@@ -1,4 +1,4 @@
-"""Losses of large vocabularies: logits only where they predict a label, and never all of them at once.
+"""Compute losses over large vocabularies: logits only where they predict a label, and in chunks.
 
 Shapes: B batch, T tokens, N positions that predict a label, D hidden size, V vocabulary.
 """

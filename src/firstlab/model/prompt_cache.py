@@ -1,4 +1,4 @@
-"""Prompts and responses of teacher-forced rows apart, for passes whose prompt path needs no gradient."""
+"""Separate prompts from responses in teacher-forced rows, for passes whose prompt path needs no gradient."""
 
 from __future__ import annotations
 

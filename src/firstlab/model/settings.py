@@ -1,4 +1,4 @@
-"""Settings of routers and LoRA, for options and saved folders alike. Imports no torch: help must not wait for it."""
+"""Settings of routers and LoRA, for options and saved folders alike. Imports no torch, so that help is fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run directory says (whose run it is, what is done, what is still wanted), and how a run takes it over."""
+"""Inspect a run directory (whose run it is, what is done, what remains to do) and take it over for a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: metrics.jsonl always, and any Lightning logger beside it."""
+"""Report a run's progress: always to metrics.jsonl, and to any Lightning logger as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training steps of a run: routers, then LoRA; each leaves a record (NAME.yaml) and a saved model (NAME/)."""
+"""Train the routers of a run, then LoRA; each phase leaves a record (NAME.yaml) and a saved model (NAME/)."""
 
 from __future__ import annotations
 

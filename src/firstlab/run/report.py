@@ -1,4 +1,4 @@
-"""The end of a run as a person sees it: a table of the runs made on the same settings, and a picture."""
+"""Show the end of a run: a table of the runs made on the same settings, and a picture."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What stands on disk: result records, atomic files, and which process may write them."""
+"""Store results on disk: records, atomic files, and which process may write them."""

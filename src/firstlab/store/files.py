@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and run directories so that one process at a time does."""
+"""Write files so that no reader sees half of one, and let one process at a time hold a directory."""
 
 from __future__ import annotations
 

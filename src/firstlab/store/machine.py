@@ -1,4 +1,4 @@
-"""Say on which code, packages and machine something was measured, and how much memory it took."""
+"""Record the code, packages and machine of a measurement, and the memory it took."""
 
 from __future__ import annotations
 

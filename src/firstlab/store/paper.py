@@ -1,4 +1,4 @@
-"""The paper's numbers, as printed; `paper.yaml` is where they stand."""
+"""The paper's numbers, as printed, read from `paper.yaml`."""
 
 from __future__ import annotations
 

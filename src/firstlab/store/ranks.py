@@ -1,4 +1,4 @@
-"""Which process of a run this is."""
+"""Tell which process of a run this is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One cell: the runs nearest to its skip level, the mean over their seeds, its interval and its paired test."""
+"""Compute one cell: the runs nearest to its skip level, their mean over seeds, interval and paired test."""
 
 from __future__ import annotations
 

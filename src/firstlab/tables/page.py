@@ -1,4 +1,4 @@
-"""One page with every table and picture: no script, style, font or image from elsewhere."""
+"""Write one self-contained page with every table and picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded runs, and which of them belongs to which cell of the grid. Nothing is built from what a record names."""
+"""Find the recorded runs of each cell of the grid. No object is built from what a record names."""
 
 from __future__ import annotations
 

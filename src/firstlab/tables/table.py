@@ -1,4 +1,4 @@
-"""A table and its plain forms: Markdown, CSV, LaTeX."""
+"""A table, written as Markdown, CSV or LaTeX."""
 
 from __future__ import annotations
 

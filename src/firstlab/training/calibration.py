@@ -1,4 +1,4 @@
-"""Routers that start from a good static set of layers, fitted to training prompts in closed form.
+"""Start routers from a good static set of layers, fitted to training prompts in closed form.
 
 A linear map without bias has no constant to set, so routers are fitted to the prompt tokens' hidden states: a ridge
 regression of the logit that each prompt should get.
