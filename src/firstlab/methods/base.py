@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from firstlab.methods.objective import RouterStart, RoutingObjective
+from firstlab.methods.objective import RouteFit, RouterStart, RoutingObjective
 from firstlab.model.routes import EarlyExit, PrunedRoutes, Routes, as_routes
 
 
@@ -65,11 +65,13 @@ class Method(ABC):
     Attributes:
         name: Name in tables.
         trains_routers: Whether there is a phase 1.
+        router_kind: The `router.kind` that it needs.
         target_skip: Wanted skip rate in (0, 1), or None.
     """
 
     name: ClassVar[str]
     trains_routers: ClassVar[bool] = False
+    router_kind: ClassVar[str] = "layers"
     #: What a class's own settings must at least and at most be, where they are not null, and what others may be.
     least: ClassVar[Mapping[str, float]] = {}
     most: ClassVar[Mapping[str, float]] = {}
@@ -119,6 +121,10 @@ class Method(ABC):
 
     def router_start(self) -> RouterStart | None:
         """How routers are calibrated before phase 1; None starts them at random."""
+        return None
+
+    def route_fit(self) -> RouteFit | None:
+        """How a router over whole routes is fitted, which is then all of phase 1; None trains routers per layer."""
         return None
 
     def training_objective(self, phase: str, reached: float | None = None) -> RoutingObjective:

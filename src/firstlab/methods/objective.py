@@ -59,3 +59,29 @@ class RouterStart:
                 f"method.start_margin={self.margin} on both sides of router.threshold={threshold} leaves the "
                 "probabilities between 0 and 1; lower the margin, or choose method.start=random"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteFit:
+    """How a router over whole routes is fitted; see `firstlab.training.route_fit`.
+
+    Attributes:
+        skip_rate: The rate over tokens that is wanted where none is named.
+        highest_skip: The largest sets of the codebook: room above the wanted rates, without which there is nothing left
+            to allocate.
+        sizes: Sizes of sets, evenly spread up to the highest.
+        swaps: Further routes of every size that differ from its set by one exchange.
+        calibration_prompts: Training prompts that sets are searched on.
+        fit_prompts: Training prompts that are measured under every route.
+        grow_rounds: How often sets for the prompts that lose most are added.
+        any_speed: Train one LoRA under routes of all rates, instead of those of the wanted rate.
+    """
+
+    skip_rate: float
+    highest_skip: float
+    sizes: int
+    swaps: int
+    calibration_prompts: int
+    fit_prompts: int
+    grow_rounds: int
+    any_speed: bool

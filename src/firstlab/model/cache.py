@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
-from firstlab.model.routes import ExitPass, FixedRoutes, Routes, as_routes, decode_steps, layer_skips
-
-#: Stands for the routers' own decision where a rule is asked.
-_BY_ROUTERS = FixedRoutes(torch.ones(0, dtype=torch.bool))
+from firstlab.model.routes import ExitPass, RoutersDecide, Routes, as_routes, decode_steps, layer_skips
 
 
 class RoutedCache(DynamicCache):
@@ -39,7 +37,7 @@ class RoutedCache(DynamicCache):
     Attributes:
         routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read (or
             begun, for routes with `skips_prompt`).
-        rho: [B, L] fp32, None until then and for forced routes.
+        rho: [B, L] fp32, None until then and for forced routes; of a `RouteRouter` 1 where the layer runs, else 0.
         prompt_continues: The next pass is not the prompt's last: the routes stay undecided behind it.
     """
 
@@ -48,7 +46,7 @@ class RoutedCache(DynamicCache):
     def __init__(
         self,
         config: PretrainedConfig,
-        routers: Routers,
+        routers: Routers | RouteRouter,
         prompt_length: int | None = None,
         routes: Routes | Tensor | None = None,
         exit_head: Callable[[Tensor], Tensor] | None = None,
@@ -87,14 +85,15 @@ class RoutedCache(DynamicCache):
         self._exit_record: list[Tensor] = []
 
     def _force(self, routes: Routes | Tensor | None, exit_head: Callable[[Tensor], Tensor] | None) -> None:
-        rule = _BY_ROUTERS if routes is None else as_routes(routes)
-        if routes is not None:
-            rule.check(self._routers.num_layers)
+        rule = RoutersDecide() if routes is None else as_routes(routes)
+        rule.check(self._routers.num_layers)
+        if isinstance(rule, RoutersDecide):
+            self._routers.checked_rate(rule.skip_rate)
         if rule.exit_rule is not None and exit_head is None:
             raise ValueError("EarlyExit asks the LM head after every layer: make the cache with model.new_cache()")
         if rule.skips_prompt and self._seen:
             raise ValueError("the prompt in past_key_values ran every layer, which PrunedRoutes forbid: start anew")
-        self._rule, self._exit_head, self._measures = rule, exit_head, routes is None
+        self._rule, self._exit_head, self._measures = rule, exit_head, isinstance(rule, RoutersDecide)
 
     @property
     def decided(self) -> bool:
@@ -133,7 +132,7 @@ class RoutedCache(DynamicCache):
                 "past_key_values.batch_repeat_interleave(...)"
             )
         if self.routes is None and self._rule.skips_prompt:
-            self._set_routes(self._forced_rows(batch_size, self._routers.weight.device))
+            self._set_routes(self._forced_rows(batch_size, self._routers.device))
         if self.decided:
             self._begin_decode(attention_mask)
             return
@@ -173,7 +172,7 @@ class RoutedCache(DynamicCache):
         """
         if self.routes is None:
             if self._measures:
-                self._readings.append(self._routers.readings(hidden, index))
+                self._readings.append(self._routers.readings(hidden, index, self._pass_mask))
             return run()
         if self._exits is not None:
             return self._exits.run_layer(index, hidden, run)
@@ -215,7 +214,8 @@ class RoutedCache(DynamicCache):
         # A mean over the whole prompt: chunks contribute sums and counts.
         mask = self._pass_mask
         if mask is None:
-            mask = torch.ones_like(self._readings[0][0], dtype=torch.bool)
+            rows = next(each[0] for each in self._readings if each).shape[0]
+            mask = torch.ones(rows, self._pass_tokens, dtype=torch.bool, device=self._routers.device)
         sums = self._routers.sums(self._readings, mask)
         counts = mask.sum(-1).to(sums.device)
         self._readings = []
@@ -228,12 +228,23 @@ class RoutedCache(DynamicCache):
         self._prompt_seen = self._seen
         if self._measures:
             assert self._sums is not None and self._counts is not None
-            self.rho = self._sums / self._counts.clamp_min(1).unsqueeze(1)
-            self._set_routes(self._routers.decide(self.rho))
+            means = self._sums / self._counts.clamp_min(1).unsqueeze(1)
+            self.rho, routes = self._routers.decision(means, self._wanted_rate(len(means)))
+            self._set_routes(routes)
         elif self.routes is None:
             self._set_routes(self._forced_rows(self.layers[0].keys.shape[0], self.layers[0].keys.device))
         self._sums = self._counts = self._pass_mask = None
         self._free_skipped()
+
+    def _wanted_rate(self, rows: int) -> float | Tensor | None:
+        """The skip rate of each row; the rows of one prompt (beams) stand together."""
+        assert isinstance(self._rule, RoutersDecide)
+        rate = self._rule.skip_rate
+        if not isinstance(rate, Tensor) or rate.ndim == 0:
+            return rate
+        if rows % len(rate):
+            raise ValueError(f"skip_rate has {len(rate)} values, which do not divide the batch of {rows}")
+        return rate.repeat_interleave(rows // len(rate))
 
     def _forced_rows(self, rows: int, device: torch.device) -> Tensor:
         routes = self._rule.first(self._routers.num_layers)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from firstlab.model.cache import RoutedCache
+from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
 from firstlab.model.routes import Routes
 
@@ -22,7 +23,7 @@ FEW_TOKENS = 32
 
 def check_not_wrapped(lm: Any) -> None:
     """Raises ValueError for a model that somebody's wrapper, ours or PEFT's, stands around."""
-    if isinstance(getattr(lm, "routers", None), Routers):
+    if isinstance(getattr(lm, "routers", None), Routers | RouteRouter):
         raise ValueError("the model is wrapped already: use it as it is, or wrap model.unwrap()")
     if isinstance(lm, PeftModel):
         raise ValueError(

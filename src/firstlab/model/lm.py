@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from firstlab.model import inputs, lora, storage
 from firstlab.model.cache import RoutedCache
@@ -28,12 +28,14 @@ from firstlab.model.layers import (
     watch_passes,
 )
 from firstlab.model.lora import LoraSettings
+from firstlab.model.lossless import Drafter, DraftRoute, LosslessOptions, LosslessOutput, warn_if_slower
 from firstlab.model.loss import OutputHead, labelled_losses, predicting
 from firstlab.model.output import RouterAugmentedOutput, known_fields
 from firstlab.model.prompt_cache import Layout, PromptCache, PromptReading
 from firstlab.model.quantization import is_quantized
+from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, RouterSettings, float32_kept
-from firstlab.model.routes import Routes, as_routes
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes, as_routes
 from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
 
 # Half a GiB of fp32 logits for a vocabulary of 128k.
@@ -70,7 +72,8 @@ class RouterAugmentedLM(nn.Module):
         hidden_size = lm.config.get_text_config(decoder=True).hidden_size
         # Weights that accelerate has moved to a disk are on no device.
         device = next((each.device for each in layers.parameters() if each.device.type != "meta"), None)
-        self.routers = Routers(len(layers), hidden_size, settings).to(device)
+        kind = RouteRouter if settings is not None and settings.kind == "routes" else Routers
+        self.routers: Routers | RouteRouter = kind(len(layers), hidden_size, settings).to(device)
         # A cache that cannot carry routes is refused now, not after training.
         caches = {type(each) for each in RoutedCache(lm.config, self.routers).layers}
         self._reads_prompts_apart = caches <= {DynamicLayer, DynamicSlidingWindowLayer}
@@ -272,7 +275,7 @@ class RouterAugmentedLM(nn.Module):
         if prompt_mask is None:
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
         prompt_mask = prompt_mask.bool() & attended
-        routes = None if routes is None else as_routes(routes)
+        routes = self._decided(routes, input_ids, prompt_mask)
         current = TeacherForcedPass(
             self.routers,
             attended,
@@ -297,6 +300,21 @@ class RouterAugmentedLM(nn.Module):
             found, head = (out.logits, None) if keep_logits else (out.last_hidden_state, self.output_head())
             kept |= self._losses(found, head, labels, attended, current.rho)
         return RouterAugmentedOutput(**kept | {"rho": current.rho}, ran=current.ran)
+
+    def _decided(self, routes: Routes | Tensor | None, ids: Tensor | None, prompt_mask: Tensor) -> Routes | None:
+        """Routes to force in a teacher-forced pass; None where per-layer routers decide while it runs.
+
+        A `RouteRouter` decides once the whole prompt is read, so the prompts run by themselves first.
+        """
+        rule = RoutersDecide() if routes is None else as_routes(routes)
+        if not isinstance(rule, RoutersDecide):
+            return rule
+        self.routers.checked_rate(rule.skip_rate, len(prompt_mask))
+        if isinstance(self.routers, Routers):
+            return None
+        if ids is None:
+            raise ValueError("a model with router.kind=routes needs input_ids in a teacher-forced pass, or routes=")
+        return FixedRoutes(self.route(ids, prompt_mask, rule.skip_rate))
 
     def _cached_pass(
         self, ids: Tensor | None, mask: Tensor | None, cache: RoutedCache, tokens: int, **options: Any
@@ -326,7 +344,8 @@ class RouterAugmentedLM(nn.Module):
             return None
         ids, real, length = layout.take(input_ids), layout.real, layout.prompt_length
         cache = PromptCache()
-        prompts = ConstantPromptPass(self.routers, real[:, :length])
+        kind = ConstantPromptPass if isinstance(self.routers, Routers) else PromptPass
+        prompts = kind(self.routers, real[:, :length])
         with torch.no_grad(), routing(prompts):
             out = self.backbone(
                 input_ids=ids[:, :length],
@@ -339,7 +358,13 @@ class RouterAugmentedLM(nn.Module):
         return PromptReading(layout, ids, cache, out.last_hidden_state, prompts.rho)
 
     def respond(
-        self, reading: PromptReading, labels: Tensor, gate: str = "hard", routes: Routes | Tensor | None = None
+        self,
+        reading: PromptReading,
+        labels: Tensor,
+        gate: str = "hard",
+        routes: Routes | Tensor | None = None,
+        states: list[Tensor | None] | None = None,
+        known: int = 0,
     ) -> RouterAugmentedOutput:
         """The decode-consistent pass over the responses behind prompts that were read before.
 
@@ -351,10 +376,20 @@ class RouterAugmentedLM(nn.Module):
             labels: [B, T], as the ids that were read; -100 where no loss is wanted.
             gate: See `TeacherForcedPass`.
             routes: One decision per prompt or for all, or None for the routers' own.
+            states, known: To share layers with a pass under other routes, see `ResponsePass`.
         """
         layout, length, rho = reading.layout, reading.layout.prompt_length, reading.rho
         real = layout.real
-        responses = ResponsePass(self.routers, rho, real[:, length:], gate, self.gradient_checkpointing, routes)
+        responses = ResponsePass(
+            self.routers,
+            rho,
+            real[:, length:],
+            gate,
+            self.gradient_checkpointing,
+            routes,
+            states,
+            known,
+        )
         with routing(responses):
             out = self.backbone(
                 input_ids=reading.ids[:, length:],
@@ -412,9 +447,13 @@ class RouterAugmentedLM(nn.Module):
 
     # -- routed inference --
 
-    @torch.no_grad()
     def prompt_rho(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """rho of every layer as prefill measures it: [B, T] prompts -> [B, L] fp32."""
+        """rho of every layer as prefill measures it: [B, T] prompts -> [B, L] fp32; see `RoutedCache.rho`."""
+        return self.routers.decision(self.prompt_means(input_ids, attention_mask))[0]
+
+    @torch.no_grad()
+    def prompt_means(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the routers read in prompts [B, T]: the means that they decide by, [B, L] or [B, F], fp32."""
         self._check_wrapped()
         if attention_mask is None:
             defaults = self.lm.generation_config
@@ -425,11 +464,25 @@ class RouterAugmentedLM(nn.Module):
         input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
         current = PromptPass(self.routers, attention_mask.bool())
         self._run(current, self.backbone, input_ids, attention_mask)
-        return current.rho
+        return current.means
 
-    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, L] boolean, true where decode runs the layer for these prompts [B, T], padded on any side."""
-        return self.routers.decide(self.prompt_rho(input_ids, attention_mask))
+    def route(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        skip_rate: float | Tensor | None = None,
+    ) -> Tensor:
+        """[B, L] boolean, true where decode runs the layer for these prompts [B, T], padded on any side.
+
+        Args:
+            input_ids, attention_mask: The prompts.
+            skip_rate: Of a model with `router.kind=routes`: the rate over tokens to aim at, one for all prompts or [B].
+
+        Raises:
+            ValueError: The model does not reach the rate, or knows one rate only.
+        """
+        self.routers.checked_rate(skip_rate, len(input_ids))
+        return self.routers.decision(self.prompt_means(input_ids, attention_mask), skip_rate)[1]
 
     def new_cache(self, prompt_length: int | None = None, routes: Routes | Tensor | None = None) -> RoutedCache:
         """An empty cache that will carry this model's routes; see `RoutedCache`."""
@@ -443,7 +496,9 @@ class RouterAugmentedLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         routes: Routes | Tensor | None = None,
+        skip_rate: float | Tensor | None = None,
         past_key_values: RoutedCache | None = None,
+        lossless: bool = False,
         **kwargs: Any,
     ) -> Any:
         """transformers' own `generate` with routed decoding.
@@ -455,6 +510,10 @@ class RouterAugmentedLM(nn.Module):
             input_ids: [B, T] prompts (or `inputs_embeds=` [B, T, D]).
             attention_mask: [B, T], 0 on padding.
             routes: Forces which layers decode runs: a boolean tensor [L] or [B, L], or any `Routes`.
+            skip_rate: How much the routers are to skip, over tokens, where they know any rate (`router.kind=routes`):
+                one for all prompts, or [B].
+            lossless: The route only drafts tokens, which dense passes verify: the text is the dense model's own. LoRA
+                that is not merged belongs to the draft alone. See `lossless_generate`.
             past_key_values: A cache of an earlier turn, whose routes stay in force; or one that was filled with
                 `prompt_continues=True`, whose tokens are the beginning of this prompt.
             **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
@@ -464,6 +523,14 @@ class RouterAugmentedLM(nn.Module):
         """
         self._check_wrapped()
         check_generation_options(kwargs, self.lm.generation_config)
+        if lossless:
+            if past_key_values is not None:
+                raise ValueError("lossless=True begins with the prompt; drop past_key_values")
+            return self._generate_lossless(input_ids, attention_mask, routes, skip_rate, kwargs)
+        if skip_rate is not None:
+            if routes is not None:
+                raise ValueError("routes= says which layers run, and skip_rate= lets the routers say it; drop one")
+            routes = RoutersDecide(skip_rate)
         if option_value("use_cache", kwargs, self.lm.generation_config) is False:
             kwargs["use_cache"] = True
         embeds = kwargs.get("inputs_embeds")
@@ -490,6 +557,8 @@ class RouterAugmentedLM(nn.Module):
             forced = None if routes is None else as_routes(routes)
             if forced is not None:
                 forced.check(self.num_layers, prompt.shape[0])
+            if isinstance(forced, RoutersDecide):
+                self.routers.checked_rate(forced.skip_rate, prompt.shape[0])
             cache.expect_prompt(prompt.shape[1], forced, self._exit_head(forced))
         elif routes is not None:
             raise ValueError("routes= cannot be forced on a past_key_values that already carries routes; drop one")
@@ -497,3 +566,79 @@ class RouterAugmentedLM(nn.Module):
             kwargs["attention_mask"] = attention_mask
         generate: Any = self.lm.generate  # transformers types its receiver more narrowly than PreTrainedModel
         return generate(input_ids, past_key_values=cache, **kwargs)
+
+    def _generate_lossless(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        routes: Routes | Tensor | None,
+        skip_rate: float | Tensor | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """Draft under each prompt's route, verify densely; one prompt after the other."""
+        if input_ids is None:
+            raise ValueError("lossless=True needs input_ids [batch, tokens]")
+        if {type(each) for each in RoutedCache(self.config, self.routers).layers} != {DynamicLayer}:
+            raise ValueError(
+                f"lossless=True takes tokens back, which the sliding windows of {type(self.lm).__name__} do not allow; "
+                "drop it"
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        inputs.check_prompt(input_ids, mask)
+        mask, input_ids, _ = inputs.padded_on_the_left(mask, input_ids, None)
+        assert input_ids is not None
+        chosen = LosslessOptions.of(options, self.lm.generation_config, input_ids.shape[1])
+        if routes is None and isinstance(self.routers, RouteRouter) and skip_rate is None:
+            skip_rate = self.routers.highest_rate  # a draft may miss, so it may skip more than a text
+        forced = RoutersDecide(skip_rate) if routes is None else as_routes(routes)
+        if not isinstance(forced, RoutersDecide | FixedRoutes):
+            raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
+        forced.check(self.num_layers, len(input_ids))
+        texts, drafts = [], []
+        for row, (ids, real) in enumerate(zip(input_ids, mask.bool(), strict=True)):
+            if chosen.streamer is not None:
+                chosen.streamer.put(ids[real].unsqueeze(0).cpu())
+            drafter, first = self._drafter(ids[real].unsqueeze(0), forced.rows([row]), chosen)
+            texts.append(drafter.decode(first))
+            drafts.append(drafter)
+        if chosen.streamer is not None:
+            chosen.streamer.end()
+        new = torch.full((len(texts), max(map(len, texts))), chosen.pad, device=input_ids.device)
+        for row, tokens in enumerate(texts):
+            new[row, : len(tokens)] = torch.tensor(tokens)
+        sequences = torch.cat([input_ids, new], 1)
+        if not option_value("return_dict_in_generate", options, self.lm.generation_config):
+            return sequences
+        return LosslessOutput(
+            sequences,
+            torch.stack([each.route for each in drafts]),
+            [len(tokens) for tokens in texts],
+            [each.drafted for each in drafts],
+            [each.accepted for each in drafts],
+            [each.dense_passes for each in drafts],
+        )
+
+    def _drafter(self, ids: Tensor, routes: Routes, options: LosslessOptions) -> tuple[Drafter, Tensor]:
+        """Read one prompt [1, T] densely: who drafts for it, and the logits [1, V] behind it."""
+        cache, reading = DynamicCache(config=self.config), PromptPass(self.routers, torch.ones_like(ids).bool())
+        with routing(reading), self.lora_disabled():
+            logits = self.lm(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        if isinstance(routes, RoutersDecide):
+            route = self.routers.decision(reading.means, routes.skip_rate)[1][0].cpu()
+        else:
+            route = routes.first(self.num_layers)[0].cpu()
+        with routing(DraftRoute(route.tolist())):
+            drafted = self.lm(input_ids=ids, use_cache=False).logits
+        # How often the route agrees with the dense model where the prompt shows both.
+        agreed = float((drafted.argmax(-1) == logits.argmax(-1)).float().mean())
+        warn_if_slower(agreed, route)
+
+        def forward(tokens: Tensor, cache: DynamicCache, draft: DraftRoute | None) -> Tensor:
+            tokens = tokens.to(self.device)
+            if draft is None:
+                with self.lora_disabled():
+                    return self.lm(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+            with routing(draft):
+                return self.lm(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+
+        return Drafter(forward, route, options, cache, agreed), logits[:, -1]

@@ -139,7 +139,11 @@ class Routers(nn.Module):
             weight = self.weight[layer_index].to(hidden.device)
             return rho + derivative @ (weight - weight.detach())
 
-    def readings(self, hidden: Tensor, layer_index: int) -> tuple[Tensor, ...]:
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def readings(self, hidden: Tensor, layer_index: int, pooled_tokens: Tensor | None = None) -> tuple[Tensor, ...]:
         """What the probabilities of one layer need, [B, T, D] -> [B, T] fp32 each; see `token_readings`."""
         return token_readings(hidden, self.weight[layer_index], self.settings.input_norm)
 
@@ -158,6 +162,18 @@ class Routers(nn.Module):
         probabilities = probabilities_of(stacked, self.weight.shape[1])
         # Filled, not multiplied: attention may leave NaN at padding.
         return probabilities.masked_fill(~pooled_tokens.to(device).unsqueeze(1), 0).sum(-1)
+
+    def decision(self, means: Tensor, skip_rate: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """rho [B, L], which is the mean that was measured, and the routes [B, L] that follow from it."""
+        return means, self.decide(means)
+
+    def checked_rate(self, skip_rate: float | Tensor | None, rows: int | None = None) -> None:
+        """Raises ValueError if a rate is asked for: it was fixed in training."""
+        if skip_rate is not None:
+            raise ValueError(
+                f"skip_rate={skip_rate} needs a model with router.kind=routes; routers per layer skip at the rate that "
+                "they were trained for"
+            )
 
     def decide(self, rho: Tensor) -> Tensor:
         """Routes from rho, any shape."""

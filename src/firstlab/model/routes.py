@@ -69,6 +69,36 @@ class Routes(ABC):
 
 
 @dataclass(frozen=True, eq=False)
+class RoutersDecide(Routes):
+    """The routers read each prompt and decide, which they also do where no routes are given.
+
+    Attributes:
+        skip_rate: The rate over tokens that a `RouteRouter` aims at: a number, or [B] with one per prompt; None is its
+            default.
+    """
+
+    skip_rate: float | Tensor | None = None
+
+    def check(self, num_layers: int, prompts: int | None = None) -> None:
+        rate = self.skip_rate
+        if isinstance(rate, Tensor) and rate.ndim and prompts is not None and len(rate) != prompts:
+            raise ValueError(f"skip_rate has {len(rate)} values for {prompts} prompts; give one rate, or one per prompt")
+
+    def first(self, num_layers: int) -> Tensor:
+        return torch.ones(1, num_layers, dtype=torch.bool)
+
+    def gates(self, steps: Tensor) -> None:
+        return None
+
+    def rows(self, index: Sequence[int]) -> Routes:
+        rate = self.skip_rate
+        return RoutersDecide(rate[list(index)]) if isinstance(rate, Tensor) and rate.ndim else self
+
+    def to_json(self) -> Any:
+        return {"routers": self.skip_rate.tolist() if isinstance(self.skip_rate, Tensor) else self.skip_rate}
+
+
+@dataclass(frozen=True, eq=False)
 class FixedRoutes(Routes):
     """One decision for the whole response.
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 INPUT_NORMS = ("none", "rms")
+KINDS = ("layers", "routes")
+PRICES = ("auto", "length", "tokens", "size")
+#: Of an option that came later: at its default it is no part of a run's identity, so that earlier records still match.
+LATER = {"later": True}
 
 
 @dataclass(frozen=True)
@@ -13,18 +17,31 @@ class RouterSettings:
     """What a set of routers needs to be used as it was trained.
 
     Attributes:
-        input_norm: "none" (paper) or "rms".
+        input_norm: "none" (paper) or "rms"; of routers per layer.
         threshold: A layer runs when rho >= threshold; 0.5 in the paper.
+        kind: "layers" (the paper: one router per layer) or "routes" (`RouteRouter`: one router over whole routes).
+        price: What a `RouteRouter` pays for time: "length" (per expected token of the response), "tokens" (the same for
+            every prompt), "size" (no price, routes of one size) or "auto" (the better of the first two by the
+            validation score).
+        max_harm: No prompt gets a route whose predicted rise of the loss per token is above it; None is no limit.
     """
 
     input_norm: str = "none"
     threshold: float = 0.5
+    kind: str = field(default="layers", metadata=LATER)
+    price: str = field(default="auto", metadata=LATER)
+    max_harm: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.input_norm not in INPUT_NORMS:
             raise ValueError(
                 f"router.input_norm={self.input_norm!r} is unknown; choose one of {', '.join(INPUT_NORMS)}"
             )
+        for name, allowed in (("kind", KINDS), ("price", PRICES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"router.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.max_harm is not None and not self.max_harm > 0:
+            raise ValueError(f"router.max_harm={self.max_harm} must be above 0, or null for no limit")
         if not 0 < self.threshold < 1:
             raise ValueError(f"router.threshold={self.threshold} must lie strictly between 0 and 1")
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import find_adapter_config_file
 
 from firstlab.model.lora import inject_lora, lora_layers
+from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, RouterSettings
 
 FORMAT = "firstlab"
@@ -239,7 +240,9 @@ def _read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def save(lm: PreTrainedModel, routers: Routers, path: str | Path, save_base: bool, tokenizer: str = "") -> None:
+def save(
+    lm: PreTrainedModel, routers: Routers | RouteRouter, path: str | Path, save_base: bool, tokenizer: str = ""
+) -> None:
     """Write config.json, routers, the adapter if there is one and, if asked, the base model with its tokenizer.
 
     Args:
@@ -266,7 +269,8 @@ def save(lm: PreTrainedModel, routers: Routers, path: str | Path, save_base: boo
         base = _BASE
     elif Path(base).is_dir():
         base = str(Path(base).resolve())
-    save_file({"weight": routers.weight.detach().cpu().contiguous()}, directory / _ROUTER_WEIGHTS)
+    weights = {name: value.detach().cpu().contiguous() for name, value in routers.state_dict().items()}
+    save_file(weights, directory / _ROUTER_WEIGHTS)
     names = [_ROUTER_WEIGHTS]
     if adapter_name is not None:
         adapter = get_peft_model_state_dict(lm, adapter_name=adapter_name)
@@ -286,7 +290,7 @@ def save(lm: PreTrainedModel, routers: Routers, path: str | Path, save_base: boo
         "model_type": FORMAT,
         "base_model_name_or_path": base,
         "num_hidden_layers": routers.num_layers,
-        "hidden_size": routers.weight.shape[1],
+        "hidden_size": lm.config.get_text_config(decoder=True).hidden_size,
         "router": asdict(routers.settings),
         "files": {name: _sha256(directory / name) for name in names},
     }
@@ -318,7 +322,7 @@ def _adapter_name(lm: PreTrainedModel) -> str | None:
     return names[0]
 
 
-def load_trained(lm: PreTrainedModel, routers: Routers, saved: SavedModel) -> None:
+def load_trained(lm: PreTrainedModel, routers: Routers | RouteRouter, saved: SavedModel) -> None:
     """Put saved routers and adapter into a freshly wrapped base.
 
     Raises:
@@ -329,7 +333,13 @@ def load_trained(lm: PreTrainedModel, routers: Routers, saved: SavedModel) -> No
         file = saved.folder / name
         if not file.is_file():
             raise ValueError(f"{saved.folder} was saved with {name}, and it is missing; {_AGAIN}")
-    _copy(saved, _ROUTER_WEIGHTS, _load_file(saved, _ROUTER_WEIGHTS), {"weight": routers.weight})
+    found = _load_file(saved, _ROUTER_WEIGHTS)
+    if isinstance(routers, RouteRouter):
+        try:
+            routers.make_room(found)
+        except ValueError as error:
+            raise ValueError(f"{saved.folder / _ROUTER_WEIGHTS} {error}; {_AGAIN}") from error
+    _copy(saved, _ROUTER_WEIGHTS, found, routers.state_dict())
     if saved.has_adapter:
         weights = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(saved, _ADAPTER_WEIGHTS).items()}
         file = saved.folder / _ADAPTER_CONFIG

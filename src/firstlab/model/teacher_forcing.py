@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, mix, pool, straight_through
 from firstlab.model.routes import ExitPass, Routes, as_routes, decode_steps
 
@@ -42,7 +43,7 @@ class TeacherForcedPass:
 
     def __init__(
         self,
-        routers: Routers,
+        routers: Routers | RouteRouter,
         attention_mask: Tensor,
         prompt_mask: Tensor,
         objective: str = "soft",
@@ -69,6 +70,8 @@ class TeacherForcedPass:
         if routes is not None:
             self._follow(as_routes(routes), objective, attention_mask, exit_head)
         self.checkpoint_layers = checkpoint_layers
+        # A `RouteRouter` has decided before the pass begins.
+        self._measures = isinstance(routers, Routers)
         self._rho: list[Tensor] = []
 
     def _follow(
@@ -92,7 +95,10 @@ class TeacherForcedPass:
 
     @property
     def rho(self) -> Tensor:
-        """[B, L], with gradient."""
+        """[B, L], with gradient; of a `RouteRouter` the routes that are forced, as 0 and 1."""
+        if not self._rho:
+            assert self._gates is not None
+            return self._gates.to(torch.float32).amin(1)
         return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
 
     @property
@@ -102,16 +108,16 @@ class TeacherForcedPass:
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run the layer and mix its output with its input by the gate."""
-        rho = self._measure(index, hidden)
-        self._rho.append(rho)
+        if self._measures:
+            self._rho.append(self._measure(index, hidden))
         if self.checkpoint_layers and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         if self._exits is not None:
             return self._exits.run_layer(index, hidden, run)
         if self._gates is not None:
-            gate = self._gates[..., index].to(rho)
+            gate = self._gates[..., index].to(hidden.device, torch.float32)
         else:
-            gate = self._gate(rho)[:, None].expand(hidden.shape[:2])
+            gate = self._gate(self._rho[-1])[:, None].expand(hidden.shape[:2])
             if self.decode_consistent:
                 gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
         output = run()
@@ -120,7 +126,7 @@ class TeacherForcedPass:
         return mix(hidden, output, gate)
 
     def _measure(self, index: int, hidden: Tensor) -> Tensor:
-        return pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
+        return pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))  # type: ignore[union-attr]
 
     def _gate(self, rho: Tensor) -> Tensor:
         if self.gate == "hard":
@@ -138,24 +144,41 @@ class PromptPass:
         prompt_mask: [B, T] boolean, true on prompt tokens.
     """
 
-    def __init__(self, routers: Routers, prompt_mask: Tensor) -> None:
+    def __init__(self, routers: Routers | RouteRouter, prompt_mask: Tensor) -> None:
         self.routers = routers
         self.prompt_mask = prompt_mask
-        self._rho: list[Tensor] = []
+        self._readings: list[tuple[Tensor, ...]] = []
+
+    @property
+    def means(self) -> Tensor:
+        """What the routers decide by, [B, L] or [B, F]."""
+        sums = self.routers.sums(self._readings, self.prompt_mask)
+        return sums / self.prompt_mask.sum(1, keepdim=True).clamp_min(1).to(sums.device)
 
     @property
     def rho(self) -> Tensor:
         """[B, L]."""
-        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
+        return self.routers.decision(self.means)[0]
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Measure, then run the layer unchanged."""
-        self._rho.append(pool(self.routers.probabilities(hidden, index), self.prompt_mask.to(hidden.device)))
+        self._readings.append(self.routers.readings(hidden, index, self.prompt_mask))
         return run()
 
 
 class ConstantPromptPass(PromptPass):
     """A `PromptPass` without any graph but that from rho to the routers, for a base that needs no gradient."""
+
+    routers: Routers
+
+    def __init__(self, routers: Routers, prompt_mask: Tensor) -> None:
+        super().__init__(routers, prompt_mask)
+        self._rho: list[Tensor] = []
+
+    @property
+    def rho(self) -> Tensor:
+        """[B, L], with the routers' gradient."""
+        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Measure, then run the layer unchanged."""
@@ -172,16 +195,20 @@ class ResponsePass(TeacherForcedPass):
         response_mask: [B, R] boolean, false on padding.
         gate, checkpoint_layers: See `TeacherForcedPass`.
         routes: One decision per prompt or for all, or None for the routers' own.
+        states: Where the input of every layer is kept, [L]; None keeps nothing.
+        known: So many of `states` hold already what this pass would compute: it goes on from the last of them.
     """
 
     def __init__(
         self,
-        routers: Routers,
+        routers: Routers | RouteRouter,
         rho: Tensor,
         response_mask: Tensor,
         gate: str,
         checkpoint_layers: bool,
         routes: Routes | Tensor | None = None,
+        states: list[Tensor | None] | None = None,
+        known: int = 0,
     ) -> None:
         no_prompt = torch.zeros_like(response_mask)
         super().__init__(
@@ -194,13 +221,23 @@ class ResponsePass(TeacherForcedPass):
             checkpoint_layers=checkpoint_layers,
         )
         self._prompt_rho = rho
+        self._states, self._known = states, known
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """As any pass; a layer that forced routes leave out for every row is not run at all."""
+        """As any pass; a layer that forced routes leave out for every row is not run at all, nor is a known one."""
+        if self._states is not None:
+            if index < self._known - 1:
+                return self._with_state(skip(), self._states[index + 1])
+            self._states[index] = hidden
         if self._gates is not None and not self._gates[..., index].any():
-            self._rho.append(self._measure(index, hidden))
+            if self._measures:
+                self._rho.append(self._measure(index, hidden))
             return skip()
         return super().run_layer(index, hidden, run, skip)
 
     def _measure(self, index: int, hidden: Tensor) -> Tensor:
         return self._prompt_rho[:, index].to(hidden.device)
+
+    @staticmethod
+    def _with_state(output: Any, state: Tensor | None) -> Any:
+        return (state, *output[1:]) if isinstance(output, tuple) else state

@@ -69,7 +69,11 @@ class PromptSet:
 
     def slice(self, start: int, stop: int) -> PromptSet:
         """Those from `start` up to `stop`, as in a list."""
-        examples = self.examples[start:stop]
+        return self.select(range(*slice(start, stop).indices(len(self))))
+
+    def select(self, index: Iterable[int]) -> PromptSet:
+        """Those at these places."""
+        examples = [self.examples[i] for i in index]
         return PromptSet(self.model, self.data, examples, self.batch_size, self.cache_bytes, self.progress_bar)
 
     @cached_property
@@ -106,6 +110,22 @@ class PromptSet:
         """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
         sums, counts = self._sums(routes)
         return sums / counts
+
+    def losses_each(self, routes: Tensor, title: str = "measure routes") -> Tensor:
+        """[N, K] response cross-entropy per token of every prompt under each of [K, L] routes.
+
+        Each prompt is read once, and layers that routes share from the bottom up are run once.
+        """
+        order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
+        passes = tqdm(total=len(self._by_length) * len(routes), desc=title, unit="pass", leave=False)
+        passes.disable = passes.disable or not self.progress_bar
+        rows = []
+        with self.model.lora_disabled(), passes as bar:
+            for batch, reading in zip(self._by_length, self._read(), strict=True):
+                rows.append(_losses_of_batch(self.model, batch, reading, routes, bar))
+        losses = torch.cat(rows)[order.argsort()]
+        check_finite(losses, "losses of prompts")
+        return losses
 
     def loss(self, routes: Tensor | Routes) -> float:
         """Response cross-entropy per token over all prompts under `routes` ([L] or [N, L])."""
@@ -263,6 +283,33 @@ def losses_under_routes(
         sums.append(out.token_losses.sum(1).cpu())
         counts.append((labels[:, 1:] != -100).sum(1).cpu())
     return torch.cat(sums), torch.cat(counts)
+
+
+@torch.no_grad()
+def _losses_of_batch(
+    model: RouterAugmentedLM, batch: Batch, reading: PromptReading | None, routes: Tensor, bar: Any
+) -> Tensor:
+    """[B, K] loss per response token of a batch under each of [K, L] routes."""
+    losses: list[Tensor] = [torch.empty(0)] * len(routes)
+    states: list[Tensor | None] = [None] * routes.shape[1]
+    labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
+    counts = (labels[:, 1:] != -100).sum(1).cpu()
+    previous = None
+    # In this order neighbours have most layers in common.
+    for place in sorted(range(len(routes)), key=lambda k: routes[k].tolist()):
+        route = routes[place]
+        if reading is None:
+            sums, _ = losses_under_routes(model, [batch], route, [None])
+        else:
+            # The input of the first layer that differs is the same, too.
+            known = 0 if previous is None else 1 + int((torch.cat([route != previous, torch.ones(1)])).nonzero()[0])
+            known = min(known, len(route))
+            out = model.respond(reading, labels, routes=route.to(labels.device), states=states, known=known)
+            assert out.token_losses is not None
+            sums, previous = out.token_losses.sum(1).cpu(), route
+        losses[place] = sums / counts
+        bar.update()
+    return torch.stack(losses, 1)
 
 
 @torch.no_grad()

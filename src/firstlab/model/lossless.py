@@ -1,0 +1,265 @@
+"""Lossless decoding: a route drafts tokens, one dense pass verifies them, and the text is the dense model's own.
+
+Self-speculative decoding (Zhang et al. 2024; LayerSkip, Elhoushi et al. 2024) with a route that the prompt chose.
+Drafted tokens are accepted by the rule of Leviathan et al. (2023), so that sampling follows the dense distribution.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from firstlab.model.generation_options import check_score_settings, option_value
+
+#: Longest draft.
+MOST_DRAFTED = 16
+# So many passes draft whatever the prompt promised, as responses are easier to foresee than prompts.
+_TRIALS, _TRIAL_LENGTH = 4, 2
+# Weight of what acceptance was before, against the newest pass.
+_MEMORY = 0.8
+_TAKEN = {
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id",
+    "streamer", "return_dict_in_generate", "use_cache", "generation_config", "logits_to_keep",
+}  # fmt: skip
+
+
+@dataclass
+class LosslessOutput:
+    """What lossless decoding gives.
+
+    Attributes:
+        sequences: [B, T + new], as transformers' `generate` returns them.
+        routes: [B, L], the route that drafted for each prompt.
+        new_tokens: [B], with the token that ended each.
+        drafted, accepted: [B], tokens that the routes proposed, and of these those that stand.
+        dense_passes: [B], passes through all layers behind the prompt.
+    """
+
+    sequences: Tensor
+    routes: Tensor
+    new_tokens: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    dense_passes: list[int] = field(default_factory=list)
+
+
+class DraftRoute:
+    """Routing of a pass whose tokens all take one route; nothing is measured.
+
+    Args:
+        route: Layers that run.
+    """
+
+    def __init__(self, route: Sequence[bool]) -> None:
+        self._route = route
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        return run() if self._route[index] else skip()
+
+
+@dataclass(frozen=True)
+class LosslessOptions:
+    """The generation options that lossless decoding knows."""
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    ends: frozenset[int]
+    pad: int
+    streamer: Any
+
+    @classmethod
+    def of(cls, options: dict[str, Any], defaults: GenerationConfig, prompt_length: int) -> LosslessOptions:
+        """From keywords of `generate`, then the model's generation config.
+
+        Raises:
+            ValueError: An option that changes scores or search in another way.
+        """
+        if unknown := sorted(name for name, value in options.items() if name not in _TAKEN and value is not None):
+            raise ValueError(
+                f"{unknown[0]}= cannot be used with lossless=True, which knows {', '.join(sorted(_TAKEN))}; drop one"
+            )
+        given = options.get("generation_config") or defaults
+        drawn = bool(option_value("do_sample", options, defaults))
+        check_score_settings(given, drawn)
+        if (beams := option_value("num_beams", options, defaults)) not in (None, 1):
+            raise ValueError(f"num_beams={beams} cannot be used with lossless=True: drafts follow one text; drop one")
+        limit = option_value("max_new_tokens", options, defaults)
+        if limit is None:
+            longest = option_value("max_length", options, defaults)
+            limit = (20 if longest is None else longest - prompt_length) or 1
+        if limit < 1:
+            raise ValueError(f"max_new_tokens={limit} must be at least 1")
+        ends = option_value("eos_token_id", options, defaults)
+        ends = frozenset([ends] if isinstance(ends, int) else torch.as_tensor(ends or []).flatten().tolist())
+        pad = option_value("pad_token_id", options, defaults)
+
+        def number(name: str, off: float) -> float:
+            value = option_value(name, options, defaults)
+            return off if value is None else value
+
+        return cls(
+            max_new_tokens=limit,
+            do_sample=drawn,
+            temperature=number("temperature", 1.0),
+            top_k=int(number("top_k", 50)),  # transformers' own default
+            top_p=number("top_p", 1.0),
+            ends=ends,
+            pad=pad if pad is not None else min(ends, default=0),
+            streamer=options.get("streamer"),
+        )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[N, V] of logits [N, V]: one token's share is 1 where nothing is drawn."""
+        logits = logits.float()
+        if not self.do_sample:
+            return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
+        warpers = LogitsProcessorList()
+        if self.temperature != 1:
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return warpers(torch.empty(len(logits), 0, dtype=torch.long), logits).softmax(-1)  # type: ignore[arg-type]
+
+
+def expected_speedup(acceptance: float, skip_rate: float, drafted: int) -> float:
+    """Tokens per dense pass's time, when drafts of this length are accepted token by token with this probability.
+
+    A draft of d tokens gives (1 - a^(d + 1)) / (1 - a) tokens (Leviathan et al. 2023, equation 1) and costs
+    d · (1 - skip_rate) + 1 dense passes of one token.
+    """
+    a = min(max(acceptance, 0.0), 1 - 1e-6)
+    return (1 - a ** (drafted + 1)) / (1 - a) / (drafted * (1 - skip_rate) + 1)
+
+
+def best_draft(acceptance: float, skip_rate: float) -> int:
+    """The length with the greatest expected speed-up; 0 where drafting does not pay."""
+    return max(range(MOST_DRAFTED + 1), key=lambda drafted: expected_speedup(acceptance, skip_rate, drafted))
+
+
+class Drafter:
+    """Decodes one prompt: drafts under a route, verifies densely.
+
+    Args:
+        forward: Logits [1, n, V] of token ids [1, n] behind a cache, under a routing or None for all layers.
+        route: [L], who drafts.
+        options: How tokens are chosen.
+        cache: Dense keys and values of the prompt.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, DynamicCache, DraftRoute | None], Tensor],
+        route: Tensor,
+        options: LosslessOptions,
+        cache: DynamicCache,
+        acceptance: float,
+    ) -> None:
+        self._forward, self._options, self._cache = forward, options, cache
+        self.route = route
+        self._routing = DraftRoute(route.tolist())
+        self._skip_rate = float((~route).float().mean())
+        self._acceptance = acceptance
+        self.drafted = self.accepted = self.dense_passes = 0
+
+    def decode(self, first: Tensor) -> list[int]:
+        """All new tokens, given the logits [1, V] behind the prompt."""
+        tokens = [self._draw(self._options.probabilities(first))]
+        self._show(tokens)
+        while not self._ended(tokens):
+            new = self._step(tokens[-1], self._options.max_new_tokens - len(tokens))
+            end = next((i + 1 for i, token in enumerate(new) if token in self._options.ends), len(new))
+            tokens += new[:end]
+            self._show(new[:end])
+        return tokens
+
+    def _step(self, last: int, room: int) -> list[int]:
+        """The tokens of one draft and one dense pass, at least one."""
+        seen = self._cache.get_seq_length()
+        length = best_draft(self._acceptance, self._skip_rate)
+        if self.dense_passes < _TRIALS:
+            length = max(length, _TRIAL_LENGTH)
+        length = min(length, room - 1)
+        drafted, shares = self._draft(last, length)
+        _cut(self._cache, seen)
+        ids = torch.tensor([[last, *drafted]])
+        judged = self._options.probabilities(self._forward(ids, self._cache, None)[0])
+        self.dense_passes += 1
+        new: list[int] = []
+        for place, (token, share) in enumerate(zip(drafted, shares, strict=True)):
+            kept = judged[place, token] / share[token]
+            if torch.rand((), device=kept.device) >= kept:
+                # What the draft gave too little of (Leviathan et al. 2023, algorithm 1).
+                new.append(self._draw((judged[place] - share).clamp_min(0).unsqueeze(0)))
+                break
+            new.append(token)
+        else:
+            new.append(self._draw(judged[len(drafted)].unsqueeze(0)))
+        accepted = len(new) - 1
+        _cut(self._cache, seen + len(new))
+        self.drafted += length
+        self.accepted += accepted
+        # Tokens behind the first that is refused say nothing.
+        for place in range(min(accepted + 1, length)):
+            self._acceptance = _MEMORY * self._acceptance + (1 - _MEMORY) * float(place < accepted)
+        return new
+
+    def _draft(self, last: int, length: int) -> tuple[list[int], list[Tensor]]:
+        """Tokens under the route, and the distributions [V] they were drawn from."""
+        drafted, shares, token = [], [], last
+        for _ in range(length):
+            logits = self._forward(torch.tensor([[token]]), self._cache, self._routing)[:, -1]
+            share = self._options.probabilities(logits)
+            token = self._draw(share)
+            drafted.append(token)
+            shares.append(share[0])
+        return drafted, shares
+
+    def _draw(self, shares: Tensor) -> int:
+        if not self._options.do_sample:
+            return int(shares.argmax(-1))
+        return int(torch.multinomial(shares, 1))
+
+    def _ended(self, tokens: list[int]) -> bool:
+        return len(tokens) >= self._options.max_new_tokens or tokens[-1] in self._options.ends
+
+    def _show(self, tokens: list[int]) -> None:
+        if self._options.streamer is not None:
+            self._options.streamer.put(torch.tensor(tokens))
+
+
+def _cut(cache: DynamicCache, length: int) -> None:
+    """Keep the first tokens' keys and values; layers that a draft skipped hold no others."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+def warn_if_slower(acceptance: float, route: Tensor) -> None:
+    """Say before decoding begins if drafting will not pay, by how often the route agrees with the dense model."""
+    skip_rate = float((~route).float().mean())
+    length = best_draft(acceptance, skip_rate)
+    if expected_speedup(acceptance, skip_rate, length) <= 1.0 + 1e-9:
+        warnings.warn(
+            f"lossless=True will not be faster than dense decoding here: a route that skips {100 * skip_rate:.0f} % of "
+            f"the layers agrees with the dense model on {100 * acceptance:.0f} % of the prompt's tokens; after a few "
+            "trials drafts are left out if they fail as often in the response",
+            stacklevel=3,
+        )

@@ -1,0 +1,52 @@
+"""Routes that are drawn anew for every prompt and step, so that one LoRA learns every speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firstlab.model.route_router import RouteRouter
+from firstlab.model.routes import FixedRoutes, Routes
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnRoutes(Routes):
+    """Each prompt of a batch gets the route that the router chooses for it at a rate of its own.
+
+    The rates of a batch are spread evenly from dense to the highest one and dealt out at random, so that every step
+    sees all speeds. Drawn from torch's generator, which a training step seeds.
+
+    Attributes:
+        router: Chooses.
+        means: [N, F], what it read in the prompts.
+    """
+
+    router: RouteRouter
+    means: Tensor
+
+    def check(self, num_layers: int, prompts: int | None = None) -> None:
+        if prompts is not None and prompts != len(self.means):
+            raise ValueError(f"routes are drawn for {len(self.means)} prompts, not {prompts}")
+
+    def first(self, num_layers: int) -> Tensor:
+        return torch.ones(1, num_layers, dtype=torch.bool)
+
+    def gates(self, steps: Tensor) -> Tensor | None:
+        raise ValueError("DrawnRoutes are drawn for the rows of a batch: take rows() first")
+
+    def rows(self, index: Sequence[int]) -> FixedRoutes:
+        """Routes drawn for these prompts."""
+        rates = torch.linspace(0, self.router.highest_rate, max(2, len(index)))[torch.randperm(max(2, len(index)))]
+        return self.at(index, rates[: len(index)])
+
+    def at(self, index: Sequence[int], rates: Tensor | float | None) -> FixedRoutes:
+        """The routes of these prompts at given rates."""
+        means = self.means[list(index)].to(self.router.device)
+        return FixedRoutes(self.router.decision(means, rates)[1].cpu())
+
+    def to_json(self) -> Any:
+        return {"drawn": len(self.means)}
