@@ -28,8 +28,8 @@ from firstlab.model.layers import (
     watch_passes,
 )
 from firstlab.model.lora import LoraSettings
-from firstlab.model.lossless import Drafter, DraftRoute, LosslessOptions, LosslessOutput, warn_if_slower
 from firstlab.model.loss import OutputHead, labelled_losses, predicting
+from firstlab.model.lossless import Drafter, DraftRoute, LosslessOptions, LosslessOutput, warn_if_slower
 from firstlab.model.output import RouterAugmentedOutput, known_fields
 from firstlab.model.prompt_cache import Layout, PromptCache, PromptReading
 from firstlab.model.quantization import is_quantized

@@ -208,7 +208,9 @@ class RouteRouter(nn.Module):
             return self.default_rate
         rate = torch.as_tensor(skip_rate, dtype=torch.float32, device=self.device)
         if rate.ndim > 1 or (rows is not None and rate.ndim == 1 and rows % max(1, len(rate))):
-            raise ValueError(f"skip_rate has shape {list(rate.shape)} for {rows} prompts; give one rate, or one per prompt")
+            raise ValueError(
+                f"skip_rate has shape {list(rate.shape)} for {rows} prompts; give one rate, or one per prompt"
+            )
         highest = self.highest_rate
         if not bool(((rate >= 0) & (rate <= highest + 1e-6)).all()):
             raise ValueError(

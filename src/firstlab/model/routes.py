@@ -82,7 +82,9 @@ class RoutersDecide(Routes):
     def check(self, num_layers: int, prompts: int | None = None) -> None:
         rate = self.skip_rate
         if isinstance(rate, Tensor) and rate.ndim and prompts is not None and len(rate) != prompts:
-            raise ValueError(f"skip_rate has {len(rate)} values for {prompts} prompts; give one rate, or one per prompt")
+            raise ValueError(
+                f"skip_rate has {len(rate)} values for {prompts} prompts; give one rate, or one per prompt"
+            )
 
     def first(self, num_layers: int) -> Tensor:
         return torch.ones(1, num_layers, dtype=torch.bool)

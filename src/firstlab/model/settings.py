@@ -39,7 +39,9 @@ class RouterSettings:
             )
         for name, allowed in (("kind", KINDS), ("price", PRICES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"router.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"router.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
+                )
         if self.max_harm is not None and not self.max_harm > 0:
             raise ValueError(f"router.max_harm={self.max_harm} must be above 0, or null for no limit")
         if not 0 < self.threshold < 1:
