@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
+from operator import mul
 
 import pytest
 import torch
@@ -61,7 +63,9 @@ def test_means_are_those_of_the_unskipped_states(architecture):
     ids, mask = prompts((5, 9, 12))
     with torch.no_grad():
         means = model.prompt_means(ids, mask)
-        expected = [reference_means(routed(architecture), row[real.bool()][None]) for row, real in zip(ids, mask)]
+        expected = [
+            reference_means(routed(architecture), row[real.bool()][None]) for row, real in zip(ids, mask, strict=True)
+        ]
     torch.testing.assert_close(means, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -73,11 +77,9 @@ def test_the_rule_is_the_cheapest_allowed_route(seed, price, rate, floor):
     means = torch.randn(7, router.harm_weight.shape[1])
     chosen = router.choose(means, rate)
     skips = [len(each) / LAYERS for each in SETS]
+    weights, biases = router.harm_weight.tolist(), router.harm_bias.tolist()
     for row, choice in zip(means.tolist(), chosen.tolist(), strict=True):
-        harms = [
-            sum(a * b for a, b in zip(w, row)) + c
-            for w, c in zip(router.harm_weight.tolist(), router.harm_bias.tolist())
-        ]
+        harms = [sum(map(mul, w, row)) + c for w, c in zip(weights, biases, strict=True)]
         allowed = [k for k in range(len(SETS)) if k == 0 or not floor or harms[k] <= 0.15]
         if price == "size":
             near = min(abs(skip - rate) for skip in skips)
@@ -86,9 +88,9 @@ def test_the_rule_is_the_cheapest_allowed_route(seed, price, rate, floor):
         else:
             length = 1.0
             if price == "length":
-                length = 2.718281828 ** (sum(a * b for a, b in zip(router.length_weight.tolist(), row)) + 1)
+                length = 2.718281828 ** (sum(map(mul, router.length_weight.tolist(), row)) + 1)
             table = [(0, 0), (0.1, 0.05), (0.3, 0.2), (0.5, 1.0)]
-            (r0, p0), (r1, p1) = next(pair for pair in zip(table, table[1:]) if pair[0][0] <= rate <= pair[1][0])
+            (r0, p0), (r1, p1) = next(pair for pair in pairwise(table) if pair[0][0] <= rate <= pair[1][0])
             mu = p0 + (p1 - p0) * (rate - r0) / (r1 - r0)
             costs = {k: harms[k] - mu * length * skips[k] for k in allowed}
         assert costs[choice] <= min(costs.values()) + 1e-3
