@@ -172,6 +172,10 @@ class RouterAugmentedLM(nn.Module):
             layer.lora_dropout.train(mode)
         return self
 
+    def take_routers(self, routers: Routers | RouteRouter) -> None:
+        """Use the routers of a model of the same architecture."""
+        self.routers = routers.to(self.routers.device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterAugmentedLM:
         # LoRA follows the model to its device, never to its dtype.
         with float32_kept(lora.lora_parameters(self.lm)):

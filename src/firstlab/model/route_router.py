@@ -173,7 +173,16 @@ class RouteRouter(nn.Module):
             ValueError: A rate outside of what the codebook reaches.
         """
         rate = self.checked_rate(skip_rate).to(means.device)
-        harm = self.predicted_harm(means)
+        return self.cheapest(self.predicted_harm(means), self.predicted_length(means), rate, self.price(rate))
+
+    def cheapest(self, harm: Tensor, length: Tensor, rate: Tensor, price: Tensor) -> Tensor:
+        """[B], the place of each prompt's route, from what is predicted: harm [B, K] and length [B].
+
+        Args:
+            harm, length: The predictions.
+            rate: [] or [B], the wanted skip rate, by which `price="size"` chooses.
+            price: [] or [B], μ, by which the others do.
+        """
         if self.settings.max_harm is not None:
             too_much = harm > self.settings.max_harm
             too_much[:, 0] = False
@@ -185,8 +194,8 @@ class RouteRouter(nn.Module):
             cost = harm.masked_fill(other, torch.inf)
             cost[:, 0] = cost[:, 0].nan_to_num(posinf=torch.finfo(cost.dtype).max)  # where the floor forbids them
         else:
-            length = self.predicted_length(means) if self.settings.price == "length" else harm.new_ones(())
-            cost = harm - (self.price(rate) * length).reshape(-1, 1) * self.skips
+            paid = price * length if self.settings.price == "length" else price
+            cost = harm - paid.reshape(-1, 1) * self.skips
         return cost.argmin(1)
 
     def price(self, skip_rate: Tensor) -> Tensor:

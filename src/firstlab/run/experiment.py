@@ -40,7 +40,7 @@ from firstlab.run.loggers import (
     logger_options,
     open_logger,
 )
-from firstlab.run.phases import PHASES, Run, compensate_with_lora, phase_record, say, train_routers
+from firstlab.run.phases import PHASES, Run, compensate_with_lora, phase_record, refit, say, train_routers, tune
 from firstlab.store import machine, results
 from firstlab.store.files import claimed, read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
@@ -97,12 +97,15 @@ class Experiment(Run):
         wanted = wanted_variants(self.config, self.method)
         variants: dict[str, Any] = {}
 
+        tune(self)  # where the run chooses on a model that knows its task
         train_routers(self)  # phase 1 (§4.1)
         # One set of routes for all prompts, one for each test prompt, or None: the routers read each prompt (§4.3).
         routes = self.routes(self.data.test) if wanted else None
         if before in wanted:
+            self.model.merge_and_unload()
             variants[before] = self._evaluate(before, routes)
         compensate_with_lora(self)  # phase 2 (§4.2)
+        refit(self)
         if after in wanted:
             self.model.merge_and_unload()
             variants[after] = self._evaluate(after, routes)

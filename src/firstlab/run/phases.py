@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -25,6 +26,7 @@ from firstlab.methods.base import Method
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import FixedRoutes, Routes
 from firstlab.model.settings import LoraSettings
+from firstlab.run.choosing import fit_again, fit_route_router, training_routes
 from firstlab.run.decisions import prompt_routes, shared_routes
 from firstlab.run.directory import variant_names
 from firstlab.run.loggers import PhaseLogger
@@ -35,7 +37,9 @@ from firstlab.training.prompt_set import PromptSet
 from firstlab.training.router_start import calibrate_rate, start_phase_1
 from firstlab.training.trainer import fit_phase, read_checkpoint
 
-PHASES = ("router", "lora")
+PHASES = ("tune", "router", "lora", "refit")
+# Training prompts whose per-layer decisions a refit keeps.
+_KEPT_DECISIONS = 512
 
 
 class Run:
@@ -97,10 +101,38 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def tune(run: Run) -> None:
+    """Teach the model its task first, every layer run, so that what is chosen then is chosen on a model that knows it.
+
+    The model goes on with this LoRA merged, in memory.
+    """
+    if _is_wanted(run, "tune"):
+        steps, objective = _read_as(run, "tune"), replace(run.method.training_objective("lora"), target_skip=None)
+        dense = FixedRoutes(torch.ones(run.model.num_layers, dtype=torch.bool))
+        _add_lora(run)
+        module = LoRACompensationModule(
+            run.model,
+            objective=replace(objective, objective="decode_consistent"),
+            phase=run.settings("tune"),
+            seed=run.config.seed,
+            routes=dense,
+            val_routes=dense,
+        )
+        _finish(run, "tune", _fit(run, "tune", module, steps))
+    run.model.merge_and_unload()
+
+
 def train_routers(run: Run) -> None:
     """Phase 1 (§4.1): put the routers at the method's start and train them; everything else is frozen."""
     method = run.method
     if not method.trains_routers or not _is_wanted(run, "router"):
+        return
+    if method.route_fit() is not None:
+        run.data.max_length = run.config.data.max_length_router
+        begun = time.perf_counter()
+        with run.memory_for("the fit of the router"):
+            record = fit_route_router(run)
+        _finish(run, "router", record | {"steps": 0, "multiplier": 0.0, "seconds": time.perf_counter() - begun})
         return
     steps = _read_as(run, "router")
     record = _start_routers(run)
@@ -135,13 +167,43 @@ def compensate_with_lora(run: Run) -> None:
         before = phase_record(run.directory, "router")
         objective = method.training_objective("lora", None if before is None else before["multiplier"])
         routes, val_routes = _training_routes(run), run.routes(run.data.val)
+        if routes is None and (method.route_fit() is not None or is_tuned(run)):
+            routes, val_routes = training_routes(run)
+        if is_tuned(run):
+            _begin_lora(run)
         if routes is not None:
             objective = replace(objective, target_skip=None, objective="decode_consistent")
-        _add_lora(run)
+        if not run.model.has_lora:
+            _add_lora(run)
         module = LoRACompensationModule(
             run.model, objective=objective, phase=phase, seed=config.seed, routes=routes, val_routes=val_routes
         )
     _finish(run, "lora", _fit(run, "lora", module, steps))
+
+
+def refit(run: Run) -> None:
+    """Fit the routers again under the trained LoRA, whose states they read from now on."""
+    if not run.method.trains_routers or not _is_wanted(run, "refit"):
+        return
+    begun = time.perf_counter()
+    run.model = load_product(run.config, run.directory, "lora")
+    run.model.merge_and_unload()
+    with run.memory_for("the second fit of the router"):
+        record = fit_again(run)
+    _finish(run, "refit", record | {"steps": 0, "multiplier": 0.0, "seconds": time.perf_counter() - begun})
+
+
+def is_tuned(run: Run) -> bool:
+    """Whether the run chooses on a model that was tuned first."""
+    return (run.directory / "tune").is_dir()
+
+
+def _begin_lora(run: Run) -> None:
+    """The model that phase 2 of a tuned run trains: the base with a fresh LoRA, or the tuned one's that goes on."""
+    routers = run.model.routers
+    folder = run.directory / "tune" if run.config.lora_start == "continue" else model_path(run.config.model.path)
+    run.model = load_model(run.config, folder)
+    run.model.take_routers(routers)
 
 
 def phase_record(directory: Path, phase: str) -> dict[str, Any] | None:
@@ -170,7 +232,7 @@ def load_product(config: ExperimentConfig, directory: Path, phase: str) -> Route
     """
     folder = directory / phase
     model = load_model(config, folder)
-    if phase == "lora" and not model.has_lora:
+    if phase in ("tune", "lora", "refit") and not model.has_lora:
         raise ValueError(
             f"{folder} has no LoRA weights (adapter_model.safetensors); put them back, or delete the folder and give "
             "the training command again"
@@ -291,6 +353,12 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
         with run.memory_for("placing the threshold"):
             threshold = calibrate_rate(run.prompts(run.data.val), skip_rate)
         say(f"threshold {threshold:.4f} for a skip rate of {skip_rate:g}")
+    if phase == "router" and is_tuned(run):
+        _keep_decisions(run)
+    if phase in _ON_EARLIER and (run.directory / _ON_EARLIER[phase]).is_dir():
+        routers = run.model.routers
+        run.model = load_product(run.config, run.directory, _ON_EARLIER[phase])
+        run.model.take_routers(routers)
     if rank()[0] == 0:
         temporary = run.directory / f".{phase}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -298,6 +366,18 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
         temporary.rename(run.directory / phase)
     barrier()
     run.model = load_product(run.config, run.directory, phase)
+
+
+# Routers fitted on merged weights are saved beside the adapter that was merged.
+_ON_EARLIER = {"router": "tune", "refit": "lora"}
+
+
+def _keep_decisions(run: Run) -> None:
+    """Note what per-layer routers decide on the tuned model, for a refit."""
+    if run.method.route_fit() is None:
+        decided = run.prompts(run.data.train).take(_KEPT_DECISIONS).routed()
+        if rank()[0] == 0:
+            write_atomically(run.directory / "decided.json", json.dumps(decided.tolist()) + "\n")
 
 
 def _load_best(run: Run, phase: str) -> None:

@@ -134,3 +134,20 @@ def _place(prompts: PromptSet, layer: int, shift: Tensor, share: float) -> None:
         else:
             high = middle
     routers.weight[layer] = start + high * shift
+
+
+@torch.no_grad()
+def fit_to_decisions(prompts: PromptSet, decided: Tensor, margin: float = 0.1) -> float:
+    """Fit per-layer routers anew so that prompts keep their routes, where the states that routers read have changed.
+
+    Args:
+        prompts: N prompts; the routers of their model are overwritten.
+        decided: [N, L], the routes to keep.
+        margin: Distance of rho from the threshold that is aimed at.
+
+    Returns:
+        The share of decisions that came out alike.
+    """
+    threshold = prompts.model.routers.settings.threshold
+    fit_routers(prompts, torch.where(decided, _logit(threshold + margin), _logit(threshold - margin)))
+    return float((prompts.routed() == decided).float().mean())

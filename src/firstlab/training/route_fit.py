@@ -32,6 +32,8 @@ _CLIPS = (0.5, 1.0, 2.0, 4.0)
 _RIDGES = tuple(10.0**power for power in range(0, 7))
 _HELD_OUT = 0.25
 _RATES = 33
+# A fit is chosen by what it loses at these multiples of the wanted rate.
+_RATES_OF_INTEREST = (0.6, 1.0, 1.4)
 _BISECTIONS = 40
 _RESAMPLES = 2000
 
@@ -266,7 +268,6 @@ def fit_router(router: RouteRouter, measured: Measured, fit: RouteFit, price: st
         for strength in _RIDGES:
             choice = Choice(strength, length_ridge, clip, price)
             _set(router, ridge, seen, choice)
-            _solve_prices(router, held, fit)
             score = _regret(router, held, fit)
             if best is None or score < best[0]:
                 best = score, choice
@@ -329,32 +330,61 @@ def rate_over_tokens(router: RouteRouter, chosen: Tensor, tokens: Tensor) -> flo
     return float((router.skips.cpu()[chosen] * tokens).sum() / tokens.sum())
 
 
+@dataclass
+class _Predicted:
+    """What a router expects of held-out prompts, so that many prices can be tried.
+
+    Attributes:
+        router: With the fit.
+        harm, length: [N, K] and [N].
+        tokens: [N], the lengths that came true.
+    """
+
+    router: RouteRouter
+    harm: Tensor
+    length: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, router: RouteRouter, held: Measured) -> _Predicted:
+        means = held.means.to(router.device)
+        return cls(router, router.predicted_harm(means), router.predicted_length(means), held.tokens)
+
+    def choose(self, price: float) -> Tensor:
+        """[N], routes at a price of time."""
+        nothing = self.harm.new_zeros(())
+        return self.router.cheapest(self.harm, self.length, nothing, self.harm.new_tensor(price)).cpu()
+
+    def rate(self, price: float) -> float:
+        """The skip rate over tokens that a price makes."""
+        return rate_over_tokens(self.router, self.choose(price), self.tokens)
+
+    def highest(self) -> tuple[float, float]:
+        """The highest rate there is, and a price that makes it."""
+        price = 1.0
+        while self.rate(price) < self.rate(8 * price) - 1e-6 and price < 1e9:
+            price *= 8
+        return self.rate(price), price
+
+    def solve(self, wanted: float, low: float, high: float) -> float:
+        """The least price between two that makes the wanted rate."""
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.rate(middle) < wanted - 1e-9 else (low, middle)
+        return high
+
+
 def _solve_prices(router: RouteRouter, held: Measured, fit: RouteFit) -> None:
     """The table from skip rate over tokens to price, by bisection on held-out prompts."""
-    means, tokens = held.means.to(router.device), held.tokens
     if router.settings.price == "size":
         router.set_fit(**_grid(float(router.skips.max())), default_rate=torch.tensor(fit.skip_rate))
         return
-
-    def rate_at(price: float) -> float:
-        router.set_fit(rates=torch.zeros(1), prices=torch.tensor([price]), default_rate=torch.zeros(()))
-        return rate_over_tokens(router, router.choose(means).cpu(), tokens)
-
-    most = 1.0
-    while rate_at(most) < rate_at(8 * most) - 1e-6 and most < 1e9:
-        most *= 8
-    highest = rate_at(most)
+    predicted = _Predicted.of(router, held)
+    highest, most = predicted.highest()
     rates, prices = [0.0], [0.0]
     for wanted in torch.linspace(0, highest, _RATES)[1:].tolist():
-        low, high = prices[-1], most
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            if rate_at(middle) < wanted - 1e-9:
-                low = middle
-            else:
-                high = middle
+        prices.append(predicted.solve(wanted, prices[-1], most))
         rates.append(wanted)
-        prices.append(high)
     router.set_fit(
         rates=torch.tensor(rates), prices=torch.tensor(prices), default_rate=torch.tensor(min(fit.skip_rate, highest))
     )
@@ -362,10 +392,17 @@ def _solve_prices(router: RouteRouter, held: Measured, fit: RouteFit) -> None:
 
 def _regret(router: RouteRouter, held: Measured, fit: RouteFit) -> float:
     """The loss that skipping adds on held-out prompts, mean over a few rates; what a fit is chosen by."""
-    rates = [min(rate, router.highest_rate) for rate in (0.6 * fit.skip_rate, fit.skip_rate, 1.4 * fit.skip_rate)]
+    predicted = _Predicted.of(router, held)
+    by_size = router.settings.price == "size"
+    highest, most = (float(router.skips.max()), 0.0) if by_size else predicted.highest()
     found = []
-    for rate in rates:
-        chosen = router.choose(held.means.to(router.device), rate).cpu()
+    for share in _RATES_OF_INTEREST:
+        rate = min(share * fit.skip_rate, highest)
+        if by_size:
+            router.set_fit(**_grid(highest))
+            chosen = router.choose(held.means.to(router.device), rate).cpu()
+        else:
+            chosen = predicted.choose(predicted.solve(rate, 0.0, most))
         # At equal rates: what the static sets lose at the rate that came out is taken off.
         reached = rate_over_tokens(router, chosen, held.tokens)
         lost = held.losses.gather(1, chosen[:, None])[:, 0] - static_losses(held, reached)

@@ -1,0 +1,154 @@
+"""Choose routes with a fit instead of gradients, on a model that knows its task, and again under what was trained."""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from firstlab.data.batching import shard_batches
+from firstlab.data.datamodule import PromptDataModule
+from firstlab.evaluation.decoding import Decoding, decode
+from firstlab.evaluation.scoring import primary_metric, score_texts
+from firstlab.methods.objective import RouteFit
+from firstlab.model.generation_options import pinned_generation
+from firstlab.model.route_router import RouteRouter
+from firstlab.model.routers import Routers
+from firstlab.model.routes import FixedRoutes, Routes
+from firstlab.store.files import read_own, write_atomically
+from firstlab.store.ranks import barrier, rank
+from firstlab.training.calibration import fit_to_decisions
+from firstlab.training.drawn_routes import DrawnRoutes
+from firstlab.training.prompt_set import PromptSet
+from firstlab.training.route_fit import (
+    Measured,
+    extend,
+    fit_router,
+    grown,
+    measure,
+    read_means,
+    saved_codebook,
+    use_static,
+)
+
+if TYPE_CHECKING:
+    from firstlab.run.phases import Run
+
+# The best price by the validation score is looked for on so many prompts.
+_SCORED = 128
+
+
+def fit_route_router(run: Run, name: str = "codebook") -> dict[str, Any]:
+    """Find a codebook, measure prompts under it and fit the run's `RouteRouter`; what is to be recorded about it.
+
+    Args:
+        run: Whose model, with the weights that prompts are to be measured on.
+        name: Of the folder in the run directory that keeps what was searched and measured.
+    """
+    fit, router = run.method.route_fit(), run.model.routers
+    assert fit is not None and isinstance(router, RouteRouter)
+    training = run.prompts(run.data.train)
+    prompts = training.take(fit.fit_prompts)
+    # A second fit keeps the codebook and measures it again.
+    codebook = saved_codebook(run.directory, training.take(fit.calibration_prompts), fit)
+    folder = run.directory / name
+    measured = measure(prompts, codebook, folder / "losses")
+    wanted = run.config.router.price
+    for turn in range(fit.grow_rounds):
+        fit_router(router, measured, fit, "tokens" if wanted == "tokens" else "length")
+        more = _grown(run, turn, measured, router, prompts, fit)
+        if len(more):
+            measured = extend(measured, measure(prompts, more, folder / f"grown{turn}"))
+    price, scores = _best_price(run, measured, fit) if wanted == "auto" else (wanted, {})
+    record = fit_router(router, measured, fit, price) | ({"validation_scores": scores} if scores else {})
+    if not record["worth"]:
+        use_static(router, measured, fit)
+    _say(record)
+    return record
+
+
+def _grown(
+    run: Run, turn: int, measured: Measured, router: RouteRouter, prompts: PromptSet, fit: RouteFit
+) -> Tensor:
+    file = run.directory / f"codebook-grown{turn}.json"
+    if not file.is_file() and rank()[0] == 0:
+        write_atomically(file, json.dumps(grown(measured, router, prompts, fit).tolist()) + "\n")
+    barrier()
+
+    def parse(saved: Any) -> Tensor:
+        found = torch.tensor(saved, dtype=torch.bool).reshape(-1, prompts.num_layers)
+        known = {tuple(route) for route in measured.routes.tolist()}
+        return torch.stack([each for each in found if tuple(each.tolist()) not in known]) if len(found) else found
+
+    return read_own(file, parse)
+
+
+def _best_price(run: Run, measured: Measured, fit: RouteFit) -> tuple[str, dict[str, float]]:
+    """The price whose routes score best when validation prompts are decoded."""
+    scores = {}
+    for price in ("length", "tokens"):
+        fit_router(run.model.routers, measured, fit, price)  # type: ignore[arg-type]
+        scores[price] = validation_score(run)
+    return max(scores, key=scores.__getitem__), scores
+
+
+def validation_score(run: Run, routes: Routes | None = None) -> float:
+    """The headline score of validation prompts, decoded under the routes, or as the routers decide."""
+    data: PromptDataModule = copy(run.data)
+    data.__dict__["test"] = run.data.val[:_SCORED]
+    config = replace(run.config.evaluation, resamples=100, do_sample=False)
+    decoding = Decoding.of(run.model, data, config, run.config.seed)
+    texts = [""] * len(data.test)
+    run.model.eval()
+    with pinned_generation(run.model.lm), torch.no_grad():
+        batches = shard_batches(len(data.test), config.batch_size, 0, 1)
+        for place, tokens, _ in decode(run.model, data, decoding, batches, routes):
+            kept = tokens[:-1] if tokens and tokens[-1] in decoding.stop_tokens else tokens
+            texts[place] = str(data.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+    return score_texts(data.task, data.test, texts, config)[primary_metric(data.task)].value
+
+
+def _say(record: dict[str, Any]) -> None:
+    if rank()[0] > 0:
+        return
+    low, high = record["gain_interval"]
+    print(
+        f"route router: {record['routes']} routes, {record['prompts']} prompts; of what a route costs a held-out prompt "
+        f"the prompt tells {100 * record['harm_r2']:.0f} % (R²), of its length {100 * record['length_r2']:.0f} %; at "
+        f"{100 * record['skip_rate_by_token']:.1f} % of the tokens' layers skipped the loss is {record['routed_loss']:.4f} "
+        f"(best static set {record['static_loss']:.4f}, dense {record['dense_loss']:.4f}; difference "
+        f"{record['gain']:+.4f} [{low:+.4f}, {high:+.4f}]); price: {record['price']}",
+        flush=True,
+    )
+    if not record["worth"]:
+        print("reading the prompt is worth nothing here: every prompt gets the best static set of the wanted size", flush=True)
+
+
+def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:
+    """Routes that LoRA is trained and validated under, as the run's model decides now; None: as it decides then."""
+    fit = run.method.route_fit()
+    if fit is not None:
+        router = run.model.routers
+        assert isinstance(router, RouteRouter)
+        drawn, held = (
+            DrawnRoutes(router, read_means(run.prompts(each))) for each in (run.data.train, run.data.val)
+        )
+        if not fit.any_speed:
+            return drawn.at(range(len(drawn.means)), None), held.at(range(len(held.means)), None)
+        spread = torch.linspace(0, router.highest_rate, 5)[1:4]
+        return drawn, held.at(range(len(held.means)), spread[torch.arange(len(held.means)) % 3])
+    return FixedRoutes(run.prompts(run.data.train).routed()), FixedRoutes(run.prompts(run.data.val).routed())
+
+
+def fit_again(run: Run) -> dict[str, Any]:
+    """Fit the routers to the states of the trained model: measure routes again, or keep the decisions of before."""
+    if run.method.route_fit() is not None:
+        return fit_route_router(run, "refit")
+    assert isinstance(run.model.routers, Routers)
+    decided = read_own(run.directory / "decided.json", lambda saved: torch.tensor(saved, dtype=torch.bool))
+    prompts = run.prompts(run.data.train).take(len(decided))
+    return {"kept_decisions": float(fit_to_decisions(prompts, decided))}
