@@ -11,7 +11,8 @@ import math
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from omegaconf import MISSING
 
 from firstlab.config import instantiate
 from firstlab.metrics.settings import BertScoreConfig, CometConfig
-from firstlab.model.settings import LoraSettings, RouterSettings
+from firstlab.model.settings import LATER, LoraSettings, RouterSettings
 
-PHASES = ("router", "lora", "evaluate")
+#: The steps of a run, in their order; `phases` says which of them.
+PHASES = ("tune", "router", "lora", "refit", "evaluate")
+#: The paper's.
+PAPER_ORDER = ("router", "lora", "evaluate")
 DECODERS = "generate, engine"
 #: Below it the largest score decides alone and smaller ones overflow; do_sample=false is greedy.
 LEAST_TEMPERATURE = 1e-3
@@ -46,7 +50,8 @@ def option(default: Any = MISSING, **ranges: Any) -> Any:
 def check_options(config: Any, prefix: str = "") -> None:
     """Raises ValueError for the first field of a configuration that is outside its range, or infinite."""
     for each in fields(config):
-        value, ranges = getattr(config, each.name), each.metadata
+        value = getattr(config, each.name)
+        ranges = {key: limit for key, limit in each.metadata.items() if key in _RANGES}
         if value is None or value == MISSING or not ranges:
             continue
         finite = not isinstance(value, float) or math.isfinite(value)
@@ -185,6 +190,8 @@ class EvaluationConfig:
         do_sample, temperature, top_k: Sampling as in the paper (0.8, top-k 10; 0 keeps all tokens), or greedy.
         num_beams: Beam search when greater than 1.
         confidence, resamples: Of the bootstrap intervals.
+        skip_rates: Where routers know any rate (`router.kind=routes`): evaluate at each of these, besides the method's
+            own rate.
         perplexity: Also measure response perplexity under the routes.
         tpot_prompts: Prompts timed one by one, dense and routed in turn; 0 leaves timing out.
         tpot_tokens: New tokens per timed prompt.
@@ -200,6 +207,7 @@ class EvaluationConfig:
     num_beams: int = option(1, least=1)
     confidence: float = option(0.95, above=0, below=1)
     resamples: int = option(1000, least=100)
+    skip_rates: list[float] = field(default_factory=list, metadata=LATER)
     perplexity: bool = True
     tpot_prompts: int = option(8, least=0)
     tpot_tokens: int = option(16, least=2)
@@ -209,6 +217,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "evaluation.")
+        for rate in self.skip_rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"evaluation.skip_rates={self.skip_rates}: {rate} must be at least 0 and below 1")
         if self.decoder == "engine" and self.num_beams > 1:
             raise ValueError(
                 f"evaluation.num_beams={self.num_beams} needs evaluation.decoder=generate; the engine has no beams"
@@ -283,7 +294,10 @@ class ExperimentConfig:
         run_dir: Where everything goes; null derives it from data, model, method, note and seed.
         note: Added to the name of the run directory, for runs that differ in anything else.
         runs: Folder of all run directories.
-        phases: Which of router, lora, evaluate to run.
+        phases: Which steps to run, of tune (dense LoRA, so that routes are chosen on a model that knows the task),
+            router or choose (train or fit the routers), lora, refit (fit the routers again under the trained LoRA) and
+            evaluate. The paper's are router, lora, evaluate.
+        lora_start: After tune, phase 2 trains a LoRA from "scratch", or goes on with the tuned one ("continue").
         init_from: Saved model to start phase 2 or evaluation from, instead of this run's own phase 1.
         compare_with_base: Also run `method=none` on the same settings (once), for the table.
         ckpt: "last" goes on where the run was; "none" starts its phases again.
@@ -305,7 +319,8 @@ class ExperimentConfig:
     run_dir: str | None = option(None, filled="a folder")
     note: str | None = option(None, plain=True)
     runs: str = option("runs", filled="a folder")
-    phases: list[str] = field(default_factory=lambda: list(PHASES))
+    phases: list[str] = field(default_factory=lambda: list(PAPER_ORDER))
+    lora_start: str = option("scratch", choices="scratch, continue", **LATER)
     init_from: str | None = option(None, filled="a folder")
     compare_with_base: bool = True
     ckpt: str = option("last", choices="last, none")
@@ -316,8 +331,11 @@ class ExperimentConfig:
         check_options(self)
         check_options(self.router_phase, "router_phase.")
         check_options(self.lora_phase, "lora_phase.")
+        self.phases = ["router" if each == "choose" else each for each in self.phases]
         if not self.phases or not set(self.phases) <= set(PHASES):
             raise ValueError(f"phases={self.phases!r} is not allowed: choose from {', '.join(PHASES)}")
+        if "tune" in self.phases and self.init_from is not None:
+            raise ValueError(f"init_from={self.init_from!r} brings a trained model: leave tune out of phases")
 
     def directory(self, label: str) -> Path:
         """The run directory of a method of this label."""
@@ -350,8 +368,23 @@ class ExperimentConfig:
         config["trainer"] = {"precision": self.trainer.precision}
         if self.init_from is None:
             del config["init_from"]
+        _drop_later(self, config)
+        # The paper's order goes without saying.
+        if steps := [each for each in ("tune", "refit") if each in self.phases]:
+            config["steps"] = steps
         return config
 
     def hash(self) -> str:
         """Short hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _drop_later(config: Any, node: dict[str, Any]) -> None:
+    """Leave out options that came after the first records and are at their default."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value) and isinstance(node.get(each.name), dict):
+            _drop_later(value, node[each.name])
+        default = each.default if each.default_factory is MISSING_DEFAULT else each.default_factory()
+        if each.metadata.get("later") and value == default:
+            node.pop(each.name, None)

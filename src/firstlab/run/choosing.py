@@ -71,9 +71,7 @@ def fit_route_router(run: Run, name: str = "codebook") -> dict[str, Any]:
     return record
 
 
-def _grown(
-    run: Run, turn: int, measured: Measured, router: RouteRouter, prompts: PromptSet, fit: RouteFit
-) -> Tensor:
+def _grown(run: Run, turn: int, measured: Measured, router: RouteRouter, prompts: PromptSet, fit: RouteFit) -> Tensor:
     file = run.directory / f"codebook-grown{turn}.json"
     if not file.is_file() and rank()[0] == 0:
         write_atomically(file, json.dumps(grown(measured, router, prompts, fit).tolist()) + "\n")
@@ -125,7 +123,10 @@ def _say(record: dict[str, Any]) -> None:
         flush=True,
     )
     if not record["worth"]:
-        print("reading the prompt is worth nothing here: every prompt gets the best static set of the wanted size", flush=True)
+        print(
+            "reading the prompt is worth nothing here: every prompt gets the best static set of the wanted size",
+            flush=True,
+        )
 
 
 def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:
@@ -134,9 +135,7 @@ def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:
     if fit is not None:
         router = run.model.routers
         assert isinstance(router, RouteRouter)
-        drawn, held = (
-            DrawnRoutes(router, read_means(run.prompts(each))) for each in (run.data.train, run.data.val)
-        )
+        drawn, held = (DrawnRoutes(router, read_means(run.prompts(each))) for each in (run.data.train, run.data.val))
         if not fit.any_speed:
             return drawn.at(range(len(drawn.means)), None), held.at(range(len(held.means)), None)
         spread = torch.linspace(0, router.highest_rate, 5)[1:4]

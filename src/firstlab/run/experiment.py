@@ -29,7 +29,8 @@ from firstlab.evaluation.predictions import fingerprint, is_complete
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
-from firstlab.model.routes import Routes
+from firstlab.model.route_router import RouteRouter
+from firstlab.model.routes import RoutersDecide, Routes
 from firstlab.run.decisions import static_routes
 from firstlab.run.directory import check_directory, finished_record, taken_over, variant_names, wanted_variants
 from firstlab.run.loggers import (
@@ -40,7 +41,17 @@ from firstlab.run.loggers import (
     logger_options,
     open_logger,
 )
-from firstlab.run.phases import PHASES, Run, compensate_with_lora, phase_record, refit, say, train_routers, tune
+from firstlab.run.phases import (
+    PHASES,
+    Run,
+    compensate_with_lora,
+    is_tuned,
+    phase_record,
+    refit,
+    say,
+    train_routers,
+    tune,
+)
 from firstlab.store import machine, results
 from firstlab.store.files import claimed, read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
@@ -61,7 +72,22 @@ class Experiment(Run):
         self.config, self.method = config, method
         self.directory = config.directory(method.label)
         config.model.check_trainable()
-        trains = "lora" in config.phases or ("router" in config.phases and method.trains_routers)
+        if config.router.kind != method.router_kind:
+            other = "routes" if config.router.kind == "routes" else "first"
+            raise ValueError(
+                f"router.kind={config.router.kind} and method={method.name} do not go together: choose method={other}, "
+                f"or router.kind={method.router_kind}"
+            )
+        if config.evaluation.skip_rates and method.router_kind != "routes":
+            raise ValueError(
+                f"evaluation.skip_rates={config.evaluation.skip_rates}: {method.name} knows one rate; choose "
+                "method=routes, or leave it out"
+            )
+        if "refit" in config.phases and not (method.trains_routers and "lora" in config.phases):
+            raise ValueError(
+                "phases: refit fits routers again under a trained LoRA; it needs a method with routers, and lora"
+            )
+        trains = bool({"tune", "lora"} & set(config.phases)) or ("router" in config.phases and method.trains_routers)
         if trains and config.data.val_size == 0:
             raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")
         start = method.router_start()
@@ -99,16 +125,17 @@ class Experiment(Run):
 
         tune(self)  # where the run chooses on a model that knows its task
         train_routers(self)  # phase 1 (§4.1)
+        if is_tuned(self):
+            self.model.merge_and_unload()
         # One set of routes for all prompts, one for each test prompt, or None: the routers read each prompt (§4.3).
         routes = self.routes(self.data.test) if wanted else None
         if before in wanted:
-            self.model.merge_and_unload()
-            variants[before] = self._evaluate(before, routes)
+            variants[before] = self._evaluate_at_rates(before, routes)
         compensate_with_lora(self)  # phase 2 (§4.2)
         refit(self)
         if after in wanted:
             self.model.merge_and_unload()
-            variants[after] = self._evaluate(after, routes)
+            variants[after] = self._evaluate_at_rates(after, routes)
 
         record = self._record(variants, routes)
         # A resumed run's times are those since it was resumed.
@@ -192,6 +219,16 @@ class Experiment(Run):
         if "evaluate" in config.phases:
             check_engine(self.model, "evaluation.decoder", config.evaluation.decoder)
         check_vocabulary(config, self.data.tokenizer, self.model)
+
+    def _evaluate_at_rates(self, name: str, routes: Routes | None) -> dict[str, Any]:
+        """Evaluate a variant as it is and, where it knows any rate, at each of `evaluation.skip_rates`."""
+        variant, router = self._evaluate(name, routes), self.model.routers
+        if isinstance(router, RouteRouter) and self.config.evaluation.skip_rates:
+            rates = sorted({min(rate, router.highest_rate) for rate in self.config.evaluation.skip_rates})
+            variant["rates"] = {
+                f"{rate:.4g}": self._evaluate(f"{name}-skip{rate:.4g}", RoutersDecide(rate)) for rate in rates
+            }
+        return variant
 
     def _evaluate(self, name: str, routes: Routes | None) -> dict[str, Any]:
         """Evaluate a variant, unless an earlier try has done so; its part of the record is kept on disk."""

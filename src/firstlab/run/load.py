@@ -23,7 +23,7 @@ from firstlab.config.compose import (
     search_path,
     settings,
 )
-from firstlab.config.schema import PHASES, ExperimentConfig, PhaseConfig, training_routers
+from firstlab.config.schema import PAPER_ORDER, ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
@@ -57,7 +57,9 @@ def load_run(
         ValueError: Not a run directory, the variant was not trained, or a device is asked for that is not there.
     """
     config, method = read(directory / "config.yaml", overrides, config_dirs)
-    start = directory / "router" if method.trains_routers else None
+    start = directory / "router" if method.trains_routers else directory / "tune"
+    if not method.trains_routers and not start.is_dir():
+        start = None
     if config.init_from is not None and not (directory / "router").is_dir():
         start = Path(model_path(config.init_from))
     if overrides and "model.path" in overrides:
@@ -71,7 +73,8 @@ def load_run(
             "evaluated by one process; choose trainer=cpu or gpu"
         )
     before, after = variant_names(method)
-    folders = {"base": None, before: start, after: directory / "lora"}
+    trained = next((directory / each for each in ("refit", "lora") if (directory / each).is_dir()), directory / "lora")
+    folders = {"base": None, before: start, after: trained}
     if variant is None:
         variant = [name for name, folder in folders.items() if folder is None or folder.is_dir()][-1]
         if variant == "base" and config.init_from is not None and start is not None:
@@ -97,7 +100,7 @@ def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Metho
     directory = (
         None if config.run_dir is None else str(Path(config.run_dir).with_name(Path(config.run_dir).name + "-none"))
     )
-    phases = list(PHASES) if "lora" in config.phases else ["evaluate"]
+    phases = list(PAPER_ORDER) if "lora" in config.phases else ["evaluate"]
     # What only routers use is left at its default, so that every method shares one dense run.
     counterpart = replace(
         config,

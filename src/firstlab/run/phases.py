@@ -261,11 +261,13 @@ def _is_wanted(run: Run, phase: str) -> bool:
 
 def _forget(directory: Path, phase: str, method: Method) -> None:
     """Delete what was made with an earlier model of a phase that is to be trained again."""
-    for variant in variant_names(method)[phase == "lora" :]:
+    for variant in variant_names(method)[phase in ("lora", "refit") :]:
         for file in (directory / "evaluation" / f"{variant}.yaml", *directory.glob(f"predictions/{variant}.*")):
             file.unlink(missing_ok=True)
-    if phase == "router":
+    if phase in ("tune", "router"):
         (directory / "routes.json").unlink(missing_ok=True)
+    if phase == "lora":
+        shutil.rmtree(directory / "refit", ignore_errors=True)
 
 
 def _read_as(run: Run, phase: str) -> int:

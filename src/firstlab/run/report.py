@@ -30,6 +30,11 @@ def report(experiment: Experiment) -> None:
         picture = experiment.directory.parent / "skip_per_layer.png"
         skip_per_layer(skipping, picture, f"Skipped layers: {title}")
         print(f"picture: {picture}")
+    for name, variant in record["variants"].items():
+        if variant.get("rates"):
+            file = experiment.directory / f"quality_by_rate-{name}.png"
+            quality_by_rate(record, name, file, f"{title}: one model, any rate")
+            print(f"picture: {file}")
     print(f"record:  {experiment.directory / results.RESULT}")
 
 
@@ -76,6 +81,12 @@ def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "directory": record["directory"],
             }
         )
+        found += [
+            found[-1] | {key: at[key] for key in ("metrics", "skip")} | {
+                "level": f"asked {100 * float(rate):g} %", "perplexity": at.get("perplexity"), "timing": at.get("timing")
+            }
+            for rate, at in variant.get("rates", {}).items()
+        ]
     return found
 
 
@@ -163,6 +174,38 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
     axes[-1, 0].set_xlabel("decoder layer (0 = first)")
     fig.supylabel("prompts that skip the layer (%)", fontsize=10)
     fig.suptitle(title, fontsize=11)
+    fig.tight_layout()
+    fig.savefig(file, dpi=130)
+    plt.close(fig)
+
+
+def quality_by_rate(record: dict[str, Any], name: str, file: Path, title: str) -> None:
+    """The headline score over the rate of skipped layers, with intervals, of one variant evaluated at several rates.
+
+    Args:
+        record: Of the run.
+        name: The variant.
+        file: PNG to write.
+        title: Of the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    variant = record["variants"][name]
+    points = sorted(
+        (100 * each["skip"]["skip_rate_by_token"], each["metrics"][variant["primary_metric"]])
+        for each in (variant, *variant["rates"].values())
+    , key=lambda point: point[0])
+    rates, scores = [rate for rate, _ in points], [score for _, score in points]
+    fig, axis = plt.subplots(figsize=(7, 4))
+    spread = [[s["value"] - s["low"] for s in scores], [s["high"] - s["value"] for s in scores]]
+    axis.errorbar(rates, [s["value"] for s in scores], spread, marker="o", capsize=3, color="#3b6ea5")
+    axis.set_xlabel("layers skipped, mean over decoded tokens (%)")
+    axis.set_ylabel(variant["primary_metric"])
+    axis.grid(alpha=0.3)
+    axis.set_title(title, fontsize=10)
     fig.tight_layout()
     fig.savefig(file, dpi=130)
     plt.close(fig)
