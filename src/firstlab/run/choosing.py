@@ -42,27 +42,27 @@ if TYPE_CHECKING:
 _SCORED = 128
 
 
-def fit_route_router(run: Run, name: str = "codebook") -> dict[str, Any]:
+def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
     """Find a codebook, measure prompts under it and fit the run's `RouteRouter`; what is to be recorded about it.
 
     Args:
         run: Whose model, with the weights that prompts are to be measured on.
-        name: Of the folder in the run directory that keeps what was searched and measured.
+        name: Under which what was measured is kept in the run directory; what was searched is kept once.
     """
     fit, router = run.method.route_fit(), run.model.routers
     assert fit is not None and isinstance(router, RouteRouter)
     training = run.prompts(run.data.train)
     prompts = training.take(fit.fit_prompts)
     # A second fit keeps the codebook and measures it again.
-    codebook = saved_codebook(run.directory, training.take(fit.calibration_prompts), fit)
-    folder = run.directory / name
-    measured = measure(prompts, codebook, folder / "losses")
+    folder = run.directory / "fit"
+    codebook = saved_codebook(folder, training.take(fit.calibration_prompts), fit)
+    measured = measure(prompts, codebook, folder / name)
     wanted = run.config.router.price
     for turn in range(fit.grow_rounds):
         fit_router(router, measured, fit, "tokens" if wanted == "tokens" else "length")
         more = _grown(run, turn, measured, router, prompts, fit)
         if len(more):
-            measured = extend(measured, measure(prompts, more, folder / f"grown{turn}"))
+            measured = extend(measured, measure(prompts, more, folder / f"{name}-grown{turn}"))
     price, scores = _best_price(run, measured, fit) if wanted == "auto" else (wanted, {})
     record = fit_router(router, measured, fit, price) | ({"validation_scores": scores} if scores else {})
     if not record["worth"]:
@@ -72,7 +72,7 @@ def fit_route_router(run: Run, name: str = "codebook") -> dict[str, Any]:
 
 
 def _grown(run: Run, turn: int, measured: Measured, router: RouteRouter, prompts: PromptSet, fit: RouteFit) -> Tensor:
-    file = run.directory / f"codebook-grown{turn}.json"
+    file = run.directory / "fit" / f"grown{turn}.json"
     if not file.is_file() and rank()[0] == 0:
         write_atomically(file, json.dumps(grown(measured, router, prompts, fit).tolist()) + "\n")
     barrier()
@@ -115,18 +115,16 @@ def _say(record: dict[str, Any]) -> None:
         return
     low, high = record["gain_interval"]
     print(
-        f"route router: {record['routes']} routes, {record['prompts']} prompts; of what a route costs a held-out prompt "
-        f"the prompt tells {100 * record['harm_r2']:.0f} % (R²), of its length {100 * record['length_r2']:.0f} %; at "
-        f"{100 * record['skip_rate_by_token']:.1f} % of the tokens' layers skipped the loss is {record['routed_loss']:.4f} "
-        f"(best static set {record['static_loss']:.4f}, dense {record['dense_loss']:.4f}; difference "
-        f"{record['gain']:+.4f} [{low:+.4f}, {high:+.4f}]); price: {record['price']}",
+        f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the prompt "
+        f"tells {100 * record['harm_r2']:.0f} % of what a route costs (R²), {100 * record['length_r2']:.0f} % of the "
+        f"response's length; with {100 * record['skip_rate_by_token']:.1f} % skipped over tokens the loss is "
+        f"{record['routed_loss']:.4f}, that of the best static sets {record['static_loss']:.4f}, dense "
+        f"{record['dense_loss']:.4f} (difference {record['gain']:+.4f} [{low:+.4f}, {high:+.4f}], price by "
+        f"{record['price']})",
         flush=True,
     )
     if not record["worth"]:
-        print(
-            "reading the prompt is worth nothing here: every prompt gets the best static set of the wanted size",
-            flush=True,
-        )
+        print("reading the prompt is worth nothing here: every prompt gets the best set of the wanted size", flush=True)
 
 
 def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:

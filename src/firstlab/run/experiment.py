@@ -84,9 +84,7 @@ class Experiment(Run):
                 "method=routes, or leave it out"
             )
         if "refit" in config.phases and not (method.trains_routers and "lora" in config.phases):
-            raise ValueError(
-                "phases: refit fits routers again under a trained LoRA; it needs a method with routers, and lora"
-            )
+            raise ValueError(f"phases={config.phases}: refit needs a method that trains routers, and lora before it")
         trains = bool({"tune", "lora"} & set(config.phases)) or ("router" in config.phases and method.trains_routers)
         if trains and config.data.val_size == 0:
             raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")

@@ -82,9 +82,13 @@ def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
         found += [
-            found[-1] | {key: at[key] for key in ("metrics", "skip")} | {
-                "level": f"asked {100 * float(rate):g} %", "perplexity": at.get("perplexity"), "timing": at.get("timing")
+            found[-1]
+            | {
+                "level": f"asked {100 * float(rate):g} %",
+                "perplexity": at.get("perplexity"),
+                "timing": at.get("timing"),
             }
+            | {key: at[key] for key in ("metrics", "skip")}
             for rate, at in variant.get("rates", {}).items()
         ]
     return found
@@ -194,11 +198,9 @@ def quality_by_rate(record: dict[str, Any], name: str, file: Path, title: str) -
     import matplotlib.pyplot as plt
 
     variant = record["variants"][name]
-    points = sorted(
-        (100 * each["skip"]["skip_rate_by_token"], each["metrics"][variant["primary_metric"]])
-        for each in (variant, *variant["rates"].values())
-    , key=lambda point: point[0])
-    rates, scores = [rate for rate, _ in points], [score for _, score in points]
+    points = sorted((variant, *variant["rates"].values()), key=lambda each: each["skip"]["skip_rate_by_token"])
+    rates = [100 * each["skip"]["skip_rate_by_token"] for each in points]
+    scores = [each["metrics"][variant["primary_metric"]] for each in points]
     fig, axis = plt.subplots(figsize=(7, 4))
     spread = [[s["value"] - s["low"] for s in scores], [s["high"] - s["value"] for s in scores]]
     axis.errorbar(rates, [s["value"] for s in scores], spread, marker="o", capsize=3, color="#3b6ea5")

@@ -147,7 +147,7 @@ def _mean_losses(prompts: PromptSet, routes: Tensor, title: str) -> Tensor:
 # -- measuring --
 
 
-def measure(prompts: PromptSet, routes: Tensor, file: Path | None = None, chunk: int = 128) -> Measured:
+def measure(prompts: PromptSet, routes: Tensor, file: Path | None = None, chunk: int = 64) -> Measured:
     """Measure N prompts under K routes, a chunk of prompts at a time.
 
     Args:
@@ -166,9 +166,10 @@ def measure(prompts: PromptSet, routes: Tensor, file: Path | None = None, chunk:
         found = _read_chunks(file, key)
     left = [start for start in starts if start not in found]
     mine = left[my_rank::world] if file is not None else left
-    for number, start in enumerate(tqdm(mine, desc="measure prompts", unit="chunk", disable=not prompts.progress_bar)):
-        del number
-        losses = prompts.slice(start, start + chunk).losses_each(routes)
+    for start in tqdm(mine, desc=f"measure {len(routes)} routes", unit="chunk", disable=not prompts.progress_bar):
+        part = prompts.slice(start, start + chunk)
+        part.progress_bar = False
+        losses = part.losses_each(routes)
         found[start] = losses
         if own is not None:
             own.parent.mkdir(parents=True, exist_ok=True)
