@@ -115,9 +115,9 @@ def _say(record: dict[str, Any]) -> None:
         return
     low, high = record["gain_interval"]
     print(
-        f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the prompt "
-        f"tells {100 * record['harm_r2']:.0f} % of what a route costs (R²), {100 * record['length_r2']:.0f} % of the "
-        f"response's length; with {100 * record['skip_rate_by_token']:.1f} % skipped over tokens the loss is "
+        f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the "
+        f"prompt tells {100 * record['harm_r2']:.0f} % of what a route costs (R²), {100 * record['length_r2']:.0f} % of "
+        f"the response's length; with {100 * record['skip_rate_by_token']:.1f} % skipped over tokens the loss is "
         f"{record['routed_loss']:.4f}, that of the best static sets {record['static_loss']:.4f}, dense "
         f"{record['dense_loss']:.4f} (difference {record['gain']:+.4f} [{low:+.4f}, {high:+.4f}], price by "
         f"{record['price']})",

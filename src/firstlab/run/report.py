@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from firstlab.metrics import PRIMARY_METRIC
 from firstlab.run.experiment import Experiment
 from firstlab.store import results
 from firstlab.store.ranks import rank
@@ -116,6 +117,8 @@ def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     names = list(table[0]["metrics"])
+    if any("/" in name for name in names):  # of a mixture the headline alone, of each part as well
+        names = [name for name in names if name == "mean" or name.rpartition("/")[2] in PRIMARY_METRIC.values()]
     view = Table(title=title, title_justify="left")
     view.add_column("", no_wrap=True)
     for name in names:
