@@ -1,7 +1,5 @@
-"""The decode engine: the tokens of `RouterAugmentedLM.generate`, faster.
-
-Prompts are prefilled together through the wrapped model; then rows are decoded together whatever their routes are, each
-layer for the rows that run it. A row that ends gives its place to a waiting prompt.
+"""The decode engine gives the tokens of `RouterAugmentedLM.generate`, faster: rows are decoded together whatever their
+routes are, each layer for the rows that run it, and a row that ends gives its place to a waiting prompt.
 """
 
 from __future__ import annotations

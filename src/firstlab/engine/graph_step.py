@@ -57,11 +57,7 @@ def _own(function: Any) -> FunctionType:
 class GraphStep(LlamaStep):
     """`LlamaStep` from replays. `exit_early`, which asks after each layer which rows go on, stays as it is there.
 
-    Args:
-        lm, max_batch_size, max_length: See `LlamaStep`.
-        graphs: Makes the replays.
-        compiled: What layers do before and after attention is compiled first, which takes a minute at the first
-            tokens, and fuses the many small kernels between the large ones.
+    `compiled` fuses the many small kernels before and after attention, which takes a minute at the first tokens.
     """
 
     def __init__(self, lm: Any, max_batch_size: int, max_length: int, graphs: Graphs, compiled: bool = False) -> None:

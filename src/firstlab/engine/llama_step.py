@@ -223,9 +223,6 @@ class LlamaStep:
     Attributes:
         lengths: Tokens that each row holds.
         kv: [rows, 2 · kv heads, max_length, head dim] of each layer, keys before values; None until a row runs it.
-
-    Raises:
-        ValueError: Not a supported model.
     """
 
     def __init__(self, lm: Any, max_batch_size: int, max_length: int) -> None:

@@ -49,13 +49,8 @@ def generate_predictions(decoder: Decoder, *, file: Path, source: str, progress_
     """Generate a response to every test prompt.
 
     Args:
-        decoder: What responds.
         file: Every process collects its part of the predictions beside this file.
         source: `source_of` the model and its routes; predictions of another source are made again.
-        progress_bar: Show one.
-
-    Raises:
-        ValueError: A process does not see what the others wrote.
     """
     data, settings, routes, examples = decoder.data, decoder.settings, decoder.routes, decoder.data.test
     my_rank, world = rank()

@@ -20,9 +20,7 @@ def skip_statistics(
     """Skip rate (skipped ÷ L, mean over prompts), per layer and by group of prompts, and how adaptive the routes are.
 
     Args:
-        predictions: One per prompt.
         tokens: Of each prompt, the length of its reference, for the rate by token.
-        num_layers: L.
         static: [L], a static set to compare the routes with.
     """
     all_rates = np.array([np.mean(p.skip_shares(num_layers)) for p in predictions])

@@ -80,12 +80,7 @@ def time_generation(
 def measure_tpot(decoder: Decoder, routes: Sequence[Routes], config: EvaluationConfig) -> dict[str, Any]:
     """Times (TTFT, TPOT) at batch size 1: medians in seconds, the median ratio routed ÷ dense, and its quartiles.
 
-    Prompts, evenly spread, are decoded with every layer and with the routes they got, one right after the other.
-
-    Args:
-        decoder: Its model and prompts are timed.
-        routes: What each test prompt runs.
-        config: How many prompts, tokens and repetitions, and through which decoder.
+    Test prompts, evenly spread, are decoded with every layer and with their routes, one right after the other.
     """
     model, rows, tokens = decoder.model, decoder.rows, config.tpot_tokens
     indices = np.unique(np.linspace(0, len(routes) - 1, min(config.tpot_prompts, len(routes))).astype(int))

@@ -43,12 +43,10 @@ def evaluate_variant(
     """Everything `result.json` says about one variant.
 
     Args:
-        model: With the variant's weights.
         directory: Predictions are collected here as NAME.jsonl.
         name: The variant: base, base_lora, router, router_lora.
         routes: The method's routes of the test prompts, or None to let the routers decide.
         source: `source_of` the model, before its LoRA was merged, and the routes.
-        seed: For sampling.
         static: See `skip_statistics`.
     """
     check_engine(model, "evaluation.decoder", config.decoder)

@@ -57,8 +57,7 @@ def evaluate_predictions(
     """Every metric of a kind of task, each with its bootstrap interval.
 
     Args:
-        kind: "translation", "summarization" or "qa".
-        predictions, references: Of each example one text, and the texts that are accepted.
+        references: The texts that are accepted for each example.
         sources: Only COMET reads them.
         target_language: Code or tag; decides the tokenizer of BLEU.
         confidence, resamples, seed: Of the bootstrap.

@@ -23,18 +23,14 @@ class Printed:
 
 @dataclass(frozen=True)
 class QualityTable:
-    """One of tables 1 to 4 and 9 to 14; a and b are the two halves of one printed table.
-
-    Attributes:
-        rows: Row to (task, metric) to number, in the paper's order.
-    """
+    """One of tables 1 to 4 and 9 to 14; a and b are the two halves of one printed table."""
 
     number: str
     title: str
     model: str
     tasks: tuple[str, ...]
     metrics: tuple[str, ...]
-    rows: dict[RowKey, dict[tuple[str, str], Printed]]
+    rows: dict[RowKey, dict[tuple[str, str], Printed]]  # (task, metric) of a row to number, in the paper's order
 
     @property
     def levels(self) -> list[int]:

@@ -143,11 +143,7 @@ def _json(text: str) -> Any:
 
 
 def add(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Put records under their names into FOLDER/records.jsonl.xz and write summary.csv; returns the former.
-
-    Raises:
-        ValueError: The file is damaged, or one of the names records another configuration.
-    """
+    """Put records under their names into FOLDER/records.jsonl.xz and write summary.csv; returns the former."""
 
     def refuse(message: str) -> None:
         raise ValueError(f"{message}; repair or delete the file, or choose another folder")
@@ -341,10 +337,9 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rate_by_token(rates: np.ndarray, response_tokens: np.ndarray) -> float:
-    """Skip rate over the decode steps of all references: what skipping saves of a test set's decode time.
+    """Skip rate over the decode steps of all references [N]: what skipping saves of a test set's decode time.
 
-    Of [N] shares of skipped layers and lengths of references, which unlike responses are the same for every method and
-    whose first tokens come from prefill. Without a decode step, the mean of the shares.
+    References, unlike responses, are equally long for every method; prefill gives the first token of each.
     """
     steps = np.maximum(response_tokens - 1, 0)
     return float((rates * steps).sum() / steps.sum()) if steps.any() else float(rates.mean())
