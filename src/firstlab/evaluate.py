@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
             )
     from firstlab.config import instantiate
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
-    from firstlab.evaluation.predictions import fingerprint
+    from firstlab.evaluation.predictions import fingerprint, source_of
     from firstlab.evaluation.scoring import check_metrics
     from firstlab.evaluation.variant import evaluate_variant
     from firstlab.model.quantization import quantize
@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> None:
     record = results.read(directory, "delete it; the model stays") or {}
     # The text as well: the same files may hold other text the next time.
     out = directory / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
+    source = source_of(model, routes)
     quantize(model.merge_and_unload().lm, config.model.quantization)
     with claimed(out):
         earlier = (results.read(out, "delete it to evaluate again") or {"variants": {}})["variants"]
@@ -75,6 +76,7 @@ def main(arguments: list[str]) -> None:
             out,
             variant,
             routes,
+            source,
             config.seed,
             config.trainer.progress_bar,
             static_routes(directory, method, model.num_layers),

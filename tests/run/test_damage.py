@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from firstlab.run.decisions import shared_routes, static_routes
 from firstlab.run.experiment import Experiment
@@ -53,6 +55,24 @@ def test_predictions_and_evaluations_that_are_damaged_are_made_again(
     before = json.loads((finished / "result.json").read_text())["variants"]
     for name, variant in again["variants"].items():
         assert {**variant, "timing": 0} == {**before[name], "timing": 0}
+
+
+def test_predictions_of_other_weights_or_routes_are_made_again(
+    finished: Path, unrecorded: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """LoRA that somebody put in the place of the run's own: what was said with the former one does not count."""
+    before = json.loads((finished / "result.json").read_text())["variants"]
+    file = unrecorded / "lora" / "adapter_model.safetensors"
+    save_file({name: weight + 0.2 for name, weight in load_file(file).items()}, file)
+    config = json.loads((unrecorded / "lora" / "config.json").read_text())
+    config["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (unrecorded / "lora" / "config.json").write_text(json.dumps(config))
+    after = evaluated(unrecorded, tiny_model_dir).run()["variants"]
+    said = [line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [Path(each).name.rstrip(":") for each in said] == ["router_lora.yaml", "router_lora.0.part"]
+    assert after["router"] == before["router"]
+    assert after["router_lora"]["source"] != before["router_lora"]["source"]
+    assert after["router_lora"]["perplexity"] != before["router_lora"]["perplexity"]
 
 
 def test_lora_without_its_weights_is_not_evaluated_as_lora(unrecorded: Path, tiny_model_dir: Path):

@@ -25,7 +25,7 @@ from firstlab.config.build import (
 from firstlab.config.schema import ExperimentConfig
 from firstlab.data.files import warn
 from firstlab.evaluation.decoding import check_engine
-from firstlab.evaluation.predictions import fingerprint, is_complete
+from firstlab.evaluation.predictions import fingerprint, is_complete, source_of
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
@@ -128,12 +128,13 @@ class Experiment(Run):
         # One set of routes for all prompts, one for each test prompt, or None: the routers read each prompt (§4.3).
         routes = self.routes(self.data.test) if wanted else None
         if before in wanted:
-            variants[before] = self._evaluate_at_rates(before, routes)
+            variants[before] = self._evaluate_at_rates(before, routes, source_of(self.model, routes))
         compensate_with_lora(self)  # phase 2 (§4.2)
         refit(self)
         if after in wanted:
+            source = source_of(self.model, routes)
             self.model.merge_and_unload()
-            variants[after] = self._evaluate_at_rates(after, routes)
+            variants[after] = self._evaluate_at_rates(after, routes, source)
 
         record = self._record(variants, routes)
         # A resumed run's times are those since it was resumed.
@@ -218,17 +219,18 @@ class Experiment(Run):
             check_engine(self.model, "evaluation.decoder", config.evaluation.decoder)
         check_vocabulary(config, self.data.tokenizer, self.model)
 
-    def _evaluate_at_rates(self, name: str, routes: Routes | None) -> dict[str, Any]:
+    def _evaluate_at_rates(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
         """Evaluate a variant as it is and, where it knows any rate, at each of `evaluation.skip_rates`."""
-        variant, router = self._evaluate(name, routes), self.model.routers
+        variant, router = self._evaluate(name, routes, source), self.model.routers
         if isinstance(router, RouteRouter) and self.config.evaluation.skip_rates:
             rates = sorted({min(rate, router.highest_rate) for rate in self.config.evaluation.skip_rates})
             variant["rates"] = {
-                f"{rate:.4g}": self._evaluate(f"{name}-skip{rate:.4g}", RoutersDecide(rate)) for rate in rates
+                f"{rate:.4g}": self._evaluate(f"{name}-skip{rate:.4g}", RoutersDecide(rate), f"{source}-{rate:.4g}")
+                for rate in rates
             }
         return variant
 
-    def _evaluate(self, name: str, routes: Routes | None) -> dict[str, Any]:
+    def _evaluate(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
         """Evaluate a variant, unless an earlier try has done so; its part of the record is kept on disk."""
         file = self.directory / "evaluation" / f"{name}.yaml"
         test_set, predictions = fingerprint(self.data.test), self.directory / "predictions"
@@ -236,9 +238,9 @@ class Experiment(Run):
         def parse(saved: Any) -> dict[str, Any]:
             figures = (saved["metrics"][saved["primary_metric"]]["value"], saved["skip"]["skip_rate"])
             whole = all(isinstance(each, float) for each in figures) and saved["n"] == len(self.data.test)
-            whole = whole and is_complete(predictions / f"{name}.jsonl", len(self.data.test))
-            if not whole or saved["examples"]["test_set"] != test_set:
-                raise ValueError("it is not about all these test prompts, or predictions are missing")
+            whole = whole and is_complete(predictions / f"{name}.jsonl", len(self.data.test), source)
+            if not whole or (saved["examples"]["test_set"], saved["source"]) != (test_set, source):
+                raise ValueError("it is about other test prompts, weights or routes, or predictions are missing")
             return dict(saved)
 
         if file.is_file():
@@ -255,6 +257,7 @@ class Experiment(Run):
                 predictions,
                 name,
                 routes,
+                source,
                 self.config.seed,
                 self.config.trainer.progress_bar,
                 static_routes(self.directory, self.method, self.model.num_layers),
@@ -291,5 +294,7 @@ class Experiment(Run):
         lines = []
         for name in names:
             for line in (self.directory / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
-                lines.append(json.dumps({"variant": name, **json.loads(line)}, ensure_ascii=False) + "\n")
+                row = json.loads(line)
+                del row["check"]
+                lines.append(json.dumps({"variant": name, **row}, ensure_ascii=False) + "\n")
         write_atomically(self.directory / "predictions.jsonl", "".join(lines))

@@ -290,7 +290,7 @@ def _rate_by_token(record: Record, variant: str) -> float | None:
 
 
 def column(record: Record, variant: str, name: str) -> Any:
-    """[N] numbers per test prompt (`firstlab.evaluation.variant.example_columns`), or None in older records."""
+    """[N] numbers per test prompt (`firstlab.evaluation.variant.evaluate_variant`), or None in older records."""
     numbers = (record.variant(variant) or {}).get("examples", {}).get(name)
     return None if numbers is None else results.unpack(numbers)
 

@@ -31,7 +31,7 @@ class Record:
 
     Attributes:
         file: Where it was read.
-        node: What it says, see `firstlab.store.results.Record`.
+        node: What it says, see `firstlab.store.results.RECORD`.
         settings: Dotted keys of the settings that decide what the run is.
         as_trained: False for an evaluation on other data, or with another seed, than the run was trained with: it is
             listed and stands for no cell.
