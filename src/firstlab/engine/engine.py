@@ -18,7 +18,7 @@ from firstlab.engine.llama_step import LlamaStep, orders_anew
 from firstlab.engine.sampling import Sampling, chooser
 from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.routes import Routes, as_routes, layer_skips
+from firstlab.model.routes import RoutersDecide, Routes, as_asked, layer_skips
 
 MODES = ("auto", "eager", "graphs", "compiled")
 
@@ -135,6 +135,7 @@ class DecodeEngine:
         eos: Sequence[int] | None = None,
         on_step: Callable[[dict[int, int]], None] | None = None,
         sampling: Sampling | None = None,
+        skip_rate: float | Tensor | None = None,
     ) -> EngineOutput:
         """Decode every prompt.
 
@@ -145,8 +146,9 @@ class DecodeEngine:
             eos: Tokens that end a row; the model's own by default, () for none.
             on_step: Called after prefill and after each decode step, when its tokens are on the host: prompt to token.
             sampling: How tokens are drawn; None: greedy.
+            skip_rate: How much routers of any rate are to skip, for all prompts or [B]; see `RouteRouter`.
         """
-        found = dict(self.as_completed(prompts, max_new_tokens, routes, eos, on_step, sampling))
+        found = dict(self.as_completed(prompts, max_new_tokens, routes, eos, on_step, sampling, skip_rate))
         outputs = [found[index] for index in range(len(prompts))]
         return EngineOutput(
             [output.tokens[0] for output in outputs],
@@ -164,10 +166,11 @@ class DecodeEngine:
         eos: Sequence[int] | None = None,
         on_step: Callable[[dict[int, int]], None] | None = None,
         sampling: Sampling | None = None,
+        skip_rate: float | Tensor | None = None,
     ) -> Iterator[tuple[int, EngineOutput]]:
         """As `generate`, but each prompt as soon as it has ended: its place among `prompts`, and its output (B = 1)."""
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        rule = None if routes is None else as_routes(routes)
+        rule = as_asked(routes, skip_rate)
         # What cannot work is refused here, not when the first row is asked for.
         check_score_settings(self.model.lm.generation_config, drawn=sampling is not None)
         self._check(prompts, limits, rule)
@@ -263,6 +266,8 @@ class DecodeEngine:
             raise ValueError(f"a prompt with max_new_tokens={limit} takes {needed} tokens; raise max_length")
         if routes is not None:
             routes.check(self.model.num_layers, len(prompts))
+        if isinstance(routes, RoutersDecide):
+            self.model.routers.checked_rate(routes.skip_rate, len(prompts))
 
     def _prefill(self, batch: list[int], task: _Task) -> list[_Row]:
         prompts, routes, device = [task.prompts[index] for index in batch], task.routes, self.model.device

@@ -35,7 +35,7 @@ from firstlab.model.prompt_cache import Layout, PromptCache, PromptReading
 from firstlab.model.quantization import is_quantized
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, RouterSettings, float32_kept
-from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes, as_routes
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes, as_asked, as_routes
 from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
 
 # Half a GiB of fp32 logits for a vocabulary of 128k.
@@ -530,11 +530,8 @@ class RouterAugmentedLM(nn.Module):
         if lossless:
             if past_key_values is not None:
                 raise ValueError("lossless=True begins with the prompt; drop past_key_values")
-            return self._generate_lossless(input_ids, attention_mask, routes, skip_rate, kwargs)
-        if skip_rate is not None:
-            if routes is not None:
-                raise ValueError("routes= says which layers run, and skip_rate= lets the routers say it; drop one")
-            routes = RoutersDecide(skip_rate)
+            return self._generate_lossless(input_ids, attention_mask, as_asked(routes, skip_rate), kwargs)
+        routes = as_asked(routes, skip_rate)
         if option_value("use_cache", kwargs, self.lm.generation_config) is False:
             kwargs["use_cache"] = True
         embeds = kwargs.get("inputs_embeds")
@@ -575,8 +572,7 @@ class RouterAugmentedLM(nn.Module):
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
-        routes: Routes | Tensor | None,
-        skip_rate: float | Tensor | None,
+        routes: Routes | None,
         options: dict[str, Any],
     ) -> Any:
         """Draft under each prompt's route, verify densely; one prompt after the other."""
@@ -592,9 +588,11 @@ class RouterAugmentedLM(nn.Module):
         mask, input_ids, _ = inputs.padded_on_the_left(mask, input_ids, None)
         assert input_ids is not None
         chosen = LosslessOptions.of(options, self.lm.generation_config, input_ids.shape[1])
-        if routes is None and isinstance(self.routers, RouteRouter) and skip_rate is None:
-            skip_rate = self.routers.highest_rate  # a draft may miss, so it may skip more than a text
-        forced = RoutersDecide(skip_rate) if routes is None else as_routes(routes)
+        # A draft may miss, so it may skip more than a text.
+        highest = self.routers.highest_rate if isinstance(self.routers, RouteRouter) else None
+        forced = RoutersDecide(highest) if routes is None else routes
+        if isinstance(forced, RoutersDecide):
+            self.routers.checked_rate(forced.skip_rate, len(input_ids))
         if not isinstance(forced, RoutersDecide | FixedRoutes):
             raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
         forced.check(self.num_layers, len(input_ids))

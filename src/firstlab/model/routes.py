@@ -349,6 +349,19 @@ def as_routes(given: Routes | Tensor) -> Routes:
     )
 
 
+def as_asked(routes: Routes | Tensor | None, skip_rate: float | Tensor | None) -> Routes | None:
+    """What the arguments `routes` and `skip_rate` of a decoder say together; None leaves all to the routers.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if skip_rate is None:
+        return None if routes is None else as_routes(routes)
+    if routes is not None:
+        raise ValueError("routes= says which layers run, and skip_rate= lets the routers say it; drop one")
+    return RoutersDecide(skip_rate)
+
+
 def decode_steps(response: Tensor) -> Tensor:
     """Number the decode steps of every row.
 
