@@ -11,14 +11,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+LOOKS = {
+    "generate": ("#0072b2", "s"), "engine": ("#d55e00", "o"),
+    "engine_eager": ("#cc79a7", "v"), "engine_compiled": ("#009e73", "^"),
+}  # fmt: skip
+
 
 def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: Path) -> None:
-    """TPOT ratio of each decoder and quantization against the skip rate, a panel per batch size and prompt length.
+    """Write a PNG: TPOT ratios of each decoder and quantization, a panel per batch size and prompt length.
 
-    Args:
-        record: What `firstlab.benchmark.measure` gives.
-        paper: Skip rate in percent to the paper's ratio.
-        file: PNG to write.
+    `record` is what `firstlab.bench.decoding.measure` gives; `paper` maps skip rates in percent to the paper's ratios.
     """
     cells = record["cells"]
     across = min(2, len(cells))
@@ -32,26 +34,18 @@ def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: 
             limits = [100 * row["skip_rate"] for row in alike], [row["limit_ratio"] for row in alike]
             line = ":" if quantization else "--"
             axis.plot(*limits, color="black", linestyle=line, label=f"limit: bytes read{after}")
-            for decoder, colour, marker in (
-                ("generate", "#0072b2", "s"),
-                ("engine", "#d55e00", "o"),
-                ("engine_eager", "#cc79a7", "v"),
-                ("engine_compiled", "#009e73", "^"),
-            ):
+            for decoder, (colour, marker) in LOOKS.items():
                 own = [row for row in alike if row["decoder"] == decoder]
                 points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]
                 if own:
                     style = {"color": colour, "marker": marker, "linestyle": ":" if quantization else "-"}
                     axis.plot(*points, **style, fillstyle=fill, label=decoder + after)
-        axis.scatter(
-            list(paper), list(paper.values()), color="#555555", marker="x", label="paper, Llama-3-8B", zorder=3
-        )
+        axis.scatter(list(paper), list(paper.values()), c="#555555", marker="x", label="paper, Llama-3-8B", zorder=3)
         axis.set_title(f"batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens", fontsize=10, loc="left")
         axis.set_xlabel("layers skipped (%)")
         axis.set_ylabel("TPOT ÷ TPOT without skipping")
         axis.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        axis.spines[["top", "right"]].set_visible(False)
     for axis in list(axes.flat)[len(cells) :]:
         axis.set_visible(False)
     axes[0, 0].legend(fontsize=8, frameon=False)

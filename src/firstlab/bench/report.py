@@ -16,7 +16,6 @@ from firstlab.bench.config import BenchmarkConfig, SpeedConfig, TrainingSpeedCon
 from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
 
-# The first is what the others are compared with.
 TRAINERS = {
     "plain": "transformers Trainer + PEFT LoRA",
     "phase_1": "firstlab phase 1 (routers)",
@@ -127,16 +126,10 @@ def print_training(record: dict[str, Any]) -> None:
     rows = []
     for row in record["variants"]:
         peak = row["peak_memory_bytes"]
-        rows.append(
-            {
-                "": TRAINERS[row["variant"]],
-                "trained parameters": f"{row['trainable_parameters']:,}",
-                "step ms": f"{1000 * row['step_s']:.1f}",
-                "tokens/s": f"{row['tokens_per_s']:.0f}",
-                "speed-up": f"{row['speedup_over_plain']:.2f}",
-                "peak MiB": None if peak is None else f"{peak / 2**20:.0f}",
-            }
-        )
+        shown = {"": TRAINERS[row["variant"]], "trained parameters": f"{row['trainable_parameters']:,}"}
+        shown |= {"step ms": f"{1000 * row['step_s']:.1f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
+        shown |= {"speed-up": f"{row['speedup_over_plain']:.2f}"}
+        rows.append({**shown, "peak MiB": None if peak is None else f"{peak / 2**20:.0f}"})
     _print_table(title, rows)
     if all(row["peak MiB"] is None for row in rows):
         print("peak memory is measured on CUDA devices only")

@@ -12,18 +12,12 @@ from firstlab.store import paper
 from firstlab.tables.cells import BETTER, WORSE
 from firstlab.tables.config import TablesConfig
 from firstlab.tables.quality import method_title
+from firstlab.tables.records import Library
 from firstlab.tables.table import Table
 
 
-def render(config: TablesConfig, tables: Sequence[Table], warnings: Sequence[str], records: int) -> str:
-    """HTML text.
-
-    Args:
-        config: Settings, for the legend.
-        tables: In reading order.
-        warnings: Result files that were left out.
-        records: Number of runs of the scale's models.
-    """
+def render(config: TablesConfig, tables: Sequence[Table], library: Library) -> str:
+    """HTML text with the tables in the order given."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     sections: dict[str, list[Table]] = defaultdict(list)
     for table in tables:
@@ -33,8 +27,8 @@ def render(config: TablesConfig, tables: Sequence[Table], warnings: Sequence[str
         config=config,
         sections=sections,
         errata=paper.read()["errata"],
-        warnings=warnings,
-        records=records,
+        warnings=library.warnings,
+        records=sum(each.node["model"] in config.scale.models.values() for each in library.records),
         filled=sum(table.filled for table in tables),
         missing=sum(len(table.missing) for table in tables),
         reference=method_title(config.reference),
