@@ -39,12 +39,10 @@ class Match:
     @functools.cached_property
     def rate_by_token(self) -> float | None:
         """As `skip_rate`, over the tokens of the references; None where a record does not know them."""
-        found = [
-            [column(each, self.variant, name) for name in ("skip_rate", "response_tokens")] for each in self.records
-        ]
-        if any(each is None for pair in found for each in pair):
+        rates, tokens = ([column(each, self.variant, name) for each in self.records] for name in _BY_TOKEN)
+        if any(each is None for each in (*rates, *tokens)):
             return None
-        return fmean(results.rate_by_token(rates, tokens) for rates, tokens in found)
+        return fmean(map(results.rate_by_token, rates, tokens))
 
     def of(self, seeds: Collection[int]) -> Match:
         """With these seeds only."""
@@ -116,6 +114,7 @@ class Cells:
         self.scale, self.model = config.scale, next(iter(config.scale.models))  # the first model of the scale
         self._records = functools.cache(lambda run: library.of(run, config.scale))
         self._tested = functools.cache(self._test)
+        self._draws: Any = {"confidence": config.confidence, "resamples": config.resamples}
         self.used: set[Record] = set()
 
     def run(self, task: str, method: str, level: int) -> Run:
@@ -153,10 +152,10 @@ class Cells:
         if any(each is None for each in found):
             return None, "not measured"
         values = [each["value"] for each in found]
-        interval = self._interval(match, metric)
-        if interval is None and len(found) == 1:
-            interval = (found[0]["low"], found[0]["high"])
-        low, high = interval or (None, None)
+        low, high = (found[0]["low"], found[0]["high"]) if len(found) == 1 else (None, None)
+        scores = _comparable(match.records, match.variant, metric) if len(found) > 1 else None
+        if scores is not None:
+            low, high = bootstrap_interval(Scores.average(scores), **self._draws)
         deviation = stdev(values) if len(set(values)) > 1 else None
         score = Score(fmean(values), low, high, len(values), deviation, match.skip_rate, others=match.others)
         if reference is None or reference == run:
@@ -222,7 +221,7 @@ class Cells:
         mean = Scores.average(scores[:count])
         pairs = zip(scores[count : 2 * count], scores[2 * count :], strict=True)
         theirs = Scores.average([Scores.blend(a, b, share) for a, b in pairs])
-        test = paired_test(mean, theirs, confidence=self.config.confidence, resamples=self.config.resamples)
+        test = paired_test(mean, theirs, **self._draws)
         self.used.update(records)
         return EqualRate(rate, mean.value, theirs.value, count, test), (below, above)
 
@@ -249,14 +248,6 @@ class Cells:
         asked = dict(each.split("=", 1) for each in run.overrides if each.partition("=")[0] in keys)
         return all(record.settings.get(key) == float(value) for key, value in asked.items())
 
-    def _interval(self, match: Match, metric: str) -> tuple[float, float] | None:
-        """Over several seeds; one record has its own."""
-        scores = _comparable(match.records, match.variant, metric) if len(match.records) > 1 else None
-        if scores is None:
-            return None
-        mean = Scores.average(scores)
-        return bootstrap_interval(mean, confidence=self.config.confidence, resamples=self.config.resamples)
-
     def _test(
         self, ours: tuple[Record, ...], theirs: tuple[Record, ...], variant: str, metric: str
     ) -> tuple[float, float] | None:
@@ -267,16 +258,15 @@ class Cells:
         if not scores:
             return None
         means = Scores.average(scores[: len(seeds)]), Scores.average(scores[len(seeds) :])
-        test = paired_test(*means, confidence=self.config.confidence, resamples=self.config.resamples)
+        test = paired_test(*means, **self._draws)
         return test.difference, test.p_value
 
 
 def _comparable(records: Sequence[Record], variant: str, metric: str) -> list[Scores] | None:
     """Per-prompt scores of each record, or None if one has none, or the test sets differ."""
-    scores = [_scores(record, variant, metric) for record in records]
-    kept = [each for each in scores if each is not None]
+    scores = [each for each in (_scores(record, variant, metric) for record in records) if each is not None]
     one_set = len({_test_set(record, variant) for record in records}) <= 1
-    return kept if one_set and len(kept) == len(scores) else None
+    return scores if one_set and len(scores) == len(records) else None
 
 
 def column(record: Record, variant: str, name: str) -> Any:

@@ -108,10 +108,15 @@ def quality_table(cells: Cells, printed: QualityTable) -> Table:
         for method in methods_of(printed.number, scale):
             if (method == "none") == (level == 0):
                 rows += [_row(cells, printed, shown, level, method, lora) for lora in (True, False)]
-    number, notes = printed.number, errata(lambda where: _about(where, printed.number))
+    number = printed.number
+
+    def about(where: str) -> bool:
+        words = where.replace(",", " ").split()
+        return words[0] in ("Table", "Tables") and bool({number, number.rstrip("ab")} & set(words))
+
     section = "Quality" if len(number.rstrip("ab")) == 1 and number != "9" else "Quality in detail"
     title = f"Table {number}. {printed.title}"
-    return Table(f"table{number}", title, heads, rows, _caption(cells, printed), notes, section)
+    return Table(f"table{number}", title, heads, rows, _caption(cells, printed), errata(about), section)
 
 
 def _row(
@@ -179,8 +184,3 @@ def _is_measured(cells: Cells, task: str, metric: str) -> bool:
     """False only where runs of the task exist and none has the metric."""
     nodes = [record.node for record in cells.library.records if record.node["data"] == task]
     return not nodes or any(metric in part["metrics"] for node in nodes for part in node["variants"].values())
-
-
-def _about(where: str, number: str) -> bool:
-    words = where.replace(",", " ").split()
-    return words[0] in ("Table", "Tables") and bool({number, number.rstrip("ab")} & set(words))

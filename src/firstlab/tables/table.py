@@ -111,17 +111,13 @@ class Table:
         """Headings of neighbouring columns and how many each spans."""
         return [(group, len(list(each))) for group, each in groupby(column.group for column in self.columns)]
 
-    def text_column(self, index: int) -> bool:
-        """Whether a column holds words only."""
-        return all(row[index].value is None and row[index].kind != "missing" and row[index].text for row in self.rows)
-
     def classes(self, index: int, cell: Cell | None = None) -> dict[str, str | None]:
         """CSS classes of a cell or heading; columns before the first group of a grouped table lead."""
-        groups = [column.group for column in self.columns]
+        groups, cells = [column.group for column in self.columns], [row[index] for row in self.rows]
         names = {
             "lead": any(groups) and not any(groups[: index + 1]),
             "none": cell is not None and not cell.text,
-            "text": self.text_column(index),
+            "text": all(each.value is None and each.kind != "missing" and each.text for each in cells),
             "start": index > 0 and groups[index] != groups[index - 1],
         }
         chosen = [name for name, holds in names.items() if holds] + ([cell.kind] if cell and cell.kind else [])
