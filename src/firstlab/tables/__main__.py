@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
 
 from firstlab.config.command_line import command
 from firstlab.config.grid import quality_of, tpot_of
+from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
-from firstlab.tables import analysis, page, pictures, quality, speed
-from firstlab.tables.cells import Cells
+from firstlab.tables import analysis, pictures, quality, speed
+from firstlab.tables.cells import BETTER, WORSE, Cells
 from firstlab.tables.config import TablesConfig, load
 from firstlab.tables.records import Library, read
 from firstlab.tables.table import Table, csv_text, latex, markdown
@@ -51,8 +56,29 @@ def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
             picture.unlink(missing_ok=True)  # of other results
     index = out / "index.html"
     shown = [table for table in tables if table.key != "runs"]  # as large as all others together; its files have it
-    write_atomically(index, page.render(config, shown, library))
+    write_atomically(index, page(config, shown, library))
     return index
+
+
+def page(config: TablesConfig, tables: Sequence[Table], library: Library) -> str:
+    """One self-contained HTML page with every table and picture, in the order given."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    sections: dict[str, list[Table]] = defaultdict(list)
+    for table in tables:
+        sections[table.section].append(table)
+    template = files("firstlab.tables").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        config=config,
+        sections=sections,
+        errata=paper.read()["errata"],
+        warnings=library.warnings,
+        records=sum(each.node["model"] in config.scale.models.values() for each in library.records),
+        filled=sum(table.filled for table in tables),
+        missing=sum(len(table.missing) for table in tables),
+        reference=quality.method_title(config.reference),
+        better=BETTER,
+        worse=WORSE,
+    )
 
 
 def run(config: TablesConfig) -> None:
