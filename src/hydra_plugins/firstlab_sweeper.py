@@ -25,6 +25,8 @@ class GridSweeper(Sweeper):
         grids: Grid name to {override key: value or list of values}; see `firstlab.run.sweep.expand`.
     """
 
+    config: DictConfig
+
     def __init__(
         self, scale: DictConfig, cells: Mapping[str, DictConfig], grids: Mapping[str, Mapping[str, Any]]
     ) -> None:
