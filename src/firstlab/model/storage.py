@@ -26,7 +26,10 @@ FORMAT = "firstlab"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ROUTER_WEIGHTS = "routers.safetensors"
-_AGAIN = "save the model again; in a run directory, delete this folder and give the training command again"
+_AGAIN = (
+    "save the model again; in a run directory, delete this folder, and result.json if there is one, and give the "
+    "training command again"
+)
 #: Folder of a base that was saved along.
 _BASE = "base"
 _PEFT_PREFIX = "base_model.model."
