@@ -24,20 +24,15 @@ class RoutedCache(DynamicCache):
 
     Prefill runs every layer. When the whole prompt has been seen, route = (rho >= threshold) and the keys and values
     of layers that no row runs are freed. Every later pass, of one token or many, runs exactly the routed layers.
-    Routes with `skips_prompt` alone are in force from the first token of the prompt.
+    Routes with `skips_prompt` are in force from the first token of the prompt.
 
     Args:
-        config: Config of the wrapped model.
-        routers: The routers that read the prompt.
-        prompt_length: Padded length of the prompt, when it arrives in several chunks. None: the first pass is the
-            whole prompt.
-        routes: Used instead of the routers' decision. Rows are repeated when the batch is a multiple of them (beams,
-            several sequences per prompt).
+        prompt_length: Padded length of a prompt that arrives in several chunks. None: the first pass is all of it.
+        routes: Used instead of the routers' decision; rows are repeated when the batch is a multiple of them (beams).
         exit_head: Logits of intermediate states; for `EarlyExit`.
 
     Attributes:
-        routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read (or
-            begun, for routes with `skips_prompt`).
+        routes: [B, L] boolean, true where the next token may run the layer; None before that is decided.
         rho: [B, L] fp32, None until then and for forced routes.
         prompt_continues: The next pass is not the prompt's last: the routes stay undecided behind it.
     """
@@ -67,17 +62,13 @@ class RoutedCache(DynamicCache):
         self.routes: Tensor | None = None
         self.rho: Tensor | None = None
         self.prompt_continues = False
-        self._routers = routers
-        self._prompt_length = prompt_length
-        self._seen = 0
-        self._prompt_seen = 0
+        self._routers, self._prompt_length = routers, prompt_length
+        self._seen = self._prompt_seen = self._pass_tokens = 0
         self._force(routes, exit_head)
-        self._pass_tokens = 0
         self._pass_mask: Tensor | None = None
-        # Of every layer of this pass; then summed over the prompt's passes, [B, L] and [B].
-        self._readings: list[tuple[Tensor, ...]] = []
-        self._sums: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._readings: list[tuple[Tensor, ...]] = []  # of every layer of this pass
+        self._sums: Tensor | None = None  # [B, L], of p over the prompt's passes
+        self._counts: Tensor | None = None  # [B], of the prompt's tokens
         # Per layer: does any, does every token of the pass run it; and which do, broadcastable to [B, T, L].
         self._any_row: list[bool] = []
         self._all_rows: list[bool] = []
@@ -203,10 +194,8 @@ class RoutedCache(DynamicCache):
         sums = self._routers.sums(self._readings, mask)
         counts = mask.sum(-1).to(sums.device)
         self._readings = []
-        if self._sums is None or self._counts is None:
-            self._sums, self._counts = sums, counts
-        else:
-            self._sums, self._counts = self._sums + sums, self._counts + counts
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = counts if self._counts is None else self._counts + counts
 
     def _fix_routes(self) -> None:
         self._prompt_seen = self._seen
@@ -365,10 +354,9 @@ class RoutedCache(DynamicCache):
         self._take_rows(lambda rows: rows[indices.to(rows.device)])
 
     def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
-        if self.rho is not None:
-            self.rho = take(self.rho)
-        if self._sums is not None and self._counts is not None:
-            self._sums, self._counts = take(self._sums), take(self._counts)
+        for name in ("rho", "_sums", "_counts"):
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, take(rows))
         if self.routes is not None:
             self._set_routes(take(self.routes))
         if self._exit_record:

@@ -5,6 +5,7 @@ Routing comes with the KV cache (inference) or the teacher-forced pass (training
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -161,19 +162,15 @@ def watch_passes(decoder: nn.Module) -> None:
 
 
 def _begin_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = find_cache(args, kwargs)
-    if cache is None:
+    if (cache := find_cache(args, kwargs)) is None:
         return
     given = signature(decoder.forward).bind(*args, **kwargs).arguments
-    inputs = given.get("input_ids")
-    if inputs is None:
-        inputs = given["inputs_embeds"]
+    inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
     cache.begin_pass(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
 
 
 def _end_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = find_cache(args, kwargs)
-    if cache is None:
+    if (cache := find_cache(args, kwargs)) is None:
         return
     runs, weights = cache.layers_run, getattr(output, "attentions", None)
     # Where transformers records the weights of the layers that it calls, the others have no entry yet.
@@ -200,17 +197,14 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     modules = dict(model.named_modules())
     # A list inside a numbered module (experts of a layer, say) is not the list of layers.
     lists = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == expected
-        and not any(part.isdigit() for part in name.split("."))
+        name: each
+        for name, each in modules.items()
+        if isinstance(each, nn.ModuleList) and len(each) == expected and not re.search(r"(^|\.)\d+(\.|$)", name)
     }
     if len(lists) != 1:
-        found = ", ".join(lists) or "none"
         raise ValueError(
-            f"{type(model).__name__}: expected exactly one ModuleList of {expected} decoder layers, found {found}; "
-            "only decoder-only models whose layers stand in one ModuleList can be routed"
+            f"{type(model).__name__}: expected exactly one ModuleList of {expected} decoder layers, found "
+            f"{', '.join(lists) or 'none'}; only decoder-only models whose layers stand in one ModuleList can be routed"
         )
     [(name, layers)] = lists.items()
     return modules[name.rpartition(".")[0]], layers

@@ -36,8 +36,7 @@ from firstlab.model.routers import Routers, RouterSettings, float32_kept
 from firstlab.model.routes import Routes, as_routes
 from firstlab.model.teacher_forcing import PromptPass, TeacherForcedPass
 
-# Half a GiB of fp32 logits for a vocabulary of 128k.
-LOSS_CHUNK = 1024
+LOSS_CHUNK = 1024  # half a GiB of fp32 logits for a vocabulary of 128k
 
 
 class RouterAugmentedLM(nn.Module):
@@ -385,7 +384,7 @@ class RouterAugmentedLM(nn.Module):
 
     @torch.no_grad()
     def dense_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """The `states` [N, D] that the base model alone, every layer run and without LoRA, has where labels are."""
+        """The `states` [N, D] of the base model alone, every layer run and without LoRA, where labels are."""
         with self.lora_disabled():
             out = self._run(None, self.backbone, input_ids, attention_mask)
         return out.last_hidden_state[:, :-1][predicting(labels, attention_mask.bool())]
@@ -457,8 +456,7 @@ class RouterAugmentedLM(nn.Module):
         if input_ids is None and embeds is None:
             raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")
         cache = self.new_cache() if past_key_values is None else inputs.own_cache(past_key_values)
-        prompt = input_ids if embeds is None else embeds
-        assert prompt is not None
+        prompt: Any = input_ids if embeds is None else embeds
         if cache.get_seq_length():
             inputs.check_new_tokens(prompt, attention_mask, cache)
             # New tokens behind a cache are then one piece, which gives the same tokens.

@@ -58,7 +58,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
-    """Some routers of experts in transformers are linear maps that give a tuple."""
+    # Some routers of experts in transformers are linear maps that give a tuple.
     kind = type(linear)
     if kind.forward in (nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith("transformers.models."):
         return True
@@ -68,10 +68,7 @@ def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
 
 
 def target_pattern(model: PreTrainedModel, names: Sequence[str]) -> str:
-    """The regular expression by which PEFT finds linear maps of the decoder layers.
-
-    The last part of a name would also match what is elsewhere (in a vision tower, say) or is no linear map.
-    """
+    """The regular expression by which PEFT finds these linear maps of the decoder layers and no others."""
     _, layers = find_decoder(model)
     path = next(name for name, module in model.named_modules() if module is layers)
     inside = sorted({name.removeprefix(f"{path}.").partition(".")[2] for name in names})

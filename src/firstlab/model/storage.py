@@ -122,8 +122,8 @@ def _check_folder(path: str, options: Mapping[str, Any]) -> None:
     """Look into the files that transformers believes, before it does.
 
     Raises:
-        ModelUnavailableError: The generation config is damaged, for which transformers would put its own, with other
-            stop tokens; or a file names code to import: a package of PEFT's, or attention kernels of the hub.
+        ModelUnavailableError: The generation config is damaged, which transformers would replace in silence; or a file
+            names code to import: a package of PEFT's, or attention kernels of the hub.
     """
     file = Path(path) / "generation_config.json"
     if file.is_file():
@@ -207,8 +207,7 @@ def read_config(path: str | Path) -> SavedModel | None:
         if (folder / _ROUTER_WEIGHTS).is_file():
             raise ModelUnavailableError(f"{file} beside {_ROUTER_WEIGHTS} must have model_type={FORMAT!r}; {_AGAIN}")
         return None
-    missing = [key for key in ("base_model_name_or_path", "router") if key not in config]
-    if missing:
+    if missing := [key for key in ("base_model_name_or_path", "router") if key not in config]:
         raise ModelUnavailableError(f"{file} has no key {' and no key '.join(missing)}; {_AGAIN}")
     base, files = config["base_model_name_or_path"], config.get("files")
     if not isinstance(base, str) or not isinstance(files, dict | None):
@@ -306,8 +305,7 @@ def load_trained(lm: PreTrainedModel, routers: Routers, saved: SavedModel) -> No
     """
     names = [_ROUTER_WEIGHTS, *([_ADAPTER_WEIGHTS, _ADAPTER_CONFIG] if saved.has_adapter else [])]
     for name in names:
-        file = saved.folder / name
-        if not file.is_file():
+        if not (saved.folder / name).is_file():
             raise ValueError(f"{saved.folder} was saved with {name}, and it is missing; {_AGAIN}")
     _copy(saved, _ROUTER_WEIGHTS, _load_file(saved, _ROUTER_WEIGHTS), {"weight": routers.weight})
     if saved.has_adapter:
