@@ -26,9 +26,9 @@ class Layout:
 
     @classmethod
     def of(cls, prompt: Tensor, response: Tensor) -> Layout | None:
-        """The layout of rows whose prompt and response tokens are given, [B, T] boolean each.
+        """The layout of prompt and response tokens, [B, T] boolean each.
 
-        None where there is nothing on one side, or a prompt token behind a token of the response.
+        None if one side is empty or a prompt token stands behind one of the response.
         """
         longest, room = int(prompt.sum(1).max()), int(response.sum(1).max())
         if 0 in (longest, room) or (prompt & (response.cumsum(1) > 0)).any():

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from firstlab.model.layers import find_decoder
 
 QUANTIZATIONS = ("int8", "int4")
-#: The CPU kernel of 8-bit weights reads blocks of as many numbers, also behind the end of a row; that of 4-bit weights
-#: computes blocks of as many outputs.
+# The CPU kernel of 8-bit weights reads blocks of this size, even past a row's end; that of 4-bit weights computes
+# blocks of this many outputs.
 _BLOCK = 16
-#: Numbers of a row that share a scale and a zero in 4-bit weights.
+# Numbers of a row that share a scale and a zero in 4-bit weights.
 _GROUP = 32
 
 
@@ -36,13 +36,9 @@ def check_quantization(name: str | None) -> None:
 
 
 def quantize(lm: PreTrainedModel, name: str | None) -> None:
-    """Quantize every linear map of the decoder layers in place; embeddings, head, norms and routers stay as they are.
+    """Quantize every `nn.Linear` of the decoder layers in place; None leaves everything as it is.
 
-    So do the stacked weights of experts, which are no linear maps; a warning says how much of the layers they are.
-
-    Args:
-        lm: Without unmerged LoRA.
-        name: One of `QUANTIZATIONS`; None leaves everything as it is.
+    The stacked weights of experts stay as they are, with a warning.
 
     Raises:
         ValueError: As `check_quantization`, unmerged LoRA, or layers without `nn.Linear`.

@@ -59,12 +59,9 @@ def straight_through(rho: Tensor, decision: Tensor) -> Tensor:
 
 
 def mix(hidden: Tensor, output: Tensor, gate: Tensor) -> Tensor:
-    """h_i = h_{i-1} + g · phi_i(h_{i-1}), written h + g · (F(h) - h); exact at g = 0 and g = 1.
+    """h_i = h_{i-1} + g · phi_i(h_{i-1}), exact at g = 0 and g = 1.
 
-    Args:
-        hidden: [B, T, D], input of the layer.
-        output: [B, T, D], F_i(hidden) = hidden + phi_i(hidden).
-        gate: [B, T] or broadcastable.
+    `hidden` [B, T, D] is the layer's input, `output` is F_i(hidden) = hidden + phi_i(hidden), `gate` is [B, T].
     """
     return torch.lerp(hidden, output, gate.to(output.dtype).unsqueeze(-1).expand_as(output))
 
@@ -96,7 +93,7 @@ class Routers(nn.Module):
         return self.weight.shape[0]
 
     def probabilities(self, hidden: Tensor, layer_index: int) -> Tensor:
-        """Per-token probabilities of one layer, [B, T, D] -> [B, T] fp32."""
+        """p of one layer, [B, T, D] -> [B, T] fp32."""
         return token_probabilities(hidden, self.weight[layer_index], self.settings.input_norm)
 
     def rho_of_constant(self, hidden: Tensor, pooled_tokens: Tensor, layer_index: int) -> Tensor:
@@ -118,7 +115,7 @@ class Routers(nn.Module):
             return rho + derivative @ (weight - weight.detach())
 
     def readings(self, hidden: Tensor, layer_index: int) -> tuple[Tensor, ...]:
-        """What the probabilities of one layer need, [B, T, D] -> [B, T] fp32 each; see `token_readings`."""
+        """`token_readings` of one layer, [B, T, D] -> [B, T] fp32 each."""
         return token_readings(hidden, self.weight[layer_index], self.settings.input_norm)
 
     def sums(self, readings: Sequence[Sequence[Tensor]], pooled_tokens: Tensor) -> Tensor:

@@ -24,8 +24,6 @@ POOLED_TOKENS = ("sequence", "prompt")
 
 
 class _Measured:
-    """Collects the rho of every layer of a pass."""
-
     def __init__(self, routers: Routers) -> None:
         self.routers = routers
         self._rho: list[Tensor] = []
