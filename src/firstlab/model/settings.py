@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 INPUT_NORMS = ("none", "rms")
 
@@ -27,10 +26,6 @@ class RouterSettings:
             )
         if not 0 < self.threshold < 1:
             raise ValueError(f"router.threshold={self.threshold} must lie strictly between 0 and 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary for config.json."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,40 @@ GATES = ("soft", "hard", "bernoulli")
 POOLED_TOKENS = ("sequence", "prompt")
 
 
-class TeacherForcedPass:
+class _Measured:
+    def __init__(self, routers: Routers) -> None:
+        self.routers = routers
+        self._rho: list[Tensor] = []
+
+    @property
+    def rho(self) -> Tensor:
+        """[B, L], with gradient where the routers have one."""
+        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
+
+
+class PromptPass(_Measured):
+    """Measures rho on the unskipped path, as prefill does.
+
+    Args:
+        routers: The routers.
+        prompt_mask: [B, T] boolean, true on prompt tokens.
+        constant: The hidden states need no gradient: no graph but that from rho to the routers.
+    """
+
+    def __init__(self, routers: Routers, prompt_mask: Tensor, constant: bool = False) -> None:
+        super().__init__(routers)
+        self.prompt_mask, self.constant = prompt_mask, constant
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        mask = self.prompt_mask.to(hidden.device)
+        if self.constant:
+            self._rho.append(self.routers.rho_of_constant(hidden, mask, index))
+        else:
+            self._rho.append(pool(self.routers.probabilities(hidden, index), mask))
+        return run()
+
+
+class TeacherForcedPass(_Measured):
     """Routing of one forward pass over whole sequences.
 
     Args:
@@ -38,6 +71,7 @@ class TeacherForcedPass:
             too, need decode_consistent.
         exit_head: Logits of intermediate states; for `EarlyExit`.
         checkpoint_layers: Recompute each layer in the backward pass instead of keeping its activations.
+        prompt_rho: [B, L] of prompts that were read before: the tokens are their responses alone.
     """
 
     def __init__(
@@ -51,7 +85,9 @@ class TeacherForcedPass:
         routes: Routes | Tensor | None = None,
         exit_head: Callable[[Tensor], Tensor] | None = None,
         checkpoint_layers: bool = False,
+        prompt_rho: Tensor | None = None,
     ) -> None:
+        super().__init__(routers)
         for name, value, allowed in (
             ("objective", objective, OBJECTIVES),
             ("gate", gate, GATES),
@@ -59,7 +95,6 @@ class TeacherForcedPass:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
-        self.routers = routers
         self.decode_consistent = objective == "decode_consistent"
         self.gate = gate
         self.prompt_mask = prompt_mask
@@ -69,7 +104,7 @@ class TeacherForcedPass:
         if routes is not None:
             self._follow(as_routes(routes), objective, attention_mask, exit_head)
         self.checkpoint_layers = checkpoint_layers
-        self._rho: list[Tensor] = []
+        self._prompt_rho = prompt_rho
 
     def _follow(
         self, routes: Routes, objective: str, attention_mask: Tensor, head: Callable[[Tensor], Tensor] | None
@@ -91,19 +126,19 @@ class TeacherForcedPass:
             self._gates = gates | self.prompt_mask.unsqueeze(-1) if unmixed_prompt else gates
 
     @property
-    def rho(self) -> Tensor:
-        """[B, L], with gradient."""
-        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
-
-    @property
     def ran(self) -> Tensor | None:
         """[B, T, L] boolean, the layers that each token ran under forced routes."""
         return self._gates if self._exits is None else self._exits.ran
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run the layer and mix its output with its input by the gate."""
-        rho = self._measure(index, hidden)
+        if self._prompt_rho is None:
+            rho = pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
+        else:
+            rho = self._prompt_rho[:, index].to(hidden.device)
         self._rho.append(rho)
+        if self._prompt_rho is not None and self._gates is not None and not self._gates[..., index].any():
+            return skip()  # forced routes leave it out for every row
         if self.checkpoint_layers and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         if self._exits is not None:
@@ -119,88 +154,9 @@ class TeacherForcedPass:
             return (mix(hidden, output[0], gate), *output[1:])
         return mix(hidden, output, gate)
 
-    def _measure(self, index: int, hidden: Tensor) -> Tensor:
-        return pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))
-
     def _gate(self, rho: Tensor) -> Tensor:
         if self.gate == "hard":
             return straight_through(rho, self.routers.decide(rho))
         if self.gate == "bernoulli":
             return straight_through(rho, torch.bernoulli(rho.detach()))
         return rho
-
-
-class PromptPass:
-    """Measures rho on the unskipped path, as prefill does, and keeps no keys and values.
-
-    Args:
-        routers: The routers.
-        prompt_mask: [B, T] boolean, true on prompt tokens.
-    """
-
-    def __init__(self, routers: Routers, prompt_mask: Tensor) -> None:
-        self.routers = routers
-        self.prompt_mask = prompt_mask
-        self._rho: list[Tensor] = []
-
-    @property
-    def rho(self) -> Tensor:
-        """[B, L]."""
-        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """Measure, then run the layer unchanged."""
-        self._rho.append(pool(self.routers.probabilities(hidden, index), self.prompt_mask.to(hidden.device)))
-        return run()
-
-
-class ConstantPromptPass(PromptPass):
-    """A `PromptPass` without any graph but that from rho to the routers, for a base that needs no gradient."""
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """Measure, then run the layer unchanged."""
-        self._rho.append(self.routers.rho_of_constant(hidden, self.prompt_mask.to(hidden.device), index))
-        return run()
-
-
-class ResponsePass(TeacherForcedPass):
-    """The response tokens alone, decode-consistent, behind keys and values of their prompts.
-
-    Args:
-        routers: The routers.
-        rho: [B, L] of the prompts, with gradient.
-        response_mask: [B, R] boolean, false on padding.
-        gate, checkpoint_layers: See `TeacherForcedPass`.
-        routes: One decision per prompt or for all, or None for the routers' own.
-    """
-
-    def __init__(
-        self,
-        routers: Routers,
-        rho: Tensor,
-        response_mask: Tensor,
-        gate: str,
-        checkpoint_layers: bool,
-        routes: Routes | Tensor | None = None,
-    ) -> None:
-        no_prompt = torch.zeros_like(response_mask)
-        super().__init__(
-            routers,
-            response_mask,
-            no_prompt,
-            "decode_consistent",
-            gate,
-            routes=routes,
-            checkpoint_layers=checkpoint_layers,
-        )
-        self._prompt_rho = rho
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """As any pass; a layer that forced routes leave out for every row is not run at all."""
-        if self._gates is not None and not self._gates[..., index].any():
-            self._rho.append(self._measure(index, hidden))
-            return skip()
-        return super().run_layer(index, hidden, run, skip)
-
-    def _measure(self, index: int, hidden: Tensor) -> Tensor:
-        return self._prompt_rho[:, index].to(hidden.device)
