@@ -85,7 +85,7 @@ def test_lora_without_its_weights_is_not_evaluated_as_lora(unrecorded: Path, tin
 
 def test_a_phase_that_is_trained_again_is_evaluated_again(unrecorded: Path, tiny_model_dir: Path):
     shutil.rmtree(unrecorded / "router")
-    with pytest.raises(ValueError, match=r"has lora/ but not router/.* delete lora/ to train both again"):
+    with pytest.raises(ValueError, match=r"has lora/ but not router/.* delete lora/, and result.json if"):
         evaluated(unrecorded, tiny_model_dir, "phases=[router,lora]").run()
     shutil.rmtree(unrecorded / "lora")
     evaluated(unrecorded, tiny_model_dir, "phases=[router,lora]").run()
@@ -103,7 +103,7 @@ def test_a_damaged_record_of_a_phase_is_named(tmp_path: Path, text: str):
     assert phase_record(tmp_path, "router") is None
     (tmp_path / "router").mkdir()
     for _ in range(2):  # missing, then damaged
-        with pytest.raises(ValueError, match=r"router.yaml is missing or damaged \(.*delete it and .*/router,"):
+        with pytest.raises(ValueError, match=r"router.yaml is missing or damaged .*; delete it and .*/router, and "):
             phase_record(tmp_path, "router")
         (tmp_path / "router.yaml").write_text(text)
 
@@ -112,7 +112,7 @@ def test_a_damaged_record_of_a_phase_is_named(tmp_path: Path, text: str):
 def test_a_damaged_decision_is_named(tmp_path: Path, text: str):
     _, method = composed("method=sleb")
     (tmp_path / "routes.json").write_text(text)
-    with pytest.raises(ValueError, match=r"routes.json is missing or damaged \(.*; delete it and give the training"):
+    with pytest.raises(ValueError, match=r"routes.json is missing or damaged \(.*; delete it, and result.json if"):
         shared_routes(tmp_path, method, FOUR_LAYERS)
 
 
@@ -123,18 +123,17 @@ def test_a_damaged_order_of_layers_is_named(tmp_path: Path, text: str):
     (tmp_path / "start.json").write_text("[2, 1]")
     assert torch.equal(static_routes(tmp_path, method, 4), torch.tensor([True, True, False, True])) is False
     (tmp_path / "start.json").write_text(text)
-    with pytest.raises(ValueError, match=r"start.json is missing or damaged \(.*; delete it and give the training"):
+    with pytest.raises(ValueError, match=r"start.json is missing or damaged \(.*; delete it, and result.json if"):
         static_routes(tmp_path, method, 4)
 
 
-def test_a_record_without_its_headline_metric_is_left_out(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_damaged_record_beside_a_run_is_left_out(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     good, damaged = (json.loads((finished / "result.json").read_text()) for _ in range(2))
     del damaged["variants"]["router"]["primary_metric"]
-    for name, node in (("a", good), ("b", damaged), ("c", good)):
+    texts = [json.dumps(good), json.dumps(damaged), '{"conf', "[]", json.dumps(good)]
+    for name, text in zip("abcde", texts, strict=True):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps(node))
+        (tmp_path / name / "result.json").write_text(text)
     assert len(neighbours(tmp_path / "a", good)) == 2
-    [said] = capsys.readouterr().err.splitlines()
-    assert said.split()[1] == str(tmp_path / "b" / "result.json")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == [str(tmp_path / name / "result.json") for name in "bcd"]

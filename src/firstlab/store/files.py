@@ -32,7 +32,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 def read_own(
     file: Path,
     parse: Callable[[Any], Parsed],
-    remedy: str = "delete it and give the training command again, which makes it again",
+    remedy: str = "delete it, and result.json if there is one, and give the training command again",
 ) -> Parsed:
     """What a JSON or YAML file that firstlab wrote stands for; a kill or a hand may have damaged it since.
 
