@@ -147,7 +147,7 @@ class Cell:
     @torch.no_grad()
     def _time_routers(self) -> float:
         """Seconds that the routers of all layers take for the prompts: dot products, means, decision."""
-        routers, weight = self.some.routed.routers, self.some.plain.get_input_embeddings().weight
+        routers, weight = self.some.routed.layer_routers, self.some.plain.get_input_embeddings().weight
         hidden = torch.randn(*self.ids.shape, routers.weight.shape[1], device=self.ids.device)
         hidden = hidden.to(weight.dtype)  # type: ignore[arg-type]
         pooled = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)

@@ -152,6 +152,13 @@ class RouterAugmentedLM(nn.Module):
         return self.routers.num_layers
 
     @property
+    def layer_routers(self) -> Routers:
+        """The paper's routers, one per layer; raises ValueError where one router chooses whole routes."""
+        if not isinstance(self.routers, Routers):
+            raise ValueError("this needs routers per layer, and the model has router.kind=routes")
+        return self.routers
+
+    @property
     def backbone(self) -> nn.Module:
         """The model without its head: tokens to the decoder's output."""
         base = self.lm.base_model

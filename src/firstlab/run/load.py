@@ -23,7 +23,7 @@ from firstlab.config.compose import (
     search_path,
     settings,
 )
-from firstlab.config.schema import ExperimentConfig, PhaseConfig, training_routers
+from firstlab.config.schema import PAPER_ORDER, ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense

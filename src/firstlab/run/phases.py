@@ -112,8 +112,8 @@ def train_routers(run: Run) -> None:
         run.data.max_length = run.config.data.max_length_router
         begun = time.perf_counter()
         with run.reading("the fit of the router"):
-            record = fit_route_router(run)
-        _finish(run, "router", record | {"steps": 0, "multiplier": 0.0, "seconds": time.perf_counter() - begun})
+            fitted = fit_route_router(run)
+        _finish(run, "router", fitted | {"steps": 0, "multiplier": 0.0, "seconds": time.perf_counter() - begun})
         return
     steps = _read_as(run, "router")
     record: dict[str, Any] = {}  # how well the start fits

@@ -197,6 +197,8 @@ def _stream(source: _Source, options: GenerateConfig) -> list[float]:
         skips = out.layer_skips
     else:
         torch.manual_seed(options.seed)
+        drawn = {"temperature": options.temperature, "top_k": options.top_k}
+        sampling: dict[str, Any] = drawn if options.do_sample else {}
         result = model.generate(
             torch.tensor([prompt], device=model.device),
             routes=None if routes is None else routes.to(model.device),
@@ -206,7 +208,7 @@ def _stream(source: _Source, options: GenerateConfig) -> list[float]:
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             eos_token_id=ends or None,
             return_dict_in_generate=True,
-            **({"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}),
+            **sampling,
         )
         skips = result.past_key_values.layer_skips()
     shares: list[float] = skips[0].tolist()
