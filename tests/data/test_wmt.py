@@ -28,7 +28,7 @@ def test_other_training_years(root):
 def test_impossible_options(root):
     with pytest.raises(ValueError, match="data.task.pair=de-en is unknown: choose one of en-de, en-zh"):
         WMTTranslation("de-en")
-    with pytest.raises(ValueError, match="data.task.train_years holds 2022, which is the test set"):
+    with pytest.raises(ValueError, match=r"newstest2022.en-de and data.task.test=newstest2022.en-de are the same text"):
         WMTTranslation("en-de", root, [2021, 2022])
 
 
@@ -68,7 +68,5 @@ def test_a_year_that_sacrebleu_lacks():
 
 
 def test_a_year_twice():
-    with pytest.raises(
-        ValueError, match=re.escape("data.task.train_years=[2017, 2017] holds a year twice: remove one")
-    ):
+    with pytest.raises(ValueError, match="newstest2017.en-de and data.task.train=newstest2017.en-de are the same text"):
         WMTTranslation("en-de", train_years=[2017, 2017])

@@ -98,7 +98,7 @@ def decode(
         batches: Test prompts, by position.
         routes: The method's routes of all test prompts, or None to let the routers decide.
     """
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length)
     if batches:
         yield from (_by_engine if decoding.decoder == "engine" else _by_generate)(
             model, data, decoding, rows, batches, routes

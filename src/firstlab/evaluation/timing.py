@@ -119,7 +119,7 @@ def measure_tpot(
         Medians in seconds, the median ratio and its quartiles.
     """
     indices = np.unique(np.linspace(0, len(routes) - 1, min(prompts, len(routes))).astype(int))
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length)
     chosen = [rows[int(index)].prompt for index in indices]
     decoder: RouterAugmentedLM | DecodeEngine = model
     if engine:

@@ -126,7 +126,7 @@ def example_columns(
     data: PromptDataModule, predictions: Sequence[Prediction], tokens: Sequence[int], num_layers: int
 ) -> dict[str, str]:
     """What tables need to know about each test prompt, packed (`firstlab.store.results.pack`): [N] each."""
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length)
     return {
         "difficulty": results.pack([p.difficulty for p in predictions]),
         "prompt_tokens": results.pack([len(rows[i].prompt) for i in range(len(predictions))]),
