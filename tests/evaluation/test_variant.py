@@ -277,7 +277,7 @@ def test_every_stop_token_of_the_model_ends_a_response(setting, tmp_path: Path, 
     before = predict(setting, tmp_path / "before.jsonl", None, decoder=decoder)
     longest = max(before, key=lambda each: each.new_tokens)
     eos = data.tokenizer.eos_token_id
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length)
     prompt = torch.tensor([rows[longest.index].prompt])
     said = model.generate(prompt, max_new_tokens=longest.new_tokens, eos_token_id=eos)[0, prompt.shape[1] :].tolist()
     stop = said[3]
