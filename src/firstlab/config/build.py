@@ -84,7 +84,8 @@ def check_lora_targets(config: ExperimentConfig) -> None:
     if "lora" not in config.phases:
         return
     try:
-        base = load_base_config(model_path(config.init_from or config.model.path), config.model.revision)
+        path, model = model_path(config.init_from or config.model.path), config.model
+        base = load_base_config(path, model.revision, model.attn_implementation)
     except ModelUnavailableError:
         return  # loading it says what is wrong, or knows more kinds of folders
     check_lora(base, config.lora)
