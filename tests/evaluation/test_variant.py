@@ -17,7 +17,7 @@ from firstlab.config.schema import ExperimentConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows
 from firstlab.evaluation.decoding import Decoding
-from firstlab.evaluation.predictions import Prediction, generate_predictions, is_complete
+from firstlab.evaluation.predictions import Prediction, generate_predictions
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import EarlyExit, FixedRoutes, PrunedRoutes, Routes, StepRoutes
@@ -161,18 +161,6 @@ def test_predictions_of_another_evaluation_are_not_mixed_in(setting, tmp_path: P
         (tmp_path / "apart" / f"{name}.0.part").unlink()
     part.write_text(foreign, encoding="utf-8")
     assert predict(setting, tmp_path / "router.jsonl", None) == whole
-
-
-def test_whether_predictions_are_complete(setting, tmp_path: Path) -> None:
-    config, data, model = setting
-    options = replace(config.evaluation, tpot_prompts=0, perplexity=False)
-    evaluate_variant(model, data, options, tmp_path, "router", None, seed=0, progress_bar=False)
-    file = tmp_path / "router.jsonl"
-    assert is_complete(file, LIMIT) and not is_complete(file, LIMIT + 1) and not is_complete(tmp_path / "no", 0)
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for harmed in (lines[:-1], [*lines[:-1], lines[-1][:9]], [*lines[1:], lines[0]], [*lines[:-1], "{}\n"]):
-        file.write_text("".join(harmed), encoding="utf-8")
-        assert not is_complete(file, LIMIT)
 
 
 HOSTILE = {

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from firstlab.config.schema import ExperimentConfig
+from firstlab.store.files import read_yaml
 
 Settings = TypeVar("Settings")
 
@@ -152,7 +153,7 @@ def read_saved(file: Path) -> dict[str, Any]:
         ValueError: It is damaged, or not of a run; other programs have a config.yaml, too.
     """
     try:
-        node = yaml.safe_load(file.read_text(encoding="utf-8"))
+        node = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(node, dict) or not {"model", "method", "router_phase"} <= node.keys():

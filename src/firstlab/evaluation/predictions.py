@@ -78,7 +78,7 @@ def generate_predictions(
     """
     examples = data.test
     my_rank, world = rank()
-    key = _digest([file.stem, fingerprint(examples), asdict(decoding), data.max_prompt_length])
+    key = digest([file.stem, fingerprint(examples), asdict(decoding), data.max_prompt_length])
     part = file.with_name(f"{file.stem}.{my_rank}.part")
     done = _read_parts(file, key, complain=True)
     own = _read_part(part, key)[0] if part.is_file() else {}
@@ -132,26 +132,18 @@ def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
     write_atomically(file, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in predictions))
 
 
-def is_complete(file: Path, count: int) -> bool:
-    """Whether what `write_predictions` wrote holds one prediction for each of `count` test prompts."""
-    try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        return [Prediction(**json.loads(line)).index for line in lines] == list(range(count))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 # Parts: while predictions are made, each process appends lines that carry a checksum of themselves and of all that
 # decides the responses. A line that a kill or a hand has damaged, or that belongs to another evaluation, has another.
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Short hash of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _line(prediction: Prediction, key: str) -> str:
     row = asdict(prediction)
-    return json.dumps({"check": _digest([key, row]), **row}, ensure_ascii=False) + "\n"
+    return json.dumps({"check": digest([key, row]), **row}, ensure_ascii=False) + "\n"
 
 
 def _read_part(part: Path, key: str) -> tuple[dict[int, Prediction], list[int]]:
@@ -160,7 +152,7 @@ def _read_part(part: Path, key: str) -> tuple[dict[int, Prediction], list[int]]:
     for number, line in enumerate(part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
-            if row.pop("check") != _digest([key, row]):
+            if row.pop("check") != digest([key, row]):
                 raise ValueError(line)
             found[row["index"]] = Prediction(**row)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.loggers import Logger
 
 from firstlab.config import instantiate
@@ -25,7 +24,7 @@ from firstlab.config.build import (
 from firstlab.config.schema import ExperimentConfig
 from firstlab.data.files import warn
 from firstlab.evaluation.decoding import check_engine
-from firstlab.evaluation.predictions import fingerprint, is_complete
+from firstlab.evaluation.predictions import digest, fingerprint
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
@@ -42,7 +41,7 @@ from firstlab.run.loggers import (
 )
 from firstlab.run.phases import PHASES, Run, compensate_with_lora, phase_record, say, train_routers
 from firstlab.store import machine, results
-from firstlab.store.files import claimed, read_own, write_atomically
+from firstlab.store.files import claimed, read_own, sealed, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 
 
@@ -192,16 +191,16 @@ class Experiment(Run):
 
     def _evaluate(self, name: str, routes: Routes | None) -> dict[str, Any]:
         """Evaluate a variant, unless an earlier try has done so; its part of the record is kept on disk."""
-        file = self.directory / "evaluation" / f"{name}.yaml"
-        test_set, predictions = fingerprint(self.data.test), self.directory / "predictions"
+        file, directory = self.directory / "evaluation" / f"{name}.yaml", self.directory / "predictions"
+
+        def key() -> str:
+            """Of the test prompts and what was said to them."""
+            return digest([fingerprint(self.data.test), (directory / f"{name}.jsonl").read_text(encoding="utf-8")])
 
         def parse(saved: Any) -> dict[str, Any]:
-            figures = (saved["metrics"][saved["primary_metric"]]["value"], saved["skip"]["skip_rate"])
-            whole = all(isinstance(each, float) for each in figures) and saved["n"] == len(self.data.test)
-            whole = whole and is_complete(predictions / f"{name}.jsonl", len(self.data.test))
-            if not whole or saved["examples"]["test_set"] != test_set:
-                raise ValueError("it is not about all these test prompts, or predictions are missing")
-            return dict(saved)
+            if saved["key"] != key():
+                raise ValueError("it is not about these test prompts, or predictions are missing")
+            return dict(saved["variant"])
 
         if file.is_file():
             try:
@@ -214,7 +213,7 @@ class Experiment(Run):
                 self.model,
                 self.data,
                 self.config.evaluation,
-                predictions,
+                directory,
                 name,
                 routes,
                 self.config.seed,
@@ -222,7 +221,7 @@ class Experiment(Run):
                 static_routes(self.directory, self.method, self.model.num_layers),
             )
         if rank()[0] == 0:
-            write_atomically(file, yaml.safe_dump(variant, sort_keys=False))
+            write_atomically(file, sealed(yaml_text({"key": key(), "variant": variant})))
         barrier()
         return read_own(file, parse)
 
