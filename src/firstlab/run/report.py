@@ -92,7 +92,8 @@ def row_title(row: dict[str, Any]) -> str:
     name = "FiRST" if row["method"] == "first" else row["method"]
     title = ROW_NAMES[row["variant"]] if dense else f"{name} {ROW_NAMES[row['variant']]}"
     details = [each for each in ("" if dense else row["level"], row["note"]) if each]
-    return f"{title} ({', '.join(details)})" if details else title
+    title = f"{title} ({', '.join(details)})" if details else title
+    return "".join(each if each.isprintable() else "?" for each in title)  # a terminal obeys some of the others
 
 
 def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
@@ -118,7 +119,7 @@ def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
         timing = row["timing"]
         cells.append(f"{timing['tpot_ratio']:.2f}x" if timing else "-")
         view.add_row(row_title(row), *cells)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
     console.print(view)
     for row in table:
         for warning in row["warnings"]:
@@ -157,12 +158,13 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
             f"{row['metric']} {metric:.1f}, {routes} {'route' if routes == 1 else 'routes'}",
             fontsize=9,
             loc="left",
+            parse_math=False,
         )
     step = max(1, len(layers) // 32)
     axes[-1, 0].set_xticks(layers[::step])
     axes[-1, 0].set_xlabel("decoder layer (0 = first)")
     fig.supylabel("prompts that skip the layer (%)", fontsize=10)
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(title, fontsize=11, parse_math=False)
     fig.tight_layout()
     fig.savefig(file, dpi=130)
     plt.close(fig)
