@@ -259,6 +259,22 @@ def test_architecture_alone_in_its_own_dtype(tmp_path: Path, saved: torch.dtype 
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_implementation": "somebody/kernel"}, "attention code of the hub, somebody/kernel"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "planted.Thing"}}, "needs code from the hub"),
+        ({"quantization_config": "x"}, "config.json makes no model"),
+    ],
+)
+def test_an_architecture_runs_no_code_of_its_folder(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        Models.load(str(tmp_path), RouterSettings(), random_init=True, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
     ("name", "parameters"), [("meta-llama/Meta-Llama-3-8B", 8_030_261_248), ("meta-llama/Llama-3.2-3B", 3_212_749_824)]
 )
 def test_bundled_architectures_have_the_published_size(name: str, parameters: int) -> None:
@@ -327,7 +343,7 @@ def test_settings_out_of_range(folder: Path, given: dict[str, object], message: 
         ({"mixed_routes": [2], "skip_rates": [0.05]}, r"mixed_routes: skip_rates=\[0.05\] skip none of 6 layers"),
         ({"mixed_routes": [9], "skip_rates": [0.2]}, "mixed_routes: 9 different routes at skip rate 0.2, but only 4"),
         ({"prompt_lengths": [125]}, "needs 130 positions, and model=tiny has 128"),
-        ({"model": SpeedModelConfig("none", "no/such/folder", random_init=True)}, "no config"),
+        ({"model": SpeedModelConfig("none", "no/such/folder", random_init=True)}, "is not available: no such folder"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(folder: Path, given: dict[str, object], message: str) -> None:

@@ -129,7 +129,7 @@ def test_settings_out_of_range(folder: Path, option: str, value: object) -> None
 def test_settings_that_do_not_fit_the_model(folder: Path) -> None:
     with pytest.raises(ValueError, match="needs 129 positions, and model=tiny has 128"):
         measure(settings(folder, prompt_length=125))
-    with pytest.raises(ValueError, match="no config"):
+    with pytest.raises(ValueError, match="is not available: no such folder"):
         measure(settings(folder, model=SpeedModelConfig("none", "no/such/folder", random_init=True)))
 
 

@@ -139,6 +139,13 @@ def write_weights(folder: Path) -> None:
     raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
 
 
+def test_a_folder_in_the_place_of_a_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        guarded(lambda folder: write_atomically(folder / "result.json", "{}"))(tmp_path)
+    assert f"\nerror: a folder stands where a file should: move it away ({tmp_path}" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
 @pytest.mark.parametrize("write", [write_checkpoint, write_text, write_weights])
 def test_a_full_disk_is_one_message(write: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

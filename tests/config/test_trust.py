@@ -216,7 +216,7 @@ def test_readers_of_records_run_nothing(path: str, node: Any, trap: Callable[[],
 
 
 @pytest.mark.parametrize(
-    "text", ["!!python/object/apply:os.system [touch MARK]", "!!python/name:planted.Thing", "&a [*a]"]
+    "text", ["!!python/object/apply:os.system [touch MARK]", "!!python/name:planted.Thing", "&a [*a]", "[&a [x], *a]"]
 )
 def test_yaml_makes_no_objects(text: str, trap: Callable[[], None]):
     saved_run("note", None)

@@ -40,12 +40,12 @@ def test_reads_both_splits(tmp_path):
         (article(1, id=True), "line 2: the id is bool, not text"),
         (article(1, id=" "), "line 2: the id is empty"),
         (article(1, highlights=None), "line 2: the highlights is NoneType, not text"),
-        ({"id": "1", "article": "a"}, "line 2: the key 'highlights' is missing (present: id, article)"),
+        ({"id": "1", "article": "a"}, "line 2: missing highlights (present: id, article)"),
         (
             {"text": "a", "summary": "b"},
-            "line 2: the keys 'article', 'highlights' are missing (present: text, summary)",
+            "line 2: missing article, highlights (present: text, summary)",
         ),
-        (["a"], "line 2: expected an object with the keys 'article', 'highlights', found list"),
+        (["a"], "line 2: expected an object with article, highlights, found list"),
     ],
 )
 def test_faulty_lines(tmp_path, row, message):

@@ -43,7 +43,7 @@ class Houses(Task):
 
 
 def module(task=None, **options):
-    defaults = {"train_size": 10, "val_size": 5, "seed": 1, "batch_size": 4, "eval_batch_size": 3}
+    defaults = {"train_size": 10, "val_size": 5, "seed": 1, "batch_size": 4, "total_batches": 3, "eval_batch_size": 3}
     return PromptDataModule(task or Houses(), TOKENIZER, **{**defaults, **options})
 
 
@@ -107,8 +107,8 @@ def test_the_limit_of_the_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 300
     options = {"train_size": 10, "val_size": 5}
-    PromptDataModule(Houses(), tokenizer, max_length=220, max_new_tokens=80, **options)
-    with pytest.raises(ValueError, match="data.max_length_lora=256 with data.max_new_tokens=80 exceeds .* of 300"):
+    PromptDataModule(Houses(), tokenizer, max_length=300, max_prompt_length=220, max_new_tokens=80, **options)
+    with pytest.raises(ValueError, match="data.max_prompt_length=256 with data.max_new_tokens=80 exceeds .* of 300"):
         PromptDataModule(Houses(), tokenizer, max_length=256, max_new_tokens=80, **options)
 
 
@@ -127,7 +127,7 @@ def test_a_prompt_that_never_fits_stops_at_setup(stage, option):
     data = module(LongQuestion(), train_size=None, max_length=200, max_prompt_length=200)
     with pytest.raises(ValueError, match=f"{option} leaves .* of example 'long'"):
         data.setup(stage)
-    module(LongQuestion(), train_size=None, max_length=2000).setup()
+    module(LongQuestion(), train_size=None, max_length=2000, max_prompt_length=2000).setup()
 
 
 def test_tight_frames_with_long_responses_stop_at_setup():
@@ -189,10 +189,10 @@ def test_data_are_read_once():
 
 
 def test_training_batches():
-    data = module(epochs=2, loss_on="response")
+    data = module(total_batches=6, loss_on="response")
     loader = data.train_dataloader()
     batches = list(loader)
-    assert len(batches) == len(loader) == data.run_batches() == 6
+    assert len(batches) == len(loader) == 6
     assert sorted(len(batch["index"]) for batch in batches[:3]) == [3, 3, 4]
     assert sorted(rows(batches[:3])) == sorted(rows(batches[3:])) == list(range(10))
     batch = batches[0]
@@ -269,17 +269,17 @@ def trainer(**options):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_stopped_training_goes_on_where_it_was(tmp_path):
     whole = Recorder()
-    trainer().fit(whole, datamodule=module(epochs=3))
+    trainer().fit(whole, datamodule=module(total_batches=9))
     saver = ModelCheckpoint(tmp_path, "stop", every_n_train_steps=4, save_top_k=-1)
     first = Recorder()
-    trainer(callbacks=[saver], max_steps=5).fit(first, datamodule=module(epochs=3))
+    trainer(callbacks=[saver], max_steps=5).fit(first, datamodule=module(total_batches=9))
     second = Recorder()
-    trainer().fit(second, datamodule=module(epochs=3), ckpt_path=tmp_path / "stop.ckpt", weights_only=False)
+    trainer().fit(second, datamodule=module(total_batches=9), ckpt_path=tmp_path / "stop.ckpt", weights_only=False)
     assert first.seen == whole.seen[:5] and second.seen == whole.seen[4:] and len(whole.seen) == 9
     assert sorted(second.validated) == list(range(5))
     with pytest.raises(ValueError, match="data.seed: 1 in the checkpoint, 2 now"):
         trainer().fit(
-            Recorder(), datamodule=module(epochs=3, seed=2), ckpt_path=tmp_path / "stop.ckpt", weights_only=False
+            Recorder(), datamodule=module(total_batches=9, seed=2), ckpt_path=tmp_path / "stop.ckpt", weights_only=False
         )
 
 
@@ -296,7 +296,7 @@ def padding(data):
 
 
 def test_bucketed_batches_pad_less_and_hold_every_example():
-    options = {"train_size": 35, "epochs": 2}
+    options = {"train_size": 35, "total_batches": 18}
     plain, bucketed = (module(Streets(), **options, bucket=bucket) for bucket in (1, 100))
     assert padding(bucketed) < 0.5 * padding(plain)
     seen = rows(bucketed.train_dataloader())
@@ -306,17 +306,17 @@ def test_bucketed_batches_pad_less_and_hold_every_example():
 
 
 def test_a_bucketed_run_goes_on_where_it_was():
-    whole = rows(module(Streets(), epochs=3, bucket=2).train_dataloader())
-    first = module(Streets(), epochs=3, bucket=2)
+    whole = rows(module(Streets(), total_batches=9, bucket=2).train_dataloader())
+    first = module(Streets(), total_batches=9, bucket=2)
     first.consumed_batches = 4
-    resumed = module(Streets(), epochs=3, bucket=2)
+    resumed = module(Streets(), total_batches=9, bucket=2)
     resumed.load_state_dict(first.state_dict())
     rest = rows(resumed.train_dataloader())
     assert rest == whole[-len(rest) :] and 0 < len(rest) < len(whole)
     for saved, now in ((2, 3), (1, 2), (2, 1)):
-        other = module(Streets(), epochs=3, bucket=now)
+        other = module(Streets(), total_batches=9, bucket=now)
         with pytest.raises(ValueError, match=r"data\.bucket: .* in the checkpoint"):
-            other.load_state_dict(module(Streets(), epochs=3, bucket=saved).state_dict())
+            other.load_state_dict(module(Streets(), total_batches=9, bucket=saved).state_dict())
 
 
 def test_another_training_is_not_held_to_what_was_resumed():
@@ -324,7 +324,7 @@ def test_another_training_is_not_held_to_what_was_resumed():
     state = {**data.state_dict(), "consumed_batches": 3}
     data.load_state_dict(state)
     assert len(list(data.train_dataloader())) == 3
-    data.start_over()
+    data.consumed_batches = 0
     data.batch_size = 2
     assert len(list(data.train_dataloader())) == 6
     with pytest.raises(ValueError, match="cannot resume in the middle of other training data"):

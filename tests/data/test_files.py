@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firstlab.data.files import (
-    as_list,
     clean_text,
     data_files,
+    entries,
     has_text,
     load_hub_split,
     members,
@@ -103,7 +103,7 @@ def test_packed_files(tmp_path):
     with raises(tmp_path / "b.en", "the gzip file is damaged"):
         read_lines(tmp_path / "b.en")
     (tmp_path / "c.en").write_bytes(lzma.compress(b"eins"))
-    with raises(tmp_path / "c.en", "the file is compressed; unpack it"):
+    with raises(tmp_path / "c.en", "line 1: not UTF-8", "unpack it or use gzip"):
         read_lines(tmp_path / "c.en")
 
 
@@ -152,7 +152,7 @@ def test_jsonl(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"a": 1}\n{"a": }\n', "line 2: invalid JSON"), ('{"a": 1}\n\n{}\n', "line 2: the line is empty")],
+    [('{"a": 1}\n{"a": }\n', "line 2: invalid JSON"), ('{"a": 1}\n\n{}\n', "line 2: invalid JSON")],
 )
 def test_faulty_jsonl(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
@@ -166,25 +166,16 @@ def test_faulty_json(tmp_path):
         read_json(tmp_path / "a.json")
 
 
-def test_a_nul_behind_an_escape_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": "x\\\\u0000"}\n{"a":\t"x\\\\\\u0000"}\n', encoding="utf-8")
-    with raises(tmp_path / "a.jsonl", "line 2: \\u0000 stands for a NUL"):
-        read_jsonl(tmp_path / "a.jsonl")
-    (tmp_path / "a.json").write_text('{"a": 1,\n"b": "\\u0000"}', encoding="utf-8")
-    with raises(tmp_path / "a.json", "line 2: \\u0000 stands for a NUL"):
-        read_json(tmp_path / "a.json")
-
-
 def test_members_of_json():
     assert members({"a": None, "b": 1}, ["a"], "f") == [None]
-    with raises("f, line 1: the key 'a' is missing (present: b, c); add it"):
+    with raises("f, line 1: missing a (present: b, c); add"):
         members({"b": 1, "c": 2}, ["a", "b"], "f, line 1")
-    with raises("f, line 1: the keys 'a', 'd' are missing (present: none); add them"):
+    with raises("f, line 1: missing a, d (present: nothing); add"):
         members({}, ["a", "d"], "f, line 1")
-    with raises("f, line 1: expected an object with the key 'a', found list"):
+    with raises("f, line 1: expected an object with a, found list"):
         members([], ["a"], "f, line 1")
     with raises("f: 'a' is str, not a list"):
-        as_list("text", "a", "f")
+        entries({"a": "text"}, "a", "f")
 
 
 def test_hub_faults_become_one_message(monkeypatch):
@@ -222,10 +213,7 @@ def test_a_nul_means_another_encoding(tmp_path):
         read_json(tmp_path / "a.json")
 
 
-def test_lines_that_end_in_cr_alone_are_not_one_line(tmp_path):
-    (tmp_path / "a.en").write_bytes(b"one\rtwo\rthree\r")
-    with raises(tmp_path / "a.en", "lines end in CR alone"):
-        read_lines(tmp_path / "a.en")
+def test_a_cr_ends_no_line(tmp_path):
     (tmp_path / "b.en").write_bytes(b"one\rmore\ntwo\r\n")
     assert read_lines(tmp_path / "b.en") == ["one\rmore", "two"]
 
@@ -233,5 +221,5 @@ def test_lines_that_end_in_cr_alone_are_not_one_line(tmp_path):
 @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5_000])
 def test_json_beyond_pythons_limits(tmp_path, value):
     (tmp_path / "a.jsonl").write_text(f"1\n{value}\n", encoding="utf-8")
-    with raises(tmp_path / "a.jsonl", "line 2: JSON beyond"):
+    with raises(tmp_path / "a.jsonl", "line 2: invalid JSON"):
         read_jsonl(tmp_path / "a.jsonl")

@@ -39,17 +39,17 @@ def test_reads_both_splits(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], ": expected an object with the key 'data', found list"),
+        ([], ": expected an object with data, found list"),
         ({"data": {}}, ": 'data' is dict, not a list"),
-        ({"data": [{}]}, ", article 1: the key 'paragraphs' is missing"),
-        ({"data": [{"paragraphs": [{"qas": []}]}]}, ", article 1, paragraph 1: the key 'context' is missing"),
+        ({"data": [{}]}, ", article 1: missing paragraphs"),
+        ({"data": [{"paragraphs": [{"qas": []}]}]}, ", article 1, paragraph 1: missing context"),
         (
             {"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "x", "question": "q"}]}]}]},
-            ", question 'x': the key 'answers' is missing",
+            ", question 'x': missing answers",
         ),
         (
             {"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "x", "answers": []}]}]}]},
-            ", question 'x': the key 'question' is missing",
+            ", question 'x': missing question",
         ),
     ],
 )

@@ -28,7 +28,7 @@ def test_other_training_years(root):
 def test_impossible_options(root):
     with pytest.raises(ValueError, match="data.task.pair=de-en is unknown: choose one of en-de, en-zh"):
         WMTTranslation("de-en")
-    with pytest.raises(ValueError, match="data.task.train_years holds 2022, which is the test set"):
+    with pytest.raises(ValueError, match=r"newstest2022.en-de and data.task.test=newstest2022.en-de are the same text"):
         WMTTranslation("en-de", root, [2021, 2022])
 
 
@@ -55,20 +55,19 @@ def test_a_failed_download_says_which_files_help(monkeypatch, fault):
 
     monkeypatch.setattr(sacrebleu.DATASETS["wmt22"], "get_source_file", fail)
     message = (
-        "cannot fetch wmt22 en-de with sacrebleu (no network). Without a connection set data.root=DIR, a directory "
-        "with newstest2017.en-de.en, newstest2017.en-de.de, newstest2022.en-de.en, newstest2022.en-de.de"
+        "cannot fetch wmt22 en-de with sacrebleu (no network). Leave that year out, or without a connection set "
+        "data.root=DIR, a directory with newstest2017.en-de.en, newstest2017.en-de.de, newstest2022.en-de.en, "
+        "newstest2022.en-de.de"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         WMTTranslation("en-de", train_years=[2017]).test()
 
 
 def test_a_year_that_sacrebleu_lacks():
-    with pytest.raises(ValueError, match="sacrebleu has no en-zh test set 'wmt16': leave 2016 out, or set data.root"):
+    with pytest.raises(ValueError, match="cannot fetch wmt16 en-zh with sacrebleu .*Leave that year out"):
         WMTTranslation("en-zh", train_years=[2016]).train_pool()
 
 
 def test_a_year_twice():
-    with pytest.raises(
-        ValueError, match=re.escape("data.task.train_years=[2017, 2017] holds a year twice: remove one")
-    ):
+    with pytest.raises(ValueError, match="newstest2017.en-de and data.task.train=newstest2017.en-de are the same text"):
         WMTTranslation("en-de", train_years=[2017, 2017])

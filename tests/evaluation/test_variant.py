@@ -18,7 +18,7 @@ from firstlab.config.schema import ExperimentConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows
 from firstlab.evaluation.decoding import Decoder, Decoding
-from firstlab.evaluation.predictions import Prediction, generate_predictions, is_complete, source_of
+from firstlab.evaluation.predictions import Prediction, generate_predictions, source_of
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.lora import lora_layers
@@ -177,21 +177,6 @@ def test_predictions_of_another_evaluation_are_not_mixed_in(setting, tmp_path: P
     assert predict(setting, tmp_path / "router.jsonl", None) == whole
 
 
-def test_whether_predictions_are_complete(setting, tmp_path: Path) -> None:
-    record = evaluate(setting, tmp_path, None, tpot_prompts=0, perplexity=False)
-    file, source = tmp_path / "router.jsonl", source_of(setting[2], None)
-    assert record["source"] == source and is_complete(file, LIMIT, source)
-    assert not is_complete(file, LIMIT + 1, source) and not is_complete(tmp_path / "no", 0, source)
-    assert not is_complete(file, LIMIT, source_of(setting[2], RULES["one"]))
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    other = changed(lines[-1], text="something else")
-    for last in ([], [lines[-1][:9]], ["{}\n"], [other]):
-        file.write_text("".join([*lines[:-1], *last]), encoding="utf-8")
-        assert not is_complete(file, LIMIT, source)
-    file.write_text("".join([*lines[1:], lines[0]]), encoding="utf-8")
-    assert not is_complete(file, LIMIT, source)
-
-
 def test_the_source_of_predictions_is_weights_settings_and_routes(setting, tmp_path: Path) -> None:
     config, _, model = setting
     lora = deepcopy(model)
@@ -277,7 +262,7 @@ def test_every_stop_token_of_the_model_ends_a_response(setting, tmp_path: Path, 
     before = predict(setting, tmp_path / "before.jsonl", None, decoder=decoder)
     longest = max(before, key=lambda each: each.new_tokens)
     eos = data.tokenizer.eos_token_id
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length)
     prompt = torch.tensor([rows[longest.index].prompt])
     said = model.generate(prompt, max_new_tokens=longest.new_tokens, eos_token_id=eos)[0, prompt.shape[1] :].tolist()
     stop = said[3]

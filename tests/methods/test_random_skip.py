@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from firstlab.methods.random_skip import RandomSkip
 from support.fake_prompts import FakePrompts, skipped
+from support.tiny_run import composed
 
 
 @given(
@@ -55,13 +56,17 @@ def test_draws_are_the_same_on_every_machine():
     ("options", "message"),
     [
         ({"draw": "token"}, "method.draw='token': choose one of run, prompt"),
-        ({"target_skip": None}, "random_skip needs a skip rate"),
         ({"protect_first": -1}, "method.protect_first=-1"),
     ],
 )
 def test_wrong_settings_are_named(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         RandomSkip(**options)
+
+
+def test_a_rate_is_needed():
+    with pytest.raises(ValueError, match="method.target_skip=None is not allowed: it takes a finite number"):
+        composed("method=random_skip", "method.target_skip=null")
 
 
 def test_too_few_unprotected_layers():

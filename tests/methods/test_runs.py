@@ -83,7 +83,7 @@ def test_a_method_that_skips_in_prefill_is_the_model_without_the_layers(
     config, _ = composed(f"method={method}", *small)
     data, kept = build_data(config), torch.tensor(record["fixed_routes"]["pruned"])
     smaller = without_layers(load_model(config, tiny_model_dir).unwrap(), kept)
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length)
     lines = [json.loads(x) for x in (run.directory / "predictions.jsonl").read_text().splitlines()]
     for index, line in enumerate(line for line in lines if line["variant"] == "router"):
         ids = torch.tensor([rows[index].prompt])

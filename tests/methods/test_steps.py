@@ -83,7 +83,8 @@ def test_the_teacher_forced_rate_is_that_of_cached_decoding():
     rule, out = generated(0.75)
     full = torch.cat([mask, mask.new_ones(3, 6)], dim=1)
     labels = out.sequences.masked_fill(torch.arange(18) < 12, -100)
-    batch = {"input_ids": out.sequences, "attention_mask": full, "labels": labels}
+    asked = (torch.arange(18) < 12).expand_as(full)
+    batch = {"input_ids": out.sequences, "attention_mask": full, "labels": labels, "prompt_mask": asked}
     rates = teacher_forced_skip_rates(model, batch, rule)
     assert 0 < rates.mean() < 0.8
     torch.testing.assert_close(rates, out.past_key_values.skip_rate)

@@ -1,5 +1,6 @@
 """ROUGE against rouge-score; BERTScore against bert-score and the formula itself, with a real small encoder."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,19 @@ def test_bertscore_without_its_encoder(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MetricUnavailableError, match=f"evaluation.bertscore.path='{name}'.*hf download"):
         bertscore(["a"], [("a",)], BertScoreConfig(path=name))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "bert", "attn_implementation": "somebody/kernel"},
+        {"model_type": "x", "auto_map": {"AutoConfig": "planted.Thing"}},
+    ],
+)
+def test_bertscore_runs_no_code_of_the_encoders_folder(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"code of the hub, somebody/kernel|custom code"):
+        bertscore(["a"], [("a",)], BertScoreConfig(path=str(tmp_path)))
 
 
 def test_bertscore_bad_settings(encoder):

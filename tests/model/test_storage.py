@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.lora import check_lora
 from firstlab.model.settings import LoraSettings, RouterSettings
 from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer
 from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_routers, tiny_model
@@ -202,7 +203,10 @@ def test_attention_code_of_the_hub_is_named_by_the_user(base_folder):
         file.write_text(json.dumps(config | {"attn_implementation": value}))
         with pytest.raises(ModelUnavailableError, match="attention code of the hub, somebody/kernel, .* name it"):
             RouterAugmentedLM.from_pretrained(base_folder)
+        with pytest.raises(ModelUnavailableError, match="attention code of the hub, somebody/kernel, .* name it"):
+            load_base_config(base_folder)
         RouterAugmentedLM.from_pretrained(base_folder, attn_implementation="sdpa")
+        check_lora(load_base_config(base_folder, attn_implementation="sdpa"), LoraSettings())
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,8 @@ def test_attention_code_of_the_hub_is_named_by_the_user(base_folder):
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id='x' must be a token id"),
         ("generation_config.json", {"eos_token_id": [1, "x"]}, "must be a token id or a list"),
         ("generation_config.json", "[1]", "holds no JSON object"),
+        ("generation_config.json", "[" * 9999, "is not valid JSON"),
+        ("config.json", "[" * 9999, "is not valid JSON"),
         ("generation_config.json", '{"eos_token_id": [', "is not valid JSON"),  # transformers takes its own defaults
     ],
 )
@@ -414,6 +420,7 @@ def test_routers_that_cannot_be_meant_are_refused(base_folder, tmp_path, weights
         ("config.json", {"model_type": "llama"}, "must have model_type='firstlab'"),
         ("adapter_config.json", {"r": "4"}, "r='4' must be a number"),
         ("adapter_config.json", {"r": None}, "r=None must be a number"),
+        ("adapter_config.json", {"base_model_name_or_path": 3}, "base_model_name_or_path=3 must be text"),
         ("adapter_config.json", {"target_modules": 3}, "target_modules=3 must be names of modules"),
         ("adapter_config.json", {"peft_type": "IA3"}, "peft_type must be LORA"),
         ("adapter_config.json", {"target_modules": "("}, "unterminated subpattern"),

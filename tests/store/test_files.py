@@ -4,14 +4,16 @@ import errno
 import fcntl
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from firstlab.bench import decoding, report, training
 from firstlab.bench.config import BenchmarkConfig, TrainingSpeedConfig
+from firstlab.run.loggers import JsonLinesLogger
 from firstlab.store import results
-from firstlab.store.files import check_writable, claimed, json_text, remove_torn
+from firstlab.store.files import check_writable, claimed, json_text, read_own, remove_torn, sealed, yaml_text
 
 
 def test_what_is_not_finite_is_null():
@@ -38,6 +40,31 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path):
         claimed(wanted),
     ):
         pass
+
+
+def test_nothing_is_written_through_a_link_that_came_with_a_directory(tmp_path: Path):
+    (tmp_path / "precious").write_text("kept")
+    for name in (".run.lock", "metrics.jsonl"):
+        (tmp_path / name).symlink_to("precious")
+    with pytest.raises(ValueError, match="run cannot be written"), claimed(tmp_path / "run"):
+        pass
+    with pytest.raises(OSError, match="symbolic links"):
+        JsonLinesLogger(tmp_path / "metrics.jsonl").log_metrics({"loss": 1.0})
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda x: x[:-1], lambda x: x.replace("12", "13"), lambda x: "", lambda x: x + "b: 2\n"]
+)
+def test_a_sealed_file_is_as_it_was_written(tmp_path: Path, harm: Callable[[str], str]):
+    file, value = tmp_path / "router.yaml", {"seconds": 12.5, "rates": [1, 2]}
+    shared = [1, 2]
+    assert yaml_text([shared, shared]).count("1") == 2  # no aliases, which are not read
+    file.write_text(sealed(yaml_text(value)))
+    assert read_own(file, dict) == value
+    file.write_text(harm(file.read_text()))
+    with pytest.raises(ValueError, match="router.yaml is missing or damaged .*checksum"):
+        read_own(file, dict)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firstlab.run.report import row_title, rows_of_record
+from firstlab.run.report import print_table, row_title, rows_of_record, skip_per_layer
 from firstlab.store import machine, results
 from firstlab.store.machine import provenance
 from firstlab.store.results import RESULT, rate_by_token, read, read_failure, write_failure
@@ -26,6 +26,7 @@ from firstlab.store.results import RESULT, rate_by_token, read, read_failure, wr
         ("sleb", "target 15 %", "rank2", "sleb Router (target 15 %, rank2)"),
         ("none", "", None, "Base"),
         ("none", "", "rank2", "Base (rank2)"),
+        ("none", "", "\x1b]0;x\x07\n", "Base (?]0;x??)"),
     ],
 )
 def test_rows_that_differ_in_their_note_are_told_apart(method: str, level: str, note: str | None, title: str):
@@ -33,6 +34,18 @@ def test_rows_that_differ_in_their_note_are_told_apart(method: str, level: str, 
     names = {"method": method, "label": method, "level": level, "note": note, "directory": "d"}
     [row] = rows_of_record({**names, "variants": {"base" if method == "none" else "router": variant}})
     assert row_title(row) == title
+
+
+def test_a_title_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    title = r"[/bold] :smile: $\frac{$"
+    skip = {"skip_rate": 0.5, "per_layer": [0.0, 1.0], "unique_routes": 1}
+    metrics = {"bleu": {"value": 1.0, "low": 0.0, "high": 2.0}}
+    row = {"variant": "router", "method": title, "level": "", "note": None, "metric": "bleu", "metrics": metrics}
+    row |= {"skip": skip, "timing": None, "warnings": []}
+    print_table(title, [row])
+    assert capsys.readouterr().out.count(title) == 2
+    skip_per_layer([row], tmp_path / "skips.png", title)
+    assert (tmp_path / "skips.png").stat().st_size
 
 
 def test_provenance_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

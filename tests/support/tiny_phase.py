@@ -33,7 +33,7 @@ class TinyPhase:
 
     def __init__(self, model_dir: Path) -> None:
         config, self.data = _prepared(model_dir)
-        self.data.start_over()
+        self.data.consumed_batches = 0
         self.data.batch_size, self.data.loss_on, self.data.total_batches = 4, "response", 2 * STEPS
         torch.manual_seed(0)  # of the routers
         self.model = load_model(config, model_dir)

@@ -84,12 +84,13 @@ def test_steps_count_as_far_as_generation_goes(prompts: PromptSet):
     rule = EarlyExit(0.0, decay=1e3, horizon=1)
     whole = prompts.new_tokens()
     assert max(whole) > 5 and prompts.skip_rate(rule) > 0.3
-    prompts.data.max_new_tokens = 5
+    prompts.max_new_tokens = 5
     assert prompts.new_tokens() == [min(length, 5) for length in whole]
     shorter = [replace(example, max_new_tokens=3 + i % 4) for i, example in enumerate(prompts.examples)]
     limited = PromptSet(prompts.model, prompts.data, shorter, 4)
+    limited.max_new_tokens = 5
     assert limited.new_tokens() == [min(length, 3 + i % 4, 5) for i, length in enumerate(whole)]
-    prompts.data.max_new_tokens = 2
+    prompts.max_new_tokens = 2
     assert prompts.skip_rate(rule) == 0
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from firstlab.bench.config import SpeedConfig
 from firstlab.config.build import model_path
@@ -17,7 +17,7 @@ from firstlab.engine.llama_step import orders_anew
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.quantization import quantize
 from firstlab.model.settings import RouterSettings
-from firstlab.model.storage import load_base
+from firstlab.model.storage import load_base, load_base_config
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,7 @@ class Models:
         Raises ValueError if nothing can be loaded, or random weights do not fit into the device's memory.
         """
         if random_init:
-            try:
-                config = AutoConfig.from_pretrained(path, revision=options.pop("revision", None))
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"model.path={path!r} has no config that transformers can read: {error}") from error
+            config = load_base_config(path, options.pop("revision", None), options.get("attn_implementation"))
             if options.get("dtype") == "auto":
                 options["dtype"] = config.dtype or torch.float32
             check_memory(config, device, **options)
@@ -103,8 +100,11 @@ def twin(lm: PreTrainedModel) -> PreTrainedModel:
 
 def check_memory(config: Any, device: torch.device, **options: Any) -> None:
     """Raises ValueError if the weights of a config are larger than the device's whole memory."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, **options)
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:  # a damaged config breaks its readers in many ways
+        raise ValueError(f"model.random_init=true: its config.json makes no model ({error})") from error
     needed = sum(each.nbytes for each in lm.parameters())
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[1]

@@ -86,7 +86,8 @@ def check_lora_targets(config: ExperimentConfig) -> None:
     if "lora" in config.phases:
         with suppress(ModelUnavailableError):  # loading it says what is wrong, or knows more kinds of folders
             path = model_path(config.init_from or config.model.path)
-            check_lora(load_base_config(path, config.model.revision), config.lora)
+            base = load_base_config(path, config.model.revision, config.model.attn_implementation)
+            check_lora(base, config.lora)
 
 
 def check_device(trainer: TrainerConfig) -> None:

@@ -26,6 +26,11 @@ _SYSTEM_ERRORS = {
     errno.EDQUOT: "the disk quota is used up: free some space",
     errno.EFBIG: "a file would be larger than `ulimit -f` or the file system allows: raise the limit or choose "
     "another folder",
+    errno.EACCES: "no permission to read or write there: change it, or choose another folder",
+    errno.EROFS: "the file system takes no files: choose another folder",
+    errno.EISDIR: "a folder stands where a file should: move it away",
+    errno.ENOTDIR: "a file stands where a folder should: move it away",
+    errno.ELOOP: "a link stands where a file should: delete it",
     errno.ENAMETOOLONG: "a name is longer than the file system allows: shorten it",
 }
 _LOWER_MEMORY = (
@@ -134,7 +139,7 @@ def _shortage(error: BaseException | None) -> str | None:
             # safetensors and torch keep no more than the text
             if getattr(error, "errno", None) == number or os.strerror(number) in text:
                 name = getattr(error, "filename", None)
-                return reason + (f" ({str(name)[:80]}...)" if number == errno.ENAMETOOLONG and name else "")
+                return reason + (f" ({name if len(str(name)) < 200 else f'{name[:80]}...'})" if name else "")
         error = error.__cause__ or error.__context__
     return None
 

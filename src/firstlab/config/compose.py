@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from firstlab.config.schema import ExperimentConfig
+from firstlab.store.files import read_yaml
 
 Settings = TypeVar("Settings")
 
@@ -150,7 +151,7 @@ def refuse_misread(config: DictConfig, arguments: Sequence[str]) -> None:
 def read_saved(file: Path) -> dict[str, Any]:
     """What the config.yaml of a run holds; ValueError if it is damaged, or of another program."""
     try:
-        node = yaml.safe_load(file.read_text(encoding="utf-8"))
+        node = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(node, dict) or not {"model", "method", "router_phase"} <= node.keys():

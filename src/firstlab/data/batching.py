@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 
 def cut(items: Sequence[int], parts: int) -> list[list[int]]:
-    """`items` in `parts` runs whose lengths differ by at most 1, the longer ones first."""
-    size, extra = divmod(len(items), parts)
+    """`items` in `parts` runs whose lengths differ by at most 1, the longer ones first; none for 0."""
+    size, extra = divmod(len(items), max(parts, 1))
     starts = [part * size + min(part, extra) for part in range(parts + 1)]
-    return [list(items[start:end]) for start, end in zip(starts, starts[1:], strict=False)]
+    return [list(items[start:end]) for start, end in pairwise(starts)]
 
 
 def batch_count(n: int, batch_size: int) -> int:
@@ -24,9 +24,7 @@ def batch_count(n: int, batch_size: int) -> int:
 class Buckets:
     """Batches of samples of similar length, so that little is padded.
 
-    Attributes:
-        lengths: Of every sample.
-        batches: How many batches' worth of shuffled samples are sorted by length together: more pad less and mix less.
+    So many `batches` of shuffled samples are sorted by length together: more of them pad less and mix less.
     """
 
     lengths: Sequence[int]
@@ -47,41 +45,31 @@ class Buckets:
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, buckets: Buckets | None = None) -> list[list[int]]:
     """The global batches of one epoch: 0 to n - 1 permuted, in ceil(n / batch_size) runs of near equal size.
 
-    No sample is lost or doubled, and no small last batch gives few samples a large weight. Depends on `seed`
-    + `epoch`, not on the number of processes.
+    No small last batch gives few samples a large weight. The order depends on `seed` + `epoch` alone.
     """
     order = list(range(n))
     generator = random.Random(seed + epoch)
     generator.shuffle(order)
-    batches = cut(order, batch_count(n, batch_size)) if n else []
+    batches = cut(order, batch_count(n, batch_size))
     return batches if buckets is None else buckets.sort(batches, generator)
 
 
 def shard_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     """Batches of samples `rank`, `rank` + `world_size`, ... below `n`, for validation and generation.
 
-    Every rank gets the same number of batches as far as its samples go: ranks which talk in each step stay in step.
+    Every rank gets the same number of batches, as far as its samples go, so that ranks which talk in each step stay in
+    step.
     """
     shard = range(rank, n, world_size)
-    batches = batch_count(batch_count(n, world_size), batch_size)
-    return cut(shard, min(batches, len(shard))) if len(shard) else []
+    return cut(shard, min(batch_count(batch_count(n, world_size), batch_size), len(shard)))
 
 
 class DistributedBatches:
     """The batches of one rank over a whole training run, epoch after epoch (a batch sampler).
 
-    Rank r gets the r-th run of every global batch of `epoch_batches`. The union over ranks is the batch that
-    a single process sees; ranks differ by at most one row, the lower ranks have more.
-
-    Args:
-        n: Number of samples.
-        batch_size: Rows of a global batch, at most.
-        seed: Seed of the order.
-        rank: This process.
-        world_size: Number of processes.
-        total_batches: Length of the run.
-        start_batch: Batches of the run that are done already; iteration starts behind them.
-        buckets: Puts samples of similar length together.
+    Rank r of `world_size` gets the r-th run of every global batch of `epoch_batches`. The union over ranks is the batch
+    that a single process sees; ranks differ by at most one row, the lower ranks have more. `start_batch` batches are
+    done already; iteration starts behind them.
 
     Raises:
         ValueError: A global batch would leave a rank without a row, or there is no sample.

@@ -16,12 +16,7 @@ LARGEST = {"pool_size": 6000, "test_size": 2000}
 class BundledTask(Task):
     """A task whose examples come with the package, in five levels of difficulty; a subclass has a `name`.
 
-    Args:
-        pool_size: Examples in `train_pool`: the first of a fixed list.
-        test_size: Examples in `test`: the first of another, which has no source in common with it.
-
-    Raises:
-        ValueError: There are not so many.
+    `train_pool` and `test` are the first `pool_size` and `test_size` of two fixed lists without a common source.
     """
 
     #: Name of the file, and start of the ids.
@@ -34,11 +29,9 @@ class BundledTask(Task):
         self.pool_size, self.test_size = pool_size, test_size
 
     def train_pool(self) -> list[Example]:
-        """The first `pool_size` training examples."""
         return self._of_split("train")[: self.pool_size]
 
     def test(self) -> list[Example]:
-        """The first `test_size` test examples."""
         return self._of_split("test")[: self.test_size]
 
     def _of_split(self, split: str) -> list[Example]:

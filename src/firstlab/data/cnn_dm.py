@@ -28,9 +28,8 @@ class CnnDailyMail(Task):
 
     Args:
         root: Directory with train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ...}` for
-            each article, with an "id", text or a number, or without; None takes the hub's data set.
-        pool_size: How many articles of the train split to keep in memory, at even distances; None keeps all
-            287,113.
+            each article, with or without an "id"; None takes the hub's data set.
+        pool_size: How many articles of the train split to keep in memory, evenly spread; None keeps all 287,113.
     """
 
     kind: ClassVar[str] = "summarization"
@@ -38,8 +37,7 @@ class CnnDailyMail(Task):
     def __init__(self, root: str | None = None, pool_size: int | None = 20_000) -> None:
         if pool_size is not None and pool_size < 1:
             raise ValueError(f"data.task.pool_size={pool_size} must be at least 1, or null for every article")
-        self.root = root
-        self.pool_size = pool_size
+        self.root, self.pool_size = root, pool_size
 
     def train_pool(self) -> list[Example]:
         if self.root is not None:

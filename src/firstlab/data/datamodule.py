@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from firstlab.data.batching import Buckets, DistributedBatches, batch_count, shard_batches
+from firstlab.data.batching import Buckets, DistributedBatches, shard_batches
 from firstlab.data.encoding import (
     LENGTHS,
+    PROMPT_LENGTH,
     LossOn,
     Row,
     TrainingRows,
@@ -39,29 +40,22 @@ class PromptDataModule(L.LightningDataModule):
     `firstlab.config.schema.DataConfig` checks the ranges of the settings.
 
     Args:
-        task: The data.
-        tokenizer: Never changed; needs an EOS token.
-        train_size: Training examples, fewer where the pool has not enough after validation is taken; None
-            takes all.
-        val_size: Validation examples, taken from the pool before training examples, or from the task's own
-            validation set if it offers `validation()`.
-        test_size: Test examples at even distances; None, or more than there are, takes all.
+        train_size: Training examples, fewer where the pool has not enough left after validation; None takes all.
+        val_size: Validation examples, from the task's `validation()` if it has one, else from the training pool.
+        test_size: Test examples, evenly spread; None, or more than there are, takes all.
         seed: Of the splits and of the training order.
         max_length: Tokens of prompt and response in training and validation.
-        max_prompt_length: Tokens of a prompt in generation; None takes `max_length`.
+        max_prompt_length: Tokens of a prompt in generation.
         max_new_tokens: Tokens that generation adds.
         batch_size: Rows of a training batch over all processes together.
+        total_batches: Length of the training run.
         eval_batch_size: Rows of a validation batch on one process.
-        num_workers: Loader processes.
         loss_on: "all" real tokens (phase 1) or "response" tokens only (phase 2).
-        epochs: Length of the training run, unless `total_batches` is set.
-        total_batches: Length of the training run in batches.
-        bucket: Training batches whose samples are sorted by length together (see `Buckets`), which needs the lengths
-            of all training examples first; 1 leaves batches as the shuffle makes them.
+        bucket: Training batches whose samples are sorted by length together (see `Buckets`); 1 sorts none.
 
     Attributes:
-        consumed_batches: Training batches done; saved in checkpoints, and where `train_dataloader` starts. The
-            training code sets it, in `training_step`: checkpoint callbacks run before `on_train_batch_end`.
+        consumed_batches: Training batches done; saved in checkpoints, and where `train_dataloader` starts.
+            `firstlab.training.trainer` counts them.
 
     Raises:
         ValueError: Lengths that the tokenizer does not allow (here), data that cannot be used (in `setup`).
@@ -77,50 +71,40 @@ class PromptDataModule(L.LightningDataModule):
         test_size: int | None = None,
         seed: int = 0,
         max_length: int = 256,
-        max_prompt_length: int | None = None,
+        max_prompt_length: int = 256,
         max_new_tokens: int = 80,
         batch_size: int = 8,
+        total_batches: int = 0,
         eval_batch_size: int = 8,
         num_workers: int = 0,
         loss_on: LossOn = "all",
-        epochs: int = 1,
-        total_batches: int | None = None,
         bucket: int = 1,
     ) -> None:
         super().__init__()
-        self.task, self.tokenizer = task, tokenizer
+        self.task, self.tokenizer, self.pad = task, tokenizer, pad_id(tokenizer)
         self.train_size, self.val_size, self.test_size, self.seed = train_size, val_size, test_size, seed
-        self.max_length, self.max_new_tokens, self.loss_on = max_length, max_new_tokens, loss_on
-        self.prompt_option = LENGTHS if max_prompt_length is None else "data.max_prompt_length"
-        self.max_prompt_length = max_length if max_prompt_length is None else max_prompt_length
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.epochs, self.total_batches, self.bucket = epochs, total_batches, bucket
+        self.max_length, self.max_prompt_length, self.max_new_tokens = max_length, max_prompt_length, max_new_tokens
+        self.batch_size, self.total_batches, self.eval_batch_size = batch_size, total_batches, eval_batch_size
+        self.num_workers, self.loss_on, self.bucket = num_workers, loss_on, bucket
         self.consumed_batches = 0
         self._repeats_checked = False
         self._lengths: dict[int, list[int]] = {}
-        limit = tokenizer.model_max_length
-        if max(max_length, self.max_prompt_length + max_new_tokens) > limit:
+        if max(max_length, max_prompt_length + max_new_tokens) > tokenizer.model_max_length:
             raise ValueError(
-                f"{LENGTHS}={max_length} or {self.prompt_option}={self.max_prompt_length} with "
-                f"data.max_new_tokens={max_new_tokens} exceeds the tokenizer's model_max_length of "
-                f"{limit}: lower them"
+                f"{LENGTHS}={max_length} or {PROMPT_LENGTH}={max_prompt_length} with data.max_new_tokens="
+                f"{max_new_tokens} exceeds the tokenizer's model_max_length of {tokenizer.model_max_length}: lower them"
             )
-        self.pad = pad_id(tokenizer)
 
     # Splits
 
     def prepare_data(self) -> None:
-        """Loads everything on one process of each machine first, so that the others find downloads done.
-
-        The test set as well: that it cannot be read should show before the training, not after.
-        """
+        """Load all splits on one process of each machine first, so that the others find downloads done."""
         _ = self._train_val, self.test
 
     def setup(self, stage: str | None = None) -> None:
         """Load what `stage` needs: "fit", "test" (teacher-forced) or "predict" (generation); None is all of them.
 
-        Raises:
-            ValueError: A prompt can never fit, which shows here and not in mid-training.
+        Refuses prompts that can never fit, before training meets them.
         """
         teacher_forced = [*self.train, *self.val] if stage in (None, "fit") else []
         teacher_forced += self.test if stage in (None, "test") else []
@@ -130,18 +114,17 @@ class PromptDataModule(L.LightningDataModule):
             self._warn_of_repeats()
         if stage in (None, "predict"):
             for example in self._tight(self.test, self.max_prompt_length):
-                fit_prompt(self.task, example, self.tokenizer, self.max_prompt_length, self.prompt_option)
+                fit_prompt(self.task, example, self.tokenizer, self.max_prompt_length, PROMPT_LENGTH)
 
     def _warn_of_repeats(self) -> None:
-        """Say, the first time, if examples to validate or test on are also trained on."""
         if self._repeats_checked:
             return
         self._repeats_checked = True
-        trained = {_content(example) for example in self.train}
+        trained = {(each.source, each.question, each.references[0]) for each in self.train}
         counts = [
             f"{repeated} of {len(examples)} {name} examples"
             for name, examples in (("test", self.test), ("validation", self.val))
-            if (repeated := sum(_content(example) in trained for example in examples))
+            if (repeated := sum((each.source, each.question, each.references[0]) in trained for each in examples))
         ]
         if counts:
             warn(
@@ -150,57 +133,47 @@ class PromptDataModule(L.LightningDataModule):
             )
 
     def _tight(self, examples: Sequence[Example], room: int) -> list[Example]:
-        """Examples whose prompt may not fit into `room` tokens even with one character of its text only.
+        """Examples whose prompt may not fit into `room` tokens even with only one character of its text."""
+        spare = room - 32  # one character, generously, and special tokens
 
-        Few prompts have to be tokenised for that: a token is at least a byte, and most tasks have one frame.
-        """
-        character = 32  # tokens, generously; special tokens included
-        lengths: dict[str, int] = {}
-        tight = []
-        for example in examples:
-            frame = self.task.prompt(example, "")
-            if frame not in lengths:
-                short = len(frame.encode()) + character < room
-                lengths[frame] = 0 if short else len(prompt_ids(self.tokenizer, frame, self.task.markup))
-            if lengths[frame] + character >= room:
-                tight.append(example)
-        return tight
+        @cache  # most tasks have one frame
+        def fits(frame: str) -> bool:
+            short = len(frame.encode()) < spare  # a token is at least a byte
+            return short or len(prompt_ids(self.tokenizer, frame, self.task.markup)) < spare
+
+        return [example for example in examples if not fits(self.task.prompt(example, ""))]
 
     @cached_property
     def _train_val(self) -> tuple[list[Example], list[Example]]:
         pool = self._shuffled(_told_apart(self.task.train_pool(), "training"))
         own_validation = getattr(self.task, "validation", None)
-        held_out = own_validation() if own_validation is not None else None
+        held_out = None if own_validation is None else own_validation()
         if held_out is not None:
             if len(held_out) < self.val_size:
                 raise ValueError(
                     f"data.val_size={self.val_size}, but the validation set has {len(held_out)} examples: "
                     f"set data.val_size to at most {len(held_out)}"
                 )
-            val, rest = self._shuffled(_told_apart(held_out, "validation"))[: self.val_size], pool
-        else:
-            if len(pool) <= self.val_size:
-                raise ValueError(
-                    f"data.val_size={self.val_size} leaves nothing to train on: the training pool has "
-                    f"{len(pool)} examples; set data.val_size to at most {max(len(pool) - 1, 0)}"
-                )
-            val, rest = pool[: self.val_size], pool[self.val_size :]
-        return rest[: self.train_size], val
+            return pool[: self.train_size], self._shuffled(_told_apart(held_out, "validation"))[: self.val_size]
+        if len(pool) <= self.val_size:
+            raise ValueError(
+                f"data.val_size={self.val_size} leaves nothing to train on: the training pool has "
+                f"{len(pool)} examples; set data.val_size to at most {max(len(pool) - 1, 0)}"
+            )
+        return pool[self.val_size :][: self.train_size], pool[: self.val_size]
 
     def _shuffled(self, examples: Sequence[Example]) -> list[Example]:
-        parts = [list(part) for part in by_part(examples)]
+        parts = by_part(examples)
         for part in parts:
             random.Random(self.seed).shuffle(part)
         return interleaved(parts)
 
     @property
     def train(self) -> list[Example]:
-        """Training examples."""
         return self._train_val[0]
 
     @property
     def val(self) -> list[Example]:
-        """Validation examples."""
         return self._train_val[1]
 
     @cached_property
@@ -217,63 +190,39 @@ class PromptDataModule(L.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, rows: TrainingRows, batches: DistributedBatches | list[list[int]]) -> DataLoader[Row]:
+    def _loader(self, examples: list[Example], batches: DistributedBatches | list[list[int]]) -> DataLoader[Row]:
         return DataLoader(
-            rows,
+            TrainingRows(self.task, examples, self.tokenizer, self.max_length),
             batch_sampler=batches,
             collate_fn=partial(collate_training, pad=self.pad, loss_on=self.loss_on),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _rows(self, examples: Sequence[Example]) -> TrainingRows:
-        return TrainingRows(self.task, examples, self.tokenizer, self.max_length)
-
-    def run_batches(self) -> int:
-        """Batches of the whole training run."""
-        per_epoch = batch_count(len(self.train), self.batch_size)
-        return self.epochs * per_epoch if self.total_batches is None else self.total_batches
-
     def _training_batches(self, **place: int) -> DistributedBatches:
-        return DistributedBatches(
-            len(self.train),
-            self.batch_size,
-            self.seed,
-            total_batches=self.run_batches(),
-            buckets=self._buckets(),
-            **place,
-        )
+        options = {"total_batches": self.total_batches, **place}
+        return DistributedBatches(len(self.train), self.batch_size, self.seed, buckets=self._buckets(), **options)
 
     def trained_on(self) -> list[int]:
-        """The training examples that the run comes to, in ascending order."""
+        """The training examples that the run comes to."""
         return sorted({index for batch in self._training_batches() for index in batch})
 
     def train_dataloader(self) -> DataLoader[Row]:
-        """The training run from `consumed_batches` on, as one stream over epochs.
-
-        Raises:
-            ValueError: More processes than rows in a batch.
-        """
+        """The training run from `consumed_batches` on, as one stream over epochs."""
         rank, world_size = self._world()
         place = {"rank": rank, "world_size": world_size, "start_batch": self.consumed_batches}
-        return self._loader(self._rows(self.train), self._training_batches(**place))
+        return self._loader(self.train, self._training_batches(**place))
 
     def _buckets(self) -> Buckets | None:
         if self.bucket == 1:
             return None
-        # Both phases may cut texts at different lengths.
-        if self.max_length not in self._lengths:
-            rows = self._rows(self.train)
-            found = (rows[index] for index in range(len(rows)))
-            self._lengths[self.max_length] = [len(row.prompt) + len(row.response) for row in found]
+        if self.max_length not in self._lengths:  # each phase has its own
+            ids = (encode(self.task, example, self.tokenizer, self.max_length) for example in self.train)
+            self._lengths[self.max_length] = [len(prompt) + len(response) for prompt, response in ids]
         return Buckets(self._lengths[self.max_length], self.bucket)
 
     def val_dataloader(self) -> DataLoader[Row] | list[DataLoader[Row]]:
-        """This rank's share of teacher-forced validation, in order; no loader when there is no validation.
-
-        Raises:
-            ValueError: Ranks would have different numbers of batches, on which sharded models hang.
-        """
+        """This rank's share of teacher-forced validation, in order; no loader when there is no validation."""
         if not self.val:
             return []
         rank, world_size = self._world()
@@ -285,25 +234,20 @@ class PromptDataModule(L.LightningDataModule):
                 f"evaluation.batch_size to at least 2, a number of examples that {world_size} divides, or "
                 "fewer trainer.devices"
             )
-        return self._loader(self._rows(self.val), shards[rank])
+        return self._loader(self.val, shards[rank])
 
     # Checkpoints
 
     def _stream(self) -> dict[str, int]:
-        """What the order of training batches depends on."""
+        # What the order of training batches depends on.
         stream = {"seed": self.seed, "batch_size": self.batch_size, "train_size": len(self.train)}
         return stream | ({"bucket": self.bucket, "max_length": self.max_length} if self.bucket > 1 else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training is, and in which stream of batches."""
         return {"consumed_batches": self.consumed_batches, "stream": self._stream()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let training go on behind the batches done; the number of processes may have changed.
-
-        Raises:
-            ValueError: The checkpoint is from other training data.
-        """
+        """Go on behind the batches done; the number of processes may have changed, the data may not."""
         now, saved = self._stream(), state_dict["stream"]
         changed = [
             f"data.{option}: {saved.get(option, 'unset')} in the checkpoint, {now.get(option, 'unset')} now"
@@ -317,17 +261,9 @@ class PromptDataModule(L.LightningDataModule):
             )
         self.consumed_batches = state_dict["consumed_batches"]
 
-    def start_over(self) -> None:
-        """Begin another training, whatever was resumed before."""
-        self.consumed_batches = 0
-
-
-def _content(example: Example) -> tuple[str, str, str]:
-    return example.source, example.question, example.references[0]
-
 
 def _told_apart(examples: Sequence[Example], split: str) -> list[Example]:
-    """The examples under ids of their own; says so where some share one, or have a reference that is their source."""
+    """The examples under unique ids, with a warning where ids repeat or a reference is a copy of its source."""
     counts: Counter[str] = Counter()
     taken: set[str] = set()
     renamed = []

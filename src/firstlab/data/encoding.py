@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from firstlab.data.task import Example, Task
 
-#: The settings that bound prompt and response in training, phase by phase.
-LENGTHS = "data.max_length_router or data.max_length_lora"
+#: The settings that bound prompt and response in training, and the prompt in generation.
+LENGTHS, PROMPT_LENGTH = "data.max_length_router or data.max_length_lora", "data.max_prompt_length"
 
 LossOn = Literal["all", "response"]
 Batch = dict[str, Tensor]
@@ -27,30 +29,24 @@ _UNIT = re.compile(rf"[{_CJK}]|[^\s{_CJK}]{{1,32}}")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, markup: bool = False) -> list[int]:
-    """Token ids of a text in which, but in `markup`, the name of a special token is text like any other."""
+    """Token ids of a text; only in `markup` does the name of a special token stand for that token."""
+    options = {"add_special_tokens": add_special_tokens, "verbose": False}
     if markup or not tokenizer.is_fast:  # transformers' own Python tokenizers would leave out other added tokens, too
-        ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(text, **options)["input_ids"]
         return ids
-    encoded = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        split_special_tokens=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    # A vocabulary of whole words may still have `</s>` as one, for which there is no other token then. PAD does no
-    # harm, masks come from lengths, and some set it to an ordinary token.
+    encoded = tokenizer(text, split_special_tokens=True, return_special_tokens_mask=True, **options)
+    # A vocabulary of whole words may have `</s>` as one of them, without other tokens for these characters. PAD in a
+    # text does no harm: masks come from lengths, and some set PAD to an ordinary token.
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {tokenizer.unk_token_id}
     added = encoded["special_tokens_mask"]
     return [token for token, mask in zip(encoded["input_ids"], added, strict=True) if mask or token not in named]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, markup: bool = False) -> list[int]:
-    """Token ids of a prompt as generation sees them: with BOS if the tokenizer adds one, never with EOS behind it.
+    """Token ids of a prompt as generation sees them: one BOS if the tokenizer adds it, no EOS added behind.
 
-    Some tokenizers are set to close every text with EOS, after which a model would have nothing to say. Text that a
-    chat template has begun with BOS does not get a second one, with which routes and responses would differ.
-    `markup` says whether names of special tokens in it stand for them; see `Task.markup`.
+    Some tokenizers close every text with EOS, after which a model would have nothing to say. A chat template may have
+    written BOS already; a second one would change routes and responses. For `markup` see `Task.markup`.
     """
     ids = _ids(tokenizer, prompt, True, markup)
     while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
@@ -67,11 +63,7 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends a text.
-
-    Raises:
-        ValueError: The tokenizer has none.
-    """
+    """The id of the token that ends a text; a ValueError if the tokenizer has none."""
     if not isinstance(tokenizer.eos_token_id, int):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no EOS token, so "
@@ -86,39 +78,27 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def fit_prompt(
-    task: Task,
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    option: str = LENGTHS,
+    task: Task, example: Example, tokenizer: PreTrainedTokenizerBase, max_tokens: int, option: str = LENGTHS
 ) -> str:
-    """The prompt of `example` in at most `max_tokens` tokens, its source text cut at the end where needed.
+    """The prompt of `example` in at most `max_tokens` tokens; where needed, the end of its source text is cut off.
 
-    Whole words are cut off, in scripts without spaces characters, as in a first word that does not fit; one more
-    would not fit. The rest of the prompt, `### Response:` above all, always stays.
+    The cut is between words, or between characters in scripts without spaces and within a first word that does not
+    fit; one more would not fit. The rest of the prompt, `### Response:` above all, always stays.
 
     Raises:
         ValueError: Not even one character of the text fits; names the `option` that bounds the prompt.
     """
 
-    def fits(prompt: str) -> bool:
-        return len(prompt_ids(tokenizer, prompt, task.markup)) <= max_tokens
-
-    whole = task.prompt(example)
-    if fits(whole):
-        return whole
+    def too_long(prompt: str) -> bool:
+        return len(prompt_ids(tokenizer, prompt, task.markup)) > max_tokens
 
     def last_fitting(ends: Sequence[int]) -> int:
-        # Invariant: `kept` of `ends` fit, `lost` do not (0 and all are placeholders, never tried).
-        kept, lost = 0, len(ends) + 1
-        while lost - kept > 1:
-            middle = (kept + lost) // 2
-            if fits(task.prompt(example, example.source[: ends[middle - 1]])):
-                kept = middle
-            else:
-                lost = middle
-        return ends[kept - 1] if kept else 0
+        fitting = bisect_left(ends, True, key=lambda end: too_long(task.prompt(example, example.source[:end])))
+        return ends[fitting - 1] if fitting else 0
 
+    whole = task.prompt(example)
+    if not too_long(whole):
+        return whole
     units = list(_UNIT.finditer(example.source))
     end = last_fitting([unit.end() for unit in units])
     if end == 0 and units:  # a piece of 32 emoji has more than a hundred tokens
@@ -139,9 +119,6 @@ def encode(
 
     What is too long loses source text first. The response is cut only where it takes more than half of
     `max_length` and the prompt leaves no room; a cut response has no EOS, because it does not end there.
-
-    Raises:
-        ValueError: The prompt's frame does not fit.
     """
     prompt = prompt_ids(tokenizer, task.prompt(example), task.markup)
     response = response_ids(tokenizer, example.references[0])
@@ -160,13 +137,14 @@ class Row:
     response: list[int]
 
 
+@dataclass(eq=False)
 class TrainingRows(Dataset[Row]):
     """Prompt and response of each example, tokenised on access (worker processes share that work)."""
 
-    def __init__(
-        self, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> None:
-        self.task, self.examples, self.tokenizer, self.max_length = task, examples, tokenizer, max_length
+    task: Task
+    examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -175,68 +153,43 @@ class TrainingRows(Dataset[Row]):
         return Row(index, *encode(self.task, self.examples[index], self.tokenizer, self.max_length))
 
 
-class PromptRows(Dataset[Row]):
+class PromptRows(TrainingRows):
     """The prompt of each example, for generation."""
 
-    def __init__(
-        self,
-        task: Task,
-        examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        option: str,
-    ) -> None:
-        self.task, self.examples, self.tokenizer = task, examples, tokenizer
-        self.max_length, self.option = max_length, option
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
     def __getitem__(self, index: int) -> Row:
-        prompt = fit_prompt(self.task, self.examples[index], self.tokenizer, self.max_length, self.option)
+        prompt = fit_prompt(self.task, self.examples[index], self.tokenizer, self.max_length, PROMPT_LENGTH)
         return Row(index, prompt_ids(self.tokenizer, prompt, self.task.markup), [])
 
 
 def collate_training(rows: Sequence[Row], pad: int, loss_on: LossOn) -> Batch:
-    """Pads on the right.
+    """Pad on the right.
 
     Returns:
         input_ids, attention_mask, labels (-100 outside the loss; not shifted) and prompt_mask (1 on prompt
         tokens), each [B, T]; index [B].
     """
-    shape = (len(rows), max(len(row.prompt) + len(row.response) for row in rows))
-    input_ids, labels = torch.full(shape, pad), torch.full(shape, -100)
-    attention_mask, prompt_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    for i, row in enumerate(rows):
-        start, end = len(row.prompt), len(row.prompt) + len(row.response)
-        input_ids[i, :end] = torch.tensor(row.prompt + row.response)
-        attention_mask[i, :end] = 1
-        prompt_mask[i, :start] = 1
-        first = 0 if loss_on == "all" else start
-        labels[i, first:end] = input_ids[i, first:end]
+    ids = [torch.tensor(row.prompt + row.response) for row in rows]
+    in_prompt = [torch.arange(len(each)) < len(row.prompt) for each, row in zip(ids, rows, strict=True)]
+    hidden = [mask & (loss_on == "response") for mask in in_prompt]
+    labels = [each.masked_fill(mask, -100) for each, mask in zip(ids, hidden, strict=True)]
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "prompt_mask": prompt_mask,
+        "input_ids": _padded(ids, pad),
+        "attention_mask": _padded([torch.ones_like(each) for each in ids], 0),
+        "labels": _padded(labels, -100),
+        "prompt_mask": _padded([mask.long() for mask in in_prompt], 0),
         "index": torch.tensor([row.index for row in rows]),
     }
 
 
 def collate_prompts(rows: Sequence[Row], pad: int) -> Batch:
-    """Pads on the left, as generation needs it.
-
-    Returns:
-        input_ids and attention_mask [B, T]; index [B].
-    """
-    longest = max(len(row.prompt) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad)
-    attention_mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for i, row in enumerate(rows):
-        input_ids[i, longest - len(row.prompt) :] = torch.tensor(row.prompt)
-        attention_mask[i, longest - len(row.prompt) :] = 1
+    """Pad on the left, as generation needs it: input_ids and attention_mask [B, T]; index [B]."""
+    ids = [torch.tensor(row.prompt) for row in rows]
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
+        "input_ids": _padded(ids, pad, side="left"),
+        "attention_mask": _padded([torch.ones_like(each) for each in ids], 0, side="left"),
         "index": torch.tensor([row.index for row in rows]),
     }
+
+
+def _padded(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)

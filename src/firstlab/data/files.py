@@ -9,7 +9,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,12 +18,10 @@ Item = TypeVar("Item")
 
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's control and format characters and all its white space
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON escapes can smuggle one in
-_NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-_PACKED = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # zip, bzip2, xz, zstandard
 
 
 def warn(message: str) -> None:
-    """One line on stderr, from the first process alone."""
+    """Print one line on stderr, from the first process alone."""
     from lightning.pytorch.utilities import rank_zero_only  # slow to import
 
     rank_zero_only(print)(f"warning: {message}", file=sys.stderr, flush=True)
@@ -40,11 +38,7 @@ def has_text(text: str) -> bool:
 
 
 def data_files(root: str, names: Sequence[str]) -> list[Path]:
-    """Paths of the files `names`, or of NAME.gz, in the directory `root`.
-
-    Raises:
-        ValueError: `root` is no directory, or a file is missing; lists what was expected and what is there.
-    """
+    """Paths of the files `names`, or of NAME.gz, all of which must be in the directory `root`."""
     folder = Path(root).expanduser()
     wanted = ", ".join(names)
     if not folder.is_dir():
@@ -66,8 +60,8 @@ def clean_text(value: object, where: str, what: str, advice: str = "fill it in o
     """`value` without outer white space, checked to be text that a tokenizer can take.
 
     Raises:
-        ValueError: No string, nothing to see in it, a NUL, or half of a surrogate pair. The message says `where` the
-            value stood, `what` it should be ("source sentence"), and for an empty one the `advice`.
+        ValueError: It is not. The message says `where` the value stood, `what` it should be ("source sentence"), and
+            for an empty one the `advice`.
     """
     if not isinstance(value, str):
         raise ValueError(f"{where}: the {what} is {type(value).__name__}, not text; correct or remove this entry")
@@ -82,11 +76,7 @@ def clean_text(value: object, where: str, what: str, advice: str = "fill it in o
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, unpacked if gzip packed it, without byte order marks.
-
-    Raises:
-        ValueError: The file is empty, packed in another way, not UTF-8, or holds a NUL.
-    """
+    """The UTF-8 text of a file, unpacked if gzip packed it, without byte order marks; refused where it is empty."""
     data = path.read_bytes()
     try:
         if data.startswith(b"\x1f\x8b"):
@@ -95,10 +85,9 @@ def read_text(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: the gzip file is damaged ({error}); download or create it again") from error
     except UnicodeDecodeError as error:
-        if data.startswith(_PACKED):
-            raise ValueError(f"{path}: the file is compressed; unpack it, or use gzip") from error
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
+        advice = "convert the file to UTF-8; if it is compressed, unpack it or use gzip"
+        raise ValueError(f"{path}, line {line}: not UTF-8; {advice}") from error
     if not has_text(text):
         raise ValueError(f"{path}: the file is empty; download or create it again")
     if "\0" in text:
@@ -112,22 +101,12 @@ def read_lines(path: Path) -> list[str]:
 
     `str.splitlines` would also split at U+2028, U+0085 and others, which occur inside sentences, and so shift
     one side of parallel text against the other.
-
-    Raises:
-        ValueError: As `read_text`, or the lines end in "\r" alone.
     """
-    text = read_text(path)
-    if "\n" not in text and "\r" in text.rstrip("\r"):
-        raise ValueError(f"{path}, line 1: lines end in CR alone; convert them to LF or CRLF")
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    return [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def read_parallel(source: Path, reference: Path, drop_empty: bool = False) -> list[tuple[int, str, str]]:
-    """Line-aligned text as (line number, source, reference); `drop_empty` leaves out pairs with an empty side.
-
-    Raises:
-        ValueError: An empty file or line, or files of different length.
-    """
+    """Line-aligned text as (line number, source, reference); `drop_empty` leaves out pairs with an empty side."""
     sources, references = read_lines(source), read_lines(reference)
     if len(sources) != len(references):
         shorter = min(len(sources), len(references))
@@ -153,24 +132,20 @@ def read_parallel(source: Path, reference: Path, drop_empty: bool = False) -> li
 
 def members(mapping: object, keys: Sequence[str], where: str) -> list[Any]:
     """`mapping[key]` for every key, or a `ValueError` that says where which are missing and what is there instead."""
-    if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where}: expected an object with {_named(keys)}, found {type(mapping).__name__}")
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{where}: expected an object with {', '.join(keys)}, found {type(mapping).__name__}")
     missing = [key for key in keys if key not in mapping]
     if missing:
-        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
-        present = ", ".join(map(str, mapping)) or "none"
         raise ValueError(
-            f"{where}: {_named(missing)} {verb} missing (present: {present}); add {them} or remove this entry"
+            f"{where}: missing {', '.join(missing)} (present: {', '.join(mapping) or 'nothing'}); "
+            "add what is missing or remove this entry"
         )
     return [mapping[key] for key in keys]
 
 
-def _named(keys: Sequence[str]) -> str:
-    return f"the key{'s' if len(keys) > 1 else ''} " + ", ".join(f"'{key}'" for key in keys)
-
-
-def as_list(value: object, key: str, where: str) -> list[Any]:
-    """`value`, the member `key` of an object, or a `ValueError` if it is no list."""
+def entries(mapping: object, key: str, where: str) -> list[Any]:
+    """The list `mapping[key]`, or a `ValueError` as from `members`."""
+    [value] = members(mapping, [key], where)
     if not isinstance(value, list):
         raise ValueError(f"{where}: '{key}' is {type(value).__name__}, not a list")
     return value
@@ -182,16 +157,12 @@ def identifier(value: object, where: str, what: str) -> str:
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
-    if nul := _NUL_ESCAPE.search(text):
-        line = first_line + text[: nul.end()].count("\n")
-        raise ValueError(f"{path}, line {line}: \\u0000 stands for a NUL, which no text has; remove it")
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"{path}, line {line}: invalid JSON ({error.msg}); correct or remove this line") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        raise ValueError(f"{path}, line {first_line}: JSON beyond Python's limits ({error}); correct it") from error
+    except (ValueError, RecursionError) as error:  # the latter from thousands of brackets
+        line = first_line + getattr(error, "lineno", 1) - 1
+        fault = getattr(error, "msg", error)
+        raise ValueError(f"{path}, line {line}: invalid JSON ({fault}); correct or remove this line") from error
 
 
 def read_json(path: Path) -> Any:
@@ -201,20 +172,11 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[Any]:
     """The values of a file with one JSON value a line; value i stands on line i + 1."""
-    values = []
-    for number, line in enumerate(read_lines(path), start=1):
-        if not has_text(line):
-            raise ValueError(f"{path}, line {number}: the line is empty; remove it")
-        values.append(_parse(line, path, first_line=number))
-    return values
+    return [_parse(line, path, first_line=number) for number, line in enumerate(read_lines(path), start=1)]
 
 
 def load_hub_split(hub_id: str, config: str | None, split: str, names: Sequence[str]) -> Any:
-    """One split of a data set on the Hugging Face hub, from the local cache or the network.
-
-    Raises:
-        ValueError: The data set cannot be had; `names` are the files that `data.root` would have to hold instead.
-    """
+    """One split of a data set on the Hugging Face hub; `names` are the files that `data.root` could hold instead."""
     from datasets import load_dataset  # slow to import and not needed with data.root
 
     try:
@@ -230,8 +192,8 @@ def load_hub_split(hub_id: str, config: str | None, split: str, names: Sequence[
 def spread(items: Sequence[Item], count: int | None) -> list[Item]:
     """`count` items in their order, one from each of as many equal stretches; all when `count` is None or too large.
 
-    A head of the list would be one topic: test sets are ordered by document and source. Equal distances would miss
-    what comes at regular ones: levels of difficulty, questions on one passage. The choice is the same for every run.
+    The head of a list would be one topic, and equal distances would miss what comes at regular ones, such as levels of
+    difficulty. The choice is the same for every run.
     """
     total = len(items)
     if count is None or count >= total:

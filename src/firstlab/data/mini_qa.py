@@ -18,5 +18,4 @@ class MiniQA(BundledTask):
     name = "mini-qa"
 
     def prompt(self, example: Example, source: str | None = None) -> str:
-        """The question answering prompt on the passage, or on a shortened one."""
         return qa_prompt(example.source if source is None else source, example.question)

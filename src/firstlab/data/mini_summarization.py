@@ -18,5 +18,4 @@ class MiniSummarization(BundledTask):
     name = "mini-summarization"
 
     def prompt(self, example: Example, source: str | None = None) -> str:
-        """The summarization prompt on the article, or on a shortened one."""
         return summarization_prompt(example.source if source is None else source)

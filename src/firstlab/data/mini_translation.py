@@ -16,15 +16,7 @@ class MiniTranslation(BundledTask):
 
     Level 1 is a short clause; 2 adds adjectives, numbers, prices and possessors; 3 adds time phrases that
     invert the German order, modals, perfect, future and negation; 4 has one subordinate or relative clause; 5
-    nests or joins several clauses.
-
-    Args:
-        pair: "en-de" or "en-zh".
-        pool_size: Examples in `train_pool`.
-        test_size: Examples in `test`.
-
-    Raises:
-        ValueError: The pair is unknown, or there are not so many examples.
+    nests or joins several clauses. `pair` is "en-de" or "en-zh".
     """
 
     kind: ClassVar[str] = "translation"
@@ -38,5 +30,4 @@ class MiniTranslation(BundledTask):
         self.target_language = pair.split("-")[1]
 
     def prompt(self, example: Example, source: str | None = None) -> str:
-        """The translation prompt of appendix A.6."""
         return translation_prompt(example.source if source is None else source, "English", _LANGUAGES[self.pair])

@@ -11,19 +11,12 @@ from firstlab.data.task import Example, Task
 
 @dataclass(frozen=True)
 class Part:
-    """One task of a mixture.
-
-    Attributes:
-        task: The task.
-        max_new_tokens: Tokens of its responses at most; None leaves it to `data.max_new_tokens`.
-    """
+    """One task of a mixture; `max_new_tokens` limits its responses, None leaves that to `data.max_new_tokens`."""
 
     task: Task
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.task, Task):
-            raise ValueError(f"data.task.parts: {self.task!r} is not a firstlab task")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"data.task.parts: max_new_tokens={self.max_new_tokens} must be at least 1")
 
@@ -31,13 +24,8 @@ class Part:
 class Mixture(Task):
     """As many examples of every part as the smallest one has; the data module draws its splits evenly from them.
 
-    Validation comes from the training pools, also where a part has a validation set of its own.
-
-    Args:
-        parts: The tasks by name; each keeps its prompts, difficulties and metrics.
-
-    Raises:
-        ValueError: Fewer than two parts.
+    Each part keeps its prompts, difficulties and metrics. Validation comes from the training pools, also where a part
+    has a validation set of its own.
     """
 
     kind = "mixture"
@@ -50,11 +38,9 @@ class Mixture(Task):
         self.markup = any(task.markup for task in self.parts.values())
 
     def train_pool(self) -> list[Example]:
-        """Part after part."""
         return self._join({name: task.train_pool() for name, task in self.parts.items()})
 
     def test(self) -> list[Example]:
-        """Part after part."""
         return self._join({name: task.test() for name, task in self.parts.items()})
 
     def _join(self, pools: dict[str, list[Example]]) -> list[Example]:
@@ -66,11 +52,6 @@ class Mixture(Task):
         ]
 
     def prompt(self, example: Example, source: str | None = None) -> str:
-        """The prompt of the example's part.
-
-        Raises:
-            ValueError: The example belongs to no part.
-        """
         if example.part not in self.parts:
             raise ValueError(f"part={example.part!r} is not in this mixture; choose one of {', '.join(self.parts)}")
         return self.parts[example.part].prompt(example, source)

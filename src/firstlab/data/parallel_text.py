@@ -23,11 +23,7 @@ LANGUAGE_NAMES = {
 
 
 def language_name(tag: str, option: str) -> str:
-    """The name of a language, also where its tag says more: `pt_BR`, `zh-Hant-TW`.
-
-    Raises:
-        ValueError: The language has no name here; `option` is named.
-    """
+    """The name of a language, also where its tag says more: `pt_BR`, `zh-Hant-TW`; errors name the `option`."""
     name = LANGUAGE_NAMES.get(tag.replace("_", "-").partition("-")[0].lower())
     if name is None:
         raise ValueError(f"{option}={tag} is unknown: choose one of {', '.join(LANGUAGE_NAMES)}")
@@ -59,8 +55,7 @@ class ParallelText(Task):
         test: str = "test_2016_flickr",
         drop_empty: bool = False,
     ) -> None:
-        self.source_language = source_language
-        self.target_language = target_language
+        self.source_language, self.target_language = source_language, target_language
         self.language_names = (
             language_name(source_language, "data.task.source_language"),
             language_name(target_language, "data.task.target_language"),
@@ -72,8 +67,7 @@ class ParallelText(Task):
             )
         self.root, self.drop_empty = root, drop_empty
         self.train_names = (train,) if isinstance(train, str) else tuple(train)
-        self.validation_name = validation
-        self.test_name = test
+        self.validation_name, self.test_name = validation, test
         if not self.train_names:
             raise ValueError("data.task.train=[] names no training text: give at least one name")
         used = [*(("train", name) for name in self.train_names), ("test", test)]
@@ -106,7 +100,6 @@ class ParallelText(Task):
         return [f"{name}.{code}" for name in names for code in (self.source_language, self.target_language)]
 
     def _paths(self, names: Sequence[str]) -> list[tuple[Path, Path]]:
-        """Source and reference file of each text."""
         files = self._file_names(names)
         if self.root is None:
             raise ValueError(f"data.root is not set: set it to the directory that holds {', '.join(files)}")

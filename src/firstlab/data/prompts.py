@@ -1,8 +1,4 @@
-"""The three prompts of the FiRST paper, appendix A.6.
-
-Sections are separated by a blank line; every prompt ends in `### Response:` and a newline, after which
-the answer starts.
-"""
+"""The three prompts of the FiRST paper (A.6); the answer starts in the line after `### Response:`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from firstlab.data.files import as_list, clean_text, data_files, identifier, load_hub_split, members, read_json
+from firstlab.data.files import clean_text, data_files, entries, identifier, load_hub_split, members, read_json
 from firstlab.data.prompts import qa_prompt
 from firstlab.data.task import Example, Task
 
@@ -18,8 +18,7 @@ class Squad(Task):
     """Questions on a passage, each with every accepted answer (paper, section 5).
 
     Args:
-        root: Directory with train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's
-            data set.
+        root: Directory with train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's data set.
     """
 
     kind: ClassVar[str] = "qa"
@@ -51,18 +50,16 @@ class Squad(Task):
 
 
 def _examples_of_file(path: Path) -> Iterator[Example]:
-    (articles,) = members(read_json(path), ["data"], str(path))
-    for article_number, article in enumerate(as_list(articles, "data", str(path)), start=1):
+    for article_number, article in enumerate(entries(read_json(path), "data", str(path)), start=1):
         of_article = f"{path}, article {article_number}"
-        (paragraphs,) = members(article, ["paragraphs"], of_article)
-        for paragraph_number, paragraph in enumerate(as_list(paragraphs, "paragraphs", of_article), start=1):
+        for paragraph_number, paragraph in enumerate(entries(article, "paragraphs", of_article), start=1):
             where = f"{of_article}, paragraph {paragraph_number}"
-            context, questions = members(paragraph, ["context", "qas"], where)
-            for qa in as_list(questions, "qas", where):
+            [context] = members(paragraph, ["context"], where)
+            for qa in entries(paragraph, "qas", where):
                 question_id = identifier(members(qa, ["id"], where)[0], where, "question id")
                 of_question = f"{path}, question '{question_id}'"
-                question, given = members(qa, ["question", "answers"], of_question)
-                answers = [members(each, ["text"], of_question)[0] for each in as_list(given, "answers", of_question)]
+                [question] = members(qa, ["question"], of_question)
+                answers = [members(each, ["text"], of_question)[0] for each in entries(qa, "answers", of_question)]
                 yield _example(question_id, context, question, answers, str(path))
 
 

@@ -58,9 +58,4 @@ class Task(ABC):
 
     @abstractmethod
     def prompt(self, example: Example, source: str | None = None) -> str:
-        """The prompt of appendix A.6, ending in `### Response:` and a newline.
-
-        Args:
-            example: The example to ask about.
-            source: A shortened `example.source`, when the whole does not fit.
-        """
+        """The prompt (A.6), ending in `### Response:` and a newline; `source` is a shortened `example.source`."""

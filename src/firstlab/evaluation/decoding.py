@@ -88,7 +88,7 @@ class Decoder:
     def rows(self) -> PromptRows:
         """The test prompts."""
         data = self.data
-        return PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+        return PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length)
 
     def responses(self, batches: Sequence[Sequence[int]]) -> Iterator[Response]:
         """Respond to batches of test prompts, given by position; a response comes as soon as it has ended."""

@@ -54,7 +54,7 @@ def generate_predictions(decoder: Decoder, *, file: Path, source: str, progress_
     """
     data, settings, routes, examples = decoder.data, decoder.settings, decoder.routes, decoder.data.test
     my_rank, world = rank()
-    key = _digest([file.stem, fingerprint(examples), asdict(settings), data.max_prompt_length, source])
+    key = digest([file.stem, fingerprint(examples), asdict(settings), data.max_prompt_length, source])
     part = file.with_name(f"{file.stem}.{my_rank}.part")
     done = _read_parts(file, key, complain=True)
     own = _read_lines(part, key)[0] if part.is_file() else {}
@@ -125,28 +125,23 @@ def source_of(model: RouterAugmentedLM, routes: Routes | None) -> str:
     return found.hexdigest()[:16]
 
 
-# Each line of a file of predictions carries a checksum of itself and of a key: in a finished file the source, in a part
-# a hash of all that decides the responses. A line that is damaged or made with another key has another checksum.
-
-
-def write_predictions(file: Path, predictions: Sequence[Prediction], source: str) -> None:
+def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
     """All predictions of a variant, a line of JSON each."""
-    write_atomically(file, "".join(_line(each, source) for each in predictions))
+    write_atomically(file, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in predictions))
 
 
-def is_complete(file: Path, count: int, source: str) -> bool:
-    """Whether `write_predictions` wrote the file, with one prediction of this source for each of `count` prompts."""
-    found, others = _read_lines(file, source) if file.is_file() else ({}, [0])
-    return not others and list(found) == list(range(count))
+# Parts: while predictions are made, each process appends lines that carry a checksum of themselves and of all that
+# decides the responses. A line that a kill or a hand has damaged, or that belongs to another evaluation, has another.
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Short hash of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _line(prediction: Prediction, key: str) -> str:
     row = asdict(prediction)
-    return json.dumps({"check": _digest([key, row]), **row}, ensure_ascii=False) + "\n"
+    return json.dumps({"check": digest([key, row]), **row}, ensure_ascii=False) + "\n"
 
 
 def _read_lines(file: Path, key: str) -> tuple[dict[int, Prediction], list[int]]:
@@ -155,7 +150,7 @@ def _read_lines(file: Path, key: str) -> tuple[dict[int, Prediction], list[int]]
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
-            if row.pop("check") != _digest([key, row]):
+            if row.pop("check") != digest([key, row]):
                 raise ValueError(line)
             found[row["index"]] = Prediction(**row)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -86,7 +86,7 @@ def evaluate_variant(
         record["primary_metric"] = primary_metric(data.task)
         examples["scores"] = {key: results.pack(score.rows) for key, score in scores.items() if score.rows is not None}
         record["examples"] = examples
-        write_predictions(file, predictions, source)
+        write_predictions(file, predictions)
     return record
 
 

@@ -19,14 +19,9 @@ class Prompts(Protocol):
 
     texts: Sequence[str]
     progress_bar: bool
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The longest response there will be, T."""
+    num_layers: int
+    #: The longest response there will be.
+    max_new_tokens: int
 
     def __len__(self) -> int:
         """N."""
@@ -44,13 +39,16 @@ class Prompts(Protocol):
         """[N] lengths of the references in tokens, as far as generation goes."""
 
     def skip_rate(self, rule: EarlyExit) -> float:
-        """Skip rate when the references' tokens, as far as generation goes, are decoded under the rule.
+        """Mean skip rate when the references' tokens, as far as generation goes, are decoded under the rule.
 
-        The mean over prompts; NaN if none of them takes a decode step.
+        NaN if no prompt takes a decode step.
         """
 
     def layer_states(self) -> Iterator[list[Tensor]]:
-        """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the output of the last one."""
+        """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the last one's output, not normed.
+
+        Tokens are those of prompts and responses, without padding.
+        """
 
     def routed(self) -> Tensor:
         """[N, L], the decisions of the model's own routers."""
@@ -58,9 +56,7 @@ class Prompts(Protocol):
 
 @dataclass
 class Method(ABC):
-    """One file with one subclass and one YAML in `conf/method/` per method.
-
-    Besides `routes`, which every method has, a method that trains routers says how they start and train.
+    """One file with one subclass and one YAML in `conf/method/` per method; each has `routes`.
 
     Attributes:
         name: Name in tables.
@@ -128,33 +124,20 @@ class Method(ABC):
         return None
 
     def training_objective(self, phase: str, reached: float | None = None) -> RoutingObjective:
-        """What a phase minimises.
-
-        Args:
-            phase: "router" or "lora".
-            reached: The multiplier that phase 1 ended with, where there was one.
-        """
+        """What phase "router" or "lora" minimises; `reached` is the multiplier that phase 1 ended with, if any."""
         return RoutingObjective(objective="decode_consistent")
 
     def rounding(self, num_layers: int) -> str | None:
-        """How the wanted rate becomes whole layers, where it does; the measured rate is what counts.
-
-        Raises:
-            ValueError: A model of so many layers cannot skip at this rate.
-        """
+        """How the wanted rate becomes whole layers, where it does; a ValueError if the model cannot skip at it."""
         return None
 
     @abstractmethod
     def routes(self, prompts: Prompts) -> Tensor | Routes | None:
-        """The method's decision; None lets the trained routers decide.
-
-        Args:
-            prompts: Training prompts to calibrate on, as many as the method takes of them; where `per_prompt`, the
-                prompts to route.
+        """The method's decision for training prompts to calibrate on, or where `per_prompt` for the prompts to route.
 
         Returns:
             A boolean tensor, true = the layer runs: [L] for every prompt alike, or where `per_prompt` [N, L]; or any
-            other `Routes`.
+            other `Routes`; None lets the trained routers decide.
         """
 
 
@@ -162,33 +145,19 @@ class Method(ABC):
 class FixedCount(Method):
     """A method that skips the same number of layers for every prompt.
 
-    Attributes:
-        protect_first, protect_last: Layers at either end that always run.
+    `protect_first` and `protect_last` layers at the ends always run.
     """
 
     least: ClassVar[Mapping[str, float]] = {"protect_first": 0, "protect_last": 0}
-    target_skip: float | None = 0.15
+    target_skip: float = 0.15
     protect_first: int = 1
     protect_last: int = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target_skip is None:
-            raise ValueError(f"method.target_skip=null: {self.name} needs a skip rate, e.g. 0.15")
-
     def skipped_layers(self, num_layers: int) -> int:
-        """k = round(s · L), the nearest number of whole layers to the wanted skip rate.
-
-        Raises:
-            ValueError: Fewer layers than that may be skipped.
-        """
-        assert self.target_skip is not None
-        count = round(self.target_skip * num_layers)
-        return check_count(count, num_layers, self.protect_first, self.protect_last)
+        """k = round(s · L), refused where fewer may be skipped."""
+        return check_count(round(self.target_skip * num_layers), num_layers, self.protect_first, self.protect_last)
 
     def rounding(self, num_layers: int) -> str:
-        """k of L, and the rate that it makes; see `Method`."""
-        assert self.target_skip is not None
         count = self.skipped_layers(num_layers)
         if count == 0:
             raise ValueError(
@@ -198,18 +167,15 @@ class FixedCount(Method):
         return f"{count} of {num_layers} layers = {100 * count / num_layers:.1f} % for {100 * self.target_skip:g} %"
 
     def free_layers(self, num_layers: int) -> range:
-        """Layers that may be skipped."""
         return range(self.protect_first, num_layers - self.protect_last)
 
 
 @dataclass
 class CalibratedSet(FixedCount):
-    """A static set of layers found on training prompts, whose original deletes them from the model.
+    """A static set of layers found on `calibration_prompts` training prompts (128 in SLEB's original).
 
-    Attributes:
-        calibration_prompts: Training prompts that are measured (128 in SLEB's original).
-        skip_prefill: Prompt tokens pass by the skipped layers, too, as in the original; by default prefill runs every
-            layer, as for every other method.
+    Originals delete these layers. Here prefill runs every layer, as for every other method, unless `skip_prefill` lets
+    prompt tokens pass by them, too.
     """
 
     least: ClassVar[Mapping[str, float]] = {"calibration_prompts": 1}
@@ -218,20 +184,21 @@ class CalibratedSet(FixedCount):
 
     @property
     def label(self) -> str:
-        """Says so when the prompt skips, too."""
         return f"{super().label}-prefill" if self.skip_prefill else super().label
 
     def applied(self, routes: Tensor) -> Tensor | Routes:
-        """[L] routes as the method runs them: in decode, or in prefill as well."""
         return PrunedRoutes(routes) if self.skip_prefill else routes
 
 
-def check_count(count: int, num_layers: int, protect_first: int, protect_last: int) -> int:
-    """`count`, if so many of the unprotected layers can be skipped.
+#: What a method says that decides by decode steps.
+NO_STEPS = (
+    "no response has a second token, so that nothing is decoded: raise method.calibration_prompts or "
+    "data.max_new_tokens"
+)
 
-    Raises:
-        ValueError: They cannot.
-    """
+
+def check_count(count: int, num_layers: int, protect_first: int, protect_last: int) -> int:
+    """`count`, if so many of the unprotected layers can be skipped, else a ValueError."""
     most = num_layers - protect_first - protect_last
     if count > most:
         raise ValueError(

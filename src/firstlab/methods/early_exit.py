@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from firstlab.methods.base import Method, Prompts
+from firstlab.methods.base import NO_STEPS, Method, Prompts
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import EarlyExit, layer_skips
 
@@ -48,11 +48,9 @@ class ConfidenceExit(Method):
 
     @property
     def label(self) -> str:
-        """Names the confidence when it is not the default."""
         return super().label if self.confidence == "softmax" else f"{super().label}-{self.confidence}"
 
     def routes(self, prompts: Prompts) -> EarlyExit:
-        """The rule, with a threshold calibrated unless it is given."""
         limit, threshold = prompts.max_new_tokens, self.threshold
         if threshold is None:
             assert self.target_skip is not None
@@ -72,21 +70,10 @@ def calibrate_threshold(skip_rate: Callable[[float], float], target_skip: float,
 
     A higher threshold skips less, but not strictly so, because exits change the states of later tokens; therefore the
     best of all thresholds tried is kept, not the last.
-
-    Args:
-        skip_rate: Measures a threshold.
-        target_skip: s.
-        bisections: Halvings of [0, 1].
-
-    Raises:
-        ValueError: Even threshold 0 skips less than the target, or there is no rate, for want of decode steps.
     """
     most = skip_rate(0.0)
     if math.isnan(most):
-        raise ValueError(
-            "no response has a second token, so that nothing is decoded: raise method.calibration_prompts or "
-            "data.max_new_tokens"
-        )
+        raise ValueError(NO_STEPS)
     if most < target_skip:
         raise ValueError(
             f"method.target_skip={target_skip} cannot be reached: threshold 0 skips {most:.3f}; lower it or "
@@ -103,19 +90,12 @@ def calibrate_threshold(skip_rate: Callable[[float], float], target_skip: float,
 
 @torch.no_grad()
 def teacher_forced_skip_rates(model: RouterAugmentedLM, batch: dict[str, Tensor], rule: EarlyExit) -> Tensor:
-    """Skip rate of every row over the decode steps that predict a label.
+    """[B] skip rate of every row over the decode steps that predict a label; NaN for a response of one token.
 
-    Args:
-        model: The model.
-        batch: input_ids, attention_mask and labels [B, T]; prompt_mask too, if there is one.
-        rule: When to exit.
-
-    Returns:
-        [B] in [0, 1]; NaN for a response of one token, which takes no decode step.
+    `batch` has input_ids, attention_mask, labels and prompt_mask [B, T].
     """
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask") if k in batch}
-    labels = batch["labels"]
-    prompt = batch.get("prompt_mask", (labels != -100).cumsum(1) == 0).bool()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask")}
+    labels, prompt = batch["labels"], batch["prompt_mask"].bool()
     out = model(**inputs, labels=labels, objective="decode_consistent", gate="hard", routes=rule, keep_logits=False)
     counted = torch.zeros_like(prompt)
     counted[:, :-1] = (labels[:, 1:] != -100) & ~prompt[:, :-1]

@@ -112,26 +112,22 @@ class First(Method):
 
     @property
     def label(self) -> str:
-        """Skip level by target or by α; the objective when it is the paper's."""
         level = f"a{self.alpha:g}" if self.target_skip is None else f"skip{self.target_skip:g}"
         form = "first" if self.objective == "decode_consistent" else "first_soft"
         return f"{form}-{level}"
 
     @property
     def level(self) -> str:
-        """The target, or α."""
         return super().level or f"α = {self.alpha:g}"
 
     @property
     def threshold_skip(self) -> float | None:
-        """The target, if the threshold is to be moved."""
         return self.target_skip if self.calibrate_rate else None
 
     def router_start(self) -> RouterStart | None:
-        """See `start`; a codebook of one route is the static start."""
         if self.start == "random":
             return None
-        several = self.start == "codebook" and self.codebook_size > 1
+        several = self.start == "codebook" and self.codebook_size > 1  # of one route it is the static start
         return RouterStart(
             margin=self.start_margin,
             skip_rate=0.0 if self.start == "dense" else self.target_skip or 0.0,
@@ -162,5 +158,4 @@ class First(Method):
         )
 
     def routes(self, prompts: Prompts) -> Tensor | None:
-        """The routers decide."""
         return None

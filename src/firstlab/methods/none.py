@@ -21,5 +21,4 @@ class Dense(Method):
             raise ValueError(f"method.target_skip={self.target_skip} has no meaning with method=none; leave it out")
 
     def routes(self, prompts: Prompts) -> Tensor:
-        """All true."""
         return routes_without(prompts.num_layers, [])

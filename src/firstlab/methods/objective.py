@@ -7,18 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingObjective:
-    """How a training pass is routed, and what drives the skip rate; see `TeacherForcedPass` and §4.1.
+    """How a training pass is routed (see `TeacherForcedPass`), and what drives the skip rate (see `First`).
 
-    Attributes:
-        objective: "soft" (paper) or "decode_consistent".
-        gate: "soft", "hard" or "bernoulli".
-        pooled_tokens: "sequence" (paper) or "prompt".
-        multiplier: α in phase 1, β in phase 2; the starting value when there is a target.
-        target_skip: Wanted skip rate in (0, 1), or None to keep the multiplier fixed.
-        dual_rate: Step size of the dual ascent on the multiplier.
-        tolerance: Distance to the target that "best by validation" forgives.
-        lam: λ of the router regulariser.
-        hold_routes: Phase 2: weight of the squared distance between rho with and without LoRA, summed over layers.
+    `multiplier` is α in phase 1 and β in phase 2, its starting value when there is a `target_skip`.
     """
 
     objective: str = "soft"
@@ -34,15 +25,9 @@ class RoutingObjective:
 
 @dataclass(frozen=True)
 class RouterStart:
-    """Routers calibrated on training prompts before any gradient step.
+    """Routers calibrated on training prompts before any gradient step; see `First`.
 
-    Attributes:
-        margin: Distance of every rho from the threshold.
-        skip_rate: Share of layers skipped at the start; 0 is dense.
-        calibration_prompts: The first so many training prompts are used.
-        search_width: Of the search for the static set to skip; 1 is greedy.
-        codebook_size: Kinds of prompts with a set of their own; 1 is one set for all.
-        fit_prompts: Training prompts behind the first ones that a codebook is measured and fitted on.
+    A `skip_rate` of 0 is dense. The `fit_prompts` come behind the first `calibration_prompts`.
     """
 
     margin: float
@@ -53,7 +38,7 @@ class RouterStart:
     fit_prompts: int = 0
 
     def check(self, threshold: float) -> None:
-        """Raises ValueError if routers with this threshold would have to start at no probability."""
+        """Refuse a threshold from which routers cannot keep their margin within the probabilities."""
         if not self.margin < threshold < 1 - self.margin:
             raise ValueError(
                 f"method.start_margin={self.margin} on both sides of router.threshold={threshold} leaves the "

@@ -1,7 +1,4 @@
-"""The oracle: every prompt's best route, searched with its reference in hand.
-
-No method that has to decide from the prompt can know this: it is the ceiling that routers are measured against.
-"""
+"""The oracle: every prompt's best route, searched with its reference in hand: the ceiling of what routers can reach."""
 
 from __future__ import annotations
 
@@ -22,11 +19,8 @@ _WORST = torch.finfo(torch.float32).max
 class Oracle(FixedCount):
     """k skipped layers per prompt: greedy elimination on the loss of the prompt's own reference, then swaps.
 
-    The search sees the model without LoRA; LoRA is trained, and evaluated, under the routes found.
-
-    Attributes:
-        swap_rounds: How often each prompt may exchange a skipped layer for a running one, the best exchange each time;
-            0 keeps the greedy route.
+    In each of `swap_rounds`, every prompt may exchange a skipped layer for a running one, the best exchange. The search
+    sees the model without LoRA; LoRA is trained, and evaluated, under the routes found.
     """
 
     name: ClassVar[str] = "oracle"
@@ -35,11 +29,9 @@ class Oracle(FixedCount):
 
     @property
     def per_prompt(self) -> bool:
-        """Always."""
         return True
 
     def routes(self, prompts: Prompts) -> Tensor:
-        """[N, L]; the routes of all prompts are searched side by side."""
         layers, count = prompts.num_layers, self.skipped_layers(prompts.num_layers)
         free = torch.zeros(layers, dtype=torch.bool)
         free[list(self.free_layers(layers))] = True

@@ -31,16 +31,13 @@ class RandomSkip(FixedCount):
 
     @property
     def label(self) -> str:
-        """Says so when every prompt has its own draw."""
         return super().label if self.draw == "run" else f"{super().label}-per_prompt"
 
     @property
     def per_prompt(self) -> bool:
-        """As `draw` says."""
         return self.draw == "prompt"
 
     def routes(self, prompts: Prompts) -> Tensor:
-        """[L], or [N, L] for draws by prompt."""
         layers = prompts.num_layers
         if not self.per_prompt:
             return self._draw(layers, str(self.seed))

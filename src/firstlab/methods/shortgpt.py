@@ -22,7 +22,6 @@ class ShortGPT(CalibratedSet):
     protect_last: int = 0
 
     def routes(self, prompts: Prompts) -> Tensor | Routes:
-        """[L], without the k least influential of the unprotected layers."""
         layers = prompts.num_layers
         influence = block_influence(prompts.take(self.calibration_prompts)).tolist()
         ranked = sorted(self.free_layers(layers), key=influence.__getitem__)
@@ -30,10 +29,7 @@ class ShortGPT(CalibratedSet):
 
 
 def block_influence(prompts: Prompts) -> Tensor:
-    """BI of every layer, [L]: the mean over tokens of 1 - cos(input, output).
-
-    The last layer's output is taken before the final norm; padding does not count.
-    """
+    """BI of every layer, [L]: the mean over tokens of 1 - cos(input, output)."""
     total, tokens = torch.zeros(prompts.num_layers, dtype=torch.float64), 0
     for states in prompts.layer_states():
         pairs = zip(states, states[1:], strict=False)

@@ -1,6 +1,6 @@
 """SkipDecode (Del Corro et al. 2023, arXiv 2307.02628): a budget of layers that shrinks with the decode step.
 
-No code of it is public. Taken here: t counts from the first decoded token, the warm-up layers are part of the budget.
+No code of it is public. Here t counts from the first decoded token, and the warm-up layers are part of the budget.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from firstlab.methods.base import Method, Prompts
+from firstlab.methods.base import NO_STEPS, Method, Prompts
 from firstlab.model.routes import StepRoutes
 
 
@@ -50,7 +50,6 @@ class SkipDecode(Method):
             )
 
     def routes(self, prompts: Prompts) -> StepRoutes:
-        """The schedule, calibrated unless both exit layers are given."""
         layers, horizon = prompts.num_layers, self.horizon or prompts.max_new_tokens
         least, most = self.min_exit_layer, self.max_exit_layer
         if least is None or most is None:
@@ -70,17 +69,7 @@ def budget(step: int, horizon: int, min_layers: int, max_layers: int) -> int:
 def skip_decode_schedule(
     num_layers: int, min_layers: int, max_layers: int, horizon: int, warmup_layers: int = 1
 ) -> StepRoutes:
-    """Step t runs the first w layers and the top n(t) - w.
-
-    Args:
-        num_layers: L.
-        min_layers, max_layers: Budget at the horizon and at the first step.
-        horizon: T in decode steps.
-        warmup_layers: w.
-
-    Raises:
-        ValueError: Not w <= min_layers <= max_layers <= L.
-    """
+    """Step t runs the first w layers and the top n(t) - w; the budget is `max_layers` first, `min_layers` at step T."""
     if not max(warmup_layers, 1) <= min_layers <= max_layers <= num_layers:
         raise ValueError(
             f"method.min_exit_layer={min_layers} and method.max_exit_layer={max_layers} must satisfy "
@@ -98,10 +87,7 @@ def schedule_skip_rate(routes: StepRoutes, new_tokens: Sequence[int]) -> float:
     """
     steps = torch.tensor([n - 1 for n in new_tokens if n > 1])
     if not len(steps):
-        raise ValueError(
-            "no response has a second token, so that nothing is decoded: raise method.calibration_prompts or "
-            "data.max_new_tokens"
-        )
+        raise ValueError(NO_STEPS)
     skipped = 1 - routes.window(0, int(steps.max())).double().mean(1)
     return float((skipped.cumsum(0)[steps - 1] / steps).mean())
 
@@ -114,21 +100,10 @@ def calibrate_skip_decode(
     warmup_layers: int = 1,
     tolerance: float = 0.005,
 ) -> tuple[int, int, float]:
-    """Budgets whose measured skip rate meets the target.
+    """(min, max, skip rate) of the budget whose rate on responses of these lengths meets the target.
 
     Of all pairs within the tolerance the one with the widest range, for a shrinking budget is what the method is; if
     no pair is as near, the nearest one.
-
-    Args:
-        num_layers: L.
-        target_skip: s.
-        new_tokens: Lengths of typical responses.
-        horizon: T in decode steps.
-        warmup_layers: w.
-        tolerance: In skip rate.
-
-    Returns:
-        (min, max, skip rate reached).
     """
     found = []
     for least in range(max(warmup_layers, 1), num_layers + 1):

@@ -1,7 +1,4 @@
-"""SLEB (Song et al. 2024): layers are switched off one by one, each time the one that hurts least.
-
-Layers that hurt least alone need not hurt least together: a beam keeps several sets of every size.
-"""
+"""SLEB (Song et al. 2024): layers are switched off one by one, each time the one that hurts least."""
 
 from __future__ import annotations
 
@@ -18,11 +15,7 @@ from firstlab.model.routes import Routes
 
 @dataclass
 class SLEB(CalibratedSet):
-    """Found by the loss of the calibration prompts; one layer at either end stays by default.
-
-    Attributes:
-        search_width: Sets kept at every size; 1 is greedy elimination, as published.
-    """
+    """Found by the loss of the calibration prompts; `search_width` sets are kept at every size, 1 as published."""
 
     name: ClassVar[str] = "sleb"
     least: ClassVar[Mapping[str, float]] = {"search_width": 1}
@@ -30,21 +23,14 @@ class SLEB(CalibratedSet):
     search_width: int = 1
 
     def routes(self, prompts: Prompts) -> Tensor | Routes:
-        """[L], k layers switched off, each set measured as it is to be skipped."""
         layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
 
-        def loss_of(routes: Tensor) -> float:
+        def loss_of(routes: Tensor) -> float:  # measured as the layers are to be skipped
             return measured.loss(self.applied(routes))
 
-        ends = self.protect_first, self.protect_last
-        order = elimination(
-            layers,
-            self.skipped_layers(layers),
-            loss_of,
-            *ends,
-            width=self.search_width,
-            progress_bar=prompts.progress_bar,
-        )
+        ends, count = (self.protect_first, self.protect_last), self.skipped_layers(layers)
+        shown = prompts.progress_bar
+        order = elimination(layers, count, loss_of, *ends, width=self.search_width, progress_bar=shown)
         return self.applied(routes_without(layers, order))
 
 
@@ -58,26 +44,16 @@ def elimination(
     first: Sequence[int] = (),
     progress_bar: bool = False,
 ) -> list[int]:
-    """`count` layers in the order in which they are switched off for good: a beam search by the loss.
+    """`count` layers in the order in which they are switched off for good: a beam search by the loss of routes [L].
 
-    Args:
-        num_layers: L.
-        count: Layers to switch off.
-        loss_of: Of routes [L].
-        protect_first, protect_last: Layers at the ends that stay.
-        width: Sets kept at every size, those with the least loss; 1 switches off the layer with the least loss each
-            time.
-        first: Layers that are off already; the others follow.
-        progress_bar: Show one.
-
-    Raises:
-        ValueError: More layers to remove than may be removed.
+    Layers that hurt least alone need not hurt least together, so the `width` best sets of every size are kept. Layers
+    of `first` are off already; the others follow.
     """
     check_count(count, num_layers, protect_first, protect_last)
     free = range(protect_first, num_layers - protect_last)
     kept = [list(first)]
     sizes = range(len(first), count)
-    # Of a wide search an upper bound: sets that are found twice are measured once.
+    # An upper bound in a wide search: sets that are found twice are measured once.
     total = sum((1 if size == len(first) else width) * (len(free) - size) for size in sizes)
     bar = tqdm(total=total, desc="search layers to skip", unit="set", disable=not progress_bar, leave=False)
     for _ in sizes:

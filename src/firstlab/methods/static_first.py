@@ -14,13 +14,10 @@ from firstlab.methods.first import First
 
 @dataclass
 class StaticFirst(First):
-    """Phase 1 as in `First`; what its routers choose most often on training prompts is then the route of all.
+    """Phase 1 as in `First`; what its routers choose most often on `vote_prompts` training prompts is the route of all.
 
     Beside `First` it tells what choosing by prompt is worth. Its skip rate is that of one route, so it may miss the
     rate that the routers reach on average.
-
-    Attributes:
-        vote_prompts: Training prompts that are routed to find it.
     """
 
     name: ClassVar[str] = "static_first"
@@ -37,11 +34,9 @@ class StaticFirst(First):
 
     @property
     def label(self) -> str:
-        """As the adaptive run's, marked static."""
         return f"static_{super().label}"
 
     def routes(self, prompts: Prompts) -> Tensor:
-        """[L]."""
         return most_frequent(prompts.take(self.vote_prompts).routed())
 
 

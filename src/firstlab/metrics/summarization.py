@@ -91,7 +91,9 @@ def _load_scorer(path: str, wanted: int | None) -> tuple[BERTScorer, int]:
     from transformers import AutoConfig
 
     try:
-        encoder = AutoConfig.from_pretrained(path)
+        encoder = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if "/" in (kernel := str(getattr(encoder, "_attn_implementation", ""))):
+            raise ValueError(f"evaluation.bertscore.path={path!r}: its config.json asks for code of the hub, {kernel}")
         depth: int = encoder.num_hidden_layers
         num_layers = wanted or model2layers.get(path, depth)
         if num_layers > depth:

@@ -28,7 +28,9 @@ def check_lora(model: PreTrainedModel | PretrainedConfig, settings: LoraSettings
     """
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
-            lm: PreTrainedModel = AutoModelForCausalLM.from_config(model, trust_remote_code=False)
+            lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model, trust_remote_code=False, attn_implementation="eager"
+            )
     else:
         lm = model
     shapes = {name: list(lm.get_parameter(f"{name}.weight").shape) for name in linear_names(lm)}

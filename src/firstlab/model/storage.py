@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -106,9 +106,10 @@ def load_base(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         _check_folder(path, kwargs)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         model, info = loaded
-    except (ModelUnavailableError, RuntimeError, MemoryError):  # the latter are the machine's fault
-        raise
     except Exception as error:  # a damaged folder breaks its readers in many ways
+        machine = isinstance(error, RuntimeError | MemoryError) and not isinstance(error, RecursionError)
+        if machine or isinstance(error, ModelUnavailableError):
+            raise
         raise _unavailable(path, error) from error
     # transformers would draw these at random and go on.
     absent = sorted(info["missing_keys"])
@@ -140,20 +141,23 @@ def _check_folder(path: str, options: Mapping[str, Any]) -> None:
         found = _read_object(Path(adapter))
         _refuse_packages(adapter, found)
         configs.append((str(found.get("base_model_name_or_path")), {}))
-    kernels = {kernel for place, where in configs for kernel in _hub_kernels(place, where)}
-    if kernels and "attn_implementation" not in options:
-        raise ModelUnavailableError(
-            f"model.path={path!r}: config.json asks for attention code of the hub, {', '.join(sorted(kernels))}, which "
-            "runs only if you name it yourself: set model.attn_implementation to it, or to sdpa"
-        )
+    if "attn_implementation" not in options:
+        for place, where in configs:
+            config = None
+            with suppress(Exception):  # what cannot be read asks for nothing
+                config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
+            if config is not None:
+                _refuse_kernels(path, config)
 
 
-def _hub_kernels(path: str, hub: Mapping[str, Any]) -> Iterator[str]:
-    with suppress(Exception):  # a config that cannot be read asks for nothing
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
-        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-            if "/" in (name := str(getattr(part, "_attn_implementation", ""))):
-                yield name
+def _refuse_kernels(path: str, config: PretrainedConfig) -> None:
+    """Raises ModelUnavailableError for a config that asks for attention code of the hub."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if "/" in (name := str(getattr(part, "_attn_implementation", ""))):
+            raise ModelUnavailableError(
+                f"model.path={path!r}: config.json asks for attention code of the hub, {name}, which runs only if you "
+                "name it yourself: set model.attn_implementation to it, or to sdpa"
+            )
 
 
 def _refuse_packages(file: str | Path, adapter: Mapping[str, Any]) -> None:
@@ -161,17 +165,23 @@ def _refuse_packages(file: str | Path, adapter: Mapping[str, Any]) -> None:
         raise ModelUnavailableError(f"{file}: megatron_config imports a package, which a saved adapter may not do")
 
 
-def load_base_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
+def load_base_config(
+    path: str | Path, revision: str | None = None, attn_implementation: str | None = None
+) -> PretrainedConfig:
     """The config of a base model, without its weights; of a folder written by firstlab, that of its base.
 
     Raises:
-        ModelUnavailableError: It cannot be loaded.
+        ModelUnavailableError: It cannot be loaded, or asks for attention code of the hub, and no other is given.
     """
     location = _base_of(path)
     try:
-        return AutoConfig.from_pretrained(location, trust_remote_code=False, revision=revision)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False, revision=revision)
+        if attn_implementation is not None:
+            config._attn_implementation = attn_implementation
     except Exception as error:  # values of a wrong type break it in many ways
         raise _unavailable(location, error) from error
+    _refuse_kernels(location, config)
+    return config
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Tokenizer:
@@ -226,7 +236,7 @@ def read_config(path: str | Path) -> SavedModel | None:
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelUnavailableError(f"{file} is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(found, dict):
         raise ModelUnavailableError(f"{file} holds no JSON object; {_AGAIN}")
@@ -345,6 +355,8 @@ def _adapter_config(found: dict[str, Any]) -> LoraConfig:
     # A newer PEFT's keys may be there, as long as they are off.
     if unknown := sorted(key for key in found.keys() - known if found[key]):
         raise ValueError(f"the installed PEFT knows no {unknown[0]!r}")
+    if not isinstance(base := found.get("base_model_name_or_path"), str | None):
+        raise ValueError(f"base_model_name_or_path={base!r} must be text")
     for key, kind in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
         if isinstance(found.get(key), bool) or not isinstance(found.get(key), kind):
             raise ValueError(f"{key}={found.get(key)!r} must be a number")

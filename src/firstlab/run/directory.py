@@ -8,13 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from firstlab.config.compose import load_dict, read_saved
 from firstlab.config.schema import ExperimentConfig
 from firstlab.methods.base import Method
 from firstlab.store import results
-from firstlab.store.files import remove_torn, write_atomically
+from firstlab.store.files import remove_torn, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 
 CONFIG = "config.yaml"
@@ -120,8 +118,7 @@ def taken_over(directory: Path, config: ExperimentConfig) -> Iterator[bool]:
                 directory.rename(replaced)
         remove_torn(directory)
         resumed = has_begun(directory)
-        text = yaml.safe_dump(config.located().to_dict(), sort_keys=False, allow_unicode=True)
-        write_atomically(directory / CONFIG, text)
+        write_atomically(directory / CONFIG, yaml_text(config.located().to_dict()))
     barrier()
     try:
         yield resumed

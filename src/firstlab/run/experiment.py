@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.loggers import Logger
 
 from firstlab.config import instantiate
@@ -26,7 +25,7 @@ from firstlab.config.build import (
 from firstlab.config.schema import ExperimentConfig
 from firstlab.data.files import warn
 from firstlab.evaluation.decoding import check_engine
-from firstlab.evaluation.predictions import fingerprint, is_complete, source_of
+from firstlab.evaluation.predictions import digest, fingerprint, source_of
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
@@ -55,7 +54,7 @@ from firstlab.run.phases import (
 )
 from firstlab.run.record import record_of
 from firstlab.store import machine, results
-from firstlab.store.files import claimed, read_own, write_atomically
+from firstlab.store.files import claimed, read_own, sealed, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 
 
@@ -235,16 +234,17 @@ class Experiment(Run):
 
     def _evaluate(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
         """Evaluate a variant, unless an earlier try has done so and left its part of the record on disk."""
-        file = self.directory / "evaluation" / f"{name}.yaml"
-        test_set, predictions = fingerprint(self.data.test), self.directory / "predictions"
+        file, directory = self.directory / "evaluation" / f"{name}.yaml", self.directory / "predictions"
+
+        def key() -> str:
+            """Of the weights and routes, the test prompts, and what was said to them."""
+            said = (directory / f"{name}.jsonl").read_text(encoding="utf-8")
+            return digest([source, fingerprint(self.data.test), said])
 
         def parse(saved: Any) -> dict[str, Any]:
-            figures = (saved["metrics"][saved["primary_metric"]]["value"], saved["skip"]["skip_rate"])
-            whole = all(isinstance(each, float) for each in figures) and saved["n"] == len(self.data.test)
-            whole = whole and is_complete(predictions / f"{name}.jsonl", len(self.data.test), source)
-            if not whole or (saved["examples"]["test_set"], saved["source"]) != (test_set, source):
+            if saved["key"] != key():
                 raise ValueError("it is about other test prompts, weights or routes, or predictions are missing")
-            return dict(saved)
+            return dict(saved["variant"])
 
         if file.is_file():
             try:
@@ -257,7 +257,7 @@ class Experiment(Run):
                 self.model,
                 self.data,
                 self.config.evaluation,
-                predictions,
+                directory,
                 name,
                 routes,
                 source,
@@ -266,15 +266,16 @@ class Experiment(Run):
                 static_routes(self.directory, self.method, self.model.num_layers),
             )
         if rank()[0] == 0:
-            write_atomically(file, yaml.safe_dump(variant, sort_keys=False))
+            write_atomically(file, sealed(yaml_text({"key": key(), "variant": variant})))
         barrier()
         return read_own(file, parse)
 
     def _join_predictions(self, names: Iterable[str]) -> None:
-        lines = []
-        for name in names:
-            for line in (self.directory / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
-                row = json.loads(line)
-                del row["check"]
-                lines.append(json.dumps({"variant": name, **row}, ensure_ascii=False) + "\n")
-        write_atomically(self.directory / "predictions.jsonl", "".join(lines))
+        files = {name: self.directory / "predictions" / f"{name}.jsonl" for name in names}
+        rows = [
+            {"variant": name, **json.loads(line)}
+            for name, file in files.items()
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]
+        ]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(self.directory / "predictions.jsonl", text)

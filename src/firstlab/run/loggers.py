@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from firstlab.store.files import json_text
+from firstlab.store.files import appended, json_text
 
 #: Predictions per variant that a W&B table shows.
 SAMPLES = 50
@@ -32,7 +32,7 @@ class JsonLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as out:
+        with appended(self.file) as out:
             out.write(json_text({"step": step, "time": time.time(), **metrics}) + "\n")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.loggers import Logger
 
 from firstlab.config.build import load_model, model_path
@@ -30,7 +29,7 @@ from firstlab.run.choosing import fit_again, fit_route_router, training_routes
 from firstlab.run.decisions import prompt_routes, shared_routes
 from firstlab.run.directory import variant_names
 from firstlab.run.loggers import PhaseLogger
-from firstlab.store.files import read_own, write_atomically
+from firstlab.store.files import read_own, sealed, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, Phase, RouterModule
 from firstlab.training.prompt_set import PromptSet
@@ -301,7 +300,7 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
     # What follows reads prompts and responses as long as in phase 2, whether or not phase 1 ran just now.
     run.data.max_length = run.config.data.max_length_lora
     if rank()[0] == 0:
-        write_atomically(run.directory / f"{phase}.yaml", yaml.safe_dump(record, sort_keys=False))
+        write_atomically(run.directory / f"{phase}.yaml", sealed(yaml_text(record)))
     if run.config.trainer.strategy == "fsdp":
         _load_best(run, phase)
     skip_rate = run.method.threshold_skip

@@ -81,7 +81,8 @@ def row_title(row: dict[str, Any]) -> str:
     name = "FiRST" if row["method"] == "first" else row["method"]
     title = ROW_NAMES[row["variant"]] if dense else f"{name} {ROW_NAMES[row['variant']]}"
     details = [each for each in ("" if dense else row.get("level"), row.get("note")) if each]
-    return f"{title} ({', '.join(details)})" if details else title
+    title = f"{title} ({', '.join(details)})" if details else title
+    return "".join(each if each.isprintable() else "?" for each in title)  # a terminal obeys some of the others
 
 
 def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
@@ -106,7 +107,7 @@ def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
             cells.append("-" if rate is None else f"{100 * rate:.1f} %")
         timing = row.get("timing")
         view.add_row(row_title(row), *cells, f"{timing['tpot_ratio']:.2f}x" if timing else "-")
-    Console(width=None if sys.stdout.isatty() else 140).print(view)
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(view)
     for row in table:
         for warning in row["warnings"]:
             print(f"warning: {row_title(row)}: {warning}")
@@ -130,10 +131,11 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
             f"{row['primary']['value']:.1f}, {count} {'route' if count == 1 else 'routes'}",
             fontsize=9,
             loc="left",
+            parse_math=False,
         )
     axes[-1].set_xlabel("decoder layer (0 = first)")
     fig.supylabel("prompts that skip the layer (%)", fontsize=10)
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle(title, fontsize=11, parse_math=False)
     fig.savefig(file, dpi=130)
 
 

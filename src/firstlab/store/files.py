@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import yaml
 
@@ -29,22 +30,63 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     os.replace(temporary, file)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads no aliases: some of them, nested, stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*) are not read from saved files")
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes none."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def read_yaml(text: str) -> Any:
+    """What the text of a saved file stands for: plain data."""
+    return yaml.load(text, _Loader)
+
+
+def yaml_text(value: Any) -> str:
+    """Plain data as a text that `read_yaml` reads."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def sealed(text: str) -> str:
+    """A YAML file's text with its checksum behind it, by which `read_own` knows that it is as it was written."""
+    return f"{text}# sha256 {hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
 def read_own(
     file: Path,
     parse: Callable[[Any], Parsed],
     remedy: str = "delete it, and result.json if there is one, and give the training command again",
 ) -> Parsed:
-    """What a JSON or YAML file that firstlab wrote stands for; a kill or a hand may have damaged it since.
+    """What a JSON or `sealed` YAML file of firstlab's stands for; a kill or a hand may have damaged it since.
 
     Raises:
         ValueError: The file cannot be read, or `parse` refuses what it holds; the message ends with the remedy.
     """
     try:
         text = file.read_text(encoding="utf-8")
-        return parse(yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text))
+        if file.suffix != ".yaml":
+            return parse(json.loads(text))
+        if sealed(text.rpartition("# sha256 ")[0]) != text:
+            raise ValueError("its checksum is another one")
+        return parse(read_yaml(text))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file} is missing or damaged ({type(error).__name__}: {reason}); {remedy}") from error
+
+
+def appended(file: Path) -> TextIO:
+    """A file opened to append to, never through a link that came with a directory."""
+    return open(file, "a+", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def check_writable(directory: Path, option: str) -> None:
@@ -88,7 +130,7 @@ def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        opened = (directory.parent / f".{directory.name}.lock").open("a+", encoding="utf-8")
+        opened = appended(directory.parent / f".{directory.name}.lock")
     except OSError as error:
         raise ValueError(f"{directory} cannot be written ({error.strerror}); choose another directory") from error
     with opened as lock:

@@ -1,7 +1,6 @@
-"""Start routers from a good static set of layers, fitted to training prompts in closed form.
+"""Start routers from a good static set of layers: a ridge regression of the logit that each prompt should get.
 
-A linear map without bias has no constant to set, so routers are fitted to the prompt tokens' hidden states: a ridge
-regression of the logit that each prompt should get.
+A linear map without bias has no constant to set, so it is fitted to the prompt tokens' hidden states.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def fit_routers(prompts: PromptSet, logits: Tensor, ridge: float = 1e-3) -> Tens
     Args:
         prompts: N prompts.
         logits: [N, L], wanted for each prompt and layer.
-        ridge: Regularisation relative to the mean squared state.
+        ridge: Relative to the mean squared state.
 
     Returns:
         [L, D], the directions that give every prompt a logit of about 1: adding them shifts a router.
@@ -73,16 +72,9 @@ def fit_routers(prompts: PromptSet, logits: Tensor, ridge: float = 1e-3) -> Tens
 def start_routers(prompts: PromptSet, order: Sequence[int], *, skip_rate: float, margin: float) -> None:
     """Start the routers from a static set, at exactly the wanted skip rate.
 
-    The first layers of `order` are skipped for every prompt (rho about threshold - margin), the others run
-    (threshold + margin).
-    Where skip_rate · L is not whole, one more layer is skipped for a share of the prompts: for those whose measured
-    loss it changes least, as far as the router can tell them apart.
-
-    Args:
-        prompts: Training prompts; the routers of their model are overwritten.
-        order: Layers in the order in which they are best skipped, at least ceil(skip_rate · L).
-        skip_rate: In [0, 1).
-        margin: Distance of rho from the threshold; both must lie in (0, 1).
+    The first layers of `order`, best skipped first, are skipped for every prompt (rho about threshold - margin), the
+    others run (threshold + margin). Where skip_rate · L is not whole, one more layer is skipped for a share of the
+    prompts: for those whose measured loss it changes least, as far as the router can tell them apart.
     """
     layers, threshold = prompts.num_layers, prompts.model.routers.settings.threshold
     whole = math.floor(skip_rate * layers + 1e-9)

@@ -25,9 +25,6 @@ def cluster(points: Tensor, size: int) -> Tensor:
     """[K, F] centres of [N, F] points by k-means, from far-apart points: the same for every seed.
 
     K is `size`, or less where points are alike: every centre has points.
-
-    Raises:
-        ValueError: Fewer points than centres.
     """
     if size > len(points):
         raise ValueError(
@@ -52,27 +49,17 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def greedy_orders(prompts: Prompts, chosen: Tensor, size: int, depth: int) -> list[list[int]]:
-    """For each cluster the layers switched off one by one, each time the one that hurts its prompts least (SLEB).
+    """For each of K = `size` clusters, `depth` layers in the order in which they hurt its prompts least (SLEB).
 
-    All clusters are searched in the same passes. The first and the last layer stay.
-
-    Args:
-        prompts: N prompts.
-        chosen: [N], the cluster of each.
-        size: K.
-        depth: Layers in each order.
+    All clusters are searched in the same passes; `chosen` [N] is the cluster of each prompt. The first and the last
+    layer stay.
     """
     layers = prompts.num_layers
-    check_count(depth, layers, 1, 1)
     orders: list[list[int]] = [[] for _ in range(size)]
     between = range(1, layers - 1)
-    bar = tqdm(
-        total=depth * len(between),
-        desc="search layers to skip for each kind of prompts",
-        unit="pass",
-        disable=not prompts.progress_bar,
-        leave=False,
-    )
+    title = "search layers to skip for each kind of prompts"
+    total, shown = depth * len(between), prompts.progress_bar
+    bar = tqdm(total=total, desc=title, unit="pass", disable=not shown, leave=False)
     for _ in range(depth):
         harm = torch.full((size, layers), torch.inf)
         for layer in between:
@@ -89,10 +76,7 @@ def greedy_orders(prompts: Prompts, chosen: Tensor, size: int, depth: int) -> li
 def loss_curves(prompts: Prompts, chosen: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
     """[K, depth + 1]: the mean loss of each cluster's prompts without the first 0, 1, ... layers of its order.
 
-    Args:
-        prompts: N prompts; other ones than the orders were found on, or what is best by chance looks harmless.
-        chosen: [N], the cluster of each.
-        orders: Of the K clusters, equally long.
+    The prompts must be other ones than the orders were found on, or what is best by chance looks harmless.
     """
     layers, depth = prompts.num_layers, len(orders[0])
     curves = []
@@ -106,12 +90,9 @@ def loss_curves(prompts: Prompts, chosen: Tensor, orders: Sequence[Sequence[int]
 def allocate(curves: Tensor, shares: Tensor, budget: float) -> list[int]:
     """How many layers each cluster skips: where that costs least, `budget` on average over prompts.
 
-    Steps of one or several layers are taken in the order of what a layer of them costs the cluster's prompts.
-
-    Args:
-        curves: [K, depth + 1], see `loss_curves`.
-        shares: [K], each cluster's share of the prompts.
-        budget: Skipped layers, missed by at most half of what a layer less in the smallest cluster would change.
+    Steps of one or several layers are taken in the order of what a layer of them costs, by the `curves` of
+    `loss_curves`; `shares` [K] are those of the prompts. The budget is missed by at most half of what a layer less in
+    the smallest cluster would change.
     """
     counts, used = [0] * len(curves), 0.0
     slack = float(shares[shares > 0].min()) / 2
@@ -138,16 +119,8 @@ def _means(losses: Tensor, chosen: Tensor, size: int) -> Tensor:
 def find_codebook(prompts: Prompts, chosen: Tensor, others: Prompts, measured: Tensor, skip_rate: float) -> Tensor:
     """A route for each of K clusters of prompts, [K, L], `skip_rate` on average; easy kinds of prompts skip more.
 
-    Each cluster gets its own greedy order of layers, and the layers to skip are spent where prompts that the orders
-    were not found on lose least.
-
-    Args:
-        prompts, chosen: N prompts to find the orders on, and the cluster of each, [N].
-        others, measured: Further prompts, on which what skipping costs is measured, and their clusters.
-        skip_rate: In (0, 1).
-
-    Raises:
-        ValueError: More layers to skip than may be skipped.
+    Each cluster gets its own greedy order of layers from `prompts`, whose clusters are `chosen` [N]; the layers to skip
+    are spent where `others`, whose clusters are `measured`, lose least.
     """
     layers, budget = prompts.num_layers, skip_rate * prompts.num_layers
     check_count(math.ceil(budget), layers, 1, 1)
@@ -174,16 +147,10 @@ def pooled_states(prompts: PromptSet) -> Tensor:
 
 
 def fit_to_routes(prompts: PromptSet, wanted: Tensor, *, margin: float, trained: int) -> Tensor:
-    """Train the routers to give each prompt its route, rho at least `margin` on the right side of the threshold.
+    """Train the routers to give each prompt its route [N, L], rho at least `margin` on the right side of the threshold.
 
     The loss is the squared hinge of rho's distance from the threshold; it needs the states of all prompt tokens,
-    tokens · L · D · 4 bytes.
-
-    Args:
-        prompts: N prompts; the routers of their model are overwritten.
-        wanted: [N, L], their routes.
-        margin: In (0, 0.5).
-        trained: The first so many prompts are fitted, the others test it.
+    tokens · L · D · 4 bytes. The first `trained` prompts are fitted, the others test it.
 
     Returns:
         [L], the share of right decisions on the prompts that were not fitted.
@@ -213,12 +180,7 @@ def fit_to_routes(prompts: PromptSet, wanted: Tensor, *, margin: float, trained:
 
 
 def constant_accuracy(wanted: Tensor, trained: int) -> Tensor:
-    """[L], what the decision that is right for most fitted prompts gets right on the others: the bar for a router.
-
-    Args:
-        wanted: [N, L], the routes of all prompts.
-        trained: The first so many prompts are fitted.
-    """
+    """[L], what the decision that is right for most fitted prompts gets right on the others: the bar for a router."""
     usual = wanted[:trained].float().mean(0) >= 0.5
     return (wanted[trained:] == usual).float().mean(0)
 

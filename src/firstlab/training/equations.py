@@ -7,14 +7,13 @@ from torch.nn import functional as F
 
 
 def router_loss(cross_entropy: Tensor, regularization: Tensor, non_skip: Tensor, *, lam: float, alpha: float) -> Tensor:
-    """Phase 1 (§4.1): L = L_CE + λ · Σ_i ||r_i||² + α · Σ_i rho_i.
+    """Phase 1 (§4.1): L = L_CE + λ · Σ_i ||r_i||² + α · Σ_i rho_i, λ = 0.01 in the paper.
 
     Args:
         cross_entropy: Mean over label tokens.
         regularization: Σ over layers of the squared router norm.
         non_skip: Σ over layers of the batch mean of rho.
-        lam: λ, 0.01 in the paper.
-        alpha: α, trades quality for latency.
+        lam, alpha: λ and α, which trades quality for latency.
     """
     return cross_entropy + lam * regularization + alpha * non_skip
 
@@ -25,14 +24,7 @@ def lora_loss(cross_entropy: Tensor, non_skip: Tensor, *, beta: float) -> Tensor
 
 
 def distillation_losses(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of every token, in nats and fp32.
-
-    Args:
-        student, teacher: Logits [N, V] of the same tokens.
-
-    Returns:
-        [N].
-    """
+    """[N] KL(teacher || student) of every token, in nats and fp32, from logits [N, V]."""
     log_student, log_teacher = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
 

@@ -60,7 +60,7 @@ class Phase(L.LightningModule):
 
     @abstractmethod
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
-        """The phase's objective from globally normalised terms."""
+        """What the phase minimises, from globally normalised terms."""
 
     # -- training --
 
@@ -92,24 +92,16 @@ class Phase(L.LightningModule):
         broken = torch.where(loss.detach().isfinite(), math.inf, self.trainer.global_step + 1.0)
         self._broken_at = torch.minimum(self._broken_at.to(broken.device), broken)
         self.log("train/loss", loss.detach(), sync_dist=True)
-        # In the progress bar: the loss with its driven penalty can fall, below zero even, while the fit gets worse.
+        # The progress bar shows the fit: the loss with its driven penalty can fall while the fit gets worse.
         self.log("train/cross_entropy", cross_entropy.detach(), prog_bar=True, sync_dist=True)
         self.log("train/skip_rate", skip_rate, prog_bar=True, sync_dist=True)
         self.log("train/multiplier", self.multiplier, rank_zero_only=True)
         return loss
 
-    def _routed(self, batch: dict[str, Tensor], routes: Routes | None) -> RouterAugmentedOutput:
-        return self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-            prompt_mask=batch["prompt_mask"],
-            objective=self.objective.objective,
-            gate=self.objective.gate,
-            pooled_tokens=self.objective.pooled_tokens,
-            routes=routes,
-            keep_logits=False,
-        )
+    def _routed(self, batch: dict[str, Tensor], routes: Routes | None, **changed: Any) -> RouterAugmentedOutput:
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "prompt_mask")}
+        given |= {name: getattr(self.objective, name) for name in ("objective", "gate", "pooled_tokens")}
+        return self.model(**given | changed, routes=routes, keep_logits=False)
 
     def _divergence(self, out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
         """How far the routed model's predictions of the label tokens are from those of the dense base model."""
@@ -160,35 +152,17 @@ class Phase(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         torch.manual_seed(self.seed * self.trainer.world_size + self.global_rank)  # sampled gates, after a resume too
-        self._validation = {
-            name: torch.zeros(size, device=self.device)
-            for name, size in (
-                ("nll", 1),
-                ("tokens", 1),
-                ("rows", 1),
-                ("rho", self.model.num_layers),
-                ("skip", self.model.num_layers),
-                ("soft", 1),
-            )
-        }
+        layers = self.model.num_layers
+        sizes = {"nll": 1, "tokens": 1, "rows": 1, "rho": layers, "skip": layers, "soft": 1}
+        self._validation = {name: torch.zeros(size, device=self.device) for name, size in sizes.items()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        common = {k: batch[k] for k in ("input_ids", "attention_mask", "prompt_mask")}
         response = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
         routes = rows_of(self.val_routes, batch["index"].tolist(), self.device)
-        out = self.model(
-            **common,
-            labels=response,
-            objective="decode_consistent",
-            gate="hard",
-            routes=routes,
-            keep_logits=False,
-        )
-        sums = self._validation
-        rows = len(batch["input_ids"])
-        tokens = out.loss_terms["token_count"]
-        decided = self.model.routers.decide(out.rho)
-        skips = (~decided).float() if routes is None else _step_skips(out, batch)
+        out = self._routed(batch, routes, labels=response, objective="decode_consistent", gate="hard")
+        assert out.loss is not None and out.rho is not None
+        sums, rows, tokens = self._validation, len(batch["input_ids"]), out.loss_terms["token_count"]
+        skips = (~self.model.routers.decide(out.rho)).float() if routes is None else _step_skips(out, batch)
         sums["nll"] += out.loss * tokens
         sums["tokens"] += tokens
         sums["rows"] += rows

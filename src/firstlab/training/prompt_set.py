@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from firstlab.model.prompt_cache import PromptReading
 from firstlab.model.routes import EarlyExit, Routes, as_routes
 
 Batch = dict[str, Tensor]
+Watch = Callable[[int, Tensor, Tensor], None]
 
 
 class PromptSet:
@@ -33,7 +35,7 @@ class PromptSet:
         batch_size: Prompts in one pass.
         cache_bytes: Room for the prompts' keys and values, so that measuring losses again under other routes computes
             the responses only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
-        progress_bar: Show one where all prompts are read, or read again and again.
+        progress_bar: Show one.
     """
 
     def __init__(
@@ -48,23 +50,13 @@ class PromptSet:
         self.model, self.data, self.examples, self.batch_size = model, data, examples, batch_size
         self.cache_bytes, self.progress_bar = cache_bytes, progress_bar
         self._readings: list[PromptReading | None] = []
+        self.num_layers, self.max_new_tokens = model.num_layers, data.max_new_tokens
         self.texts: Sequence[str] = [data.task.prompt(example) for example in examples]
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return self.model.num_layers
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The longest response there will be."""
-        return self.data.max_new_tokens
-
     def take(self, count: int) -> PromptSet:
-        """The first `count` of them."""
         return self.slice(0, count)
 
     def slice(self, start: int, stop: int) -> PromptSet:
@@ -78,11 +70,7 @@ class PromptSet:
 
     @cached_property
     def batches(self) -> list[Batch]:
-        """Teacher-forced batches in the order of the examples, on the model's device.
-
-        Raises:
-            ValueError: A prompt has no reference.
-        """
+        """Teacher-forced batches in the order of the examples, on the model's device."""
         return self._collate(self._rows)
 
     @cached_property
@@ -107,7 +95,6 @@ class PromptSet:
         return batches
 
     def losses(self, routes: Tensor) -> Tensor:
-        """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
         sums, counts = self._sums(routes)
         return sums / counts
 
@@ -128,7 +115,6 @@ class PromptSet:
         return losses
 
     def loss(self, routes: Tensor | Routes) -> float:
-        """Response cross-entropy per token over all prompts under `routes` ([L] or [N, L])."""
         sums, counts = self._sums(routes)
         return float(sums.sum() / counts.sum())
 
@@ -152,14 +138,9 @@ class PromptSet:
             yield reading
 
     def new_tokens(self) -> list[int]:
-        """[N] lengths of the references in tokens, as far as generation goes."""
         return torch.cat([(self._generable(batch) != -100).sum(1) for batch in self.batches]).tolist()
 
     def skip_rate(self, rule: EarlyExit) -> float:
-        """Skip rate when the references' tokens, as far as generation goes, are decoded under the rule.
-
-        The mean over prompts; NaN if none of them takes a decode step.
-        """
         with self.model.lora_disabled():
             rates = [
                 teacher_forced_skip_rates(self.model, {**batch, "labels": self._generable(batch)}, rule)
@@ -174,68 +155,49 @@ class PromptSet:
         most = torch.tensor(limits, device=labels.device).clamp_max(self.max_new_tokens)
         return labels.masked_fill((labels != -100).cumsum(1) > most.unsqueeze(1), -100)
 
-    @torch.no_grad()
     def observe(
         self, see: Callable[[Batch, int, Tensor], None], title: str, attention_mask: str = "attention_mask"
     ) -> None:
-        """Call `see(batch, layer, states [B, T, D])` for the input of every layer when all of them run.
-
-        Args:
-            see: The observer.
-            title: Of the progress bar.
-            attention_mask: Which mask of a batch the model attends by.
-        """
+        """Call `see(batch, layer, states [B, T, D])` for the input of every layer when all of them run."""
         for batch in tqdm(self.batches, desc=title, unit="batch", disable=not self.progress_bar, leave=False):
-            with self.model.lora_disabled(), routing(_Observer(batch, see)):
-                self.model.backbone(input_ids=batch["input_ids"], attention_mask=batch[attention_mask], use_cache=False)
+
+            def watch(index: int, before: Tensor, after: Tensor, batch: Batch = batch) -> None:
+                see(batch, index, before)
+
+            self._run_all(batch, attention_mask, watch)
+
+    def layer_states(self) -> Iterator[list[Tensor]]:
+        for batch in self.batches:
+            states: list[Tensor] = []
+            self._run_all(batch, "attention_mask", partial(_keep, states, batch["attention_mask"].bool()))
+            yield states
 
     @torch.no_grad()
-    def layer_states(self) -> Iterator[list[Tensor]]:
-        """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the output of the last one.
-
-        Tokens are those of prompts and responses without padding; no norm follows the last layer here.
-        """
-        for batch in self.batches:
-            watch = _States(batch["attention_mask"].bool())
-            with self.model.lora_disabled(), routing(watch):
-                self.model.backbone(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                )
-            yield watch.states
+    def _run_all(self, batch: Batch, attention_mask: str, watch: Watch) -> None:
+        with self.model.lora_disabled(), routing(_Watched(watch)):
+            self.model.backbone(input_ids=batch["input_ids"], attention_mask=batch[attention_mask], use_cache=False)
 
     @torch.no_grad()
     def routed(self) -> Tensor:
-        """[N, L], the decisions of the model's own routers."""
         with self.model.lora_disabled():
             routes = [self.model.route(batch["input_ids"], batch["prompt_mask"]) for batch in self.batches]
         return torch.cat(routes).cpu()
 
 
-class _States:
-    """Routing that runs every layer and keeps the hidden states between them, padding left out."""
+def _keep(states: list[Tensor], real: Tensor, index: int, before: Tensor, after: Tensor) -> None:
+    states += [each[real.to(each.device)] for each in ([after] if index else [before, after])]
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-        self.states: list[Tensor] = []
+
+@dataclass
+class _Watched:
+    """Routing that runs every layer and shows its index, input and output."""
+
+    watch: Watch
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         output = run()
-        if index == 0:
-            self.states.append(hidden[self.mask.to(hidden.device)])
-        after = output[0] if isinstance(output, tuple) else output
-        self.states.append(after[self.mask.to(after.device)])
+        self.watch(index, hidden, output[0] if isinstance(output, tuple) else output)
         return output
-
-
-class _Observer:
-    """Routing that runs every layer and shows its input."""
-
-    def __init__(self, batch: Batch, see: Callable[[Batch, int, Tensor], None]) -> None:
-        self.batch, self.see = batch, see
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        self.see(self.batch, index, hidden)
-        return run()
 
 
 @torch.no_grad()
@@ -250,9 +212,8 @@ def losses_under_routes(
     Args:
         model: The model.
         batches: Teacher-forced batches, N rows in all.
-        routes: [L] boolean, or [N, L] with one row per prompt; or layers that the prompts do not run either.
-        readings: The prompts of each batch as the model read them earlier, with every layer; by default they are read
-            here. Of no use where prompts skip layers, too.
+        routes: [L] boolean, or [N, L] with one row per prompt, or other `Routes`.
+        readings: The prompts of each batch as the model read them earlier; by default they are read here.
 
     Returns:
         (summed over response tokens [N], number of response tokens [N]), on the CPU.
@@ -320,13 +281,8 @@ def read_prompts(model: RouterAugmentedLM, batches: Iterable[Batch]) -> Iterator
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Refuse to decide by numbers that are none: a comparison with NaN is false, and the answer would be wrong.
-
-    Raises:
-        ValueError: Some are infinite or not a number.
-    """
-    broken = int((~values.isfinite()).sum())
-    if broken:
+    """Refuse to decide by values that are infinite or no numbers: a comparison with NaN is false."""
+    if broken := int((~values.isfinite()).sum()):
         raise ValueError(
             f"{broken} of {values.numel()} {what} are infinite or not a number; check the weights of model.path, or "
             "use model.dtype=float32 or bfloat16, which overflow less than float16"

@@ -1,6 +1,6 @@
-"""Calibrate routers on prompts before phase 1, and their threshold after it, without gradients of the loss.
+"""Calibrate routers on prompts before phase 1, and their threshold after it.
 
-Whatever is searched for is kept in the run directory, so that an interrupted run does not search again.
+What a search has found is kept in the run directory, so that an interrupted run does not search again.
 """
 
 from __future__ import annotations
@@ -38,19 +38,7 @@ CODEBOOK = "codebook.json"
 
 
 def start_phase_1(directory: Path, start: RouterStart, training: PromptSet) -> dict[str, float]:
-    """Put the routers of the prompts' model where phase 1 begins.
-
-    Args:
-        directory: Run directory.
-        start: The method's.
-        training: All training prompts; those behind the ones to calibrate on are for a codebook.
-
-    Returns:
-        What is to be recorded about it.
-
-    Raises:
-        ValueError: Too few prompts for a codebook, or a damaged file of an earlier try.
-    """
+    """Put the routers of the prompts' model where phase 1 begins; returns what is to be recorded about it."""
     if start.codebook_size > 1:
         return _from_codebook(directory, start, training)
     prompts = training.take(start.calibration_prompts)
@@ -76,11 +64,7 @@ def _static_order(directory: Path, prompts: PromptSet, start: RouterStart) -> li
 
 
 def read_order(directory: Path, num_layers: int, count: int) -> list[int]:
-    """At least `count` layers in the order in which they are best skipped, as the run directory has them.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """At least `count` layers in the order in which they are best skipped, as the run directory has them."""
 
     def parse(saved: Any) -> list[int]:
         order = [int(layer) for layer in saved]

@@ -49,11 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint of ours, on the CPU.
-
-    Raises:
-        ValueError: It is truncated or not a checkpoint.
-    """
+    """A checkpoint of ours, on the CPU; a ValueError if it is truncated or no checkpoint."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
@@ -127,16 +123,6 @@ class _ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description(self.title)
 
 
-def make_strategy(name: str, layer_class: type[torch.nn.Module]) -> Strategy | str:
-    """Lightning strategy; fsdp wraps decoder layers."""
-    if name == "ddp":
-        # Buffers are constants here, and ranks may validate different numbers of batches.
-        return DDPStrategy(broadcast_buffers=False)
-    if name == "fsdp":
-        return FSDPStrategy(auto_wrap_policy={layer_class}, use_orig_params=True, state_dict_type="full")
-    return "auto"
-
-
 def _trainer(module: Phase, config: TrainerConfig, progress: _Progress, loggers: list[Logger]) -> L.Trainer:
     callbacks: list[Callback] = [progress]
     if loggers:
@@ -147,12 +133,19 @@ def _trainer(module: Phase, config: TrainerConfig, progress: _Progress, loggers:
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning would requeue the job itself, from a checkpoint that it also puts in place of what we validate.
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    strategy: Strategy | str = "auto"
+    if config.strategy == "ddp":
+        # Buffers are constants here, and ranks may validate different numbers of batches.
+        strategy = DDPStrategy(broadcast_buffers=False)
+    elif config.strategy == "fsdp":
+        layer_class = type(find_decoder(module.model.lm)[1][0])
+        strategy = FSDPStrategy(auto_wrap_policy={layer_class}, use_orig_params=True, state_dict_type="full")
     return L.Trainer(
         default_root_dir=progress.directory,
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=make_strategy(config.strategy, type(find_decoder(module.model.lm)[1][0])),
+        strategy=strategy,
         precision=cast(Any, config.precision),  # Lightning checks it; its name for the type is private
         max_epochs=1,
         max_steps=progress.max_steps,
@@ -182,25 +175,17 @@ def fit_phase(
     loggers: list[Logger],
     resume: bool,
 ) -> dict[str, Any]:
-    """Train, resuming from `directory/last.ckpt` if there is one, and leave the best weights in the module.
+    """Train for `max_steps` optimizer steps and leave the best weights in the module.
 
-    Sharded weights stay where they are; the best ones are in `directory/best.ckpt` then.
-
-    Args:
-        module: The phase.
-        data: Its loaders make the whole run one epoch.
-        config: Where and how it runs.
-        max_steps: Optimizer steps.
-        directory: For checkpoints.
-        loggers: Lightning loggers.
-        resume: Whether to go on from last.ckpt.
+    With `resume` it goes on from `directory/last.ckpt` if there is one. Sharded weights stay where they are; the best
+    ones are in `directory/best.ckpt` then.
 
     Returns:
         Validation figures of the weights kept, and as `warning` what is wrong with the training, or None.
     """
     progress = _Progress(data, module.phase, max_steps, directory)
     trainer = _trainer(module, config, progress, loggers)
-    data.start_over()
+    data.consumed_batches = 0
     # The start competes with what training makes of it: a calibrated router may not be worth changing.
     start = {name: value.cpu().clone() for name, value in module.trainable_weights(module.state_dict()).items()}
     [before] = trainer.validate(module, datamodule=data, verbose=False)
