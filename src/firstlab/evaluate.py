@@ -5,6 +5,7 @@
     python -m firstlab.evaluate run=DIR data=parallel data.root=FOLDER    # on your own text
     python -m firstlab.evaluate run=DIR data=mine --config-dir FOLDER     # on the task of FOLDER/data/mine.yaml
     python -m firstlab.evaluate run=DIR variant=router evaluation.do_sample=true
+    python -m firstlab.evaluate run=DIR "evaluation.skip_rates=[0.15,0.35]" # of a model with router.kind=routes
 
 Every key of conf/ under data, evaluation, trainer and seed may be given, model.quantization (int8, int4), and
 model.path where the base model has moved. Results go to DIR/evaluations/. Nothing that DIR says is run as code: where

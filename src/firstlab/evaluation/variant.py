@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from firstlab.methods.base import routes_without, rows_of
 from firstlab.metrics import perplexity
 from firstlab.model.generation_options import pinned_generation
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.routes import FixedRoutes, Routes
+from firstlab.model.route_router import RouteRouter
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes
 from firstlab.store import results
 from firstlab.store.ranks import rank
 
@@ -48,8 +50,12 @@ def evaluate_variant(
         routes: The method's routes of the test prompts, or None to let the routers decide.
         source: `source_of` the model, before its LoRA was merged, and the routes.
         static: See `skip_statistics`.
+
+    Returns:
+        The record; where routers know any rate, `rates` in it holds one for each of `config.skip_rates`.
     """
     check_engine(model, "evaluation.decoder", config.decoder)
+    highest = _highest_rate(model) if config.skip_rates and routes is None else 0.0
     model.eval()
     decoder, file = Decoder(model, data, Decoding.of(model, data, config, seed), routes), directory / f"{name}.jsonl"
     record: dict[str, Any] = {"n": len(data.test), "source": source, "decoding": decoder.settings.record(model)}
@@ -87,7 +93,29 @@ def evaluate_variant(
         examples["scores"] = {key: results.pack(score.rows) for key, score in scores.items() if score.rows is not None}
         record["examples"] = examples
         write_predictions(file, predictions)
+    if config.skip_rates and routes is None:
+        record["rates"] = {
+            f"{rate:.4g}": evaluate_variant(
+                model,
+                data,
+                replace(config, skip_rates=[]),
+                directory,
+                f"{name}-skip{rate:.4g}",
+                RoutersDecide(rate),
+                f"{source}-{rate:.4g}",
+                seed,
+                progress_bar,
+                static,
+            )
+            for rate in sorted({min(rate, highest) for rate in config.skip_rates})
+        }
     return record
+
+
+def _highest_rate(model: RouterAugmentedLM) -> float:
+    if not isinstance(model.routers, RouteRouter):
+        raise ValueError("evaluation.skip_rates needs a model with router.kind=routes; leave it out")
+    return model.routers.highest_rate
 
 
 @torch.no_grad()

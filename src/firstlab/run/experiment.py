@@ -29,8 +29,7 @@ from firstlab.evaluation.predictions import digest, fingerprint, source_of
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
-from firstlab.model.route_router import RouteRouter
-from firstlab.model.routes import RoutersDecide, Routes
+from firstlab.model.routes import Routes
 from firstlab.run.decisions import static_routes
 from firstlab.run.directory import check_directory, finished_record, taken_over, variant_names, wanted_variants
 from firstlab.run.loggers import (
@@ -121,13 +120,13 @@ class Experiment(Run):
         # One set of routes for all prompts, one for each test prompt, or None: the routers read each prompt (§4.3).
         routes = self.routes(self.data.test) if wanted else None
         if before in wanted:
-            variants[before] = self._evaluate_at_rates(before, routes, source_of(self.model, routes))
+            variants[before] = self._evaluate(before, routes, source_of(self.model, routes))
         compensate_with_lora(self)  # phase 2 (§4.2)
         refit(self)
         if after in wanted:
             source = source_of(self.model, routes)
             self.model.merge_and_unload()
-            variants[after] = self._evaluate_at_rates(after, routes, source)
+            variants[after] = self._evaluate(after, routes, source)
 
         record = record_of(
             self.directory,
@@ -220,17 +219,6 @@ class Experiment(Run):
         if "evaluate" in config.phases:
             check_engine(self.model, "evaluation.decoder", config.evaluation.decoder)
         check_vocabulary(config, self.data.tokenizer, self.model)
-
-    def _evaluate_at_rates(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
-        """Evaluate a variant as it is and, where it knows any rate, at each of `evaluation.skip_rates`."""
-        variant, router = self._evaluate(name, routes, source), self.model.routers
-        if isinstance(router, RouteRouter) and self.config.evaluation.skip_rates:
-            rates = sorted({min(rate, router.highest_rate) for rate in self.config.evaluation.skip_rates})
-            variant["rates"] = {
-                f"{rate:.4g}": self._evaluate(f"{name}-skip{rate:.4g}", RoutersDecide(rate), f"{source}-{rate:.4g}")
-                for rate in rates
-            }
-        return variant
 
     def _evaluate(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
         """Evaluate a variant, unless an earlier try has done so and left its part of the record on disk."""

@@ -40,6 +40,8 @@ class GenerateConfig:
         quantization: int8 or int4 for such weights in the decoder layers, or null.
         do_sample, temperature, top_k: Sampling instead of greedy decoding.
         seed: For sampling.
+        skip_rate: How much to skip, for models of any rate (router.kind=routes); their default otherwise.
+        lossless: The route only drafts, and the text is the dense model's own; LoRA takes part in the draft alone.
         trust: Package of your own whose classes the run's saved configuration may name.
     """
 
@@ -55,6 +57,8 @@ class GenerateConfig:
     temperature: float = option(0.8, least=LEAST_TEMPERATURE)
     top_k: int = option(10, least=0)
     seed: int = 0
+    skip_rate: float | None = option(None, least=0, below=1)
+    lossless: bool = False
     trust: str | None = None
 
 
@@ -87,6 +91,7 @@ def main(arguments: list[str]) -> None:
     from firstlab.evaluation.decoding import check_engine
     from firstlab.model.generation_options import pinned_generation
     from firstlab.model.quantization import check_quantization, quantize
+    from firstlab.model.routes import RoutersDecide
 
     check_quantization(options.quantization)
     is_run = (Path(options.run) / "config.yaml").is_file()
@@ -101,6 +106,13 @@ def main(arguments: list[str]) -> None:
             f"the prompt has {len(source.ids)} tokens and max_new_tokens={source.new_tokens}, but the model has {room} "
             "positions; shorten the text or lower max_new_tokens"
         )
+    if options.skip_rate is not None:
+        if source.routes is not None:
+            raise ValueError(f"skip_rate={options.skip_rate}: the routes of this variant are fixed; leave it out")
+        model.routers.checked_rate(options.skip_rate)
+        source = source._replace(routes=RoutersDecide(options.skip_rate))
+    if options.lossless and options.decoder == "engine":
+        raise ValueError("lossless=true and decoder=engine do not go together: leave one of them out")
     if options.quantization is not None:
         quantize(model.merge_and_unload().lm, options.quantization)
     with pinned_generation(model.lm):
@@ -208,8 +220,16 @@ def _stream(source: _Source, options: GenerateConfig) -> list[float]:
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             eos_token_id=ends or None,
             return_dict_in_generate=True,
+            lossless=options.lossless,
             **sampling,
         )
-        skips = result.past_key_values.layer_skips()
+        if options.lossless:
+            [drafted], [accepted], [passes] = result.drafted, result.accepted, result.dense_passes
+            print(
+                f"{accepted} of {drafted} drafted tokens accepted, {passes} dense passes for {result.new_tokens[0]} tokens"
+            )
+            skips = (~result.routes).float()
+        else:
+            skips = result.past_key_values.layer_skips()
     shares: list[float] = skips[0].tolist()
     return shares
