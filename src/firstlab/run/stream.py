@@ -225,9 +225,7 @@ def _stream(source: _Source, options: GenerateConfig) -> list[float]:
         )
         if options.lossless:
             [drafted], [accepted], [passes] = result.drafted, result.accepted, result.dense_passes
-            print(
-                f"{accepted} of {drafted} drafted tokens accepted, {passes} dense passes for {result.new_tokens[0]} tokens"
-            )
+            print(f"{accepted} of {drafted} drafted tokens accepted in {passes} dense passes")
             skips = (~result.routes).float()
         else:
             skips = result.past_key_values.layer_skips()
