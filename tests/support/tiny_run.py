@@ -45,6 +45,7 @@ SMALL = [
     "evaluation.tpot_tokens=3",
     "evaluation.tpot_repetitions=1",
     "trainer.progress_bar=false",
+    "phases=[router,lora,evaluate]",
 ]
 
 

@@ -62,12 +62,14 @@ class Method(ABC):
         name: Name in tables.
         trains_routers: Whether there is a phase 1.
         router_kind: The `router.kind` that it needs.
+        chooses_on_prompts: Whether what it skips depends on what the model does with prompts.
         target_skip: Wanted skip rate in (0, 1), or None.
     """
 
     name: ClassVar[str]
     trains_routers: ClassVar[bool] = False
     router_kind: ClassVar[str] = "layers"
+    chooses_on_prompts: ClassVar[bool] = False
     #: What a class's own settings must at least and at most be, where they are not null, and what others may be.
     least: ClassVar[Mapping[str, float]] = {}
     most: ClassVar[Mapping[str, float]] = {}
@@ -118,6 +120,13 @@ class Method(ABC):
     def router_start(self) -> RouterStart | None:
         """How routers are calibrated before phase 1; None starts them at random."""
         return None
+
+    @property
+    def steps(self) -> list[str]:
+        """The steps of a run that names none: what chooses on prompts does so on a model that was tuned first."""
+        if not self.chooses_on_prompts or self.one_phase:
+            return ["router", "lora", "evaluate"]
+        return ["tune", "router", "lora", *(["refit"] if self.trains_routers else []), "evaluate"]
 
     def route_fit(self) -> RouteFit | None:
         """How a router over whole routes is fitted, which is then all of phase 1; None trains routers per layer."""
@@ -179,6 +188,7 @@ class CalibratedSet(FixedCount):
     """
 
     least: ClassVar[Mapping[str, float]] = {"calibration_prompts": 1}
+    chooses_on_prompts: ClassVar[bool] = True
     calibration_prompts: int = 128
     skip_prefill: bool = False
 

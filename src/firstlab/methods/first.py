@@ -47,6 +47,7 @@ class First(Method):
 
     name: ClassVar[str] = "first"
     trains_routers: ClassVar[bool] = True
+    chooses_on_prompts: ClassVar[bool] = True
     least: ClassVar[Mapping[str, float]] = {
         "alpha": 0, "beta": 0, "lam": 0, "dual_rate": 0, "tolerance": 0, "hold_routes": 0,
         "calibration_prompts": 1, "codebook_size": 1, "fit_prompts": 4, "search_width": 1,

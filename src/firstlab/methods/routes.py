@@ -28,6 +28,7 @@ class RouteChoice(Method):
 
     name: ClassVar[str] = "routes"
     trains_routers: ClassVar[bool] = True
+    chooses_on_prompts: ClassVar[bool] = True
     router_kind: ClassVar[str] = "routes"
     least: ClassVar[Mapping[str, float]] = {
         "sizes": 1, "swaps": 0, "calibration_prompts": 1, "fit_prompts": 8, "grow_rounds": 0,

@@ -118,8 +118,8 @@ def _say(record: dict[str, Any]) -> None:
     harm, length, rate = (100 * record[key] for key in ("harm_r2", "length_r2", "skip_rate_by_token"))
     print(
         f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the "
-        f"prompt tells {harm:.0f} % of what a route costs (R²) and {length:.0f} % of the response's length; with {rate:.1f} % "
-        f"skipped over tokens the loss is {record['routed_loss']:.4f}, that of the best static sets "
+        f"prompt tells {harm:.0f} % of what a route costs (R²) and {length:.0f} % of the response's length. With "
+        f"{rate:.1f} % skipped over tokens the loss is {record['routed_loss']:.4f}, that of the best static sets "
         f"{record['static_loss']:.4f}, dense {record['dense_loss']:.4f} (difference {record['gain']:+.4f} "
         f"[{low:+.4f}, {high:+.4f}], price by {record['price']})",
         flush=True,

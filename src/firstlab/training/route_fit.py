@@ -123,14 +123,14 @@ def _greedy_sets(prompts: PromptSet, depth: int) -> list[Tensor]:
 
 def _best_swaps(prompts: PromptSet, route: Tensor, count: int) -> list[Tensor]:
     """The `count` best routes that run one skipped layer of `route` in the place of one that it runs."""
-    if count == 0:
-        return []
     swapped = []
     for opened in (~route).nonzero()[:, 0].tolist():
         for closed in _free(route):
             other = route.clone()
             other[opened], other[closed] = True, False
             swapped.append(other)
+    if count == 0 or not swapped:
+        return []
     candidates = torch.stack(swapped)
     order = _mean_losses(prompts, candidates, f"swap one of {int((~route).sum())} layers").argsort()
     return list(candidates[order[:count]])

@@ -1,0 +1,151 @@
+"""The steps of a run: tune, choose, train, fit again; and one model evaluated at any rate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from firstlab import evaluate
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.route_router import RouteRouter
+from firstlab.run.experiment import Experiment
+from firstlab.run.load import load_run
+from firstlab.run.stream import main as generate
+from firstlab.store import results
+from support.tiny_run import composed, overrides
+
+ROUTES = [
+    "method=routes", "data=mini_mixture", "method.fit_prompts=24", "method.sizes=2", "method.swaps=1",
+    "method.highest_skip=0.5", "evaluation.skip_rates=[0.1,0.5]", "router.price=length", "data.max_new_tokens=6",
+    "phases=[tune,choose,lora,refit,evaluate]", "evaluation.tpot_prompts=0",
+]  # fmt: skip
+
+
+def run(model: Path, runs: Path, *extra: str) -> tuple[Experiment, dict]:
+    experiment = Experiment(*composed(*overrides(model, runs, *extra)))
+    return experiment, experiment.run()
+
+
+@pytest.fixture(scope="module")
+def any_speed(tiny_model_dir: Path, tmp_path_factory) -> Path:
+    experiment, _ = run(tiny_model_dir, tmp_path_factory.mktemp("runs"), *ROUTES)
+    return experiment.directory
+
+
+def test_a_run_of_all_steps_records_each(any_speed: Path):
+    record = results.read(any_speed)
+    assert set(record["variants"]) == {"router", "router_lora"}
+    assert record["config"]["steps"] == ["tune", "refit"] and record["config"]["router"]["kind"] == "routes"
+    for phase in ("router", "refit"):
+        found = record["phases"][phase]
+        low, high = found["gain_interval"]
+        assert low <= found["gain"] <= high and found["worth"] == (high < 0)
+        assert found["prompts"] == 24 and -10 < found["harm_r2"] <= 1 and 0 < found["highest_rate"] <= 0.5
+    assert record["phases"]["tune"]["steps"] == record["phases"]["lora"]["steps"] == 4
+    for variant in record["variants"].values():
+        rates = [each["skip"]["skip_rate_by_token"] for each in variant["rates"].values()]
+        assert len(rates) == 2 and rates[0] <= rates[1]
+
+
+def test_every_product_is_where_a_reader_looks(any_speed: Path, tiny_model_dir: Path):
+    before, after = (load_run(any_speed, name).model for name in ("router", "router_lora"))
+    assert isinstance(before.routers, RouteRouter) and before.has_lora  # the tuned model's
+    assert isinstance(after.routers, RouteRouter) and after.has_lora
+    refitted = RouterAugmentedLM.from_pretrained(any_speed / "refit", base=tiny_model_dir)
+    assert torch.equal(refitted.routers.harm_weight, after.routers.harm_weight)
+    lora = RouterAugmentedLM.from_pretrained(any_speed / "lora", base=tiny_model_dir)
+    name, weight = next((n, p) for n, p in lora.lm.named_parameters() if "lora_B" in n)
+    assert torch.equal(weight, refitted.lm.get_parameter(name))
+    assert not torch.equal(weight, before.lm.get_parameter(name))
+
+
+def test_a_run_that_lost_its_last_steps_repeats_only_these(any_speed: Path, tiny_model_dir: Path, tmp_path: Path):
+    import shutil
+
+    copy = tmp_path / any_speed.parent.name / any_speed.name
+    shutil.copytree(any_speed, copy)
+    before = results.read(copy)
+    for gone in ("refit", "evaluation", "predictions"):
+        shutil.rmtree(copy / gone)
+    (copy / "refit.yaml").unlink()
+    (copy / "result.json").unlink()
+    trained = (copy / "lora" / "adapter_model.safetensors").stat().st_mtime_ns
+    _, after = run(tiny_model_dir, tmp_path, *ROUTES)
+    assert (copy / "lora" / "adapter_model.safetensors").stat().st_mtime_ns == trained
+    for name, variant in before["variants"].items():
+        assert after["variants"][name]["metrics"] == variant["metrics"]
+        assert after["variants"][name]["skip"] == variant["skip"]
+
+
+def test_commands_take_a_rate(any_speed: Path, capsys: pytest.CaptureFixture[str]):
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            generate([f"run={any_speed}", "part=mini_ende", "max_new_tokens=4", *arguments, "a b c"])
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    generate([f"run={any_speed}", "part=mini_ende", "max_new_tokens=4", "skip_rate=0", "a b c"])
+    assert "(0.0 %)" in capsys.readouterr().out
+    generate([f"run={any_speed}", "part=mini_ende", "max_new_tokens=4", "lossless=true", "a b c"])
+    assert "dense passes" in capsys.readouterr().out
+    assert "skip_rate" in said("skip_rate=0.9")
+    assert "fixed" in said("skip_rate=0.2", "variant=base")
+    assert "lossless" in said("lossless=true", "decoder=engine")
+    evaluate.main(
+        [f"run={any_speed}", "evaluation.limit=3", "evaluation.skip_rates=[0.25]", "trainer.progress_bar=false"]
+    )
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])["record"]
+    assert set(json.loads(Path(record).read_text())["variants"]["router_lora"]["rates"]) == {"0.25"}
+
+
+@pytest.mark.parametrize("method", ["sleb", "first", "static_first"])
+@pytest.mark.parametrize("start", ["scratch", "continue"])
+def test_other_methods_are_chosen_on_the_tuned_model(method: str, start: str, tiny_model_dir: Path, tmp_path: Path):
+    steps = "[tune,router,lora,evaluate]" if method == "sleb" else "[tune,router,lora,refit,evaluate]"
+    extra = [f"method={method}", "method.target_skip=0.25", f"phases={steps}", f"lora_start={start}"]
+    experiment, record = run(tiny_model_dir, tmp_path, *extra, "evaluation.tpot_prompts=0")
+    assert set(record["variants"]) == {"router", "router_lora"}
+    assert record["config"].get("lora_start") == (None if start == "scratch" else "continue")
+    if method != "sleb":
+        assert 0.5 < record["phases"]["refit"]["kept_decisions"] <= 1
+    tuned, trained = (
+        RouterAugmentedLM.from_pretrained(experiment.directory / each, base=tiny_model_dir) for each in ("tune", "lora")
+    )
+    name = next(n for n, _ in tuned.lm.named_parameters() if "lora_A" in n)
+    moved = (tuned.lm.get_parameter(name) - trained.lm.get_parameter(name)).abs().max()
+    assert moved > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["router.kind=routes"], "method=routes"),
+        (["method=routes", "router.kind=layers"], "router.kind=routes"),
+        (["evaluation.skip_rates=[0.2]"], "knows one rate"),
+        (["method=sleb", "phases=[lora,refit]"], "refit"),
+        (["method=routes", "method.highest_skip=0.1"], "highest_skip"),
+        (["phases=[tune,lora]", "init_from=somewhere"], "tune"),
+        (["method=routes", "router.max_harm=-1"], "max_harm"),
+        (["method=routes", "evaluation.skip_rates=[2]"], "skip_rates"),
+    ],
+)
+def test_what_does_not_go_together_is_named(options: list[str], message: str, tiny_model_dir: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *options)))
+
+
+def test_a_run_that_names_no_steps_takes_its_methods(tiny_model_dir: Path, tmp_path: Path):
+    def steps(*options: str) -> list[str]:
+        given = [each for each in overrides(tiny_model_dir, tmp_path, *options) if not each.startswith("phases=")]
+        return composed(*given)[0].phases
+
+    assert steps("method=first") == ["tune", "router", "lora", "refit", "evaluate"]
+    assert steps("method=sleb") == ["tune", "router", "lora", "evaluate"]
+    for method in ("none", "random_skip"):
+        given = [] if method == "none" else ["method.target_skip=0.25"]
+        options = [each for each in overrides(tiny_model_dir, tmp_path) if not each.startswith(("phases=", "method."))]
+        assert composed(*options, f"method={method}", *given)[0].phases == ["router", "lora", "evaluate"]
+    assert steps("method=first", "method.one_phase=true") == ["router", "lora", "evaluate"]
