@@ -11,7 +11,7 @@ from firstlab.config.compose import settings, store_schema
 from firstlab.config.schema import SpeedModelConfig, training_routers
 from firstlab.model.settings import LoraSettings, RouterSettings
 
-DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager", "engine_compiled")
+DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager")
 ROUTES = ("spread", "paper")
 
 
@@ -60,7 +60,7 @@ class BenchmarkConfig(SpeedConfig):
     Attributes:
         decoders: Of transformers (`generate` of the plain model), transformers_static (the same with its static cache,
             compiled: slow to start), generate (`RouterAugmentedLM.generate`), engine (`DecodeEngine`: CUDA graphs on a
-            GPU), engine_eager (the same without graphs) and engine_compiled (with compiled layers: slow to start).
+            GPU) and engine_eager (the same without graphs).
         quantizations: Of the decoder layers' weights, all measured in turn: null for none, int8, int4.
         routes: Which layers are skipped: spread evenly at each of `skip_rates`, or those that most prompts skip in the
             paper's Table 15 (of a model with 32 layers).

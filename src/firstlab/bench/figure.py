@@ -36,7 +36,6 @@ def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: 
                 ("generate", "#0072b2", "s"),
                 ("engine", "#d55e00", "o"),
                 ("engine_eager", "#cc79a7", "v"),
-                ("engine_compiled", "#009e73", "^"),
             ):
                 own = [row for row in alike if row["decoder"] == decoder]
                 points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]

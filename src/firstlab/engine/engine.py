@@ -25,7 +25,7 @@ from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import Routes, as_routes, layer_skips
 
-MODES = ("auto", "eager", "graphs", "compiled")
+MODES = ("auto", "eager", "graphs")
 
 
 @dataclass
@@ -136,8 +136,8 @@ class DecodeEngine:
             converted by `to` needs a new engine.
         max_length: Tokens of prompt and response.
         max_batch_size: Rows decoded together, and prompts prefilled together.
-        mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them), "compiled"
-            (the same with compiled layers) or "auto", which is graphs on CUDA, else eager.
+        mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them) or "auto",
+            which is graphs on CUDA, else eager.
         lookahead: Decode steps that the device is given before the tokens of the first of them are read. The tokens are
             the same, but a step is in vain where a row ends. None: 1 on CUDA, else 0. Sampling and `EarlyExit` go
             without it.
@@ -172,7 +172,7 @@ class DecodeEngine:
         self.step = (
             LlamaStep(model.lm, max_batch_size, max_length)
             if self.mode == "eager"
-            else GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device), self.mode == "compiled")
+            else GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device))
         )
 
     def generate(
