@@ -81,7 +81,8 @@ def test_logits_through_kernels(architecture: str, library: bool, monkeypatch: p
     pytest.importorskip("triton")
     if library:  # what products of many rows go through
         monkeypatch.setattr("firstlab.engine.kernels.tiles.MOST_ROWS", 0)
-    lm, tape = tiny_model(architecture), Tape()
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels are interpreted
+    lm, tape = tiny_model(architecture).to(device), Tape()
     for name, parameter in lm.named_parameters():
         if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # all zeros or ones in a fresh model
             torch.nn.init.uniform_(parameter, 0.5, 2)
@@ -92,7 +93,7 @@ def test_logits_through_kernels(architecture: str, library: bool, monkeypatch: p
             step.clear()
             joined(step, routes, lengths)
         for token in range(2):  # the second is a replay, though attention sees more places
-            tokens, made = torch.arange(len(routes)) + 10 + token, len(tape)
+            tokens, made = torch.arange(len(routes), device=device) + 10 + token, len(tape)
             torch.testing.assert_close(kernels(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
         assert len(tape) == made
 

@@ -161,7 +161,7 @@ def test_attention(
 
     given = (qkv, kv, at, cos, sin, *norms)
     assert_as_close_as_torch(read, lambda *given: attention(*given)[0], *given)
-    rows = torch.arange(len(lengths))
+    rows = torch.arange(len(lengths), device=DEVICE)
     assert_as_close_as_torch(mine[rows, :, at], lambda *given: attention(*given)[1][rows, :, at], *given)
     mine[rows, :, at] = kv[rows, :, at] = 0
     torch.testing.assert_close(mine, kv, rtol=0, atol=0, equal_nan=True)  # nothing else is written

@@ -45,7 +45,8 @@ class FusedLayers:
         self._processors, shared = 4, 1 << 16
         if cos.device.type == "cuda":
             properties = torch.cuda.get_device_properties(cos.device)
-            self._processors, shared = properties.multi_processor_count, properties.shared_memory_per_block_optin
+            self._processors = properties.multi_processor_count
+            shared = getattr(properties, "shared_memory_per_block_optin", shared)
         # Places of keys and values that attention reads at a time: two readings of both must fit beside the queries.
         most = max(16, shared // (6 * cos.shape[-1] * cos.element_size()))
         self._places = min(64, 1 << (most.bit_length() - 1))
