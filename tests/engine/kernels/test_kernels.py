@@ -167,12 +167,15 @@ def test_attention(
     torch.testing.assert_close(mine, kv, rtol=0, atol=0, equal_nan=True)  # nothing else is written
 
 
-def test_attention_on_a_long_cache() -> None:
+@pytest.mark.parametrize(("length", "splits", "places"), [(1021, 8, 64), (131_070, 4, 8192)])
+def test_attention_on_a_long_cache(length: int, splits: int, places: int) -> None:
     """Parts of many readings each, unlike in length and with one maximum far above the others."""
-    random, length = Numbers(torch.float32), 1021
-    qkv, kv = random(1, 4, 16), random(1, 2, 1024, 16)
-    kv[0, 0, 700] = 9 * qkv[0, 0]
-    one, zero = torch.ones(1024, 1, 16, device=DEVICE), torch.zeros(1024, 1, 16, device=DEVICE)
+    if DEVICE == "cuda":
+        places = 64  # more do not fit
+    random = Numbers(torch.float32)
+    qkv, kv = random(1, 4, 16), random(1, 2, length + 3, 16)
+    kv[0, 0, length - 300] = 9 * qkv[0, 0]
+    one, zero = torch.ones(length + 3, 1, 16, device=DEVICE), torch.zeros(length + 3, 1, 16, device=DEVICE)
     given = (qkv, kv, torch.tensor([length], device=DEVICE), one, zero, None, None)
-    read = attend(*(each.clone() if each is not None else None for each in given), 0.0, 0.0, 0.25, 8, 64)
+    read = attend(*(each.clone() if each is not None else None for each in given), 0.0, 0.0, 0.25, splits, places)
     assert_as_close_as_torch(read, lambda *given: attention(*given)[0], *given)
