@@ -140,7 +140,7 @@ def test_copy_bandwidth_of_a_gpu_does_not_count_starting_it() -> None:
 
 @pytest.mark.gpu
 def test_gpu_benchmark(folder: Path) -> None:
-    decoders = ["transformers", "generate", "engine", "engine_eager", "engine_compiled"]
+    decoders = ["transformers", "generate", "engine", "engine_eager"]
     record = measure(settings(folder, device="cuda", decoders=decoders, mixed_routes=[2], mixed_batch_size=4))
     for cell in record["cells"]:
         for row in cell["variants"]:

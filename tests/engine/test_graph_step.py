@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from firstlab.engine.graph_step import GraphStep, size_of, window_of
+from firstlab.engine.graph_step import GraphStep, runs_of, size_of, window_of
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep
 from firstlab.model.routes import EarlyExit
@@ -25,6 +25,11 @@ def test_windows() -> None:
 
 def test_sizes() -> None:
     assert [size_of(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+
+
+def test_runs() -> None:
+    assert runs_of([]) == [] and runs_of([3]) == [[3]]
+    assert runs_of([0, 1, 2, 4, 6, 7]) == [[0, 1, 2], [4], [6, 7]]
 
 
 def joined(step: LlamaStep, routes: list[list[int]], lengths: list[int], seed: int = 0) -> LlamaStep:
@@ -68,23 +73,57 @@ def test_logits_of_the_eager_step(routes: list[list[int]], lengths: list[int]) -
         torch.testing.assert_close(graphs(tokens[1:]), eager(tokens[1:]), atol=1e-4, rtol=1e-4)
 
 
-def test_any_route_is_a_list_of_replays_that_exist() -> None:
+@pytest.mark.parametrize(
+    ("architecture", "library"),
+    [("llama", False), ("qwen2", False), ("qwen3", False), ("phi3", False), ("qwen2", True)],
+)
+def test_logits_through_kernels(architecture: str, library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    if library:  # what products of many rows go through
+        monkeypatch.setattr("firstlab.engine.kernels.tiles.MOST_ROWS", 0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels are interpreted
+    lm, tape = tiny_model(architecture).to(device), Tape()
+    for name, parameter in lm.named_parameters():
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # all zeros or ones in a fresh model
+            torch.nn.init.uniform_(parameter, 0.5, 2)
+    eager, kernels = LlamaStep(lm, 3, 80), GraphStep(lm, 3, 80, tape, "kernels")
+    assert kernels._fused is not None and not kernels._mask.numel()
+    for routes, lengths in (([[0, 1, 2]], [63]), ([[0, 1], [], [1, 2]], [70, 9, 3])):
+        for step in (eager, kernels):
+            step.clear()
+            joined(step, routes, lengths)
+        for token in range(2):  # the second is a replay, though attention sees more places
+            tokens, made = torch.arange(len(routes), device=device) + 10 + token, len(tape)
+            torch.testing.assert_close(kernels(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
+        assert len(tape) == made
+
+
+def test_kernels_are_for_silu_and_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setitem(ARCHITECTURES["llama"], "hidden_act", "gelu")
+    assert GraphStep(tiny_model("llama"), 1, 64, Tape(), "kernels")._fused is None
+
+
+def test_any_route_is_at_most_one_run_more_than_skipped_layers() -> None:
     tape = Tape()
     step = GraphStep(tiny_model("llama"), 1, 64, tape)
     addresses = [buffer.data_ptr() for buffer in (step._x, step._scores, step._mask, step._filled)]
     joined(step, [EVERY], [5])
     step(torch.tensor([7]))
-    assert len(tape) == LAYERS + 2
+    assert len(tape) == 1 + 2
+    known = {tuple(EVERY)}
     for seed in range(5):
         route = (torch.rand(LAYERS, generator=torch.Generator().manual_seed(seed)) > 0.4).nonzero().flatten().tolist()
         step.clear()
         joined(step, [route], [5 + seed])
         before, kept = tape.played, [None if kv is None else kv.clone() for kv in step.kv]
         step(torch.tensor([8 + seed]))
-        assert tape.played - before == len(route) + 2
+        runs = set(map(tuple, runs_of(route)))
+        assert tape.played - before == len(runs) + 2 <= LAYERS - len(route) + 3
+        known |= runs
+        assert len(tape) == len(known) + 2  # routes share runs
         for layer, (old, new) in enumerate(zip(kept, step.kv, strict=True)):
             assert torch.equal(old, new) == (layer not in route)  # skipped layers are not written
-    assert len(tape) == LAYERS + 2
     assert addresses == [buffer.data_ptr() for buffer in (step._x, step._scores, step._mask, step._filled)]
 
 
@@ -96,7 +135,7 @@ def test_graphs_grow_with_sizes_and_windows_only() -> None:
         step(tokens)
         made.append(len(tape))
     # Windows of 64, 80, 96 and 112 places, each with its begin; one end.
-    assert sorted(set(made)) == [windows * (LAYERS + 1) + 1 for windows in (1, 2, 3, 4)]
+    assert sorted(set(made)) == [windows * 2 + 1 for windows in (1, 2, 3, 4)]
     joined(step, [EVERY], [10])
     step(torch.tensor([5, 6, 7, 8]))  # the size of four rows stands for three
     assert len(tape) == made[-1]
@@ -128,13 +167,13 @@ def test_layers_compile_whole_and_once(architecture: str, monkeypatch: pytest.Mo
     counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda what, options, **given: compiler(what, backend=counter, **given))
     lm = tiny_model(architecture)
-    eager, compiled = LlamaStep(lm, 1, 64), GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), compiled=True)
+    eager, compiled = LlamaStep(lm, 1, 64), GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), "compiled")
     for step in (eager, compiled):
         joined(step, [[0, 1, 3, 4, 5]], [5])
     for token in range(3):
         tokens = torch.tensor([10 + token])
         torch.testing.assert_close(compiled(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == 2  # before and after attention, the same for all layers
+    assert counter.frame_count == 3  # before and after attention, and the last product; the same for all layers
 
 
 def test_models_of_one_process_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +188,6 @@ def test_models_of_one_process_are_compiled_apart(monkeypatch: pytest.MonkeyPatc
         for width, dtype in ((48, torch.float32), (40, torch.float32), (48, torch.bfloat16)):
             monkeypatch.setitem(ARCHITECTURES["llama"], "intermediate_size", width)
             lm = tiny_model("llama").to(dtype)
-            step = GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), compiled=True)
+            step = GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), "compiled")
             joined(step, [[0, 1, 3]], [5])(torch.tensor([10]))
-    assert general == [False] * 6
+    assert general == [False] * 9

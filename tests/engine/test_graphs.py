@@ -17,6 +17,20 @@ def test_one_replay_per_key() -> None:
     assert done == [1, 1]
 
 
+def test_what_was_not_asked_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firstlab.engine.graphs.LIMIT", 10)
+    graphs, done = Graphs(torch.device("cpu")), []
+    first = graphs("a", lambda: done.append("a"), 4)
+    graphs("b", lambda: done.append("b"), 4)
+    assert graphs("a", lambda: None, 4) is first
+    graphs("c", lambda: done.append("c"), 6)  # b goes
+    assert len(graphs) == 2 and graphs("a", lambda: None, 4) is first
+    again = graphs("b", lambda: done.append("new"), 12)  # larger than all may be
+    again()
+    first()  # whoever holds one may go on
+    assert len(graphs) == 1 and done == ["new", "a"]
+
+
 def replays_read_memory(graphs: Graphs, device: str) -> None:
     x, y = torch.ones(3, device=device), torch.zeros(3, device=device)
     state = {"factor": 2.0}

@@ -23,8 +23,7 @@ from firstlab.store import machine
 #: Decoders of the plain model: no layer can be skipped.
 PLAIN = ("transformers", "transformers_static")
 #: Decoders that are `DecodeEngine`, and their mode.
-ENGINES = {"engine": "auto", "engine_eager": "eager", "engine_compiled": "compiled"}
-COMPILED = ("transformers_static", "engine_compiled")
+ENGINES = {"engine": "auto", "engine_eager": "eager"}
 
 
 @dataclass(eq=False)
@@ -75,7 +74,7 @@ class Cell:
         self.ids, self.prompts = ids.to(self.some.routed.device), ids.tolist()
         self.router_s: list[float] = []
         self.joules = joules_counter(self.some.routed.device)
-        if any(variant.decoder in COMPILED for variant in variants):
+        if any(variant.decoder == "transformers_static" for variant in variants):
             torch.compiler.reset()  # shapes of an earlier cell would make what is compiled now general, and slower
         self.static: dict[str | None, StaticCache] = {}
         self.engines: dict[tuple[str, str | None], DecodeEngine] = {}

@@ -11,7 +11,7 @@ from firstlab.config.compose import settings, store_schema
 from firstlab.config.schema import SpeedModelConfig, training_routers
 from firstlab.model.settings import LoraSettings, RouterSettings
 
-DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager", "engine_compiled")
+DECODERS = ("transformers", "transformers_static", "generate", "engine", "engine_eager")
 ROUTES = ("spread", "paper")
 
 
@@ -52,8 +52,8 @@ class BenchmarkConfig(SpeedConfig):
     """What the measurement of decoding takes besides.
 
     Decoders: transformers (`generate` of the plain model), transformers_static (the same with its static cache,
-    compiled: slow to start), generate (`RouterAugmentedLM.generate`), engine (`DecodeEngine`: CUDA graphs on a GPU),
-    engine_eager (without graphs) and engine_compiled (with compiled layers: slow to start).
+    compiled: slow to start), generate (`RouterAugmentedLM.generate`), engine (`DecodeEngine`: CUDA graphs on a GPU)
+    and engine_eager (without graphs).
     """
 
     decoders: list[str] = field(default_factory=lambda: ["transformers", "generate", "engine"])

@@ -22,7 +22,7 @@ from firstlab.store.files import check_writable, write_atomically
 
 LOOKS = {
     "generate": ("#0072b2", "s"), "engine": ("#d55e00", "o"),
-    "engine_eager": ("#cc79a7", "v"), "engine_compiled": ("#009e73", "^"),
+    "engine_eager": ("#cc79a7", "v"),
 }  # fmt: skip
 TRAINERS = {
     "plain": "transformers Trainer + PEFT LoRA",

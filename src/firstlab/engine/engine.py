@@ -20,7 +20,7 @@ from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import RoutersDecide, Routes, as_asked, layer_skips
 
-MODES = ("auto", "eager", "graphs", "compiled")
+MODES = ("auto", "eager", "graphs")
 
 
 @dataclass
@@ -94,8 +94,8 @@ class DecodeEngine:
             further engines do not mind; a model moved or converted by `to` needs a new engine.
         max_length: Tokens of prompt and response.
         max_batch_size: Rows decoded together, and prompts prefilled together.
-        mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them), "compiled"
-            (the same with compiled layers) or "auto", which is graphs on CUDA, else eager.
+        mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them) or "auto",
+            which is graphs on CUDA, else eager.
         lookahead: Decode steps that the device is given before the tokens of the first of them are read; a step is in
             vain where a row ends. None: 1 on CUDA, else 0. Sampling and `EarlyExit` go without it.
     """
@@ -125,7 +125,7 @@ class DecodeEngine:
         if self.mode == "eager":
             self.step = LlamaStep(model.lm, max_batch_size, max_length)
         else:
-            self.step = GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device), self.mode == "compiled")
+            self.step = GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device))
 
     def generate(
         self,

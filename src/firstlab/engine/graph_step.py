@@ -1,20 +1,22 @@
-"""Run the step of `LlamaStep` as a list of graph replays: one per layer, one before and one after them.
+"""Run the step of `LlamaStep` as few graph replays: one per run of consecutive layers, one before and one after them.
 
-All tensors between them have fixed addresses and shapes, so any route is a list of graphs that exist already. Two sizes
-change, rarely: the rows that a layer computes, rounded up to a power of two, and the places that attention sees,
-rounded up to one of four sizes per doubling. Each pair has its own graphs, made when it is first needed.
+All tensors between them stand at fixed addresses and have fixed shapes. A route that skips k layers is at most k + 1
+runs, which routes share; each is captured when it is first needed. Two things change their shape: how many rows they
+compute, rounded up to a power of two, and, without our kernels, how many places attention sees, rounded up to one of
+four sizes per doubling.
 
-A layer computes the rows that run it, gathered and rounded up. What rounding up adds is computed on a spare row and in
-free places, where nobody reads it.
+Rows of different routes: a layer computes the rows that run it, gathered and rounded up to the most in its run. What
+rounding up adds is computed on a spare row of one token and in free places, where nobody reads it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,11 @@ from torch import Tensor
 
 from firstlab.engine.graphs import Body, Graphs
 from firstlab.engine.llama_step import Layer, LlamaStep, Plan, Positions
-from firstlab.model.quantization import stored_tensors
+from firstlab.model.quantization import is_quantized, stored_tensors
 from firstlab.model.routes import EarlyExit
+
+if TYPE_CHECKING:
+    from firstlab.engine.kernels.layers import FusedLayers
 
 SMALLEST_WINDOW = 64
 
@@ -42,6 +47,17 @@ def size_of(rows: int, most: int) -> int:
     return min(1 << (rows - 1).bit_length(), most)
 
 
+def runs_of(layers: Sequence[int]) -> list[list[int]]:
+    """Ascending layers, cut where one is left out."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
 _copies = itertools.count()
 
 
@@ -57,26 +73,42 @@ def _own(function: Any) -> FunctionType:
 class GraphStep(LlamaStep):
     """`LlamaStep` from replays. `exit_early`, which asks after each layer which rows go on, stays as it is there.
 
-    `compiled` fuses the many small kernels before and after attention, which takes a minute at the first tokens.
+    Args:
+        lm, max_batch_size, max_length: See `LlamaStep`.
+        graphs: Makes the replays.
+        way: How layers are computed: with our "kernels", by "torch", or "compiled" by it, which takes a minute at the
+            first tokens. None: kernels on CUDA where they fit and Triton is there; compiled for quantized weights on
+            CUDA, whose products are made for it; else torch.
     """
 
-    def __init__(self, lm: Any, max_batch_size: int, max_length: int, graphs: Graphs, compiled: bool = False) -> None:
+    def __init__(self, lm: Any, max_batch_size: int, max_length: int, graphs: Graphs, way: str | None = None) -> None:
         # Fast attention wants rows of masks aligned to 8.
         super().__init__(lm, max_batch_size, -(-max_length // 8) * 8)
         self._lm, self._graphs = lm, graphs
         self._addresses = self._current_addresses()
-        self._project: Callable[..., Tensor] = Layer.project
-        self._finish: Callable[..., Tensor] = Layer.finish
         device, weight = self.embedding.device, self.embedding
-        if compiled:
-            # Fused into one kernel with what stands around it, a product with a single row reads at full speed.
+        self._project: Callable[..., Tensor] = Layer.project
+        self._gate: Callable[..., tuple[Tensor, Tensor]] = Layer.gate
+        self._finish: Callable[..., Tensor] = Layer.finish
+        self._fused: FusedLayers | None = None
+        if way is None and device.type == "cuda":
+            way = "compiled" if is_quantized(lm) else "kernels" if find_spec("triton") else "torch"
+        if way == "kernels":
+            from firstlab.engine.kernels.layers import FusedLayers, fits
+
+            self._fused = FusedLayers(self.layers, self.cos, self.sin) if fits(self.layers) else None
+        elif way == "compiled":
+            # Fused into one kernel with what stands around it, a product with a single row reads at full speed. The
+            # gate is apart: it would be computed anew for every column of the product behind it.
             options: dict[str, Any] = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
-            self._project = torch.compile(_own(Layer.project), fullgraph=True, options=options)
-            self._finish = torch.compile(_own(Layer.finish), fullgraph=True, options=options)
+            self._project, self._gate, self._finish = (
+                torch.compile(_own(each), fullgraph=True, options=options)
+                for each in (Layer.project, Layer.gate, Layer.finish)
+            )
         # Line 0 of what follows is about all rows in their order, line 1 + i about the rows of layer i in its order.
         # With one row they are the same.
         lines = 1 if max_batch_size == 1 else 1 + len(self.layers)
-        self._spare, window = max_batch_size, len(self._places)
+        self._spare, window = max_batch_size, 0 if self._fused else len(self._places)
         whole = {"dtype": torch.long, "device": device}
         self._tokens = torch.zeros(max_batch_size + 1, **whole)
         self._filled, self._grows = torch.zeros_like(self._tokens), torch.zeros_like(self._tokens)
@@ -103,7 +135,7 @@ class GraphStep(LlamaStep):
             self._plan = self._make_plan()
             self._place(self._plan)
             self._replays = None
-        window = window_of(max(self.lengths) + 1, len(self._places))
+        window = 0 if self._fused else window_of(max(self.lengths) + 1, len(self._places))
         if self._replays is None or self._replays[0] != window:
             self._replays = window, self._list_replays(self._plan, window)
         self._tokens[: len(tokens)] = tokens
@@ -135,12 +167,12 @@ class GraphStep(LlamaStep):
 
     def _list_replays(self, plan: Plan, window: int) -> list[Body]:
         size = size_of(len(self.lengths), self._spare)
-        mixed = any(rows is not None for _, _, rows in plan.layers)
-        graphs = [self._graphs(("begin", window, mixed), partial(self._start, window, mixed))]
-        for index, _, rows in plan.layers:
-            line = 0 if rows is None else 1 + index
-            some = size_of(len(self._slots[index]), self._spare)
-            graphs.append(self._graphs((index, window, some, line), partial(self._run, index, window, some, line)))
+        apart = {index for index, _, rows in plan.layers if rows is not None}
+        graphs = [self._graphs(("begin", window, bool(apart)), partial(self._start, window, bool(apart)))]
+        for run in runs_of([index for index, _, _ in plan.layers]):
+            some, mixed = size_of(max(len(self._slots[each]) for each in run), self._spare), not apart.isdisjoint(run)
+            body = partial(self._run, run, window, some, mixed)
+            graphs.append(self._graphs((run[0], run[-1], window, some, mixed), body, len(run)))
         return [*graphs, self._graphs(("end", size), partial(self._finish_step, size))]
 
     # -- what is captured: fixed memory in, fixed memory out --
@@ -150,26 +182,42 @@ class GraphStep(LlamaStep):
         lines = slice(None if mixed else 1)
         at = self._filled[self._order[lines]]
         self._at[lines] = at
+        self._x.copy_(F.embedding(self._tokens, self.embedding))
+        if not window:
+            return
         self._cos[lines] = self.cos[at]
         self._sin[lines] = self.sin[at]
         mask = self._mask[lines, ..., :window]
         hidden = self._places[:window] > at.view(*at.shape, 1, 1, 1)
         mask.zero_().masked_fill_(hidden, float("-inf"))
-        self._x.copy_(F.embedding(self._tokens, self.embedding))
 
-    def _run(self, index: int, window: int, rows: int, line: int) -> None:
-        """One layer, for all rows (line 0) or for its own."""
-        cos, sin = self._cos[line, :rows], self._sin[line, :rows]
-        here = Positions(self._at[line, :rows], cos, sin, window, self._mask[line, :rows, ..., :window])
-        layer, order = self.layers[index], self._order[line, :rows]
-        x = self._x[:rows] if line == 0 else self._x.index_select(0, order)
-        mixed = self._attend(index, self._project(layer, x, cos, sin), here)
-        if line == 0:
-            self._finish(layer, x, mixed, out=x)
-        else:
-            self._x.index_copy_(0, order, self._finish(layer, x, mixed))
+    def _run(self, layers: Sequence[int], window: int, rows: int, mixed: bool) -> None:
+        """Layers, each for all rows or for its own, gathered."""
+        for index in layers:
+            line = 1 + index if mixed else 0
+            order = self._order[line, :rows]
+            x = self._x.index_select(0, order) if mixed else self._x[:rows]
+            self._run_layer(index, x, line, window)
+            if mixed:
+                self._x.index_copy_(0, order, x)
+
+    def _run_layer(self, index: int, x: Tensor, line: int, window: int) -> None:
+        """x [n, D] becomes the output of the layer."""
+        layer, kv, rows = self.layers[index], self.kv[index], len(x)
+        at, cos, sin = self._at[line, :rows], self._cos[line, :rows], self._sin[line, :rows]
+        assert kv is not None
+        if self._fused is not None:
+            self._fused(index, x, kv, at)
+            return
+        here = Positions(at, cos, sin, window, self._mask[line, :rows, ..., :window])
+        after, hidden = self._gate(layer, x, self._attend(index, self._project(layer, x, cos, sin), here))
+        self._finish(layer, after, hidden, out=x)
 
     def _finish_step(self, rows: int) -> None:
         """Logits, and the rows are one token longer."""
-        self._scores[:rows] = self._logits(self._x[:rows])
+        x, scores = self._x[:rows], self._scores[:rows]
+        if self._fused is not None:
+            self._fused.product(x, self.head.weight, self.head.bias, self.norm, scores)
+        else:
+            scores.copy_(self._logits(x))
         self._filled += self._grows

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 Body = Callable[[], None]
+#: Layers that stand captured at most, in all replays together.
+LIMIT = 2048
 
 
 class Graphs:
-    """Keeps one replay for every key.
+    """Keeps one replay for every key, and forgets those that were not asked for longest.
 
     A body reads and writes tensors that live as long as the graphs, never waits for the device, and does the same
     whatever those tensors hold. Bodies share the memory that they allocate, so none may hand such memory to another.
@@ -19,18 +21,22 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._replays: dict[Hashable, Body] = {}
+        self._replays: dict[Hashable, tuple[Body, int]] = {}  # the last asked for stands last
         if device.type == "cuda":
             self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __len__(self) -> int:
         return len(self._replays)
 
-    def __call__(self, key: Hashable, body: Body) -> Body:
-        """What does the body's work; only the first body of a key counts."""
-        if key not in self._replays:
-            self._replays[key] = self.make(body)
-        return self._replays[key]
+    def __call__(self, key: Hashable, body: Body, size: int = 1) -> Body:
+        """What does the body's work, which is as large as `size` layers; only the first body of a key counts."""
+        kept = self._replays.pop(key, None) or (self.make(body), size)
+        self._replays[key] = kept
+        while sum(each for _, each in self._replays.values()) > LIMIT and len(self._replays) > 1:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # it may be running
+            del self._replays[next(iter(self._replays))]
+        return kept[0]
 
     def make(self, body: Body) -> Body:
         """What does the work of a body without a key."""

@@ -180,11 +180,16 @@ class Layer:
         if self.key_norm is not None:
             keys.copy_(self.key_norm(keys))
 
-    def finish(self, x: Tensor, mixed: Tensor, out: Tensor | None = None) -> Tensor:
-        """The layer's output [n, D], if asked into `out`, from its input x and attention's [n, heads · head dim]."""
+    def gate(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """From the layer's input x [n, D] and what attention read [n, heads · head dim]: x behind attention, and the
+        gated numbers that `finish` takes."""
         after = x + _apply(mixed, self.outputs, self.out, self.out_bias)
         gate, up = _apply(self.norm_2(after), self.gates, self.gate_up, self.gate_up_bias).chunk(2, -1)
-        return torch.add(after, _apply(self.act(gate) * up, self.downs, self.down, self.down_bias), out=out)
+        return after, self.act(gate) * up
+
+    def finish(self, after: Tensor, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """The layer's output [n, D], in `out` if that is given."""
+        return torch.add(after, _apply(hidden, self.downs, self.down, self.down_bias), out=out)
 
     def is_current(self) -> bool:
         return [each.data_ptr() for each in self._stored()] == [each.data_ptr() for each in self._read]
@@ -325,7 +330,7 @@ class LlamaStep:
             layer = self.layers[index]
             here = positions[which]
             some = x if rows is None else x.index_select(0, rows)
-            some = layer.finish(some, self._attend(index, layer.project(some, here.cos, here.sin), here))
+            some = layer.finish(*layer.gate(some, self._attend(index, layer.project(some, here.cos, here.sin), here)))
             x = some if rows is None else x.index_copy_(0, rows, some)
         self._end(plan)
         return self._logits(x)
@@ -349,7 +354,7 @@ class LlamaStep:
             if len(rows) < len(x):
                 mixed = mixed[rows]
             before = x[rows]
-            after = layer.finish(before, mixed)
+            after = layer.finish(*layer.gate(before, mixed))
             x = x.index_copy(0, rows, after)
             if rule.min_layers <= index + 1 < len(self.layers):
                 leaves = rule.confidence_of(before, after, self._logits) >= thresholds[rows]

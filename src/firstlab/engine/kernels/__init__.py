@@ -1,0 +1,1 @@
+"""Triton kernels of the decode step, and what chooses between them and the libraries' products."""

@@ -1,0 +1,120 @@
+"""Run decoder layers and the head behind them through our kernels and, where that is faster, the library's products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from firstlab.engine.kernels.attention import attend
+from firstlab.engine.kernels.gated import gated
+from firstlab.engine.kernels.pointwise import rms_norm, silu_times_up
+from firstlab.engine.kernels.product import product
+from firstlab.engine.kernels.tiles import Tile, Tiles
+
+if TYPE_CHECKING:
+    from firstlab.engine.llama_step import Layer
+
+#: Parts of a row's length that attention computes apart, at most.
+_MOST_SPLITS = 64
+
+
+def fits(layers: Sequence[Layer]) -> bool:
+    """Whether the kernels compute these layers: fused weights of 16 or 32 bits, and SiLU gates."""
+    types, some = (torch.float32, torch.bfloat16, torch.float16), torch.linspace(-3, 3, 9)
+    return all(
+        layer.qkv is not None and layer.qkv.dtype in types and torch.allclose(layer.act(some), F.silu(some))
+        for layer in layers
+    )
+
+
+class FusedLayers:
+    """Layers as few launches each, on memory that may be fixed.
+
+    Args:
+        layers: See `fits`.
+        cos, sin: Angles [places, 1, head dim], see `LlamaStep`.
+    """
+
+    def __init__(self, layers: Sequence[Layer], cos: Tensor, sin: Tensor) -> None:
+        self._layers, self._cos, self._sin = layers, cos, sin
+        self._tiles = Tiles(cos.device)
+        self._processors, shared = 4, 1 << 16
+        if cos.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(cos.device)
+            self._processors = properties.multi_processor_count
+            shared = getattr(properties, "shared_memory_per_block_optin", shared)
+        # Places of keys and values that attention reads at a time: two readings of both must fit beside the queries.
+        most = max(16, shared // (6 * cos.shape[-1] * cos.element_size()))
+        self._places = min(64, 1 << (most.bit_length() - 1))
+
+    def __call__(self, index: int, x: Tensor, kv: Tensor, at: Tensor) -> None:
+        """x [n, D] becomes the layer's output; its keys and values go to the places `at` [n] of kv."""
+        layer: Any = self._layers[index]
+        mixed = self._attend(layer, self.product(x, layer.qkv, layer.qkv_bias, layer.norm_1), kv, at)
+        self.product(mixed, layer.out, layer.out_bias, out=x, add=True)
+        hidden = self._gate(x, layer.gate_up, layer.gate_up_bias, layer.norm_2)
+        self.product(hidden, layer.down, layer.down_bias, out=x, add=True)
+
+    def product(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        norm: Any = None,
+        out: Tensor | None = None,
+        add: bool = False,
+    ) -> Tensor:
+        """norm(x) · weightᵀ + bias, in `out` if that is given, or added to it."""
+        scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        found = x.new_empty(len(x), len(weight)) if out is None else out
+
+        def run(tile: Tile | None, into: Tensor) -> None:
+            if tile is not None:
+                product(x, weight, bias, scale, eps, add, into, list(tile))
+                return
+            given = x if scale is None else rms_norm(x, scale, eps)
+            torch.addmm(into, given, weight.t(), beta=int(add), out=into)
+            if bias is not None:
+                into += bias
+
+        kind = "product" if norm is None else "norm_product"
+        shape = (weight.shape[0], weight.shape[1])
+        run(self._tiles(kind, len(x), shape, x.dtype, lambda tile: run(tile, torch.empty_like(found))), found)
+        return found
+
+    def _gate(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Any) -> Tensor:
+        """silu(gate) · up of the normed x, [n, N]."""
+
+        def run(tile: Tile | None) -> Tensor:
+            if tile is None:
+                return silu_times_up(F.linear(rms_norm(x, norm.weight, norm.eps), weight, bias))
+            out = x.new_empty(len(x), len(weight) // 2)
+            gated(x, weight, bias, norm.weight, norm.eps, out, list(tile))
+            return out
+
+        return run(self._tiles("gated", len(x), (len(weight) // 2, x.shape[1]), x.dtype, run))
+
+    def _attend(self, layer: Layer, qkv: Tensor, kv: Tensor, at: Tensor) -> Tensor:
+        query_norm, key_norm = layer.query_norm, layer.key_norm
+        programs, splits = len(qkv) * layer.kv_heads, 1
+        # A program for every processor, but no part shorter than one reading.
+        while splits < _MOST_SPLITS and splits * programs < self._processors and splits * self._places < kv.shape[2]:
+            splits *= 2
+        return attend(
+            qkv.view(len(qkv), -1, layer.head_dim),
+            kv,
+            at,
+            self._cos,
+            self._sin,
+            None if query_norm is None else query_norm.weight,
+            None if key_norm is None else key_norm.weight,
+            0.0 if query_norm is None else query_norm.eps,
+            0.0 if key_norm is None else key_norm.eps,
+            layer.head_dim**-0.5,
+            splits,
+            self._places,
+        )
