@@ -27,6 +27,8 @@ from firstlab.run.dashboard import DashboardOptions
 from firstlab.run.load import load, read
 from firstlab.run.sweep import expand
 from firstlab.tables import config as tables
+from support.any_speed import routed
+from support.models import prompts
 from support.tiny_run import SMALL, composed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,9 +226,15 @@ def test_every_command_would_start(command: Command, page_files: Path, monkeypat
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_snippet_runs(page: Path, page_files: Path) -> None:
+    ids, mask = prompts()
+    # Pages whose snippets go on with a trained model and its prompts.
+    given = {"model": routed(), "batch": {"input_ids": ids, "attention_mask": mask}} if page.stem == "any-speed" else {}
     for text in blocks(page, "python"):
         if "# model/" not in text:  # pseudo-code
-            exec(compile(text.replace(GATED, model_path("bundled:nano")), page.name, "exec"), {"__name__": page.name})
+            exec(
+                compile(text.replace(GATED, model_path("bundled:nano")), page.name, "exec"),
+                {"__name__": page.name, **given},
+            )
 
 
 def test_the_method_and_the_task_of_ones_own_train(page_files: Path, tiny_model_dir: Path) -> None:
