@@ -15,6 +15,7 @@ its method or task is a class of your own, name the package again, trust=my_pack
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
     from firstlab.training.prompt_set import PromptSet
 
     instantiate.trust([] if trusted is None else [trusted])
-    directory = Path(named).expanduser()
+    directory = Path(os.path.expanduser(named))
     config, method, model, variant = load_run(directory, variant, options, folders)
     data = build_data(config)
     check_test_set(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 import sys
@@ -39,7 +40,7 @@ def has_text(text: str) -> bool:
 
 def data_files(root: str, names: Sequence[str]) -> list[Path]:
     """Paths of the files `names`, or of NAME.gz, all of which must be in the directory `root`."""
-    folder = Path(root).expanduser()
+    folder = Path(os.path.expanduser(root))
     wanted = ", ".join(names)
     if not folder.is_dir():
         fault = "is a file, not a directory" if folder.exists() else "does not exist"

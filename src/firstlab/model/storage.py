@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -65,7 +66,7 @@ class SavedModel:
 
 def expanded(path: str | Path) -> str:
     """A hub id or folder, with `~` spelled out."""
-    return str(Path(path).expanduser()) if str(path).startswith("~") else str(path)
+    return os.path.expanduser(path) if str(path).startswith("~") else str(path)
 
 
 def _unavailable(path: str, error: Exception, what: str = "") -> ModelUnavailableError:

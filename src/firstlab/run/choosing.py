@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from firstlab.model.generation_options import pinned_generation
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
 from firstlab.model.routes import FixedRoutes, Routes
+from firstlab.run.context import Run, say
 from firstlab.store.files import read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.calibration import fit_to_decisions
@@ -34,9 +35,6 @@ from firstlab.training.route_fit import (
     saved_codebook,
     use_static,
 )
-
-if TYPE_CHECKING:
-    from firstlab.run.phases import Run
 
 # The best price by the validation score is looked for on so many prompts.
 _SCORED = 128
@@ -67,7 +65,7 @@ def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
     record = fit_router(router, measured, fit, price) | ({"validation_scores": scores} if scores else {})
     if not record["worth"]:
         use_static(router, measured, fit)
-    _say(record)
+    _report(record)
     return record
 
 
@@ -111,21 +109,18 @@ def validation_score(run: Run, routes: Routes | None = None) -> float:
     return score_texts(data.task, data.test, texts, config)[primary_metric(data.task)].value
 
 
-def _say(record: dict[str, Any]) -> None:
-    if rank()[0] > 0:
-        return
+def _report(record: dict[str, Any]) -> None:
     low, high = record["gain_interval"]
     harm, length, rate = (100 * record[key] for key in ("harm_r2", "length_r2", "skip_rate_by_token"))
-    print(
+    say(
         f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the "
         f"prompt tells {harm:.0f} % of what a route costs (R²) and {length:.0f} % of the response's length. With "
         f"{rate:.1f} % skipped over tokens the loss is {record['routed_loss']:.4f}, that of the best static sets "
         f"{record['static_loss']:.4f}, dense {record['dense_loss']:.4f} (difference {record['gain']:+.4f} "
-        f"[{low:+.4f}, {high:+.4f}], price by {record['price']})",
-        flush=True,
+        f"[{low:+.4f}, {high:+.4f}], price by {record['price']})"
     )
     if not record["worth"]:
-        print("reading the prompt is worth nothing here: every prompt gets the best set of the wanted size", flush=True)
+        say("reading the prompt is worth nothing here: every prompt gets the best set of the wanted size")
 
 
 def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:

@@ -30,6 +30,7 @@ from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
 from firstlab.model.routes import Routes
+from firstlab.run.context import Run, say
 from firstlab.run.decisions import static_routes
 from firstlab.run.directory import check_directory, finished_record, taken_over, variant_names, wanted_variants
 from firstlab.run.loggers import (
@@ -42,12 +43,10 @@ from firstlab.run.loggers import (
 )
 from firstlab.run.phases import (
     PHASES,
-    Run,
     compensate_with_lora,
     is_tuned,
     phase_record,
     refit,
-    say,
     train_routers,
     tune,
 )

@@ -6,78 +6,32 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger
 
 from firstlab.config.build import load_model, model_path
 from firstlab.config.command_line import during
-from firstlab.config.schema import ExperimentConfig, PhaseConfig
+from firstlab.config.schema import ExperimentConfig
 from firstlab.data.batching import batch_count
-from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.files import warn
-from firstlab.data.task import Example
-from firstlab.methods.base import Method
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import FixedRoutes, Routes
 from firstlab.run.choosing import fit_again, fit_route_router, training_routes
-from firstlab.run.decisions import prompt_routes, shared_routes
+from firstlab.run.context import Run, say
 from firstlab.run.directory import variant_names
 from firstlab.run.loggers import PhaseLogger
 from firstlab.store.files import read_own, sealed, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, Phase, RouterModule
-from firstlab.training.prompt_set import PromptSet
 from firstlab.training.router_start import calibrate_rate, start_phase_1
 from firstlab.training.trainer import fit_phase, read_checkpoint
 
 PHASES = ("tune", "router", "lora", "refit")
 # Training prompts whose per-layer decisions a refit keeps.
 _KEPT_DECISIONS = 512
-
-
-class Run:
-    """What the steps of a run share: what is run and where, its prompts, and the model as the last step has left it."""
-
-    config: ExperimentConfig
-    method: Method
-    directory: Path
-    data: PromptDataModule
-    model: RouterAugmentedLM
-    loggers: list[Logger]
-
-    def prompts(self, examples: Sequence[Example]) -> PromptSet:
-        """Prompts for the method to look at."""
-        room = self.config.trainer.prompt_cache_mib * 2**20
-        shown = self.config.trainer.progress_bar and rank()[0] == 0
-        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room, shown)
-
-    def routes(self, examples: Sequence[Example]) -> Routes | None:
-        """The method's decision: [L] for all prompts, [N, L] for these, or None where the routers decide."""
-        with self.reading("the decision of routes"):
-            if not self.method.per_prompt:
-                return shared_routes(self.directory, self.method, self.prompts(self.data.train))
-            prompts = self.prompts(examples)
-            return prompt_routes(self.directory, self.method, prompts, self.config.trainer.progress_bar)
-
-    def settings(self, phase: str) -> PhaseConfig:
-        """Those of a training phase."""
-        return self.config.router_phase if phase == "router" else self.config.lora_phase
-
-    def reading(self, step: str) -> AbstractContextManager[None]:
-        """A step that reads prompts in batches, to be named where memory runs out."""
-        return during(f"{step} with evaluation.batch_size={self.config.evaluation.batch_size}")
-
-
-def say(message: str) -> None:
-    """Print a line, once for all processes."""
-    if rank()[0] == 0:
-        print(message, flush=True)
 
 
 def tune(run: Run) -> None:
