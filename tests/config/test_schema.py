@@ -80,7 +80,7 @@ def test_names_match_their_files():
         ("evaluation.confidence=95", r"evaluation\.confidence=95"),
         ("trainer.devices=2", r"trainer\.devices=2 needs trainer\.strategy=ddp"),
         ("trainer.precision=8", r"trainer\.precision='8'.*32-true"),
-        ("phases=[train]", r"phases=\['train'\].*router, lora, evaluate"),
+        ("phases=[train]", r"phases=\['train'\].*tune, router, lora, refit, evaluate"),
         ("ckpt=best", r"ckpt='best'.*last, none"),
         ("model.dtype=fp8", r"model\.dtype='fp8'.*bfloat16"),
         ("seed=-1", r"seed=-1"),

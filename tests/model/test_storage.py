@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_what_is_written(base_folder, tmp_path):
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["base_model_name_or_path"] == str(base_folder)
-    assert config["router"] == {"input_norm": "none", "threshold": 0.5}
+    assert config["router"] == asdict(RouterSettings())
     weight = load_file(tmp_path / "saved" / "routers.safetensors")["weight"]
     assert weight.dtype == torch.float32
     assert torch.equal(weight, model.routers.weight)

@@ -40,8 +40,8 @@ def test_a_title_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     title = r"[/bold] :smile: $\frac{$"
     skip = {"skip_rate": 0.5, "per_layer": [0.0, 1.0], "unique_routes": 1}
     metrics = {"bleu": {"value": 1.0, "low": 0.0, "high": 2.0}}
-    row = {"variant": "router", "method": title, "level": "", "note": None, "metric": "bleu", "metrics": metrics}
-    row |= {"skip": skip, "timing": None, "warnings": []}
+    row = {"variant": "router", "method": title, "level": "", "note": None, "metrics": metrics}
+    row |= {"skip": skip, "timing": None, "warnings": [], "primary_metric": "bleu", "primary": metrics["bleu"]}
     print_table(title, [row])
     assert capsys.readouterr().out.count(title) == 2
     skip_per_layer([row], tmp_path / "skips.png", title)

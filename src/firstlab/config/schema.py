@@ -277,7 +277,7 @@ class ExperimentConfig:
         runs: Folder of all run directories.
         phases: Which steps to run, of tune (dense LoRA, so that routes are chosen on a model that knows the task),
             router or choose (train or fit the routers), lora, refit (fit the routers again under the trained LoRA) and
-            evaluate. The paper's are router, lora, evaluate; null takes the method's own (`Method.steps`).
+            evaluate. The paper's are router, lora, evaluate; none named takes the method's own (`Method.steps`).
         lora_start: After tune, phase 2 trains a LoRA from "scratch", or goes on with the tuned one ("continue").
         init_from: Saved model to start phase 2 or evaluation from, instead of this run's own phase 1.
         compare_with_base: Also run `method=none` on the same settings (once), for the table.
@@ -300,7 +300,7 @@ class ExperimentConfig:
     run_dir: str | None = option(None, filled="a folder")
     note: str | None = option(None, plain=True)
     runs: str = option("runs", filled="a folder")
-    phases: list[str] | None = None
+    phases: list[str] = field(default_factory=list)
     lora_start: str = option("scratch", choices="scratch, continue", **LATER)
     init_from: str | None = option(None, filled="a folder")
     compare_with_base: bool = True
@@ -312,11 +312,10 @@ class ExperimentConfig:
         check_options(self)
         check_options(self.router_phase, "router_phase.")
         check_options(self.lora_phase, "lora_phase.")
-        if self.phases is not None:
-            self.phases = ["router" if each == "choose" else each for each in self.phases]
-            if not self.phases or not set(self.phases) <= set(PHASES):
-                raise ValueError(f"phases={self.phases!r} is not allowed: choose from {', '.join(PHASES)}")
-        if "tune" in (self.phases or ()) and self.init_from is not None:
+        self.phases = ["router" if each == "choose" else each for each in self.phases]
+        if not set(self.phases) <= set(PHASES):
+            raise ValueError(f"phases={self.phases!r} is not allowed: choose from {', '.join(PHASES)}")
+        if "tune" in self.phases and self.init_from is not None:
             raise ValueError(f"init_from={self.init_from!r} brings a trained model: leave tune out of phases")
 
     def directory(self, label: str) -> Path:
@@ -352,7 +351,7 @@ class ExperimentConfig:
             del config["init_from"]
         _drop_later(self, config)
         # The paper's order goes without saying.
-        if steps := [each for each in ("tune", "refit") if each in (self.phases or ())]:
+        if steps := [each for each in ("tune", "refit") if each in self.phases]:
             config["steps"] = steps
         return config
 

@@ -126,7 +126,7 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
             f"model.revision={config.model.revision!r} is for models of the hub, and model.path={config.model.path!r} "
             "is a folder; leave model.revision=null"
         )
-    if config.phases is None:
+    if not config.phases:
         config = replace(config, phases=list(PAPER_ORDER) if config.init_from else method.steps)
     return (_without_routers(config) if method.name == "none" else config), method
 

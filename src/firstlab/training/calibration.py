@@ -41,7 +41,7 @@ def fit_routers(prompts: PromptSet, logits: Tensor, ridge: float = 1e-3) -> Tens
     Returns:
         [L, D], the directions that give every prompt a logit of about 1: adding them shifts a router.
     """
-    routers = prompts.model.routers
+    routers = prompts.model.layer_routers
     layers, size = routers.weight.shape
     second = torch.zeros(layers, size, size, dtype=torch.float64)  # Σ h hᵀ
     first = torch.zeros(layers, size, dtype=torch.float64)  # Σ h
@@ -76,7 +76,7 @@ def start_routers(prompts: PromptSet, order: Sequence[int], *, skip_rate: float,
     others run (threshold + margin). Where skip_rate · L is not whole, one more layer is skipped for a share of the
     prompts: for those whose measured loss it changes least, as far as the router can tell them apart.
     """
-    layers, threshold = prompts.num_layers, prompts.model.routers.settings.threshold
+    layers, threshold = prompts.num_layers, prompts.model.layer_routers.settings.threshold
     whole = math.floor(skip_rate * layers + 1e-9)
     share = skip_rate * layers - whole
     runs, skips = _logit(threshold + margin), _logit(threshold - margin)
@@ -101,7 +101,7 @@ def _logit(probability: float) -> float:
 
 def _place(prompts: PromptSet, layer: int, shift: Tensor, share: float) -> None:
     """Move one router along `shift` until `share` of the prompts skip its layer."""
-    routers = prompts.model.routers
+    routers = prompts.model.layer_routers
     start = routers.weight[layer].clone()
     # h · (start + x · shift) is linear in x, so the prompts are read once for all x.
     found: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]] = []
@@ -140,6 +140,6 @@ def fit_to_decisions(prompts: PromptSet, decided: Tensor, margin: float = 0.1) -
     Returns:
         The share of decisions that came out alike.
     """
-    threshold = prompts.model.routers.settings.threshold
+    threshold = prompts.model.layer_routers.settings.threshold
     fit_routers(prompts, torch.where(decided, _logit(threshold + margin), _logit(threshold - margin)))
     return float((prompts.routed() == decided).float().mean())

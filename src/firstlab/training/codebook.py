@@ -155,7 +155,7 @@ def fit_to_routes(prompts: PromptSet, wanted: Tensor, *, margin: float, trained:
     Returns:
         [L], the share of right decisions on the prompts that were not fitted.
     """
-    routers = prompts.model.routers
+    routers = prompts.model.layer_routers
     found: list[list[Tensor]] = [[] for _ in range(prompts.num_layers)]
 
     def keep(batch: Batch, index: int, hidden: Tensor) -> None:
