@@ -399,8 +399,8 @@ class RouterAugmentedLM(nn.Module):
             known=known,
         )
         out = self._run(responses, self.backbone, reading.ids[:, length:], real.long(), reading.cache)
-        states = torch.cat([reading.states, out.last_hidden_state], 1)
-        found = self._losses(states, self.output_head(), layout.take(labels).masked_fill(~real, -100), real, rho)
+        outputs = torch.cat([reading.states, out.last_hidden_state], 1)
+        found = self._losses(outputs, self.output_head(), layout.take(labels).masked_fill(~real, -100), real, rho)
         found["token_losses"] = layout.put_back(found["token_losses"], labels.shape[1])
         return RouterAugmentedOutput(**found)
 

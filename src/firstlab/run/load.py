@@ -52,8 +52,8 @@ def load_run(
     """
     overrides = overrides or {}
     config, method = read(directory / "config.yaml", overrides, config_dirs)
-    start = directory / "router" if method.trains_routers else directory / "tune"
-    if not method.trains_routers and not start.is_dir():
+    start: Path | None = directory / ("router" if method.trains_routers else "tune")
+    if not method.trains_routers and not (directory / "tune").is_dir():
         start = None
     if config.init_from is not None and not (directory / "router").is_dir():
         start = Path(model_path(config.init_from))
