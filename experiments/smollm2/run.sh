@@ -18,8 +18,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-# Float32 products on the tensor cores of a GPU, several times as fast; every process has one core's share of the CPU.
-export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Float32 products on the tensor cores of a GPU, several times as fast.
+export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 TOKENIZERS_PARALLELISM=false
 here=experiments/smollm2
 reduced=${REDUCED:-}
 export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/smollm2${reduced:+_reduced}} SEED=${SEED:-0}
@@ -121,6 +121,7 @@ if [ -n "$reduced" ]; then
   MINUTES=${MINUTES:-600}
   collect=$RUNS/records
 else
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" # of each of the processes that share the CPU
   RATES=0.15,0.25,0.35
   OTHER_RATES=0.15,0.35 # beside the rate of method.target_skip
   free=$($PYTHON -c "import torch; print(torch.cuda.mem_get_info()[0] >> 30)" 2>/dev/null) ||
