@@ -219,7 +219,6 @@ def check_text_command(name: str, arguments: list[str], piped: bool, monkeypatch
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
 def test_every_command_would_start(command: Command, page_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register()
-    tables.register()
     check(command, monkeypatch)
 
 

@@ -42,14 +42,15 @@ def main(arguments: list[str]) -> None:
             )
     from firstlab.config import instantiate
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
-    from firstlab.evaluation.predictions import fingerprint
+    from firstlab.evaluation.predictions import fingerprint, source_of
     from firstlab.evaluation.scoring import check_metrics
     from firstlab.evaluation.variant import evaluate_variant
     from firstlab.model.quantization import quantize
     from firstlab.run.decisions import decided_routes, static_routes
     from firstlab.run.load import load_run
+    from firstlab.run.record import record_of
     from firstlab.run.report import print_table, rows_of_record
-    from firstlab.store import machine, results
+    from firstlab.store import results
     from firstlab.store.files import claimed
     from firstlab.training.prompt_set import PromptSet
 
@@ -62,39 +63,27 @@ def main(arguments: list[str]) -> None:
     check_vocabulary(config, data.tokenizer, model)
     prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
     routes = decided_routes(directory, method, variant, prompts)
-    record = results.read(directory, "delete it; the model stays") or {}
     # The text as well: the same files may hold other text the next time.
-    out = directory / "evaluations" / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
+    out = directory / results.EVALUATIONS / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
+    source = source_of(model, routes)
     quantize(model.merge_and_unload().lm, config.model.quantization)
     with claimed(out):
-        earlier = (results.read(out, "delete it to evaluate again") or {"variants": {}})["variants"]
-        result = evaluate_variant(
+        variants = (results.read(out, "delete it to evaluate again") or {"variants": {}})["variants"]
+        variants[variant] = evaluate_variant(
             model,
             data,
             config.evaluation,
             out,
             variant,
             routes,
+            source,
             config.seed,
             config.trainer.progress_bar,
             static_routes(directory, method, model.num_layers),
         )
-        full = {
-            **{key: record.get(key) for key in ("level", "rounding", "note", "phases")},
-            "method": method.name,
-            "label": method.label,
-            "model": config.model.name,
-            "data": config.data.name,
-            "directory": str(out),
-            "config_hash": config.hash(),
-            "config": config.identity(),
-            "seed": config.seed,
-            "num_layers": model.num_layers,
-            "variants": earlier | {variant: result},
-            **machine.provenance(),
-        }
-        results.write(out, full)
-    print_table(f"{config.data.name}: {named}", rows_of_record(full))
+        record = record_of(directory, out, config, method, model, variants=variants)
+        results.write(out, record)
+    print_table(f"{config.data.name}: {named}", rows_of_record(record))
     print(json.dumps({"record": str(out / results.RESULT)}))
 
 

@@ -25,6 +25,8 @@ class GridSweeper(Sweeper):
         grids: Grid name to {override key: value or list of values}; see `firstlab.run.sweep.expand`.
     """
 
+    config: DictConfig
+
     def __init__(
         self, scale: DictConfig, cells: Mapping[str, DictConfig], grids: Mapping[str, Mapping[str, Any]]
     ) -> None:
@@ -41,47 +43,47 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Called by Hydra with the command line's overrides."""
         # Hydra imports every plugin at each start, also for --help.
+        from firstlab.config.command_line import guarded
+
+        guarded(self._sweep)(arguments)
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        from firstlab.config.compose import refuse_misread
+
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            del config["hydra"]
+        refuse_misread(config, overrides)
+        return config
+
+    def _fitting(self, overrides: list[str]) -> tuple[str, ...]:
+        """Without those of sweep.optional that the run's method does not have."""
+        optional = [each for each in overrides if each.partition("=")[0] in self.config.sweep.optional]
+        if not optional:
+            return tuple(overrides)
+        known = self._compose([each for each in overrides if each not in optional])
+        return tuple(x for x in overrides if x not in optional or _has(known, x.partition("=")[0]))
+
+    def _sweep(self, arguments: list[str]) -> None:
         from hydra.core.plugins import Plugins
 
-        from firstlab.config.command_line import guarded
-        from firstlab.config.compose import refuse_numbers_for_booleans
         from firstlab.run.sweep import expand, run_sweep, with_cells
 
-        def compose(overrides: list[str]) -> DictConfig:
-            config = self.context.config_loader.load_sweep_config(self.config, overrides)
-            with open_dict(config):
-                del config["hydra"]
-            refuse_numbers_for_booleans(config, overrides)
-            return config
-
-        def fitting(overrides: list[str]) -> tuple[str, ...]:
-            """Without those of sweep.optional that the run's method does not have."""
-            optional = [each for each in overrides if each.partition("=")[0] in self.config.sweep.optional]
-            if not optional:
-                return tuple(overrides)
-            known = compose([each for each in overrides if each not in optional])
-            absent = [e for e in optional if not _has(known, e.partition("=")[0])]
-            return tuple(each for each in overrides if each not in absent)
-
-        def run(arguments: list[str]) -> None:
-            overrides = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(arguments)
-            given = {
-                each.get_key_element(): list(each.sweep_string_iterator())
-                if each.is_sweep_override()
-                else [each.get_value_element_as_str()]
-                for each in overrides
-            }
-            launcher = Plugins.instance().instantiate_launcher(
-                hydra_context=self.context, task_function=self.task_function, config=self.config
-            )
-            on_slurm = "Slurm" in self.config.hydra.launcher._target_
-            launch = partial(_launch_on_slurm if on_slurm else _launch, launcher)
-            cells = with_cells(self.scale, self.cells, self.grids)
-            # Without an optional key, runs may be the same.
-            runs = list(map(list, dict.fromkeys(map(fitting, expand(cells, given)))))
-            run_sweep(runs, compose=compose, launch=launch, settings=self.config.sweep, here=not on_slurm)
-
-        guarded(run)(arguments)
+        given = {
+            each.get_key_element(): list(each.sweep_string_iterator())
+            if each.is_sweep_override()
+            else [each.get_value_element_as_str()]
+            for each in OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(arguments)
+        }
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self.context, task_function=self.task_function, config=self.config
+        )
+        on_slurm = "Slurm" in self.config.hydra.launcher._target_
+        launch = partial(_launch_on_slurm if on_slurm else _launch, launcher)
+        # Without an optional key, runs may be the same.
+        fitting = dict.fromkeys(map(self._fitting, expand(with_cells(self.scale, self.cells, self.grids), given)))
+        runs = [list(run) for run in fitting]
+        run_sweep(runs, compose=self._compose, launch=launch, settings=self.config.sweep, here=not on_slurm)
 
 
 def _has(config: DictConfig, key: str) -> bool:

@@ -57,6 +57,9 @@ def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         (["--config-name", "nope"], "Cannot find primary config 'nope'"),
         (["--config-dir", "/nope"], "config directory '/nope' not found"),
         (["+sweep=table1,table2"], "Ambiguous value for argument '+sweep=table1,table2'"),
+        (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
+        (["+sweep=tabel1", "seed=0,1"], "Could not find 'sweep/tabel1'"),
+        (["logger=[csv,wandb]"], "logger=[csv,wandb] is not allowed: choose one logger"),
     ],
 )
 def test_what_is_wrong_is_one_line(

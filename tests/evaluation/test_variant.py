@@ -6,6 +6,7 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from firstlab.config.build import build_data, load_model
 from firstlab.config.schema import ExperimentConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows
-from firstlab.evaluation.decoding import Decoding
-from firstlab.evaluation.predictions import Prediction, generate_predictions, is_complete
+from firstlab.evaluation.decoding import Decoder, Decoding
+from firstlab.evaluation.predictions import Prediction, generate_predictions, is_complete, source_of
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.lora import lora_layers
 from firstlab.model.routes import EarlyExit, FixedRoutes, PrunedRoutes, Routes, StepRoutes
+from firstlab.model.settings import LoraSettings
 from firstlab.run.experiment import Experiment
 from firstlab.store.results import unpack
 from support.models import random_routers, tiny_model
@@ -49,7 +52,14 @@ def setting(tiny_model_dir: Path, tmp_path_factory) -> tuple[ExperimentConfig, P
 def predict(setting, file: Path, routes: Routes | None, **evaluation: object) -> list[Prediction]:
     config, data, model = setting
     decoding = Decoding.of(model, data, replace(config.evaluation, **{"batch_size": 3, **evaluation}), seed=5)
-    return generate_predictions(model, data, decoding, file=file, routes=routes, title="", progress_bar=False)
+    decoder = Decoder(model, data, decoding, routes)
+    return generate_predictions(decoder, file=file, source=source_of(model, routes), progress_bar=False)
+
+
+def evaluate(setting, folder: Path, routes: Routes | None, seed: int = 0, **evaluation: object) -> dict[str, Any]:
+    config, data, model = setting
+    options, source = replace(config.evaluation, **evaluation), source_of(model, routes)
+    return evaluate_variant(model, data, options, folder, "router", routes, source, seed, progress_bar=False)
 
 
 SCHEDULE = torch.tensor([[True, True, True, True], [True, True, False, True], [True, False, False, True]])
@@ -141,22 +151,26 @@ def test_a_wrong_line_in_the_middle_is_named_and_made_again(setting, tmp_path: P
 def test_predictions_of_another_evaluation_are_not_mixed_in(setting, tmp_path: Path, capsys) -> None:
     config, data, model = setting
     part = tmp_path / "router.0.part"
+    other_model = deepcopy(model)
+    torch.nn.init.normal_(other_model.lm.get_output_embeddings().weight, std=0.4)
     whole = predict(setting, tmp_path / "router.jsonl", None)
     foreign = part.read_text(encoding="utf-8")
     other_tests = deepcopy(data)
     other_tests.test = [replace(example, source=f"{example.source} too") for example in data.test]
     shorter = deepcopy(data)
     shorter.max_new_tokens = 3
-    for given, name, options in (
-        ((config, other_tests, model), "router", {}),
-        ((config, shorter, model), "router", {}),
-        (setting, "router", {"do_sample": True}),
-        (setting, "base", {}),
+    for given, name, routes, options in (
+        ((config, other_tests, model), "router", None, {}),
+        ((config, shorter, model), "router", None, {}),
+        ((config, data, other_model), "router", None, {}),
+        (setting, "router", RULES["each"], {}),
+        (setting, "router", None, {"do_sample": True}),
+        (setting, "base", None, {}),
     ):
-        expected = predict(given, tmp_path / "apart" / f"{name}.jsonl", None, **options)
+        expected = predict(given, tmp_path / "apart" / f"{name}.jsonl", routes, **options)
         (tmp_path / f"{name}.0.part").write_text(foreign, encoding="utf-8")
         capsys.readouterr()
-        assert predict(given, tmp_path / f"{name}.jsonl", None, **options) == expected
+        assert predict(given, tmp_path / f"{name}.jsonl", routes, **options) == expected
         assert f"{LIMIT} lines, the first of them line 1, are damaged or of an evaluation" in capsys.readouterr().err
         (tmp_path / "apart" / f"{name}.0.part").unlink()
     part.write_text(foreign, encoding="utf-8")
@@ -164,15 +178,47 @@ def test_predictions_of_another_evaluation_are_not_mixed_in(setting, tmp_path: P
 
 
 def test_whether_predictions_are_complete(setting, tmp_path: Path) -> None:
-    config, data, model = setting
-    options = replace(config.evaluation, tpot_prompts=0, perplexity=False)
-    evaluate_variant(model, data, options, tmp_path, "router", None, seed=0, progress_bar=False)
-    file = tmp_path / "router.jsonl"
-    assert is_complete(file, LIMIT) and not is_complete(file, LIMIT + 1) and not is_complete(tmp_path / "no", 0)
+    record = evaluate(setting, tmp_path, None, tpot_prompts=0, perplexity=False)
+    file, source = tmp_path / "router.jsonl", source_of(setting[2], None)
+    assert record["source"] == source and is_complete(file, LIMIT, source)
+    assert not is_complete(file, LIMIT + 1, source) and not is_complete(tmp_path / "no", 0, source)
+    assert not is_complete(file, LIMIT, source_of(setting[2], RULES["one"]))
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for harmed in (lines[:-1], [*lines[:-1], lines[-1][:9]], [*lines[1:], lines[0]], [*lines[:-1], "{}\n"]):
-        file.write_text("".join(harmed), encoding="utf-8")
-        assert not is_complete(file, LIMIT)
+    other = changed(lines[-1], text="something else")
+    for last in ([], [lines[-1][:9]], ["{}\n"], [other]):
+        file.write_text("".join([*lines[:-1], *last]), encoding="utf-8")
+        assert not is_complete(file, LIMIT, source)
+    file.write_text("".join([*lines[1:], lines[0]]), encoding="utf-8")
+    assert not is_complete(file, LIMIT, source)
+
+
+def test_the_source_of_predictions_is_weights_settings_and_routes(setting, tmp_path: Path) -> None:
+    config, _, model = setting
+    lora = deepcopy(model)
+    lora.add_lora(LoraSettings())
+    lora.save_pretrained(tmp_path)
+
+    def changed_model(change) -> RouterAugmentedLM:
+        other = RouterAugmentedLM.from_pretrained(tmp_path, base=config.model.path)
+        other.load_state_dict(lora.state_dict())
+        with torch.no_grad():
+            change(other)
+        return other
+
+    name, adapter = next((n, p) for n, p in lora.lm.named_parameters() if "lora_B" in n)
+    sources = [source_of(lora, routes) for routes in RULES.values()]
+    for change in (
+        lambda x: x.lm.get_input_embeddings().weight.mul_(1.001),
+        lambda x: x.routers.weight[1, 3].add_(1e-5),
+        lambda x: x.lm.get_parameter(name)[0, 0].add_(1e-5),
+        lambda x: setattr(x.routers, "settings", replace(x.routers.settings, threshold=0.4)),
+        lambda x: next(lora_layers(x.lm)).scaling.update(default=3.0),
+        lambda x: setattr(x.lm.generation_config, "eos_token_id", 77),
+        lambda x: setattr(x.lm.config, "rms_norm_eps", 0.1),
+    ):
+        sources.append(source_of(changed_model(change), None))
+    assert len(set(sources)) == len(sources) == 13 and adapter.numel() > 1
+    assert source_of(changed_model(lambda x: None), None) == source_of(lora, None)  # wherever it was loaded from
 
 
 HOSTILE = {
@@ -202,17 +248,16 @@ HOSTILE = {
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_what_the_models_folder_says_moves_no_score(setting, tmp_path: Path, sample: bool) -> None:
-    config, data, model = setting
-    options = replace(config.evaluation, do_sample=sample, tpot_prompts=1, perplexity=False, temperature=1.5, top_k=0)
+    _, _, model = setting
+    options = {"do_sample": sample, "tpot_prompts": 1, "perplexity": False, "temperature": 1.5, "top_k": 0}
     own, found = model.lm.generation_config, {}
     try:
         for name, hostile in (("plain", {}), ("hostile", HOSTILE)):
             model.lm.generation_config = deepcopy(own)
             model.lm.generation_config.update(**hostile)
             for decoder in ("generate", "engine"):
-                decoded = replace(options, decoder=decoder)
                 folder = tmp_path / name / decoder
-                record = evaluate_variant(model, data, decoded, folder, "router", None, seed=0, progress_bar=False)
+                record = evaluate(setting, folder, None, decoder=decoder, **options)
                 found[name, decoder] = (folder / "router.jsonl").read_text(encoding="utf-8")
                 in_force = {"decoder": decoder, "do_sample": sample, "top_p": 1.0, "num_beams": 1}
                 assert in_force.items() <= record["decoding"].items()
@@ -249,13 +294,10 @@ def test_every_stop_token_of_the_model_ends_a_response(setting, tmp_path: Path, 
 
 
 def test_what_times_a_variant_is_recorded(setting, tmp_path: Path) -> None:
-    config, data, model = setting
     found = {}
     for decoder in ("generate", "engine"):
-        options = replace(config.evaluation, decoder=decoder, limit=2)
-        result = evaluate_variant(model, data, options, tmp_path / decoder, "router", None, seed=0, progress_bar=False)
-        found[decoder] = result
-        timing = result["timing"]
+        found[decoder] = evaluate(setting, tmp_path / decoder, None, decoder=decoder, limit=2)
+        timing = found[decoder]["timing"]
         assert timing["decoder"] == decoder and timing["tpot_s"] > 0 and timing["measurements"] == 1
     assert found["generate"]["metrics"] == found["engine"]["metrics"]
     assert found["generate"]["perplexity"] == found["engine"]["perplexity"]
@@ -263,9 +305,8 @@ def test_what_times_a_variant_is_recorded(setting, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("measured", [True, False])
 def test_references_weigh_the_rate_by_token_with_or_without_perplexity(setting, tmp_path: Path, measured: bool) -> None:
-    config, data, model = setting
-    options = replace(config.evaluation, perplexity=measured, tpot_prompts=0)
-    record = evaluate_variant(model, data, options, tmp_path, "router", RULES["each"], seed=5, progress_bar=False)
+    data = setting[1]
+    record = evaluate(setting, tmp_path, RULES["each"], seed=5, perplexity=measured, tpot_prompts=0)
     lengths = [len(data.tokenizer(each.references[0], add_special_tokens=False)["input_ids"]) for each in data.test]
     # The first token is prefill's, EOS is one.
     steps, skipped = torch.tensor(lengths), (~RULES["each"].ran).float().mean(1)

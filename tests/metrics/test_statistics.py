@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firstlab.metrics.language_modeling import perplexity
 from firstlab.metrics.scores import Scores
-from firstlab.metrics.statistics import bootstrap_interval, paired_test
+from firstlab.metrics.statistics import bootstrap_interval, paired_test, perplexity
 from firstlab.metrics.translation import bleu, chrf
 
 VALUES = st.lists(st.floats(0, 100), min_size=1, max_size=8)

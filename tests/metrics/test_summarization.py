@@ -70,7 +70,7 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def scored(encoder):
-    return bertscore(PREDICTIONS, REFERENCES, encoder, device="cpu", batch_size=2)
+    return bertscore(PREDICTIONS, REFERENCES, encoder)
 
 
 def greedy_f1(prediction, reference, encoder):

@@ -228,13 +228,16 @@ def test_what_is_wrapped_otherwise_is_named():
 def test_layers_that_need_more_than_hidden_states_are_refused():
     sizes = {**ARCHITECTURES["llama"], "is_decoder": True, "is_encoder_decoder": False, "d_model": 32}
     bart = AutoModelForCausalLM.from_config(AutoConfig.for_model("bart", decoder_layers=LAYERS, **sizes))
-    with pytest.raises(ValueError, match="BartForCausalLM has a table of positions and takes no position_ids"):
+    with pytest.raises(ValueError, match="BartForCausalLM cannot be routed: it has a table of positions"):
         RouterAugmentedLM(bart)
     prophetnet = AutoConfig.for_model(
         "prophetnet", hidden_size=32, num_encoder_layers=LAYERS, num_decoder_layers=LAYERS
     )
     prophetnet.update({"is_encoder_decoder": False, "is_decoder": True, "num_decoder_attention_heads": 4})
-    with pytest.raises(ValueError, match="ProphetNetForCausalLM has a table of positions and takes no position_ids"):
+    with pytest.raises(
+        ValueError,
+        match="ProphetNetForCausalLM cannot be routed: it has a table of positions",
+    ):
         RouterAugmentedLM(AutoModelForCausalLM.from_config(prophetnet))
     model = routed_model()
     model.lm.config.indexer_types = ["full", "shared"] * 3
@@ -251,7 +254,7 @@ def test_layers_that_need_more_than_hidden_states_are_refused():
             RouterAugmentedLM(model.lm)
         delattr(model.lm.config, name)
     model.lm.config.cross_attention_layers = [2]
-    with pytest.raises(ValueError, match="layers that attend to an image do not run without one"):
+    with pytest.raises(ValueError, match="layers that attend to an image do not run on a prompt of text"):
         RouterAugmentedLM(model.lm)
     layer, states = model.lm.model.layers[0], torch.zeros(1, 2, 4, HIDDEN)
     with pytest.raises(ValueError, match=r"takes hidden states of shape \[1, 2, 4, 32\]"):

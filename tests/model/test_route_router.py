@@ -119,7 +119,7 @@ def test_one_decision_under_padding_batching_chunks_beams_and_the_engine():
         greedy, model.generate(ids, mask, routes=batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
     )
     texts = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
-    engine = DecodeEngine(model, 32, 4).generate(texts, 6, routes=RoutersDecide(rates), eos=())
+    engine = DecodeEngine(model, 32, 4).generate(texts, 6, skip_rate=rates, eos=())
     assert torch.equal(engine.routes, batch)
     assert [row[-6:].tolist() for row in greedy] == engine.tokens
 

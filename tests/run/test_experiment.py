@@ -26,7 +26,6 @@ from firstlab.run import experiment as experiment_module
 from firstlab.run.directory import taken_over
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
-from firstlab.run.report import neighbours
 from firstlab.store import results
 from firstlab.tables.records import read as read_records
 from firstlab.training.codebook import constant_accuracy
@@ -404,19 +403,6 @@ def test_overwriting_starts_from_nothing(tiny_model_dir: Path, tmp_path: Path):
     Experiment(*composed(*arguments, "overwrite=true", "seed=1")).run()
     assert not (tmp_path / "run" / "earlier").exists() and not (tmp_path / ".run.old").exists()
     assert (tmp_path / "run" / "router" / "routers.safetensors").is_file()
-
-
-def test_a_torn_record_beside_a_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    parts = ("model", "data", "method", "router", "lora", "router_phase", "lora_phase", "evaluation")
-    names = ("method", "label", "model", "data", "directory", "config_hash")
-    record = {**dict.fromkeys(names, "x"), "config": {part: {} for part in parts}, "seed": 0, "num_layers": 4}
-    record |= {"variants": {}}
-    for name, text in (("a", json.dumps(record)), ("b", '{"conf'), ("c", "[]"), ("d", json.dumps(record))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(text)
-    assert neighbours(tmp_path / "a", record) == [record, record]
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in said] == [str(tmp_path / name / "result.json") for name in "bc"]
 
 
 def test_a_result_from_another_start_is_another_run(finished: Path, tiny_model_dir: Path, tmp_path: Path):

@@ -15,7 +15,8 @@ from support.tiny_run import composed, overrides
 
 # Validation and checkpoint fall on the same steps, as they do by default, and the best step is not the last one.
 COINCIDING = (
-    "method.target_skip=0.25", "router_phase.learning_rate=0.3", "lora_phase.learning_rate=0.3",
+    "method.target_skip=0.25", "method.tolerance=1", "router_phase.learning_rate=0.03", "lora_phase.learning_rate=0.1",
+    "lora_phase.max_steps=6",
     "router_phase.checkpoint_every=2", "lora_phase.checkpoint_every=2", "lora.dropout=0.1",
     "evaluation.limit=4", "evaluation.tpot_prompts=0",
 )  # fmt: skip
@@ -56,6 +57,9 @@ def test_a_run_killed_after_each_of_its_steps_ends_like_any_other(tiny_model_dir
         for name in ("whole", "cut")
     )
     reference = whole.run()
+    logged = map(json.loads, (whole.directory / "metrics.jsonl").read_text().splitlines())
+    steps = [each["lora/val/score"] for each in logged if "lora/val/score" in each]  # 0, 2, 4, 6 and after the last
+    assert steps[2] < min(steps[0], steps[1], steps[3]) and steps[2] == reference["phases"]["lora"]["val/score"]
     seen: set[Any] = set()
     while True:
         with pytest.MonkeyPatch.context() as patched:
@@ -67,7 +71,7 @@ def test_a_run_killed_after_each_of_its_steps_ends_like_any_other(tiny_model_dir
                 continue
     assert {file.name for file, _ in seen} == set(PLACES)
     assert sorted((file.parent.name, step) for file, step in seen if step is not None) == [
-        ("lora", 2), ("lora", 4), ("router", 2), ("router", 4), ("router", 6),
+        ("lora", 2), ("lora", 4), ("lora", 6), ("router", 2), ("router", 4), ("router", 6),
     ]  # fmt: skip
     for name in ("router/routers.safetensors", "lora/adapter_model.safetensors", "predictions.jsonl"):
         assert (cut.directory / name).read_bytes() == (whole.directory / name).read_bytes(), name

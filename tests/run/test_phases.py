@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from firstlab.config import build
+from firstlab.config.command_line import ShortageError, guarded
 from firstlab.run import experiment as experiment_module
 from firstlab.run import phases
 from firstlab.run.experiment import Experiment
@@ -20,27 +23,20 @@ def no_memory(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "message"),
+    ("module", "name", "step"),
     [
-        (
-            phases,
-            "start_phase_1",
-            r"in the routers' calibration with evaluation.batch_size=4: lower it, trainer",
-        ),
-        (
-            phases,
-            "fit_phase",
-            r"in phase router with router_phase.batch_size=4: lower it, .*checkpointing=true",
-        ),
-        (experiment_module, "evaluate_variant", r"in the evaluation of router with evaluation.batch_size=4: lower it"),
+        (build.RouterAugmentedLM, "from_pretrained", "the loading of .*"),
+        (phases, "start_phase_1", "the routers' calibration with evaluation.batch_size=4"),
+        (phases, "fit_phase", "phase router with router_phase.batch_size=4"),
+        (experiment_module, "evaluate_variant", "the evaluation of router with evaluation.batch_size=4"),
     ],
 )
 def test_memory_that_runs_out_says_where_and_what_to_lower(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, message: str
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, step: str
 ):
     monkeypatch.setattr(module, name, no_memory)
     given = ["method.target_skip=0.25", "router_phase.max_steps=1"]
-    with pytest.raises(ValueError, match=f"the GPU ran out of memory {message}"):
+    with pytest.raises(ShortageError, match=f"^out of GPU memory in {step}: lower the phase's batch_size .*dtype$"):
         Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *given))).run()
 
 
@@ -75,8 +71,12 @@ def test_a_rate_that_rounds_to_no_layer_stops_before_training(tiny_model_dir: Pa
 
 
 @pytest.mark.parametrize("given", ["note=" + 250 * "x", "run_dir=" + 252 * "x", "runs=" + 420 * "0123456789/"])
-def test_names_that_are_too_long_stop_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str):
+def test_names_that_are_too_long_stop_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"a name has \d+ bytes, and the file system takes \d+; shorten note, runs or"):
-        Experiment(*composed(given))
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit, match="2"):
+        guarded(lambda _: Experiment(*composed(given)).run())(None)
+    said = capsys.readouterr().err.strip()
+    assert re.match(r"error: (a name is longer than the file system|.* cannot be written \(File name too long\))", said)
+    assert not any(each.is_file() for each in tmp_path.rglob("*"))

@@ -74,7 +74,6 @@ def test_no_two_runs_of_a_sweep_share_a_directory(name: str):
     ("scale", "name", "least"), [("nano", "tables", 100), ("llama", "llama/tables", 100), ("multi30k", "multi30k", 14)]
 )
 def test_sweeps_run_what_the_tables_show(scale: str, name: str, least: int):
-    tables_config.register()
     plan = planned_runs(tables_config.load(compose("tables", [f"scale={scale}"])).scale)
     wanted = {frozenset((*run.overrides, "seed=0")) for run in plan}
     assert len(wanted) > least and wanted <= set(map(frozenset, expand(grids_of(name), {})))
@@ -82,7 +81,6 @@ def test_sweeps_run_what_the_tables_show(scale: str, name: str, least: int):
 
 @pytest.mark.parametrize(("scale", "name"), [("nano", "ablations"), ("llama", "llama/ablations")])
 def test_the_ablation_sweep_runs_what_the_table_shows(scale: str, name: str):
-    tables_config.register()
     config = tables_config.load(compose("tables", [f"scale={scale}"]))
     wanted = [dict(each.split("=", 1) for each in run.overrides) for _, _, run in ablation_runs(config.scale, 15)]
     swept = [of_run(run) for run in expand(grids_of(name), {})]

@@ -101,9 +101,9 @@ def test_a_record_that_cannot_be_read_is_named_with_the_way_out(tmp_path: Path, 
     ],
 )
 def test_a_record_with_a_part_of_another_type_is_left_out(tmp_path: Path, change: dict, reason: str):
-    assert results.checked({**finished(0), "phases": {"router": None, "lora": {"steps": 1}}}, results.Record)
+    assert results.checked({**finished(0), "phases": {"router": None, "lora": {"steps": 1}}}, results.RECORD)
     with pytest.raises(ValueError, match=reason):
-        results.checked({**finished(0), **change}, results.Record)
+        results.checked({**finished(0), **change}, results.RECORD)
 
 
 def test_records_are_packed_together(tmp_path: Path):

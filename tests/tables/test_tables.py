@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from firstlab.config.compose import conf_dir, search_path
-from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_of
+from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_of, tpot_of
 from firstlab.methods.unified_skip import UnifiedSkip
 from firstlab.metrics import Scores, evaluate_predictions, from_rows, paired_test
 from firstlab.store import results
@@ -27,17 +27,16 @@ from firstlab.tables import __main__ as tables_command
 from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
 from firstlab.tables.cells import WORSE, Cells
-from firstlab.tables.config import TablesConfig, load, register
+from firstlab.tables.config import TablesConfig, load
 from firstlab.tables.quality import missing_cell, score_cell
 from firstlab.tables.records import Library, read
-from firstlab.tables.speed import overhead_table, tpot_tables
+from firstlab.tables.speed import overhead_table, tpot_table
 from firstlab.tables.table import Cell, Column, Table, csv_text, latex, markdown
 from support.made_records import record, save
 from support.tiny_run import started_with
 
 
 def settings(*overrides: str) -> TablesConfig:
-    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         return load(compose("tables", ["resamples=200", *overrides]))
@@ -539,7 +538,6 @@ def test_settings_out_of_range_are_named(override: str, message: str):
 def test_every_planned_command_composes_to_what_its_cell_asks_for(scale: str):
     config = settings(f"scale={scale}")
     plan = planned_runs(config.scale)
-    register()
     named = {table for tables in plan.values() for table in tables}
     assert {f"table{n}" for n in ("1", "2", "3a", "4b", "5", "7b", "9", "14b")} <= named
     assert {run.method for run in plan} == set(config.scale.methods)
@@ -604,7 +602,7 @@ def test_tables_of_times_leave_gaps_where_tasks_have_fewer_levels(config: Tables
     """The paper times summaries at 15, 20 and 27 %."""
     levels = {level: rate for level, rate in config.scale.levels.items() if level not in (20, 27)}
     cells = Cells(replace(config, scale=replace(config.scale, levels=levels)), Library())
-    [table] = [each for each in tpot_tables(cells) if each.key == "table5"]
+    table = tpot_table(cells, "5", tpot_of(cells.scale)["5"])
     assert [cell.text for cell in table.rows[1]][2::4] == ["25 %", "25 %", ""]
     assert all(len(row) == len(table.columns) for row in table.rows)
 

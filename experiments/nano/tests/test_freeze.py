@@ -5,7 +5,7 @@ import lzma
 import pytest
 
 from firstlab.data.bundled import FOLDER
-from recipe.freeze import TASKS, frozen
+from freeze import TASKS, frozen
 from recipe.generated import GeneratedTask
 
 

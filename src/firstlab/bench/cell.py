@@ -14,7 +14,7 @@ from transformers import CompileConfig, LogitsProcessorList, StaticCache
 
 from firstlab.bench.energy import joules_counter
 from firstlab.bench.models import Models
-from firstlab.bench.workload import Workload, read_bytes
+from firstlab.bench.workload import Workload, in_turn, read_bytes
 from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.graphs import Graphs
 from firstlab.evaluation.timing import Stopwatch, synchronize
@@ -29,32 +29,19 @@ COMPILED = ("transformers_static", "engine_compiled")
 
 @dataclass(eq=False)
 class Variant:
-    """A way of decoding at a skip rate, and what was measured, a value per repetition.
+    """A way of decoding at a skip rate, and what was measured, a value per repetition."""
 
-    Attributes:
-        decoder: transformers (`generate` of the plain model), transformers_static (the same with a static cache,
-            compiled), generate (`RouterAugmentedLM.generate`) or one of `ENGINES`.
-        skip_rate: As asked for.
-        route: [L] boolean, or of each row [B, L].
-        quantization: One of `QUANTIZATIONS`, or None.
-        ttft_s: Until the first token's logits are there.
-        steps_s: Each decode step.
-        cpu_share: CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
-        kv_bytes: Keys and values kept at the end.
-        peak_memory_bytes: Of the device, without the keys and values of the engines beside; or of the process on a CPU.
-        joules: Energy of prefill and decode, per repetition; empty where the device does not report it.
-    """
-
-    decoder: str
-    skip_rate: float
-    route: Tensor
+    decoder: str  # see `BenchmarkConfig`
+    skip_rate: float  # as asked for
+    route: Tensor  # [L] boolean, or of each row [B, L]
     quantization: str | None = None
-    ttft_s: list[float] = field(default_factory=list)
-    steps_s: list[np.ndarray] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)  # until the first token's logits are there
+    steps_s: list[np.ndarray] = field(default_factory=list)  # of each decode step
+    # CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
     cpu_share: list[float] = field(default_factory=list)
-    kv_bytes: int = 0
-    peak_memory_bytes: int = 0
-    joules: list[float] = field(default_factory=list)
+    kv_bytes: int = 0  # keys and values kept at the end
+    peak_memory_bytes: int = 0  # of the device, without the keys and values of other engines; on a CPU, of the process
+    joules: list[float] = field(default_factory=list)  # of prefill and decode; empty where the device reports none
 
     @property
     def way(self) -> tuple[str, str | None]:
@@ -63,11 +50,7 @@ class Variant:
 
     @property
     def tpot_s(self) -> np.ndarray:
-        """Mean decode step of each repetition.
-
-        Not the median: where other processes take turns on the CPU, a step either meets such a turn or does not, and
-        the median jumps when half of them do. The mean grows in proportion, so that ratios keep.
-        """
+        """Mean decode step of each repetition: the median would jump when other processes take every second turn."""
         return np.array([steps.mean() for steps in self.steps_s])
 
 
@@ -79,20 +62,14 @@ def compile_everywhere() -> Any:
 
 
 class Cell:
-    """All variants on one workload.
+    """All variants on one workload, by models of each quantization.
 
-    Args:
-        models: What decodes, by quantization.
-        variants: To be measured, in turn.
-        workload: What they decode.
-
-    Raises:
-        ValueError: The engine does not know the model.
+    Raises ValueError if the engine does not know the model.
     """
 
     def __init__(self, models: Mapping[str | None, Models], variants: Sequence[Variant], workload: Workload) -> None:
         self.models, self.variants, self.workload = models, variants, workload
-        generator = torch.Generator().manual_seed(workload.seed)
+        generator = torch.Generator().manual_seed(workload.config.seed)
         self.some = next(iter(models.values()))  # for what does not depend on the weights
         ids = torch.randint(0, self.some.vocabulary, (workload.batch_size, workload.prompt_length), generator=generator)
         self.ids, self.prompts = ids.to(self.some.routed.device), ids.tolist()
@@ -105,15 +82,15 @@ class Cell:
         for key in dict.fromkeys(variant.way for variant in variants if variant.decoder in ENGINES):
             routed, mode = models[key[1]].for_engine, ENGINES[key[0]]
             try:
-                longest = workload.prompt_length + workload.tokens
+                longest = workload.prompt_length + workload.config.tokens
                 self.engines[key] = DecodeEngine(routed, longest, workload.batch_size, mode)
             except ValueError as error:
                 raise ValueError(f"decoders: {error}, so leave engine out: decoders=[transformers,generate]") from error
 
     def measure(self, warmup: int, repetitions: int) -> None:
-        """Run every variant once per repetition, forwards and backwards in turn, so that drift hits all alike."""
+        """Run every variant once per repetition."""
         for repetition in range(-warmup, repetitions):
-            for variant in self.variants[:: 1 if repetition % 2 == 0 else -1]:
+            for variant in in_turn(self.variants, repetition):
                 self._run(variant, repetition >= 0)
             seconds = self._time_routers()
             if repetition >= 0:
@@ -128,13 +105,9 @@ class Cell:
         watch = Stopwatch(device)
         start, cpu = time.perf_counter(), time.thread_time()
         if engine is not None:
-            out = engine.generate(
-                *(self.prompts, self.workload.tokens, variant.route),
-                eos=(),
-                on_step=lambda _: watch.note(),
-                sampling=self.workload.sampling,
-            )
-            kv_bytes = out.kv_bytes
+            given = self.prompts, self.workload.config.tokens, variant.route
+            on_step, sampling = lambda _: watch.note(), self.workload.sampling
+            kv_bytes = engine.generate(*given, eos=(), on_step=on_step, sampling=sampling).kv_bytes
         else:
             kv_bytes = self._generate(variant, watch)
         if keep:
@@ -158,12 +131,9 @@ class Cell:
         if variant.decoder == "transformers_static":
             if variant.quantization not in self.static:
                 # One for all repetitions: its compiled graphs know the addresses of keys and values.
-                length = self.workload.prompt_length + self.workload.tokens - 1  # the last token is not read
+                length = self.workload.prompt_length + self.workload.config.tokens - 1  # the last token is not read
                 self.static[variant.quantization] = StaticCache(config=models.plain.config, max_cache_len=length)
-            given = {
-                "past_key_values": self.static[variant.quantization],
-                "compile_config": compile_everywhere(),
-            }
+            given = {"past_key_values": self.static[variant.quantization], "compile_config": compile_everywhere()}
         out = model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
@@ -198,14 +168,11 @@ class Cell:
     def summary(self, bandwidth: float) -> dict[str, Any]:
         """Everything measured, with the limits at `bandwidth` bytes per second.
 
-        Ratios are medians over the repetitions; each compares the mean decode steps of one repetition. `tpot_ratio` is
-        to the same weights without skipping, `speedup_over_unquantized` over the same route with plain weights: where
-        quantization and skipping multiply, the latter is the same at every route.
+        Ratios are medians over repetitions of ratios of mean decode steps. `tpot_ratio` is to the same weights without
+        skipping, `speedup_over_unquantized` over the same route with plain weights.
         """
         dense = {variant.way: variant for variant in self.variants if variant.route.all()}
-        unquantized = {
-            (variant.decoder, variant.skip_rate): variant for variant in self.variants if variant.quantization is None
-        }
+        unquantized = {(each.decoder, each.skip_rate): each for each in self.variants if each.quantization is None}
         batch_size, length = self.workload.batch_size, self.workload.attended
         rows = []
         for each in self.variants:
@@ -213,6 +180,7 @@ class Cell:
             needed, least = (read_bytes(lm, route, batch_size, length) for route in (each.route, whole.route))
             transformers = dense.get(("transformers", each.quantization))
             larger = unquantized.get((each.decoder, each.skip_rate))
+            joules = float(np.median(each.joules)) / (batch_size * self.workload.config.tokens) if each.joules else None
             rows.append(
                 {
                     "decoder": each.decoder,
@@ -236,9 +204,7 @@ class Cell:
                     "kv_bytes": each.kv_bytes,
                     "kv_bytes_saved": whole.kv_bytes - each.kv_bytes,
                     "peak_memory_bytes": each.peak_memory_bytes,
-                    "joules_per_token": (
-                        float(np.median(each.joules)) / (batch_size * self.workload.tokens) if each.joules else None
-                    ),
+                    "joules_per_token": joules,
                     "cpu_share": float(np.median(each.cpu_share)),
                 }
             )

@@ -19,8 +19,7 @@ from firstlab.store import machine
 def measure(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure every variant at every batch size and prompt length; the record of benchmark.json.
 
-    Raises:
-        ValueError: A setting that this model or device does not fit.
+    Raises ValueError for a setting that this model or device does not fit.
     """
     lengths = f"prompt_lengths={config.prompt_lengths} with tokens={config.tokens}"
     loaded = load_models(config, max(config.prompt_lengths) + config.tokens, lengths)
@@ -34,14 +33,10 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     bandwidth = copy_bandwidth(device, config.copy_mib << 20)
     cells = []
     for batch_size, prompt_length in product(config.batch_sizes, config.prompt_lengths):
-        variants = [
-            Variant(decoder, rate, route, name)
-            for name in models
-            for decoder in config.decoders
-            for rate, route in routes.items()
-            if decoder not in PLAIN or rate == 0
-        ]
-        cell = Cell(models, variants, Workload.of(config, batch_size, prompt_length))
+        every = product(models, config.decoders, routes.items())
+        chosen = [each for each in every if each[1] not in PLAIN or each[2][0] == 0]
+        variants = [Variant(decoder, rate, route, name) for name, decoder, (rate, route) in chosen]
+        cell = Cell(models, variants, Workload(config, batch_size, prompt_length))
         cell.measure(config.warmup, config.repetitions)
         cells.append(cell.summary(bandwidth))
     return {

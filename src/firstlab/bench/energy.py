@@ -9,45 +9,33 @@ from typing import Any
 
 import torch
 
-POWERCAP = Path("/sys/class/powercap")
+POWERCAP = Path("/sys/class/powercap")  # the kernel's RAPL counters; often only root may read them
 
 
 def joules_counter(device: torch.device, powercap: Path = POWERCAP) -> Callable[[], float] | None:
-    """Reads energy in joules since some fixed moment; None where the device does not report it.
-
-    Args:
-        device: A CPU counts all its packages, and whatever else runs on them.
-        powercap: Folder of the kernel's RAPL counters; often only root may read them.
-    """
+    """Reads joules since some fixed moment, on a CPU of all its packages; None where the device does not report it."""
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
 
 
-class _Rapl:
-    """Sum over packages of counters in microjoules, each of which starts again after its range."""
-
-    def __init__(self, packages: list[Path]) -> None:
-        self.files = [package / "energy_uj" for package in packages]
-        self.ranges = [int((package / "max_energy_range_uj").read_text()) for package in packages]
-        self.last = self._read()
-        self.total = 0
-
-    def _read(self) -> list[int]:
-        return [int(file.read_text()) for file in self.files]
-
-    def __call__(self) -> float:
-        now = self._read()
-        self.total += sum((new - old) % (size + 1) for new, old, size in zip(now, self.last, self.ranges, strict=True))
-        self.last = now
-        return self.total / 1e6
-
-
-def _rapl(powercap: Path) -> _Rapl | None:
+def _rapl(powercap: Path) -> Callable[[], float] | None:
     # Packages are named intel-rapl:0, on AMD too; their parts, which they include, intel-rapl:0:1.
-    packages = sorted(each for each in powercap.glob("intel-rapl:*") if each.name.count(":") == 1)
+    packages = [each for each in powercap.glob("intel-rapl:*") if each.name.count(":") == 1]
     try:
-        return _Rapl(packages) if packages else None
+        last = {each: int((each / "energy_uj").read_text()) for each in packages}
+        ranges = {each: int((each / "max_energy_range_uj").read_text()) for each in packages}
     except OSError:
         return None
+    total = 0
+
+    def joules() -> float:
+        nonlocal total
+        for package in packages:  # each counts microjoules, and starts again after its range
+            now = int((package / "energy_uj").read_text())
+            total += (now - last[package]) % (ranges[package] + 1)
+            last[package] = now
+        return total / 1e6
+
+    return joules if packages else None
 
 
 def _nvml(device: torch.device) -> Callable[[], float] | None:

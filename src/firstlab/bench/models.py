@@ -33,8 +33,7 @@ class Models:
     ) -> Models:
         """Load, or with `random_init` make from the config alone.
 
-        Raises:
-            ValueError: Nothing can be loaded from `path`, or random weights do not fit into the device's memory.
+        Raises ValueError if nothing can be loaded, or random weights do not fit into the device's memory.
         """
         if random_init:
             try:
@@ -51,7 +50,7 @@ class Models:
         lm = lm.to(device).eval()
         # Random prompts: a row must not end before the others, and no setting of the model's own may change scores.
         lm.generation_config = GenerationConfig()
-        return cls(_twin(lm), RouterAugmentedLM(lm, settings))
+        return cls(twin(lm), RouterAugmentedLM(lm, settings))
 
     @cached_property
     def for_engine(self) -> RouterAugmentedLM:
@@ -66,51 +65,38 @@ class Models:
         return self.plain.config.get_text_config(decoder=True).vocab_size
 
     def quantized(self, name: str | None) -> Models:
-        """These models for None, else others with weights of `QUANTIZATIONS`, which share what is not quantized.
-
-        Raises:
-            ValueError: The model cannot be quantized.
-        """
+        """These models for None, else others with weights of `QUANTIZATIONS`, which share what is not quantized."""
         if name is None:
             return self
-        lm = _twin(self.plain)
+        lm = twin(self.plain)
         quantize(lm, name)
-        return Models(_twin(lm), RouterAugmentedLM(lm, self.routed.routers.settings))
+        return Models(twin(lm), RouterAugmentedLM(lm, self.routed.routers.settings))
 
 
 def load_models(config: SpeedConfig, length: int, lengths: str) -> Models:
     """The model of a configuration on its device, with the seed set.
 
-    Args:
-        config: Of either measurement.
-        length: The longest sequence.
-        lengths: The options that make it, as text.
-
-    Raises:
-        ValueError: The device is not there, the model cannot be loaded, or its positions are too few.
+    Raises ValueError if the device is not there, the model cannot be loaded, or its positions are too few for the
+    longest sequence, whose `length` the options in the text `lengths` make.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     given = config.model
+    path, random_init = model_path(given.path, given.random_init), given.random_init
     options = {name: getattr(given, name) for name in ("dtype", "revision", "attn_implementation")}
-    models = Models.load(
-        model_path(given.path, given.random_init),
-        RouterSettings(input_norm=config.router.input_norm, threshold=config.router.threshold),
-        random_init=given.random_init,
-        device=device,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    options = {name: value for name, value in options.items() if value is not None}
+    settings = RouterSettings(input_norm=config.router.input_norm, threshold=config.router.threshold)
+    models = Models.load(path, settings, random_init=random_init, device=device, **options)
     allowed = getattr(models.plain.config.get_text_config(decoder=True), "max_position_embeddings", length)
     if length > allowed:
-        raise ValueError(
-            f"{lengths} needs {length} positions, and model={given.name} has {allowed}; shorten one of them"
-        )
+        shorten = f"needs {length} positions, and model={given.name} has {allowed}; shorten one of them"
+        raise ValueError(f"{lengths} {shorten}")
     return models
 
 
-def _twin(lm: PreTrainedModel) -> PreTrainedModel:
+def twin(lm: PreTrainedModel) -> PreTrainedModel:
     """Other modules with the same weights."""
     return deepcopy(lm, {id(parameter): parameter for parameter in lm.parameters()})
 

@@ -1,22 +1,29 @@
-"""Measure, print and write: the tables of both measurements, and their files."""
+"""Measure, print and write: the tables, files and picture of both measurements."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from firstlab.bench import decoding, figure, training
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from firstlab.bench import decoding, training
 from firstlab.bench.config import BenchmarkConfig, SpeedConfig, TrainingSpeedConfig
 from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
 
-# The first is what the others are compared with.
+LOOKS = {
+    "generate": ("#0072b2", "s"), "engine": ("#d55e00", "o"),
+    "engine_eager": ("#cc79a7", "v"), "engine_compiled": ("#009e73", "^"),
+}  # fmt: skip
 TRAINERS = {
     "plain": "transformers Trainer + PEFT LoRA",
     "phase_1": "firstlab phase 1 (routers)",
@@ -37,7 +44,7 @@ def run(config: SpeedConfig) -> None:
         print_decoding(record)
         file = Path(config.out) / "benchmark.json"
         picture = file.with_suffix(".png")
-        figure.tpot_against_skip(record, paper.read()["tpot"]["5"]["tasks"]["wmt_ende"], picture)
+        tpot_against_skip(record, paper.read()["tpot"]["5"]["tasks"]["wmt_ende"], picture)
         print(f"picture: {picture}")
     write_atomically(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print(f"record:  {file}")
@@ -127,16 +134,48 @@ def print_training(record: dict[str, Any]) -> None:
     rows = []
     for row in record["variants"]:
         peak = row["peak_memory_bytes"]
-        rows.append(
-            {
-                "": TRAINERS[row["variant"]],
-                "trained parameters": f"{row['trainable_parameters']:,}",
-                "step ms": f"{1000 * row['step_s']:.1f}",
-                "tokens/s": f"{row['tokens_per_s']:.0f}",
-                "speed-up": f"{row['speedup_over_plain']:.2f}",
-                "peak MiB": None if peak is None else f"{peak / 2**20:.0f}",
-            }
-        )
+        shown = {"": TRAINERS[row["variant"]], "trained parameters": f"{row['trainable_parameters']:,}"}
+        shown |= {"step ms": f"{1000 * row['step_s']:.1f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
+        shown |= {"speed-up": f"{row['speedup_over_plain']:.2f}"}
+        rows.append({**shown, "peak MiB": None if peak is None else f"{peak / 2**20:.0f}"})
     _print_table(title, rows)
     if all(row["peak MiB"] is None for row in rows):
         print("peak memory is measured on CUDA devices only")
+
+
+def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: Path) -> None:
+    """Write a PNG: TPOT ratios of each decoder and quantization, a panel per batch size and prompt length.
+
+    `paper` maps skip rates in percent to the paper's ratios.
+    """
+    cells = record["cells"]
+    across = min(2, len(cells))
+    down = -(-len(cells) // across)
+    fig, axes = plt.subplots(down, across, figsize=(1 + 4.6 * across, 3.8 * down), squeeze=False, sharey=True)
+    for axis, cell in zip(axes.flat, cells, strict=False):
+        rows = sorted(cell["variants"], key=lambda row: row["skip_rate"])
+        for quantization in dict.fromkeys(row["quantization"] for row in rows):
+            alike = [row for row in rows if row["quantization"] == quantization]
+            after, fill = (f", {quantization}", "none") if quantization else ("", "full")
+            limits = [100 * row["skip_rate"] for row in alike], [row["limit_ratio"] for row in alike]
+            line = ":" if quantization else "--"
+            axis.plot(*limits, color="black", linestyle=line, label=f"limit: bytes read{after}")
+            for decoder, (colour, marker) in LOOKS.items():
+                own = [row for row in alike if row["decoder"] == decoder]
+                points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]
+                if own:
+                    style = {"color": colour, "marker": marker, "linestyle": ":" if quantization else "-"}
+                    axis.plot(*points, **style, fillstyle=fill, label=decoder + after)
+        axis.scatter(list(paper), list(paper.values()), c="#555555", marker="x", label="paper, Llama-3-8B", zorder=3)
+        axis.set_title(f"batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens", fontsize=10, loc="left")
+        axis.set_xlabel("layers skipped (%)")
+        axis.set_ylabel("TPOT ÷ TPOT without skipping")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes.flat)[len(cells) :]:
+        axis.set_visible(False)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    fig.suptitle(f"Decoding with skipped layers: {record['model']}, {record['device']}", fontsize=11)
+    fig.tight_layout()
+    fig.savefig(file, dpi=130)
+    plt.close(fig)

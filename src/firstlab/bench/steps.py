@@ -41,7 +41,7 @@ class Watch(Callback, TrainerCallback):
     on_train_batch_start, on_train_batch_end = on_step_begin, on_step_end
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Both trainers call it, each in its own way."""
+        """Take what either trainer passes."""
 
 
 def firstlab_steps(module: Phase, config: TrainingSpeedConfig, rows: Sequence[Row]) -> list[float]:

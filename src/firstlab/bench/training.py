@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -15,8 +14,9 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
 from firstlab.bench.config import TrainingSpeedConfig
-from firstlab.bench.models import Models, load_models
+from firstlab.bench.models import Models, load_models, twin
 from firstlab.bench.steps import Row, firstlab_steps, transformers_steps
+from firstlab.bench.workload import in_turn
 from firstlab.config.schema import PhaseConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.store import machine
@@ -28,11 +28,8 @@ Steps = Callable[[Sequence[Row]], list[float]]
 def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     """Measure all variants, in turn and in one process; the record of training_speed.json.
 
-    Frozen weights are there once, shared by all. Peak memory is measured on CUDA only: a process on a CPU gives memory
-    back to the system as it pleases.
-
-    Raises:
-        ValueError: A setting that this model or device does not fit.
+    Frozen weights are there once. Peak memory is measured on CUDA only: a process on a CPU gives memory back to the
+    system as it pleases. Raises ValueError for a setting that this model or device does not fit.
     """
     length = config.prompt_length + config.response_length
     lengths = f"prompt_length={config.prompt_length} with response_length={config.response_length}"
@@ -43,8 +40,7 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
     peaks: dict[str, int | None] = dict.fromkeys(variants)
     for repetition in range(config.repetitions):
-        # Forwards and backwards in turn, so that drift hits all alike.
-        for name in list(variants)[:: 1 if repetition % 2 == 0 else -1]:
+        for name in in_turn(variants, repetition):
             if on_gpu:
                 torch.cuda.empty_cache()
             machine.reset_peak_memory()
@@ -98,41 +94,28 @@ def random_rows(config: TrainingSpeedConfig, vocabulary: int) -> list[Row]:
 def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[Steps, int]]:
     """What takes the steps of one round and gives their seconds, by name; and how many parameters it trains."""
     # Phase 2 has the weights of the others, and modules of its own; PEFT wraps those of `plain` in place.
-    base: Any = deepcopy(models.plain, {id(parameter): parameter for parameter in models.plain.parameters()})
+    base: Any = twin(models.plain)
     second = RouterAugmentedLM(base, models.routed.routers.settings)
     second.add_lora(config.lora)
-    plain = _with_plain_lora(models.plain, base.peft_config["default"])
+    ours = base.peft_config["default"]
+    shared = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        # PEFT's own adapters at the same places, of the same sizes and in the dtype of the model, as in phase 2.
+        adapters = PeftConfig(**{name: getattr(ours, name) for name in shared}, task_type="CAUSAL_LM")
+        plain: torch.nn.Module = get_peft_model(models.plain, adapters, autocast_adapter_dtype=False)
     objective = RoutingObjective(objective=config.objective, gate=config.gate, pooled_tokens="prompt", multiplier=0.01)
     held = config.hold_routes if config.objective == "decode_consistent" else 0.0
     phase = PhaseConfig(learning_rate=config.learning_rate, warmup_fraction=0.0, gradient_clip=config.gradient_clip)
-    phases: dict[str, Phase] = {
-        "phase_1": RouterModule(models.routed, objective=objective, phase=phase, seed=config.seed),
-        "phase_2": LoRACompensationModule(
-            second, objective=replace(objective, hold_routes=held), phase=phase, seed=config.seed
-        ),
-    }
+    holding = replace(objective, hold_routes=held)
+    first = RouterModule(models.routed, objective=objective, phase=phase, seed=config.seed)
+    phases: list[Phase] = [first, LoRACompensationModule(second, objective=holding, phase=phase, seed=config.seed)]
     found: dict[str, tuple[Steps, int]] = {"plain": (partial(transformers_steps, plain, config), _trained(plain))}
-    for name, module in phases.items():
+    for number, module in enumerate(phases, 1):
         module.model.gradient_checkpointing = config.gradient_checkpointing
         module.model.loss_chunk = config.loss_chunk
-        found[name] = partial(firstlab_steps, module, config), _trained(module)
+        found[f"phase_{number}"] = partial(firstlab_steps, module, config), _trained(module)
     return found
-
-
-def _with_plain_lora(lm: Any, like: PeftConfig) -> torch.nn.Module:
-    """PEFT's own adapters, of the same places and sizes as ours."""
-    peft_config = PeftConfig(
-        r=like.r,
-        lora_alpha=like.lora_alpha,
-        lora_dropout=like.lora_dropout,
-        target_modules=like.target_modules,
-        fan_in_fan_out=like.fan_in_fan_out,
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-        # Adapters in the dtype of the model, as in phase 2.
-        return get_peft_model(lm, peft_config, autocast_adapter_dtype=False)
 
 
 def _trained(module: torch.nn.Module) -> int:

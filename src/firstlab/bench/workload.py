@@ -1,15 +1,14 @@
-"""Make the prompts and routes that a benchmark decodes, and compute the limit that memory bandwidth sets.
-
-Every token reads the weights of the layers that run once, and the keys and values of every row: at small batches no
-decoder is faster than these bytes over the memory's bandwidth.
+"""Make the prompts and routes that a benchmark decodes, and compute the limit that memory bandwidth sets:
+at small batches no decoder is faster than the bytes of weights, keys and values that a step reads allow.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,60 +21,46 @@ from firstlab.model.layers import find_decoder
 from firstlab.model.quantization import stored_bytes
 from firstlab.store import paper
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class Workload:
-    """What is decoded: random prompts, each to the same number of tokens.
+    """What is decoded: random prompts of one length, each to the same number of tokens."""
 
-    Attributes:
-        batch_size: Rows.
-        prompt_length: Tokens of each prompt.
-        tokens: New tokens of each row.
-        sampling: How tokens are drawn; None for greedy decoding.
-        seed: Of the prompts, and of routes that are drawn.
-    """
-
+    config: BenchmarkConfig
     batch_size: int
     prompt_length: int
-    tokens: int
-    sampling: Sampling | None = None
-    seed: int = 0
 
-    @classmethod
-    def of(cls, config: BenchmarkConfig, batch_size: int, prompt_length: int) -> Workload:
-        """What a configuration decodes at this size."""
-        sampling = Sampling(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
-        return cls(
-            batch_size=batch_size,
-            prompt_length=prompt_length,
-            tokens=config.tokens,
-            sampling=sampling if config.do_sample else None,
-            seed=config.seed,
-        )
+    @property
+    def sampling(self) -> Sampling | None:
+        """How tokens are drawn; None for greedy decoding."""
+        given = self.config
+        if not given.do_sample:
+            return None
+        return Sampling(temperature=given.temperature, top_k=given.top_k, seed=given.seed)
 
     @property
     def attended(self) -> float:
-        """Tokens of a row that attention reads in a decode step, on average.
-
-        The first step attends to the prompt and one token more, the last to all but the last token.
-        """
-        return self.prompt_length + self.tokens / 2
+        """Tokens of a row that attention reads in a decode step, on average over the steps after prefill."""
+        return self.prompt_length + self.config.tokens / 2
 
     @property
     def options(self) -> dict[str, Any]:
-        """For transformers' `generate`: exactly `tokens` tokens of each row."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.tokens, "do_sample": self.sampling is not None}
+        """For transformers' `generate`: exactly as many tokens of each row."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.config.tokens, "do_sample": self.config.do_sample}
         if self.sampling is not None:
             chosen |= {name: getattr(self.sampling, name) for name in ("temperature", "top_k", "top_p")}
         return chosen | {"pad_token_id": 0}
 
 
-def spread_route(num_layers: int, skip_rate: float) -> Tensor:
-    """[L] boolean: round(skip rate · L) layers skipped, evenly spread, the first and the last kept.
+def in_turn(items: Iterable[T], repetition: int) -> list[T]:
+    """Forwards and backwards in turn, so that drift hits all alike."""
+    return list(items)[:: 1 if repetition % 2 == 0 else -1]
 
-    Raises:
-        ValueError: More layers to skip than stand between the first and the last.
-    """
+
+def spread_route(num_layers: int, skip_rate: float) -> Tensor:
+    """[L] boolean: round(skip rate · L) layers skipped, evenly spread, the first and the last kept, or ValueError."""
     skipped, between = round(skip_rate * num_layers), num_layers - 2
     if skipped > between:
         raise ValueError(
@@ -88,10 +73,9 @@ def spread_route(num_layers: int, skip_rate: float) -> Tensor:
 
 
 def distinct_routes(num_layers: int, skip_rate: float, count: int, seed: int) -> Tensor:
-    """[count, L] boolean, all different: round(skip rate · L) random layers skipped, the first and the last kept.
+    """[count, L] boolean: different routes of round(skip rate · L) random skipped layers, the first and last kept.
 
-    Raises:
-        ValueError: There are fewer such routes, or more layers to skip than stand between the first and the last.
+    Raises ValueError where there are fewer.
     """
     skipped = int((~spread_route(num_layers, skip_rate)).sum())
     possible = math.comb(num_layers - 2, skipped)
@@ -112,11 +96,7 @@ def distinct_routes(num_layers: int, skip_rate: float, count: int, seed: int) ->
 
 
 def chosen_routes(config: BenchmarkConfig, num_layers: int) -> dict[float, Tensor]:
-    """Skip rate to route [L], dense first.
-
-    Raises:
-        ValueError: A rate or the paper's layers do not fit the model.
-    """
+    """Skip rate to route [L], dense first. Raises ValueError if a rate or the paper's layers do not fit the model."""
     if config.routes == "spread":
         return {rate: spread_route(num_layers, rate) for rate in sorted({0.0, *config.skip_rates})}
     table = paper.read()["per_layer"]
@@ -134,33 +114,25 @@ def chosen_routes(config: BenchmarkConfig, num_layers: int) -> dict[float, Tenso
 
 
 def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: float) -> float:
-    """Bytes that one decode step must read.
+    """Bytes that one decode step must read, `length` tokens of each row by attention; `route` is [L] or [B, L].
 
-    Args:
-        lm: The base model.
-        route: [L] boolean, or of each row [B, L].
-        batch_size: Rows.
-        length: Tokens per row that attention reads, the new one included.
-
-    Returns:
-        Weights of the layers that some row runs, of the final norm and of the output head, and keys and values of the
-        layers that each row runs. Rows of the input embedding are left out: one per row.
+    Weights of the layers that some row runs, of the final norm and of the output head, and keys and values of the
+    layers that each row runs. The input embedding is left out: one row of it per row.
     """
     config: Any = lm.config.get_text_config(decoder=True)
     layers = find_decoder(lm)[1]
     embedding: Any = lm.get_input_embeddings()
     head: Any = lm.get_output_embeddings()
-    elsewhere = {id(parameter) for parameter in layers.parameters()}
-    if head.weight is not embedding.weight:
-        elsewhere.add(id(embedding.weight))
-    weights = sum(stored_bytes(each) for each in lm.parameters() if id(each) not in elsewhere)
     routes = route.expand(batch_size, -1)
-    weights += sum(
-        stored_bytes(each)
+    unread = {
+        id(weight)
         for layer, runs in zip(layers, routes.any(0).tolist(), strict=True)
-        if runs
-        for each in layer.parameters()
-    )
+        if not runs
+        for weight in layer.parameters()
+    }
+    if head.weight is not embedding.weight:
+        unread.add(id(embedding.weight))
+    weights = sum(stored_bytes(each) for each in lm.parameters() if id(each) not in unread)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv = 2 * kv_heads * head_dim * embedding.weight.element_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from firstlab.config import instantiate
+from firstlab.config.command_line import during
 from firstlab.config.schema import ExperimentConfig, TrainerConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import pad_id
@@ -81,13 +83,10 @@ def check_test_set(data: PromptDataModule) -> None:
 
 def check_lora_targets(config: ExperimentConfig) -> None:
     """Raises ValueError if phase 2 would adapt linear maps that the model does not have; loads no weights."""
-    if "lora" not in config.phases:
-        return
-    try:
-        base = load_base_config(model_path(config.init_from or config.model.path), config.model.revision)
-    except ModelUnavailableError:
-        return  # loading it says what is wrong, or knows more kinds of folders
-    check_lora(base, config.lora)
+    if "lora" in config.phases:
+        with suppress(ModelUnavailableError):  # loading it says what is wrong, or knows more kinds of folders
+            path = model_path(config.init_from or config.model.path)
+            check_lora(load_base_config(path, config.model.revision), config.lora)
 
 
 def check_device(trainer: TrainerConfig) -> None:
@@ -102,22 +101,21 @@ def check_device(trainer: TrainerConfig) -> None:
 
 def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     """A model on the configured device, in eval mode; fresh routers start from the run's seed."""
-    options: dict[str, Any] = {"dtype": config.model.dtype}
-    if config.model.revision is not None:
-        options["revision"] = config.model.revision
-    if config.model.attn_implementation is not None:
-        options["attn_implementation"] = config.model.attn_implementation
+    given = {key: getattr(config.model, key) for key in ("dtype", "revision", "attn_implementation")}
+    options = {key: value for key, value in given.items() if value is not None}
     torch.manual_seed(config.seed)
     saved, base_path = read_config(path), model_path(config.model.path)
     own_base = config.init_from is not None or (Path(path) / "base").is_dir() or read_config(base_path) is not None
     # Routers go on the configured base, wherever that was when they were saved.
     base = None if saved is None or own_base else base_path
-    model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, **options)
+    on_gpu = config.trainer.accelerator == "gpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    with during(f"the loading of {path}"):
+        model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, **options).to(device)
     check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk
-    on_gpu = config.trainer.accelerator == "gpu"
-    return model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu").eval()
+    return model.eval()
 
 
 def check_vocabulary(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model: RouterAugmentedLM) -> None:

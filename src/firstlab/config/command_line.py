@@ -1,4 +1,4 @@
-"""Run a command: print errors as one message, and say how to resume. Imports only the standard library."""
+"""Run a command: print errors as one message, and say how to resume. Imports nothing heavy, so that help is fast."""
 
 from __future__ import annotations
 
@@ -35,14 +35,12 @@ _LOWER_MEMORY = (
 )
 
 
-def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> None:
-    """Run a command of Hydra's on the arguments of this process.
+class ShortageError(ValueError):
+    """A full disk or memory, as one message that says what to do."""
 
-    Args:
-        name: Its file in conf/.
-        main: What it does with the composed configuration.
-        resumes: As of `guarded`.
-    """
+
+def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> None:
+    """Run `main` on what Hydra composes of conf/NAME.yaml and the arguments of this process; see `guarded`."""
     quiet()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
     import hydra
@@ -50,13 +48,13 @@ def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> Non
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from firstlab.config.compose import conf_dir, refuse_numbers_for_booleans, register
+    from firstlab.config.compose import conf_dir, refuse_misread, register
 
     register()
 
     @functools.wraps(main)
     def checked(composed: Any) -> None:
-        refuse_numbers_for_booleans(composed, HydraConfig.get().overrides.task)
+        refuse_misread(composed, HydraConfig.get().overrides.task)
         main(composed)
 
     # Without this Hydra would print its errors itself, over many lines, and exit with 1.
@@ -72,13 +70,8 @@ def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> Non
 def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
     """Print a `ValueError`, a full disk or memory as one message and exit with 2.
 
-    On Ctrl-C or SIGTERM say how to go on and exit with 130.
-
-    SIGTERM counts as Ctrl-C because the default would leave the processes of a sweep running.
-
-    Args:
-        main: The command.
-        resumes: Whether the same command, given again, goes on where it was stopped.
+    On Ctrl-C or SIGTERM say how to go on and exit with 130; by default SIGTERM would leave the processes of a sweep
+    running. With `resumes` the same command, given again, goes on where it was stopped.
     """
 
     @functools.wraps(main)
@@ -94,21 +87,17 @@ def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[In
                 # At once: processes that wait for this one would print tracebacks. Files are whole at any time.
                 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         try:
-            main(given)
+            with during():
+                main(given)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            short = isinstance(error, ShortageError)  # often below a progress bar
+            print(f"\nerror: {error}; then {way_out}" if short else f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             if _speaks():
                 how = "without overwrite=true " * (resumes and _overwrites(given)) + way_out
-                print(f"\ninterrupted; {how}", file=sys.stderr)  # on a line of its own, below a progress bar
+                print(f"\ninterrupted; {how}", file=sys.stderr)
             sys.exit(130)
-        except Exception as error:
-            reason = _shortage(error)
-            if reason is None:
-                raise
-            print(f"\nerror: {reason}; then {way_out}", file=sys.stderr)
-            sys.exit(2)
         finally:
             if ours:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -122,24 +111,25 @@ def _speaks() -> bool:
 
 
 @contextmanager
-def during(what: str) -> Iterator[None]:
-    """Let errors say what went on, for instance "phase lora with lora_phase.batch_size=16"."""
+def during(step: str = "") -> Iterator[None]:
+    """Raise a full disk or memory as a `ShortageError` that names the step ("phase lora with batch_size=16")."""
     try:
         yield
+    except ValueError:
+        raise
     except Exception as error:
-        vars(error).setdefault("__notes__", []).append(what)
+        if reason := _shortage(error):
+            what, colon, remedy = reason.partition(":")
+            raise ShortageError(f"{what}{f' in {step}' if step else ''}{colon}{remedy}") from error
         raise
 
 
 def _shortage(error: BaseException | None) -> str | None:
     """What the machine lacks, where that is what an error comes from; libraries wrap the system's in their own."""
-    where = ""
     while error is not None:
         text = str(error)
-        where = where or "".join(f" in {note}" for note in getattr(error, "__notes__", ()))
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in text:
-            device = "GPU" if "CUDA" in text else "main"
-            return f"out of {device} memory{where}: {_LOWER_MEMORY}"
+            return f"out of {'GPU' if 'CUDA' in text else 'main'} memory: {_LOWER_MEMORY}"
         for number, reason in _SYSTEM_ERRORS.items():
             # safetensors and torch keep no more than the text
             if getattr(error, "errno", None) == number or os.strerror(number) in text:
@@ -177,29 +167,34 @@ def _quoted(argument: str) -> str:
 
 def _one_line(error: Exception, name: str) -> str:
     """Hydra's complaint without its internals, and the keys that there are where one is unknown."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from firstlab.config.compose import allowed_keys, compose_file, search_path
+
+    def overrides() -> list[str]:
+        arguments, folders = own_folders(sys.argv[1:])
+        return [*search_path(folders), *(each for each in arguments if each[:1] != "-")]
+
     text = f"{error}\n{error.__cause__ or ''}".partition("Config search path:")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = ", ".join(line for line in lines if not line.startswith(("reference_type", "object_type", "full_key")))
-    told = told.replace(":,", ":")
+    if "Ambiguous value" in text:  # also where a sweep file would allow several values, but there is no such file
+        parsed = OverridesParser.create().parse_overrides(overrides())
+        try:
+            compose_file(name, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
+        except HydraException as first:
+            return _one_line(first, name)
     unknown = re.search(r"Could not override '([\w.]+)'", text)
     if unknown and "in the defaults list" not in text:
-        from hydra.errors import HydraException
-
-        from firstlab.config.compose import allowed_keys, search_path
-
         key = unknown[1]
-        others, folders = own_folders([x for x in sys.argv[1:] if x.lstrip("+").partition("=")[0] != key])
         with suppress(HydraException, ValueError):  # the others may be wrong, too
-            told = allowed_keys(key, [*search_path(folders), *(x for x in others if x[:1] != "-")], name)
-    return told
+            return allowed_keys(key, [x for x in overrides() if x.lstrip("+").partition("=")[0] != key], name)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = ", ".join(line for line in lines if not line.startswith(("reference_type", "object_type", "full_key")))
+    return told.replace(":,", ":")
 
 
 def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without options of Hydra's, and the folder that --config-dir names.
-
-    Raises:
-        ValueError: There is no such folder.
-    """
+    """The arguments without --config-dir, and the folder that it names; ValueError if that is not there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     given, others = parser.parse_known_args(arguments)
@@ -220,14 +215,21 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="It is recommended to use .*sync_dist=True")
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    # The frozen base is in eval mode on purpose, and the data module resumes by itself.
-    warnings.filterwarnings("ignore", message="Found .* module.s. in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch.*")
+    for message in (
+        ".*does not have many workers.*",
+        "It is recommended to use .*sync_dist=True",
+        ".*broadcast_buffers. is deprecated",
+        ".*treespec, LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        # The frozen base is in eval mode on purpose, and the data module resumes by itself.
+        "Found .* module.s. in eval mode at the start of training.*",
+        "You're resuming from a checkpoint that ended before the epoch.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_key(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
 
 
 def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -235,7 +237,7 @@ def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     options, words = {}, []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and all(part.isidentifier() for part in key.split(".")):
+        if equals and _is_key(key):
             options[key] = value
         else:
             words.append(argument)
@@ -251,25 +253,23 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from firstlab.config.compose import refuse_numbers_for_booleans, settings
+    from firstlab.config.compose import refuse_misread, settings
 
     schema = OmegaConf.structured(defaults)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     words: list[str] = []
     for argument in arguments[:end]:
         key, equals, value = argument.partition("=")
-        if not equals or key not in schema:
-            if equals and not words and all(part.isidentifier() for part in key.split(".")):
-                raise ValueError(
-                    f"{key} is unknown: the options are {', '.join(schema)}; text like this goes behind --"
-                )
+        if equals and key in schema:
+            refuse_misread(schema, [argument])
+            try:
+                schema[key] = None if value == "null" else value
+            except OmegaConfBaseException as error:
+                raise ValueError(f"{argument}: {str(error).splitlines()[0]}") from error
+        elif equals and not words and _is_key(key):
+            raise ValueError(f"{key} is unknown: the options are {', '.join(schema)}; text like this goes behind --")
+        else:
             words.append(argument)
-            continue
-        refuse_numbers_for_booleans(schema, [argument])
-        try:
-            schema[key] = None if value == "null" else value
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     return settings(schema, type(defaults)), words + arguments[end + 1 :]
 
 

@@ -64,23 +64,24 @@ def _writable(node: Any) -> Any:
     return node
 
 
+def compose_file(name: str, overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes of conf/NAME.yaml, in the place of what this process has composed before."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
 def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration that `python -m firstlab.train OVERRIDES` would run, unchecked; nothing is built."""
     register()
-    GlobalHydra.instance().clear()  # the entry point's own, which is done composing
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        composed = compose("train", [*search_path(own_conf_dirs()), *overrides])
+    composed = compose_file("train", [*search_path(own_conf_dirs()), *overrides])
     node = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
 
 
 def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
-    """What Hydra composed for a command, as that command's dataclass.
-
-    Raises:
-        ValueError: A value is missing, of the wrong type, or refused by the dataclass.
-    """
+    """What Hydra composed for a command, as that command's dataclass; raises ValueError for any value it refuses."""
     try:
         _refuse_unknown(composed)
         expand_home(composed)
@@ -102,17 +103,14 @@ def expand_home(composed: DictConfig) -> None:
             OmegaConf.update(composed, path, os.path.expanduser(node))
         elif isinstance(node, dict | list):
             for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-                walk(value, f"{path}[{key}]")
+                walk(value, f"{path}[{key}]" if path else str(key))
 
-    for key, value in OmegaConf.to_container(composed).items():  # type: ignore[union-attr]
-        walk(value, str(key))
+    walk(OmegaConf.to_container(composed), "")
 
 
 def allowed_keys(key: str, overrides: Sequence[str], config_name: str) -> str:
     """Why `key` is wrong: the deepest part of it that exists with these overrides, and the keys that part has."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        node: Any = compose(config_name, list(overrides))
+    node: Any = compose_file(config_name, overrides)
     parts, path = key.split("."), []
     while parts and OmegaConf.is_dict(node) and parts[0] in node:
         path.append(parts.pop(0))
@@ -137,20 +135,20 @@ def _refuse_unknown(node: DictConfig, path: str = "") -> None:
             _refuse_unknown(node[key], f"{path}{key}.")
 
 
-def refuse_numbers_for_booleans(config: DictConfig, arguments: Sequence[str]) -> None:
-    """Raises ValueError for KEY=1 where KEY takes true or false: OmegaConf would take any number."""
+def refuse_misread(config: DictConfig, arguments: Sequence[str]) -> None:
+    """Raises ValueError for what Hydra would misread: KEY=1 as true, and GROUP=[A,B] as the two merged into one."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
-        if re.fullmatch(r"[-+]?\d+", value) and isinstance(OmegaConf.select(config, key), bool):
+        number, several = re.fullmatch(r"[-+]?\d+", value), value.startswith("[")
+        node = OmegaConf.select(config, key) if number or several else None
+        if number and isinstance(node, bool):
             raise ValueError(f"{argument} is not allowed: {key} takes true or false")
+        if several and OmegaConf.is_dict(node):
+            raise ValueError(f"{argument} is not allowed: choose one {key}")
 
 
 def read_saved(file: Path) -> dict[str, Any]:
-    """What the config.yaml of a run directory holds.
-
-    Raises:
-        ValueError: It is damaged, or not of a run; other programs have a config.yaml, too.
-    """
+    """What the config.yaml of a run holds; ValueError if it is damaged, or of another program."""
     try:
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
@@ -161,10 +159,9 @@ def read_saved(file: Path) -> dict[str, Any]:
 
 
 def merge_saved(node: dict[str, Any], file: str | Path = "saved configuration") -> DictConfig:
-    """The schema filled with what `ExperimentConfig.to_dict` gave; saved text is data, so that nothing is resolved.
+    """The schema filled with what `ExperimentConfig.to_dict` gave; ValueError if that does not fit this version's.
 
-    Raises:
-        ValueError: It does not fit this version's schema, or holds an interpolation (`${...}`).
+    What is saved is data: an interpolation (`${...}`) in it is refused, not resolved.
     """
     try:
         _refuse_interpolations(node, file)
@@ -176,24 +173,16 @@ def merge_saved(node: dict[str, Any], file: str | Path = "saved configuration") 
 
 
 def load_dict(node: dict[str, Any]) -> ExperimentConfig:
-    """A configuration from what `ExperimentConfig.to_dict` gave, to compare; see `firstlab.run.load` to use it.
-
-    Raises:
-        ValueError: It does not fit this version's schema.
-    """
+    """A configuration from what `ExperimentConfig.to_dict` gave, to compare; see `firstlab.run.load` to use it."""
     return settings(merge_saved(node), ExperimentConfig)
 
 
 def _refuse_interpolations(node: Any, file: str | Path) -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _refuse_interpolations(key, file)
-            _refuse_interpolations(value, file)
-    elif isinstance(node, list):
-        for value in node:
-            _refuse_interpolations(value, file)
-    elif isinstance(node, str) and "${" in node:
-        raise ValueError(f"{file} holds {node!r}: what is saved is plain data; write the value itself")
+    parts = (*node.keys(), *node.values()) if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for part in parts:
+        if isinstance(part, str) and "${" in part:
+            raise ValueError(f"{file} holds {part!r}: what is saved is plain data; write the value itself")
+        _refuse_interpolations(part, file)
 
 
 @functools.cache

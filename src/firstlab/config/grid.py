@@ -22,13 +22,9 @@ FIRST = ("first_soft", "first")
 
 @dataclass
 class AblationConfig:
-    """One row of the ablation table: the default method with some settings changed.
+    """One row of the ablation table: a setting (group), its value (name), and the overrides of the default method.
 
-    Attributes:
-        group: The setting.
-        name: Its value.
-        overrides: What makes it.
-        method: Another method instead of the default one, with no level asked for: whatever its overrides skip.
+    Another `method` takes its place with no level asked for: it skips whatever its overrides say.
     """
 
     group: str = MISSING
@@ -42,7 +38,7 @@ class ScaleConfig:
     """What stands for the paper's models, tasks and levels; tables of those that it lacks are left out.
 
     Attributes:
-        name: The file's; also the folder of its tables.
+        name: Of the file, and of the folder of its tables.
         base: Overrides that every run of the scale starts with.
         models: Paper's model to ours (conf/model).
         tasks: Paper's task to ours (conf/data).
@@ -86,11 +82,7 @@ class ScaleConfig:
                 raise ValueError(f"scale.methods.{method} takes an α, and scale.alphas has none for {missing}")
 
     def entry(self, option: str, key: Any) -> Any:
-        """What the scale has for a model, task, level or method.
-
-        Raises:
-            ValueError: Nothing.
-        """
+        """What the scale has for a model, task, level or method; raises ValueError if that is nothing."""
         known = getattr(self, option)
         if key not in known:
             raise ValueError(f"scale.{option} has no entry for {key!r}; it has {', '.join(map(str, known))}")
@@ -172,14 +164,7 @@ def tpot_of(scale: ScaleConfig) -> dict[str, dict[str, Any]]:
 
 
 def run_of(scale: ScaleConfig, task: str, model: str, method: str, level: int, changes: tuple[str, ...] = ()) -> Run:
-    """The run behind a cell.
-
-    Args:
-        scale: Says what stands for the paper's names.
-        task, model: The paper's.
-        method: A method of the scale.
-        level: The paper's skip level in percent; 0 for the dense model.
-        changes: Further overrides.
+    """The run behind a cell of the paper's tables: its task and model, and its skip level in percent, 0 for dense.
 
     Raises:
         ValueError: The scale has nothing for one of them.
@@ -206,8 +191,7 @@ def at_rate(
 
 def level_keys(scale: ScaleConfig) -> set[str]:
     """Keys that set a skip level; runs that differ in them alone belong to one method."""
-    templates = [each for overrides in scale.methods.values() for each in overrides if "{" in each]
-    return {each.partition("=")[0] for each in templates}
+    return {each.partition("=")[0] for overrides in scale.methods.values() for each in overrides if "{" in each}
 
 
 def methods_of(number: str, scale: ScaleConfig) -> list[str]:
@@ -222,17 +206,18 @@ def ablation_runs(scale: ScaleConfig, level: int, reference: str = "first") -> l
     if model is None:
         return []
     task = next(iter(scale.tasks))
-
-    def run(changes: tuple[str, ...] = (), method: str | None = None) -> Run:
-        if method is None:
-            return run_of(scale, task, model, reference, level, changes)
-        named = (f"model={scale.models[model]}", f"data={scale.tasks[task]}", f"method={method}")
-        return Run(scale.tasks[task], scale.models[model], method, None, (*scale.base, *named, *changes), changes)
-
-    rows = [("default", reference, run())]
+    rows = [("default", reference, run_of(scale, task, model, reference, level))]
     for each in scale.ablations:
-        changes = [part for item in each.overrides for part in (scale.all_steps if item == "{all_steps}" else [item])]
-        rows.append((each.group, each.name, run(tuple(changes), each.method)))
+        changes = tuple(
+            part for item in each.overrides for part in (scale.all_steps if item == "{all_steps}" else [item])
+        )
+        if each.method is None:
+            run = run_of(scale, task, model, reference, level, changes)
+        else:
+            data, base = scale.tasks[task], scale.models[model]
+            named = (f"model={base}", f"data={data}", f"method={each.method}")
+            run = Run(data, base, each.method, None, (*scale.base, *named, *changes), changes)
+        rows.append((each.group, each.name, run))
     return rows
 
 
@@ -240,32 +225,29 @@ def planned_runs(scale: ScaleConfig) -> dict[Run, list[str]]:
     """Every run that a table of the paper needs, with the names of those tables, main tables first."""
     plan: dict[Run, list[str]] = {}
     for name, run in _needs(scale):
-        tables = plan.setdefault(run, [])
-        if name not in tables:
-            tables.append(name)
+        if name not in plan.setdefault(run, []):
+            plan[run].append(name)
     return plan
 
 
 def _needs(scale: ScaleConfig) -> Iterator[tuple[str, Run]]:
     for table in quality_of(scale):
-        for task in table.tasks:
-            for method in methods_of(table.number, scale):
-                for level in [0] if method == "none" else table.levels:
-                    yield f"table{table.number}", run_of(scale, task, table.model, method, level)
+        for task, method in product(table.tasks, methods_of(table.number, scale)):
+            for level in [0] if method == "none" else table.levels:
+                yield f"table{table.number}", run_of(scale, task, table.model, method, level)
     for number, node in tpot_of(scale).items():
         for task, ratios in node["tasks"].items():
-            for method in (name for name in FIRST if name in scale.methods):
-                for level in ratios:
-                    yield f"table{number}", run_of(scale, task, node["model"], method, level)
+            for method, level in product([name for name in FIRST if name in scale.methods], ratios):
+                yield f"table{number}", run_of(scale, task, node["model"], method, level)
 
 
 def sweep_runs(scale: ScaleConfig, cells: Mapping[str, CellsConfig]) -> list[dict[str, str]]:
     """The overrides of every run of a sweep, by key."""
-    runs = []
-    for each in cells.values():
-        for run, changes, seed in product(_chosen(scale, each), each.changes, each.seeds):
-            runs.append(dict(item.split("=", 1) for item in (*run.overrides, *changes, f"seed={seed}")))
-    return runs
+    return [
+        dict(item.split("=", 1) for item in (*run.overrides, *changes, f"seed={seed}"))
+        for each in cells.values()
+        for run, changes, seed in product(_chosen(scale, each), each.changes, each.seeds)
+    ]
 
 
 def _chosen(scale: ScaleConfig, cells: CellsConfig) -> list[Run]:

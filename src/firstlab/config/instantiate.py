@@ -58,11 +58,7 @@ def targets(node: Any) -> Iterator[str]:
 
 
 def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
-    """The object of a `_target_` node, of class `kind`; errors become one line that names the option.
-
-    Raises:
-        ValueError: As `check`, or the class refuses its arguments.
-    """
+    """The object of a `_target_` node, of class `kind`; all errors become a ValueError of one line with the option."""
     target = check(node, option, kind, **extra)
     given = {key: value for key, value in node.items() if key != "_target_"}
     if node["_target_"] == _MIXTURE:
@@ -78,16 +74,14 @@ def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
 
 
 def check(node: Any, option: str, kind: type, **extra: Any) -> type:
-    """The class of a `_target_` node, after a look at the arguments; no object is made.
+    """The class of a `_target_` node; no object is made.
 
     Raises:
-        ValueError: No `_target_`, one that is not allowed, or arguments that it does not know or lacks, or of the wrong
-            type.
+        ValueError: No `_target_`, one that is not allowed, or arguments that are unknown, missing or of a wrong type.
     """
     group = "task" if ".parts." in option else option.rpartition(".")[2]
-    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+    if not isinstance(node, dict) or not isinstance(name := node.get("_target_"), str):
         raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
-    name = node["_target_"]
     target = _class(name, group, option)
     if not issubclass(target, kind):
         raise ValueError(f"{option}._target_={name!r} is not a {_KINDS[group]}")
@@ -100,16 +94,12 @@ def check(node: Any, option: str, kind: type, **extra: Any) -> type:
     elif name == _PART:
         check(given.get("task"), f"{option}.task", Task)
         given["task"] = None
-    _check_arguments(target, given, option, **extra)
+    _check_arguments(target, given, option, extra)
     return target
 
 
 def _class(name: str, group: str, option: str) -> type:
-    """Import a class whose name is allowed at this option.
-
-    Raises:
-        ValueError: It is not allowed, or no class.
-    """
+    """Import a class, if its name is allowed at this option."""
     module, _, attribute = name.rpartition(".")
     ours = re.fullmatch(_OURS[group], name) is not None
     parents = {name[: dot.start()] for dot in re.finditer(r"\.", name)} | {name}
@@ -127,7 +117,7 @@ def _class(name: str, group: str, option: str) -> type:
     return target
 
 
-def _check_arguments(target: type, given: Mapping[str, Any], option: str, **extra: Any) -> None:
+def _check_arguments(target: type, given: Mapping[str, Any], option: str, extra: Mapping[str, Any]) -> None:
     name = f"{target.__module__}.{target.__qualname__}"
     _refuse_nested(given, option)
     parameters = inspect.signature(target).parameters.values()
@@ -146,12 +136,9 @@ def _check_arguments(target: type, given: Mapping[str, Any], option: str, **extr
 
 def _refuse_nested(node: Any, option: str) -> None:
     """Raises ValueError for an object inside an argument, and for Hydra's own keys (`_partial_`, `_args_`, ...)."""
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(node, Mapping):
-        items = node.items()
-    elif isinstance(node, list | tuple):
-        items = enumerate(node)
-    for key, value in items:
+    if isinstance(node, list | tuple):
+        node = dict(enumerate(node))
+    for key, value in node.items() if isinstance(node, Mapping) else ():
         if isinstance(key, str) and re.fullmatch(r"_\w*_", key):
             raise ValueError(f"{option}.{key} is not allowed: arguments are plain values")
         _refuse_nested(value, f"{option}.{key}")
@@ -169,12 +156,9 @@ def with_defaults(node: Any, option: str) -> Any:
         return node
     if not is_dataclass(target):
         return node
-    found: dict[str, Any] = dict(node)
-    for each in fields(target):
-        if each.name not in node and each.default is not MISSING:
-            found[each.name] = each.default
-    hints = _hints(target)
-    takes_float = {key for key, hint in hints.items() if float in (hint, *get_args(hint))}
+    defaults = {each.name: each.default for each in fields(target) if each.default is not MISSING}
+    found = {**node, **{key: value for key, value in defaults.items() if key not in node}}
+    takes_float = {key for key, hint in _hints(target).items() if float in (hint, *get_args(hint))}
     return {key: float(value) if key in takes_float and type(value) is int else value for key, value in found.items()}
 
 

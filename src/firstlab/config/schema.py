@@ -1,7 +1,4 @@
-"""The typed configuration: every key that `conf/` may set, with its meaning and its range.
-
-`firstlab.config.compose` fills it with what Hydra composed, or with what a run saved.
-"""
+"""Declare every key that `conf/` may set, with its meaning and its range."""
 
 from __future__ import annotations
 
@@ -30,7 +27,6 @@ DECODERS = "generate, engine"
 #: Below it the largest score decides alone and smaller ones overflow; do_sample=false is greedy.
 LEAST_TEMPERATURE = 1e-3
 
-
 _RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "choices": ("choose one of {}", lambda value, choices: value in choices.split(", ")),
     "least": ("at least {}", operator.ge),
@@ -55,7 +51,7 @@ def check_options(config: Any, prefix: str = "") -> None:
         if value is None or value == MISSING or not ranges:
             continue
         finite = not isinstance(value, float) or math.isfinite(value)
-        if not finite or not all(_RANGES[key][1](value, limit) for key, limit in ranges.items()):
+        if not (finite and all(_RANGES[key][1](value, limit) for key, limit in ranges.items())):
             allowed = " and ".join(_RANGES[key][0].format(limit) for key, limit in ranges.items())
             null = ", or null" if "None" in str(each.type) else ""
             raise ValueError(f"{prefix}{each.name}={value!r} is not allowed: {allowed}{null}")
@@ -73,9 +69,7 @@ class ModelConfig:
     Attributes:
         name: Short name for run directories and tables.
         path: Hub id or folder; `bundled:nano` is the model inside this package.
-        dtype: float32, bfloat16, float16 or auto.
-        revision: Hub revision.
-        attn_implementation: sdpa, eager, flash_attention_2, or null for transformers' choice.
+        attn_implementation: Null for transformers' choice.
         quantization: int8 or int4 for decoder layers with such weights, in evaluate alone, or null. The benchmark has
             `quantizations` instead.
     """
@@ -105,12 +99,7 @@ class ModelConfig:
 
 @dataclass
 class SpeedModelConfig(ModelConfig):
-    """A base model of which the architecture may do.
-
-    Attributes:
-        random_init: Take the model's config only and draw its weights; speed does not depend on them. Configs of the
-            paper's models are bundled.
-    """
+    """A base model for timing; with `random_init` its config is enough, as bundled for the paper's models."""
 
     random_init: bool = False
 
@@ -154,11 +143,10 @@ class PhaseConfig:
     Attributes:
         batch_size: Rows of a micro-batch over all processes together.
         accumulate: Micro-batches per optimizer step; their mean losses weigh alike.
-        epochs: Passes over the training examples.
-        max_steps: Cap on optimizer steps, or null.
+        max_steps: Cap on optimizer steps.
         learning_rate: Peak; cosine decay to zero.
         validate_every, checkpoint_every: In optimizer steps.
-        patience: Validations without improvement before training stops, or null.
+        patience: Validations without improvement before training stops.
         loss_on: "all" tokens or "response" tokens.
         distill: Weight of KL(dense model || routed model) on the label tokens, beside the cross-entropy.
     """
@@ -188,7 +176,6 @@ class EvaluationConfig:
         decoder: "generate" (transformers') or "engine" (the decode engine): what writes the responses and is timed. In
             float32 both write the same, greedy; drawn tokens differ.
         do_sample, temperature, top_k: Sampling as in the paper (0.8, top-k 10; 0 keeps all tokens), or greedy.
-        num_beams: Beam search when greater than 1.
         confidence, resamples: Of the bootstrap intervals.
         skip_rates: Where routers know any rate (`router.kind=routes`): evaluate at each of these, besides the method's
             own rate.
@@ -231,14 +218,9 @@ class TrainerConfig:
     """Where and how training runs.
 
     Attributes:
-        accelerator: "cpu" or "gpu".
         devices: Processes per node.
-        strategy: "auto", "ddp" or "fsdp".
-        precision: Lightning precision.
-        gradient_checkpointing: Recompute layer activations in the backward pass.
         loss_chunk: Positions whose logits exist at a time; fewer need less memory.
         prompt_cache_mib: Keys and values of prompts that calibration may keep, so that it reads each prompt once.
-        progress_bar: Show progress.
     """
 
     accelerator: str = option("cpu", choices="cpu, gpu")
@@ -268,11 +250,10 @@ class SweepConfig:
     """The sweep that a run belongs to; see `firstlab.run.sweep`.
 
     Attributes:
-        name: Name of the sweep file; groups its runs in W&B.
+        name: Of the sweep file; groups its runs in W&B.
         tables: Tables and figures of the paper that the runs fill; tags in W&B.
         recorded: Folder of recorded results that count as finished, or null.
         collect: Folder whose records.jsonl.xz gets every finished run's record, to be committed; or null.
-        plan_only: Print the plan and stop.
         optional: Keys, as method.calibration_prompts, that hold only for the runs whose method has them.
     """
 

@@ -1,10 +1,5 @@
-"""The decode engine: the tokens of `RouterAugmentedLM.generate`, faster.
-
-Prompts are prefilled together through the wrapped model; then rows are decoded together whatever their routes are, each
-layer for the rows that run it. A row that ends gives its place to a waiting prompt.
-
-On a GPU a step is a list of CUDA graphs (`GraphStep`), and the device is a step ahead: tokens are fed back there, and
-read while the next step runs.
+"""The decode engine gives the tokens of `RouterAugmentedLM.generate`, faster: rows are decoded together whatever their
+routes are, each layer for the rows that run it, and a row that ends gives its place to a waiting prompt.
 """
 
 from __future__ import annotations
@@ -23,30 +18,20 @@ from firstlab.engine.llama_step import LlamaStep, orders_anew
 from firstlab.engine.sampling import Sampling, chooser
 from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.routes import Routes, as_routes, layer_skips
+from firstlab.model.routes import RoutersDecide, Routes, as_asked, layer_skips
 
 MODES = ("auto", "eager", "graphs", "compiled")
 
 
 @dataclass
 class EngineOutput:
-    """What `DecodeEngine.generate` gives.
+    """What `DecodeEngine.generate` gives."""
 
-    Attributes:
-        tokens: New tokens of every prompt, with the EOS token that ended it.
-        routes: [B, L] boolean, true where decode ran the layer; of the first step for `StepRoutes`, true everywhere for
-            `EarlyExit`.
-        layer_skips: [B, L] in [0, 1], the share of the prompt's decode steps that skipped the layer; 0 without steps
-            under `StepRoutes` and `EarlyExit`.
-        kv_bytes: Keys and values that the prompts' layers kept, at their final lengths.
-        kv_bytes_dense: The same if no layer were skipped.
-    """
-
-    tokens: list[list[int]]
-    routes: Tensor
-    layer_skips: Tensor
-    kv_bytes: int
-    kv_bytes_dense: int
+    tokens: list[list[int]]  # new tokens of every prompt, with the EOS token that ended it
+    routes: Tensor  # [B, L] boolean, the layers that the first decode step may run
+    layer_skips: Tensor  # [B, L], the share of the prompt's decode steps that skipped the layer
+    kv_bytes: int  # keys and values that the prompts' layers kept, at their final lengths
+    kv_bytes_dense: int  # the same if no layer were skipped
 
     @property
     def skip_rate(self) -> Tensor:
@@ -56,54 +41,28 @@ class EngineOutput:
 
 @dataclass
 class _Row:
-    """A prefilled prompt.
-
-    Attributes:
-        index: Of the prompt.
-        length: Tokens whose keys and values it has.
-        tokens: Response.
-        route: Layers of the first decode step, [L].
-        kv: Layer to [2, kv heads, length, head dim], until it gets a place in the batch.
-        depths: Layers that each decode step ran under `EarlyExit`.
-    """
+    """A prefilled prompt."""
 
     index: int
-    length: int
-    tokens: list[int]
-    route: Tensor
-    kv: dict[int, Tensor] = field(default_factory=dict)
-    depths: list[int] = field(default_factory=list)
-
-    def ran(self, rule: Routes | None) -> Tensor:
-        """[steps, L] boolean, the layers that each decode step ran."""
-        if self.depths:
-            return torch.arange(len(self.route)) < torch.tensor(self.depths).unsqueeze(1)
-        steps = len(self.tokens) - 1
-        schedule = None if rule is None else rule.window(0, steps)
-        return self.route.expand(steps, -1) if schedule is None else schedule
+    length: int  # tokens whose keys and values it has
+    tokens: list[int]  # response
+    route: Tensor  # [L], layers of the first decode step
+    kv: dict[int, Tensor]  # layer to [2, kv heads, length, head dim], until it gets a place in the batch
+    depths: list[int] = field(default_factory=list)  # layers that each decode step ran under `EarlyExit`
 
 
 @dataclass
 class _Task:
-    """What all rows of one call have in common.
+    """What all rows of one call have in common."""
 
-    Attributes:
-        routes: As given.
-        choose: Next tokens [B] of logits [B, V].
-        limits: New tokens of each prompt, at most.
-        ends: Tokens that end a row.
-        lookahead: Steps given to the device before the first of them is read.
-        notify: Called with what has been read, prompt to token.
-        dropped: Decode step to the layers that the step before still ran.
-    """
-
+    prompts: Sequence[Sequence[int]]
     routes: Routes | None
-    choose: Callable[[Tensor], Tensor]
-    limits: Sequence[int]
-    ends: set[int]
-    lookahead: int
-    notify: Callable[[dict[int, int]], None]
-    dropped: dict[int, list[int]]
+    choose: Callable[[Tensor], Tensor]  # next tokens [B] of logits [B, V]
+    limits: Sequence[int]  # new tokens of each prompt, at most
+    ends: set[int]  # tokens that end a row
+    lookahead: int  # steps given to the device before the first of them is read
+    notify: Callable[[dict[int, int]], None]  # called with what has been read, prompt to token
+    dropped: dict[int, list[int]]  # decode step to the layers that the step before still ran
 
     def has_ended(self, row: _Row) -> bool:
         return len(row.tokens) >= self.limits[row.index] or row.tokens[-1] in self.ends
@@ -131,19 +90,14 @@ class DecodeEngine:
     """Routed decoding over static keys and values, greedy or sampled.
 
     Args:
-        model: Llama-like, without unmerged LoRA. Its fused projections are views of shared storage from now on (of
-            columns, where that is faster), which saving, copying and further engines do not mind. A model moved or
-            converted by `to` needs a new engine.
+        model: Llama-like, without unmerged LoRA. Its projections become views of fused ones, which saving, copying and
+            further engines do not mind; a model moved or converted by `to` needs a new engine.
         max_length: Tokens of prompt and response.
         max_batch_size: Rows decoded together, and prompts prefilled together.
         mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them), "compiled"
             (the same with compiled layers) or "auto", which is graphs on CUDA, else eager.
-        lookahead: Decode steps that the device is given before the tokens of the first of them are read. The tokens are
-            the same, but a step is in vain where a row ends. None: 1 on CUDA, else 0. Sampling and `EarlyExit` go
-            without it.
-
-    Raises:
-        ValueError: Unsupported architecture, unmerged LoRA, an unknown mode, or a size out of range.
+        lookahead: Decode steps that the device is given before the tokens of the first of them are read; a step is in
+            vain where a row ends. None: 1 on CUDA, else 0. Sampling and `EarlyExit` go without it.
     """
 
     # Weights that are ordered anew, keys and values outlive an inference mode that is on now.
@@ -160,20 +114,18 @@ class DecodeEngine:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
         if model.has_lora:
             raise ValueError("the decode engine runs merged weights only: call model.merge_and_unload() first")
-        for name, value in (("max_length", max_length), ("max_batch_size", max_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
         on_cuda = model.device.type == "cuda"
         self.lookahead = int(on_cuda) if lookahead is None else lookahead
-        if self.lookahead < 0:
-            raise ValueError(f"lookahead={lookahead} must be at least 0")
+        sizes = (("max_length", max_length, 1), ("max_batch_size", max_batch_size, 1), ("lookahead", self.lookahead, 0))
+        for name, value, least in sizes:
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
         self.model, self.max_length, self.max_batch_size = model, max_length, max_batch_size
         self.mode = mode if mode != "auto" else "graphs" if on_cuda else "eager"
-        self.step = (
-            LlamaStep(model.lm, max_batch_size, max_length)
-            if self.mode == "eager"
-            else GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device), self.mode == "compiled")
-        )
+        if self.mode == "eager":
+            self.step = LlamaStep(model.lm, max_batch_size, max_length)
+        else:
+            self.step = GraphStep(model.lm, max_batch_size, max_length, Graphs(model.device), self.mode == "compiled")
 
     def generate(
         self,
@@ -183,6 +135,7 @@ class DecodeEngine:
         eos: Sequence[int] | None = None,
         on_step: Callable[[dict[int, int]], None] | None = None,
         sampling: Sampling | None = None,
+        skip_rate: float | Tensor | None = None,
     ) -> EngineOutput:
         """Decode every prompt.
 
@@ -193,14 +146,17 @@ class DecodeEngine:
             eos: Tokens that end a row; the model's own by default, () for none.
             on_step: Called after prefill and after each decode step, when its tokens are on the host: prompt to token.
             sampling: How tokens are drawn; None: greedy.
-
-        Raises:
-            ValueError: No or empty prompts, too long for `max_length`, routes that do not fit, or a model that was
-                moved or converted after the engine was made.
+            skip_rate: How much routers of any rate are to skip, for all prompts or [B]; see `RouteRouter`.
         """
-        routes = None if routes is None else as_routes(routes)
-        rows = list(self._rows(prompts, max_new_tokens, routes, eos, on_step, sampling))
-        return self._output(sorted(rows, key=lambda row: row.index), routes)
+        found = dict(self.as_completed(prompts, max_new_tokens, routes, eos, on_step, sampling, skip_rate))
+        outputs = [found[index] for index in range(len(prompts))]
+        return EngineOutput(
+            [output.tokens[0] for output in outputs],
+            torch.cat([output.routes for output in outputs]),
+            torch.cat([output.layer_skips for output in outputs]),
+            sum(output.kv_bytes for output in outputs),
+            sum(output.kv_bytes_dense for output in outputs),
+        )
 
     def as_completed(
         self,
@@ -210,41 +166,32 @@ class DecodeEngine:
         eos: Sequence[int] | None = None,
         on_step: Callable[[dict[int, int]], None] | None = None,
         sampling: Sampling | None = None,
+        skip_rate: float | Tensor | None = None,
     ) -> Iterator[tuple[int, EngineOutput]]:
         """As `generate`, but each prompt as soon as it has ended: its place among `prompts`, and its output (B = 1)."""
-        forced = None if routes is None else as_routes(routes)
-        rows = self._rows(prompts, max_new_tokens, forced, eos, on_step, sampling)
-        return ((row.index, self._output([row], forced)) for row in rows)
-
-    def _rows(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int | Sequence[int],
-        routes: Routes | None,
-        eos: Sequence[int] | None,
-        on_step: Callable[[dict[int, int]], None] | None,
-        sampling: Sampling | None,
-    ) -> Iterator[_Row]:
-        """Every prompt's row, as they end. What cannot work is refused here, not when the first row is asked for."""
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        self._check(prompts, limits, routes, sampling is not None)
+        rule = as_asked(routes, skip_rate)
+        # What cannot work is refused here, not when the first row is asked for.
+        check_score_settings(self.model.lm.generation_config, drawn=sampling is not None)
+        self._check(prompts, limits, rule)
         task = _Task(
-            routes,
+            prompts,
+            rule,
             chooser(sampling, self.model.device),
             limits,
             set(stop_tokens(self.model.lm, None) if eos is None else eos),
             # A step in vain would draw for the other rows, too.
-            0 if sampling is not None or (routes is not None and routes.exit_rule) else self.lookahead,
+            0 if sampling is not None or (rule is not None and rule.exit_rule) else self.lookahead,
             on_step or (lambda tokens: None),
-            {} if routes is None else routes.drops(),
+            {} if rule is None else rule.drops(),
         )
-        return self._undisturbed(self._decode(prompts, task))
+        return self._outputs(task)
 
-    def _undisturbed(self, rows: Iterator[_Row]) -> Iterator[_Row]:
-        """The rows of one call, as long as no other one has taken the places of the batch."""
+    def _outputs(self, task: _Task) -> Iterator[tuple[int, EngineOutput]]:
+        """The outputs of one call, as long as no other one has taken the places of the batch."""
         self._call = call = object()
-        for row in rows:
-            yield row
+        for row in self._decode(task):
+            yield row.index, self._output(row, task.routes)
             if self._call is not call:
                 raise ValueError(
                     "another call of this engine began before all rows of this one were taken: take them all first, "
@@ -253,12 +200,11 @@ class DecodeEngine:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _decode(self, prompts: Sequence[Sequence[int]], task: _Task) -> Iterator[_Row]:
-        waiting = deque(range(len(prompts)))
+    def _decode(self, task: _Task) -> Iterator[_Row]:
+        waiting = deque(range(len(task.prompts)))
         ready: deque[_Row] = deque()
         active: list[_Row] = []  # as numbered by the step
         self.step.clear()
-
         while waiting or ready or active:
             free = self.max_batch_size - len(active)
             if free and ready:
@@ -268,7 +214,7 @@ class DecodeEngine:
                 active.append(row)
             elif free and waiting:
                 batch = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch_size))]
-                rows = self._prefill(prompts, batch, task)
+                rows = self._prefill(batch, task)
                 task.notify({row.index: row.tokens[0] for row in rows})
                 for row in rows:
                     if task.has_ended(row):
@@ -288,27 +234,21 @@ class DecodeEngine:
                     elif layers := task.dropped.get(len(row.tokens) - 1):
                         self.step.drop(place, layers)
 
-    def _output(self, rows: list[_Row], routes: Routes | None) -> EngineOutput:
-        fixed = routes is None or not routes.decides_each_step
-        skips, kept = [], 0
-        for row in rows:
-            ran = row.ran(routes)
-            counted = torch.ones(1, len(ran), dtype=torch.bool)
-            skips.append(1 - row.route.float() if fixed else layer_skips(ran.unsqueeze(0), counted)[0])
-            # Above an exit every layer keeps what the token had there.
-            holds = row.route if row.depths or not len(ran) else ran[-1]
-            kept += row.length * int(holds.sum())
-        per_token = self.step.bytes_per_token
-        dense = sum(row.length for row in rows) * self.model.num_layers
-        every_route = torch.stack([row.route for row in rows])
-        return EngineOutput(
-            [row.tokens for row in rows], every_route, torch.stack(skips), kept * per_token, dense * per_token
-        )
+    def _output(self, row: _Row, rule: Routes | None) -> EngineOutput:
+        steps, layers = len(row.tokens) - 1, len(row.route)
+        schedule = None if rule is None else rule.window(0, steps)
+        ran = row.route.expand(steps, -1) if schedule is None else schedule
+        if row.depths:
+            ran = torch.arange(layers) < torch.tensor(row.depths).unsqueeze(1)
+        skips = 1 - row.route[None].float()
+        if rule is not None and rule.decides_each_step:
+            skips = layer_skips(ran[None], torch.ones(1, steps, dtype=torch.bool))
+        # Above an exit every layer keeps what the token had there.
+        holds = row.route if row.depths or not steps else ran[-1]
+        kv_bytes = row.length * self.step.bytes_per_token
+        return EngineOutput([row.tokens], row.route[None], skips, int(holds.sum()) * kv_bytes, layers * kv_bytes)
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], routes: Routes | None, drawn: bool
-    ) -> None:
-        check_score_settings(self.model.lm.generation_config, drawn)
+    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], routes: Routes | None) -> None:
         if self.model.has_lora:
             raise ValueError("the model got LoRA after its engine was made; merge_and_unload() it, make a new engine")
         if not self.step.is_current():
@@ -326,28 +266,27 @@ class DecodeEngine:
             raise ValueError(f"a prompt with max_new_tokens={limit} takes {needed} tokens; raise max_length")
         if routes is not None:
             routes.check(self.model.num_layers, len(prompts))
+        if isinstance(routes, RoutersDecide):
+            self.model.routers.checked_rate(routes.skip_rate, len(prompts))
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], batch: list[int], task: _Task) -> list[_Row]:
-        routes = task.routes
-        width, device = max(len(prompts[index]) for index in batch), self.model.device
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
+    def _prefill(self, batch: list[int], task: _Task) -> list[_Row]:
+        prompts, routes, device = [task.prompts[index] for index in batch], task.routes, self.model.device
+        ids = torch.zeros(len(batch), max(map(len, prompts)), dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for place, index in enumerate(batch):
-            ids[place, width - len(prompts[index]) :] = torch.as_tensor(prompts[index])
-            mask[place, width - len(prompts[index]) :] = 1
+        for place, prompt in enumerate(prompts):
+            ids[place, -len(prompt) :] = torch.as_tensor(prompt)
+            mask[place, -len(prompt) :] = 1
         cache = self.model.new_cache(routes=None if routes is None else routes.rows(batch))
         out = self.model(ids.to(device), mask.to(device), past_key_values=cache, logits_to_keep=1)
         first = task.choose(out.logits[:, -1]).tolist()
         assert cache.routes is not None
         rows = []
-        for place, (index, route) in enumerate(zip(batch, cache.routes.cpu(), strict=True)):
-            length = len(prompts[index])
-            kv = {
-                layer: torch.stack([cached.keys[place, :, -length:], cached.values[place, :, -length:]])
-                for layer, (cached, runs) in enumerate(zip(cache.layers, route.tolist(), strict=True))
-                if runs
-            }
-            rows.append(_Row(index, length, [first[place]], route, kv))
+        for place, route in enumerate(cache.routes.cpu()):
+            length, kv = len(prompts[place]), {}
+            for layer in route.nonzero()[:, 0].tolist():
+                cached = cache.layers[layer]
+                kv[layer] = torch.stack([cached.keys[place, :, -length:], cached.values[place, :, -length:]])
+            rows.append(_Row(batch[place], length, [first[place]], route, kv))
         return rows
 
     def _advance(self, active: list[_Row], task: _Task) -> None:
@@ -384,8 +323,5 @@ class DecodeEngine:
 
 
 def engine_for(model: RouterAugmentedLM, max_length: int, max_batch_size: int) -> DecodeEngine:
-    """An engine for a model that other work goes on with: what it computes stays the same to the last bit.
-
-    Where an engine would order the weights anew, which rounds differently, it gets a copy of the model.
-    """
+    """An engine that leaves the model as it is to the last bit: it gets a copy where it would order weights anew."""
     return DecodeEngine(deepcopy(model) if orders_anew(model.lm) else model, max_length, max_batch_size)

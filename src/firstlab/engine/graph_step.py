@@ -1,14 +1,11 @@
 """Run the step of `LlamaStep` as a list of graph replays: one per layer, one before and one after them.
 
-All tensors between them stand at fixed addresses and have fixed shapes, so any route is a list of graphs that exist
-already. Two things change shape, both rarely: how many rows a layer computes, rounded up to a power of two, and how
-many places attention sees, rounded up to one of four sizes per doubling. Each such pair has its own graphs, made when
-it is first needed.
+All tensors between them have fixed addresses and shapes, so any route is a list of graphs that exist already. Two sizes
+change, rarely: the rows that a layer computes, rounded up to a power of two, and the places that attention sees,
+rounded up to one of four sizes per doubling. Each pair has its own graphs, made when it is first needed.
 
-Rows of different routes: a layer computes the rows that run it, gathered and rounded up, and nothing for the others.
-Masking rows of a full batch instead would need no gathering, but read and write keys and values of rows that skip the
-layer, and compute them all for a layer that one row runs. What rounding up adds is computed on a spare row and in free
-places, where nobody reads it.
+A layer computes the rows that run it, gathered and rounded up. What rounding up adds is computed on a spare row and in
+free places, where nobody reads it.
 """
 
 from __future__ import annotations
@@ -49,10 +46,9 @@ _copies = itertools.count()
 
 
 def _own(function: Any) -> FunctionType:
-    """The function under a name of its own, by which torch knows what it has compiled.
+    """The function under a name of its own: models of other sizes or types in one process must not meet.
 
-    It allows few variants of one function, and makes sizes that differ between them general, which is slower: models of
-    other sizes or types in one process must not meet.
+    torch compiles few variants of one function, and makes sizes that differ between them general, which is slower.
     """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
     return FunctionType(code, function.__globals__, argdefs=function.__defaults__)
@@ -61,11 +57,7 @@ def _own(function: Any) -> FunctionType:
 class GraphStep(LlamaStep):
     """`LlamaStep` from replays. `exit_early`, which asks after each layer which rows go on, stays as it is there.
 
-    Args:
-        lm, max_batch_size, max_length: See `LlamaStep`.
-        graphs: Makes the replays.
-        compiled: What layers do before and after attention is compiled first, which takes a minute at the first
-            tokens, and fuses the many small kernels between the large ones.
+    `compiled` fuses the many small kernels before and after attention, which takes a minute at the first tokens.
     """
 
     def __init__(self, lm: Any, max_batch_size: int, max_length: int, graphs: Graphs, compiled: bool = False) -> None:

@@ -13,12 +13,8 @@ Body = Callable[[], None]
 class Graphs:
     """Keeps one replay for every key.
 
-    A body takes nothing and gives nothing: it reads and writes tensors that live as long as the graphs, never waits for
-    the device, and does the same whatever those tensors hold. What it allocates is its own: bodies share memory for it,
-    so nothing may be handed from one to the next that way.
-
-    Args:
-        device: Where the bodies run.
+    A body reads and writes tensors that live as long as the graphs, never waits for the device, and does the same
+    whatever those tensors hold. Bodies share the memory that they allocate, so none may hand such memory to another.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,12 +33,12 @@ class Graphs:
         return self._replays[key]
 
     def make(self, body: Body) -> Body:
-        """What does the body's work."""
+        """What does the work of a body without a key."""
         return _Replay(body, self._stream, self._pool) if self._device.type == "cuda" else body
 
 
 class _Replay:
-    """Runs a body the first time, which warms it up, and captures it then; later it replays what was captured."""
+    """Runs a body once, which warms it up, then captures it; later calls replay what was captured."""
 
     def __init__(self, body: Body, stream: torch.cuda.Stream, pool: Any) -> None:
         self._body: Body | None = body  # forgotten after capture: it holds what holds the graphs

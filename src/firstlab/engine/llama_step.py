@@ -46,10 +46,7 @@ def orders_anew(lm: nn.Module) -> bool:
 
 
 def _fuse(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    """One weight for several maps of one input. The modules become views of it, so nothing is stored twice.
-
-    A CPU reads float32 weights column by column: a product with few rows is up to a third faster so.
-    """
+    """One weight for several maps of one input; the modules become views of it. See `orders_anew`."""
     weights = [linear.weight.data for linear in linears]
     by_column = weights[0].device.type == "cpu" and weights[0].dtype == torch.float32
     if _is_fused(weights, by_column):  # by an earlier step
@@ -129,14 +126,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 class Layer:
-    """Weights of one layer, by name, and what it does before and after attention.
-
-    `project` and `finish` depend on tensors alone, so that they can be compiled.
-
-    Args:
-        layer: Decoder layer of transformers.
-        heads, kv_heads, head_dim: Of its attention.
-    """
+    """What a decoder layer of transformers does before and after attention, in methods that can be compiled."""
 
     def __init__(self, layer: Any, heads: int, kv_heads: int, head_dim: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -191,10 +181,7 @@ class Layer:
             keys.copy_(self.key_norm(keys))
 
     def finish(self, x: Tensor, mixed: Tensor, out: Tensor | None = None) -> Tensor:
-        """The layer's output [n, D] from its input x [n, D] and what attention read [n, heads · head dim].
-
-        It is written to `out`, which may be x, if that is given.
-        """
+        """The layer's output [n, D], if asked into `out`, from its input x and attention's [n, heads · head dim]."""
         after = x + _apply(mixed, self.outputs, self.out, self.out_bias)
         gate, up = _apply(self.norm_2(after), self.gates, self.gate_up, self.gate_up_bias).chunk(2, -1)
         return torch.add(after, _apply(self.act(gate) * up, self.downs, self.down, self.down_bias), out=out)
@@ -209,35 +196,22 @@ class Layer:
 
 @dataclass
 class Plan:
-    """What the steps of one set of rows have in common.
+    """What the steps of one set of rows have in common."""
 
-    Attributes:
-        at: [N], where the next token goes: of all rows, then of each different subset that some layer runs.
-        sizes: Rows of each of these sets; they add up to N.
-        layers: (layer, set, rows) of every layer that runs; rows is None where they are all rows in their order.
-    """
-
-    at: Tensor
-    sizes: list[int]
-    layers: list[tuple[int, int, Tensor | None]]
+    at: Tensor  # [N], where the next token goes: of all rows, then of each different subset that some layer runs
+    sizes: list[int]  # rows of each of these sets; they add up to N
+    layers: list[tuple[int, int, Tensor | None]]  # (layer, set, rows) of each that runs; rows None: all in their order
 
 
 @dataclass
 class Positions:
-    """Of the rows that a layer runs: where their token goes, its angles, and what attention sees.
+    """Of the rows that a layer runs: where their token goes, its angles, and what attention sees."""
 
-    Attributes:
-        at: [n], or a slice of one place that all rows share.
-        cos, sin: [n or 1, 1, head dim].
-        end: Attention sees the places below.
-        mask: [n, 1, 1, end], added to the scores; None where every row sees them all.
-    """
-
-    at: Tensor | slice
-    cos: Tensor
+    at: Tensor | slice  # [n], or a slice of one place that all rows share
+    cos: Tensor  # [n or 1, 1, head dim]
     sin: Tensor
-    end: int
-    mask: Tensor | None
+    end: int  # attention sees the places below
+    mask: Tensor | None  # [n, 1, 1, end], added to the scores; None where every row sees them all
 
 
 class LlamaStep:
@@ -246,17 +220,9 @@ class LlamaStep:
     A layer keeps the rows that run it one behind the other, so that attention reads a plain slice: a row that leaves
     gives its slot to the last one.
 
-    Args:
-        lm: Transformers model. Its query, key, value and its gate, up weights become views of fused ones.
-        max_batch_size: Rows.
-        max_length: Tokens of a row, prompt and response.
-
     Attributes:
         lengths: Tokens that each row holds.
         kv: [rows, 2 · kv heads, max_length, head dim] of each layer, keys before values; None until a row runs it.
-
-    Raises:
-        ValueError: Not a supported model.
     """
 
     def __init__(self, lm: Any, max_batch_size: int, max_length: int) -> None:
@@ -299,12 +265,7 @@ class LlamaStep:
         self._plan: Plan | None = None
 
     def join(self, kv: Mapping[int, Tensor], length: int) -> None:
-        """Add a row, numbered behind the others.
-
-        Args:
-            kv: Layers of its route, each with keys and values [2, kv heads, length, head dim].
-            length: Its tokens.
-        """
+        """Add a row, numbered behind the others; kv: [2, kv heads, length, head dim] of each layer of its route."""
         for layer, given in kv.items():
             slots = self._slots[layer]
             self._reserve(layer)[len(slots), :, :length] = given.flatten(0, 1)
@@ -371,19 +332,10 @@ class LlamaStep:
 
     @torch.no_grad()
     def exit_early(self, tokens: Tensor, rule: EarlyExit, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """One more token in every row; each leaves at the first layer that is sure enough.
+        """One more token [B] in every row at its step [B]; logits [B, V], and how many layers each row ran [B].
 
-        The layers above keep keys and values of its exit state, nothing else is computed for it there. Which rows go
-        on is asked after each layer, so the host waits for the device as often. All rows must have joined with every
-        layer.
-
-        Args:
-            tokens: [B].
-            rule: When to leave.
-            steps: [B], decode step of each row.
-
-        Returns:
-            Logits [B, V], and how many layers each row ran [B].
+        A row, which must have joined with every layer, leaves at the first layer that is sure enough; the layers above
+        keep keys and values of its exit state. The host waits for the device after each layer, to ask which rows go on.
         """
         plan, positions = self._begin()
         x, here = F.embedding(tokens, self.embedding), positions[0]

@@ -13,21 +13,13 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 @dataclass(frozen=True)
 class Sampling:
-    """Tokens are drawn, as transformers' `generate` draws them with `do_sample=True`.
+    """How tokens are drawn, as by transformers' `generate` with `do_sample=True`.
 
-    Attributes:
-        temperature: Scores are divided by it.
-        top_k: Only this many of the most likely tokens; 0 for all.
-        top_p: Only the most likely tokens that together reach this probability; 1 for all.
-        seed: Of the generator that one call of `DecodeEngine.generate` draws from. All rows draw from it, so that the
-            tokens of a prompt depend on the prompts and places beside it.
-
-    Raises:
-        ValueError: A value outside its range.
+    All rows of a call draw from one generator, so that a prompt's tokens depend on the prompts and places beside it.
     """
 
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = 0  # 0 for all
     top_p: float = 1.0
     seed: int = 0
 
@@ -40,23 +32,18 @@ class Sampling:
             if not fits:
                 raise ValueError(f"Sampling: {name}={getattr(self, name)} must be {allowed}")
 
-    def warpers(self) -> LogitsProcessorList:
-        """transformers' own, in its order."""
-        warpers = LogitsProcessorList()
-        if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers
-
 
 def chooser(sampling: Sampling | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Next tokens [B] of logits [B, V]; None: the most likely ones."""
     if sampling is None:
         return lambda logits: logits.argmax(-1)
-    warpers, generator = sampling.warpers(), torch.Generator(device).manual_seed(sampling.seed)
+    warpers, generator = LogitsProcessorList(), torch.Generator(device).manual_seed(sampling.seed)
+    if sampling.temperature != 1:  # in the order of transformers
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def draw(logits: Tensor) -> Tensor:
         no_ids: Tensor = torch.empty(len(logits), 0, dtype=torch.long)  # these warpers read scores only

@@ -31,17 +31,10 @@ _MOVES_NO_SCORE = re.compile(r"_|output_|return_|use_cache$|transformers_version
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Every setting that moves a score or the search; `pinned_generation` keeps the model's own ones out.
-
-    Attributes:
-        max_new_tokens: Tokens of a response at most; examples may have a lower limit.
-        stop_tokens: Tokens that end a response: the tokenizer's EOS and those of the model's generation config.
-        temperature, top_k, top_p, seed: Of drawn tokens, where `do_sample`.
-        batch_size: Rows decoded together.
-    """
+    """Every setting that moves a score or the search; `pinned_generation` keeps the model's own ones out."""
 
     decoder: str
-    max_new_tokens: int
+    max_new_tokens: int  # examples may have a lower limit
     stop_tokens: list[int]
     do_sample: bool
     temperature: float
@@ -67,7 +60,7 @@ class Decoding:
         )
 
     def record(self, model: RouterAugmentedLM) -> dict[str, Any]:
-        """For `result.json`: the settings in force, and those of the model's folder that are not."""
+        """For `result.json`: these settings, and those of the model's folder that are ignored."""
         own = model.lm.generation_config.to_diff_dict()
         ignored = {name: value for name, value in own.items() if value is not None and not _MOVES_NO_SCORE.match(name)}
         return asdict(self) | {"ignored": json.loads(json.dumps(ignored, default=str))}
@@ -82,105 +75,87 @@ def check_engine(model: RouterAugmentedLM, option: str, decoder: str) -> None:
             raise ValueError(f"{option}={decoder}: {error} ({option}=generate)") from error
 
 
-def decode(
-    model: RouterAugmentedLM,
-    data: PromptDataModule,
-    decoding: Decoding,
-    batches: Sequence[Sequence[int]],
-    routes: Routes | None,
-) -> Iterator[Response]:
-    """The responses to test prompts, as they end.
+@dataclass(frozen=True)
+class Decoder:
+    """Responds to test prompts: a model in eval mode, within `pinned_generation`, under one decision on its layers."""
 
-    Args:
-        model: In eval mode, within `pinned_generation`.
-        data: Gives test examples, tokenizer and lengths.
-        decoding: The settings.
-        batches: Test prompts, by position.
-        routes: The method's routes of all test prompts, or None to let the routers decide.
-    """
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
-    if batches:
-        yield from (_by_engine if decoding.decoder == "engine" else _by_generate)(
-            model, data, decoding, rows, batches, routes
-        )
+    model: RouterAugmentedLM
+    data: PromptDataModule
+    settings: Decoding
+    routes: Routes | None  # of all test prompts; None lets the routers decide
 
+    @property
+    def rows(self) -> PromptRows:
+        """The test prompts."""
+        data = self.data
+        return PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
 
-def _by_generate(
-    model: RouterAugmentedLM,
-    data: PromptDataModule,
-    decoding: Decoding,
-    rows: PromptRows,
-    batches: Sequence[Sequence[int]],
-    routes: Routes | None,
-) -> Iterator[Response]:
-    """Through transformers' `generate`, batch by batch."""
-    options: dict[str, Any] = {
-        "max_new_tokens": decoding.max_new_tokens,
-        "do_sample": decoding.do_sample,
-        "num_beams": decoding.num_beams,
-        "pad_token_id": data.pad,
-        "eos_token_id": decoding.stop_tokens or None,
-        "return_dict_in_generate": True,
-    }
-    if decoding.do_sample:
-        options |= {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
-    for indices in batches:
-        batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
-        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        torch.manual_seed(decoding.seed * 1_000_003 + indices[0])
-        result = model.generate(ids, mask, routes=rows_of(routes, indices, model.device), **options)
-        responses = [
-            until_end(tokens[: data.test[i].max_new_tokens], decoding.stop_tokens, data.pad)
-            for i, tokens in zip(indices, result.sequences[:, ids.shape[1] :].tolist(), strict=True)
-        ]
-        skips = _skips(result.past_key_values, routes, [len(tokens) for tokens in responses], decoding.num_beams)
-        yield from zip(indices, responses, skips, strict=True)
+    def responses(self, batches: Sequence[Sequence[int]]) -> Iterator[Response]:
+        """Respond to batches of test prompts, given by position; a response comes as soon as it has ended."""
+        if batches:
+            yield from self._by_engine(batches) if self.settings.decoder == "engine" else self._by_generate(batches)
 
+    def _by_generate(self, batches: Sequence[Sequence[int]]) -> Iterator[Response]:
+        model, data, settings, rows = self.model, self.data, self.settings, self.rows
+        options: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "do_sample": settings.do_sample,
+            "num_beams": settings.num_beams,
+            "pad_token_id": data.pad,
+            "eos_token_id": settings.stop_tokens or None,
+            "return_dict_in_generate": True,
+        }
+        if settings.do_sample:
+            options |= {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        for indices in batches:
+            batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
+            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+            torch.manual_seed(settings.seed * 1_000_003 + indices[0])
+            result = model.generate(ids, mask, routes=rows_of(self.routes, indices, model.device), **options)
+            responses = [
+                _until_end(tokens[: data.test[i].max_new_tokens], settings.stop_tokens, data.pad)
+                for i, tokens in zip(indices, result.sequences[:, ids.shape[1] :].tolist(), strict=True)
+            ]
+            skips = self._skips(result.past_key_values, [len(tokens) for tokens in responses])
+            yield from zip(indices, responses, skips, strict=True)
 
-def _by_engine(
-    model: RouterAugmentedLM,
-    data: PromptDataModule,
-    decoding: Decoding,
-    rows: PromptRows,
-    batches: Sequence[Sequence[int]],
-    routes: Routes | None,
-) -> Iterator[Response]:
-    """Through the decode engine: a prompt that waits takes the place of one that has ended."""
-    prompts = {i: rows[i].prompt for batch in batches for i in batch}
-    limits = {i: min(decoding.max_new_tokens, data.test[i].max_new_tokens or decoding.max_new_tokens) for i in prompts}
-    longest = max(len(prompts[i]) + limits[i] for i in prompts)
-    engine = engine_for(model, longest, min(decoding.batch_size, len(prompts)))
-    # Drawn tokens depend on the prompts beside them: a batch stays what it is, also in a run that goes on. Greedy ones
-    # do not: long prompts first, so that none is left alone at the end, and those read together are of one length.
-    groups = batches if decoding.do_sample else [sorted(prompts, key=lambda i: (-len(prompts[i]), i))]
-    for group in groups:
-        drawn = Sampling(decoding.temperature, decoding.top_k, decoding.top_p, decoding.seed * 1_000_003 + group[0])
-        for place, out in engine.as_completed(
-            [prompts[i] for i in group],
-            [limits[i] for i in group],
-            rows_of(routes, group, torch.device("cpu")),
-            decoding.stop_tokens,
-            sampling=drawn if decoding.do_sample else None,
-        ):
-            tokens = until_end(out.tokens[0], decoding.stop_tokens, data.pad)
-            yield group[place], tokens, out.layer_skips[0].tolist()
+    def _skips(self, cache: RoutedCache, new_tokens: Sequence[int]) -> list[list[float]]:
+        """Of every row, the share of its own decode steps that skipped each layer."""
+        beams = self.settings.num_beams
+        if self.routes is not None and self.routes.decides_each_step:
+            steps = torch.tensor(new_tokens).sub(1).clamp_min(0)
+            return cache.layer_skips(steps.repeat_interleave(beams))[::beams].tolist()
+        assert cache.routes is not None
+        return (~cache.routes[::beams]).float().tolist()
+
+    def _by_engine(self, batches: Sequence[Sequence[int]]) -> Iterator[Response]:
+        data, settings, rows = self.data, self.settings, self.rows
+        most = settings.max_new_tokens
+        prompts = {i: rows[i].prompt for batch in batches for i in batch}
+        limits = {i: min(most, data.test[i].max_new_tokens or most) for i in prompts}
+        longest = max(len(prompts[i]) + limits[i] for i in prompts)
+        engine = engine_for(self.model, longest, min(settings.batch_size, len(prompts)))
+        # Drawn tokens depend on the prompts beside them, so a batch stays what it is, also in a resumed run. Greedy
+        # tokens do not: long prompts go first, so that none is left alone at the end, beside others of their length.
+        groups = batches if settings.do_sample else [sorted(prompts, key=lambda i: (-len(prompts[i]), i))]
+        for group in groups:
+            drawn = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed * 1_000_003 + group[0])
+            for place, out in engine.as_completed(
+                [prompts[i] for i in group],
+                [limits[i] for i in group],
+                rows_of(self.routes, group, torch.device("cpu")),
+                settings.stop_tokens,
+                sampling=drawn if settings.do_sample else None,
+            ):
+                tokens = _until_end(out.tokens[0], settings.stop_tokens, data.pad)
+                yield group[place], tokens, out.layer_skips[0].tolist()
 
 
-def _skips(cache: RoutedCache, routes: Routes | None, new_tokens: Sequence[int], beams: int) -> list[list[float]]:
-    """Of every row, the share of its own decode steps that skipped each layer."""
-    if routes is not None and routes.decides_each_step:
-        steps = torch.tensor(new_tokens).sub(1).clamp_min(0)
-        return cache.layer_skips(steps.repeat_interleave(beams))[::beams].tolist()
-    assert cache.routes is not None
-    return (~cache.routes[::beams]).float().tolist()
-
-
-def until_end(tokens: list[int], ends: Sequence[int], pad: int) -> list[int]:
+def _until_end(tokens: list[int], ends: Sequence[int], pad: int) -> list[int]:
     """A response up to the token that ends it; without one, without the padding behind it."""
     for length, token in enumerate(tokens, start=1):
         if token in ends:
             return tokens[:length]
-    length = len(tokens)
-    while length and tokens[length - 1] == pad:
-        length -= 1
-    return tokens[:length]
+    while tokens and tokens[-1] == pad:
+        tokens = tokens[:-1]
+    return tokens

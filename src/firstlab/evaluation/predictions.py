@@ -9,93 +9,69 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from firstlab.data.batching import shard_batches
-from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.files import warn
 from firstlab.data.task import Example
-from firstlab.evaluation.decoding import Decoding, decode
+from firstlab.evaluation.decoding import Decoder
 from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.lora import lora_layers
+from firstlab.model.quantization import stored_tensors
 from firstlab.model.routes import Routes
 from firstlab.store.files import write_atomically
 from firstlab.store.ranks import barrier, rank
 
+#: Numbers of a tensor that `source_of` reads.
+_SAMPLE = 2**17
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one variant said to one test example.
+    """What one variant said to one test example."""
 
-    Attributes:
-        index: Position in the test set.
-        id: The example's name.
-        text: The generated response, special tokens removed.
-        new_tokens: Generated tokens, the end-of-text token included.
-        skipped: Layers that every decode step skipped, 0-based.
-        difficulty: The example's level, 0 if unknown.
-        shares: Of each layer, the share of decode steps that skipped it, where the method decides anew at each step;
-            None where the route holds for all of them.
-        part: The part of a mixture that the example comes from, else empty.
-    """
-
-    index: int
+    index: int  # position in the test set
     id: str
-    text: str
-    new_tokens: int
-    skipped: list[int]
-    difficulty: int
-    shares: list[float] | None = None
-    part: str = ""
+    text: str  # without special tokens
+    new_tokens: int  # with the one that ended the response
+    skipped: list[int]  # layers that every decode step skipped, 0-based
+    difficulty: int  # 0 if unknown
+    shares: list[float] | None = None  # where each step decides: of each layer, the share of steps that skipped it
+    part: str = ""  # of a mixture
 
     def skip_shares(self, num_layers: int) -> list[float]:
         """Share of decode steps that skipped each of the L layers."""
         return self.shares or [float(layer in self.skipped) for layer in range(num_layers)]
 
 
-def generate_predictions(
-    model: RouterAugmentedLM,
-    data: PromptDataModule,
-    decoding: Decoding,
-    *,
-    file: Path,
-    routes: Routes | None,
-    title: str,
-    progress_bar: bool,
-) -> list[Prediction]:
+def generate_predictions(decoder: Decoder, *, file: Path, source: str, progress_bar: bool) -> list[Prediction]:
     """Generate a response to every test prompt.
 
     Args:
-        model: The variant, in eval mode, within `pinned_generation`.
-        data: Gives test examples, tokenizer and lengths.
-        decoding: How to decode; every batch of drawn tokens is seeded by its first example.
-        file: Where this variant's predictions are collected; every process writes its own part beside it.
-        routes: The method's routes of the test prompts, or None to let the routers decide.
-        title: Of the progress bar.
-        progress_bar: Show one.
-
-    Raises:
-        ValueError: A process does not see what the others wrote.
+        file: Every process collects its part of the predictions beside this file.
+        source: `source_of` the model and its routes; predictions of another source are made again.
     """
-    examples = data.test
+    data, settings, routes, examples = decoder.data, decoder.settings, decoder.routes, decoder.data.test
     my_rank, world = rank()
-    key = _digest([file.stem, fingerprint(examples), asdict(decoding), data.max_prompt_length])
+    key = _digest([file.stem, fingerprint(examples), asdict(settings), data.max_prompt_length, source])
     part = file.with_name(f"{file.stem}.{my_rank}.part")
     done = _read_parts(file, key, complain=True)
-    own = _read_part(part, key)[0] if part.is_file() else {}
+    own = _read_lines(part, key)[0] if part.is_file() else {}
     write_atomically(part, "".join(_line(each, key) for each in own.values()))  # without what is torn or foreign
     # Batches are cut before finished ones are left out, so that a resumed run pads and samples as an uninterrupted one.
     # What the engine says, greedy, does not depend on the batch.
-    whole = decoding.decoder == "generate" or decoding.do_sample
+    whole = settings.decoder == "generate" or settings.do_sample
     batches = [
         batch if whole else [i for i in batch if i not in done]
-        for batch in shard_batches(len(examples), decoding.batch_size, my_rank, world)
+        for batch in shard_batches(len(examples), settings.batch_size, my_rank, world)
         if not all(i in done for i in batch)
     ]
     with part.open("a", encoding="utf-8") as out:
         quiet, count = not progress_bar or my_rank > 0, sum(map(len, batches))
-        responses = decode(model, data, decoding, batches, routes)
+        responses, title = decoder.responses(batches), f"generate ({file.stem})"
         for i, tokens, shares in tqdm(responses, desc=title, unit="prompt", total=count, disable=quiet):
-            spoken = tokens[:-1] if tokens and tokens[-1] in decoding.stop_tokens else tokens
+            spoken = tokens[:-1] if tokens and tokens[-1] in settings.stop_tokens else tokens
             text: Any = data.tokenizer.decode(spoken, skip_special_tokens=True)
             done[i] = Prediction(
                 index=i,
@@ -127,22 +103,41 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:12]
 
 
-def write_predictions(file: Path, predictions: Sequence[Prediction]) -> None:
+def source_of(model: RouterAugmentedLM, routes: Routes | None) -> str:
+    """Short hash of what responds: weights, the model's and its routers' settings, and forced routes.
+
+    Take it before LoRA is merged, which may round otherwise on another machine. Of large tensors only every n-th number
+    is read: it costs little, and no training leaves all of those as they were.
+    """
+    config = model.lm.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    forced = None if routes is None else routes.to_json()
+    scales = [layer.scaling for layer in lora_layers(model.lm)]
+    settings = [config, model.lm.generation_config.eos_token_id, asdict(model.routers.settings), scales, forced]
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        for tensor in stored_tensors(parameter):
+            numbers = tensor.reshape(-1)
+            some = numbers[:: max(1, -(-len(numbers) // _SAMPLE))].cpu().contiguous()
+            found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+# Each line of a file of predictions carries a checksum of itself and of a key: in a finished file the source, in a part
+# a hash of all that decides the responses. A line that is damaged or made with another key has another checksum.
+
+
+def write_predictions(file: Path, predictions: Sequence[Prediction], source: str) -> None:
     """All predictions of a variant, a line of JSON each."""
-    write_atomically(file, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in predictions))
+    write_atomically(file, "".join(_line(each, source) for each in predictions))
 
 
-def is_complete(file: Path, count: int) -> bool:
-    """Whether what `write_predictions` wrote holds one prediction for each of `count` test prompts."""
-    try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        return [Prediction(**json.loads(line)).index for line in lines] == list(range(count))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-# Parts: while predictions are made, each process appends lines that carry a checksum of themselves and of all that
-# decides the responses. A line that a kill or a hand has damaged, or that belongs to another evaluation, has another.
+def is_complete(file: Path, count: int, source: str) -> bool:
+    """Whether `write_predictions` wrote the file, with one prediction of this source for each of `count` prompts."""
+    found, others = _read_lines(file, source) if file.is_file() else ({}, [0])
+    return not others and list(found) == list(range(count))
 
 
 def _digest(value: Any) -> str:
@@ -154,10 +149,10 @@ def _line(prediction: Prediction, key: str) -> str:
     return json.dumps({"check": _digest([key, row]), **row}, ensure_ascii=False) + "\n"
 
 
-def _read_part(part: Path, key: str) -> tuple[dict[int, Prediction], list[int]]:
-    """The predictions of a part by index, and the numbers of the lines that are none; the last line may be torn."""
+def _read_lines(file: Path, key: str) -> tuple[dict[int, Prediction], list[int]]:
+    """The predictions of a file by index, and the numbers of the lines that are none; the last line may be torn."""
     found, others = {}, []
-    for number, line in enumerate(part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             if row.pop("check") != _digest([key, row]):
@@ -171,11 +166,11 @@ def _read_part(part: Path, key: str) -> tuple[dict[int, Prediction], list[int]]:
 def _read_parts(file: Path, key: str, complain: bool = False) -> dict[int, Prediction]:
     done: dict[int, Prediction] = {}
     for part in sorted(file.parent.glob(f"{file.stem}.*.part")):
-        found, others = _read_part(part, key)
+        found, others = _read_lines(part, key)
         done |= found
         if others and complain:
             warn(
                 f"{part}: {len(others)} lines, the first of them line {others[0]}, are damaged or of an evaluation of "
-                "other prompts or with other options; these predictions are made again"
+                "other prompts, weights or routes, or with other options; these predictions are made again"
             )
     return done

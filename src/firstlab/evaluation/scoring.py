@@ -25,10 +25,8 @@ def score_texts(
             if own:
                 scores = score_texts(part, [examples[i] for i in own], [texts[i] for i in own], config)
                 found |= {f"{name}/{metric}": score for metric, score in scores.items()}
-        headline = [
-            found[key] for name, part in task.parts.items() if (key := f"{name}/{primary_metric(part)}") in found
-        ]
-        return {"mean": mean_score(headline)} | found
+        headlines = [f"{name}/{primary_metric(part)}" for name, part in task.parts.items()]
+        return {"mean": mean_score([found[key] for key in headlines if key in found])} | found
     return evaluate_predictions(
         task.kind,
         texts,
@@ -43,12 +41,12 @@ def score_texts(
 
 
 def primary_metric(task: Task) -> str:
-    """The headline metric of a task."""
+    """A task's headline metric."""
     return "mean" if task.parts else PRIMARY_METRIC[task.kind]
 
 
 def mean_score(parts: Sequence[MetricResult]) -> MetricResult:
-    """The mean of scores on different examples; as these are independent, half-widths of intervals add in squares."""
+    """The mean of scores on different, so independent, examples: half-widths of intervals add in squares."""
     count = len(parts)
     value = sum(part.value for part in parts) / count
     below = math.hypot(*(part.value - part.low for part in parts)) / count
@@ -57,11 +55,7 @@ def mean_score(parts: Sequence[MetricResult]) -> MetricResult:
 
 
 def check_metrics(task: Task, config: EvaluationConfig) -> None:
-    """Try the metrics that need a model or program of their own: what is missing shows now, not after training.
-
-    Raises:
-        ValueError: A metric's model, program or tokenizer is not there.
-    """
+    """Try the metrics; ValueError if the model, program or tokenizer of one is missing, before anything is trained."""
     for each in task.parts.values() or [task]:
         if each.kind == "translation":
             load_bleu(each.target_language)

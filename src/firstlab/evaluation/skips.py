@@ -17,18 +17,11 @@ from firstlab.store import results
 def skip_statistics(
     predictions: Sequence[Prediction], tokens: Sequence[int], num_layers: int, static: Tensor | None = None
 ) -> dict[str, Any]:
-    """Skip rate (skipped ÷ L, mean over prompts), per layer, by difficulty, and how adaptive the routes are.
+    """Skip rate (skipped ÷ L, mean over prompts), per layer and by group of prompts, and how adaptive the routes are.
 
     Args:
-        predictions: One per prompt.
         tokens: Of each prompt, the length of its reference, for the rate by token.
-        num_layers: L.
         static: [L], a static set to compare the routes with.
-
-    Returns:
-        Besides rates, also by difficulty and by part of a mixture, for routes that prompts get: the number of different
-        ones, the entropy of their distribution, and the agreement (share of layers decided alike, mean over prompts)
-        with the most frequent route and with the static set. None of it where each decode step decides.
     """
     all_rates = np.array([np.mean(p.skip_shares(num_layers)) for p in predictions])
     by_token = results.rate_by_token(all_rates, np.array(tokens))
@@ -49,21 +42,24 @@ def skip_statistics(
 
 
 def _by_group(skipped: np.ndarray, groups: Sequence[int | str]) -> dict[str, dict[str, Any]]:
-    """Skip rate, overall and per layer, and number of different routes in each group of prompts; skipped is [N, L]."""
-    found = {}
-    for group in sorted(set(groups)):
-        rows = skipped[[each == group for each in groups]]
-        found[str(group)] = {
-            "n": len(rows),
-            "skip_rate": float(rows.mean()),
-            "per_layer": rows.mean(0).tolist(),
-            "unique_routes": len(np.unique(rows, axis=0)),
+    rows = {str(group): skipped[[each == group for each in groups]] for group in sorted(set(groups))}
+    return {
+        group: {
+            "n": len(each),
+            "skip_rate": float(each.mean()),
+            "per_layer": each.mean(0).tolist(),
+            "unique_routes": len(np.unique(each, axis=0)),
         }
-    return found
+        for group, each in rows.items()
+    }
 
 
 def _adaptivity(predictions: Sequence[Prediction], skipped: np.ndarray, static: Tensor | None) -> dict[str, Any]:
-    """How the routes [N, L] differ between prompts; see `skip_statistics`."""
+    """How the routes differ between prompts; nulls where each decode step decides.
+
+    The number of different routes, the entropy of their distribution, and the agreement (share of layers decided alike,
+    mean over prompts) with the most frequent route and with the static set.
+    """
     names = ("unique_routes", "route_entropy_bits", "mode_agreement", "static_agreement")
     if predictions[0].shares is not None:
         return dict.fromkeys(names)

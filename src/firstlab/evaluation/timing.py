@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from firstlab.data.datamodule import PromptDataModule
-from firstlab.data.encoding import PromptRows
+from firstlab.config.schema import EvaluationConfig
 from firstlab.engine.engine import DecodeEngine, engine_for
+from firstlab.evaluation.decoding import Decoder
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import FixedRoutes, Routes
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Stopwatch(LogitsProcessor):
-    """Notes when the logits of each token are there. It starts when it is made, with a device that has nothing to do.
-
-    Between tokens neither the host nor a GPU waits for it: a GPU notes its own time.
-    """
+    """Notes when the logits of each token are there, from its making on; a GPU notes its own time, so nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -47,7 +44,7 @@ class Stopwatch(LogitsProcessor):
         return scores
 
     def note(self) -> None:
-        """Something is on the host now."""
+        """Note the host's time."""
         self._host.append(time.perf_counter() - self._start)
 
     def _mark(self) -> torch.cuda.Event:
@@ -66,78 +63,40 @@ class Stopwatch(LogitsProcessor):
 def time_generation(
     decoder: RouterAugmentedLM | DecodeEngine, prompt: Sequence[int], routes: Routes, tokens: int
 ) -> tuple[float, float]:
-    """(TTFT, TPOT) in seconds of one greedy generation of exactly `tokens` tokens; TPOT is the median decode step.
-
-    Args:
-        decoder: The model, which decodes through transformers' `generate`, or the engine.
-        prompt: Token ids.
-        routes: What decode runs.
-        tokens: New tokens, at least 2.
-    """
+    """(TTFT, TPOT) in seconds of one greedy generation of exactly `tokens` tokens; TPOT is the median decode step."""
     if isinstance(decoder, DecodeEngine):
         watch = Stopwatch(decoder.model.device)
         decoder.generate([prompt], tokens, routes, eos=(), on_step=lambda _: watch.note())
     else:
         ids = torch.tensor([prompt], device=decoder.device)
         watch = Stopwatch(decoder.device)
-        decoder.generate(
-            ids,
-            torch.ones_like(ids),
-            routes=routes,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([watch]),
-        )
+        options: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+        options["logits_processor"] = LogitsProcessorList([watch])
+        decoder.generate(ids, torch.ones_like(ids), routes=routes, **options)
     times = watch.times
     return times[0], float(np.median(np.diff(times)))
 
 
-def measure_tpot(
-    model: RouterAugmentedLM,
-    data: PromptDataModule,
-    routes: Sequence[Routes],
-    prompts: int,
-    tokens: int,
-    repetitions: int,
-    engine: bool = False,
-) -> dict[str, Any]:
-    """TPOT ratio routed ÷ dense at batch size 1.
+def measure_tpot(decoder: Decoder, routes: Sequence[Routes], config: EvaluationConfig) -> dict[str, Any]:
+    """Times (TTFT, TPOT) at batch size 1: medians in seconds, the median ratio routed ÷ dense, and its quartiles.
 
-    Each prompt is decoded with every layer and with the route it got, one right after the other, after a warm-up.
-
-    Args:
-        model: The model.
-        data: Gives the test prompts.
-        routes: What each prompt runs.
-        prompts: How many, evenly spread.
-        tokens: New tokens each.
-        repetitions: Times each is repeated.
-        engine: Through the decode engine instead of transformers' `generate`.
-
-    Returns:
-        Medians in seconds, the median ratio and its quartiles.
+    Test prompts, evenly spread, are decoded with every layer and with their routes, one right after the other.
     """
-    indices = np.unique(np.linspace(0, len(routes) - 1, min(prompts, len(routes))).astype(int))
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
+    model, rows, tokens = decoder.model, decoder.rows, config.tpot_tokens
+    indices = np.unique(np.linspace(0, len(routes) - 1, min(config.tpot_prompts, len(routes))).astype(int))
     chosen = [rows[int(index)].prompt for index in indices]
-    decoder: RouterAugmentedLM | DecodeEngine = model
-    if engine:
-        decoder = engine_for(model, max(map(len, chosen)) + tokens, 1)
+    engine = engine_for(model, max(map(len, chosen)) + tokens, 1) if config.decoder == "engine" else None
     dense = FixedRoutes(torch.ones(model.num_layers, dtype=torch.bool, device=model.device))
-    dense_times, routed_times = [], []
+    pairs = []
     for place, (index, prompt) in enumerate(zip(indices, chosen, strict=True)):
         routed = routes[int(index)].to(model.device)
-        for repetition in range(repetitions + (place == 0)):
-            times = [time_generation(decoder, prompt, each, tokens) for each in (dense, routed)]
-            if place or repetition:  # the first pair is a warm-up
-                dense_times.append(times[0])
-                routed_times.append(times[1])
-    dense_ttft, dense_tpot = np.array(dense_times).T
-    routed_ttft, routed_tpot = np.array(routed_times).T
+        for _ in range(config.tpot_repetitions + (place == 0)):
+            pairs.append([time_generation(engine or model, prompt, each, tokens) for each in (dense, routed)])
+    # [dense or routed, measurements] each; the first pair is a warm-up.
+    (dense_ttft, routed_ttft), (dense_tpot, routed_tpot) = np.array(pairs[1:]).transpose(2, 1, 0)
     ratios = routed_tpot / dense_tpot
     return {
-        "decoder": "engine" if engine else "generate",
+        "decoder": config.decoder,
         "batch_size": 1,
         "tokens": tokens,
         "measurements": len(ratios),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import Tensor
 from firstlab.config.schema import EvaluationConfig
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.data.encoding import PromptRows, TrainingRows, collate_training, response_ids
-from firstlab.evaluation.decoding import Decoding, check_engine
-from firstlab.evaluation.predictions import Prediction, fingerprint, generate_predictions, write_predictions
+from firstlab.data.encoding import TrainingRows, collate_training, response_ids
+from firstlab.evaluation.decoding import Decoder, Decoding, check_engine
+from firstlab.evaluation.predictions import fingerprint, generate_predictions, write_predictions
 from firstlab.evaluation.scoring import primary_metric, score_texts
 from firstlab.evaluation.skips import skip_statistics
 from firstlab.evaluation.timing import measure_tpot
@@ -36,6 +35,7 @@ def evaluate_variant(
     directory: Path,
     name: str,
     routes: Routes | None,
+    source: str,
     seed: int,
     progress_bar: bool,
     static: Tensor | None = None,
@@ -43,49 +43,37 @@ def evaluate_variant(
     """Everything `result.json` says about one variant.
 
     Args:
-        model: With the variant's weights.
-        data: Test examples, tokenizer and lengths.
-        config: What to measure, and how to decode.
         directory: Predictions are collected here as NAME.jsonl.
         name: The variant: base, base_lora, router, router_lora.
         routes: The method's routes of the test prompts, or None to let the routers decide.
-        seed: For sampling.
-        progress_bar: Show one.
+        source: `source_of` the model, before its LoRA was merged, and the routes.
         static: See `skip_statistics`.
     """
     check_engine(model, "evaluation.decoder", config.decoder)
     model.eval()
-    decoding = Decoding.of(model, data, config, seed)
-    record: dict[str, Any] = {"n": len(data.test), "decoding": decoding.record(model)}
+    decoder, file = Decoder(model, data, Decoding.of(model, data, config, seed), routes), directory / f"{name}.jsonl"
+    record: dict[str, Any] = {"n": len(data.test), "source": source, "decoding": decoder.settings.record(model)}
     with pinned_generation(model.lm):
-        predictions = generate_predictions(
-            model,
-            data,
-            decoding,
-            file=directory / f"{name}.jsonl",
-            routes=routes,
-            title=f"generate ({name})",
-            progress_bar=progress_bar,
-        )
+        predictions = generate_predictions(decoder, file=file, source=source, progress_bar=progress_bar)
         if config.tpot_prompts and rank()[0] == 0:
-            record["timing"] = measure_tpot(
-                model,
-                data,
-                routes=_routes_of(predictions, routes, model.num_layers),
-                prompts=config.tpot_prompts,
-                tokens=config.tpot_tokens,
-                repetitions=config.tpot_repetitions,
-                engine=config.decoder == "engine",
-            )
-    nll = response_nll(model, data, routes, config.batch_size) if config.perplexity else None
+            own = [FixedRoutes(routes_without(model.num_layers, p.skipped)) for p in predictions]
+            got = own if routes is None else [routes.rows([p.index]) for p in predictions]
+            record["timing"] = measure_tpot(decoder, got, config)
+    nll = _response_nll(model, data, routes, config.batch_size) if config.perplexity else None
     if nll is None:
         tokens = [len(response_ids(data.tokenizer, example.references[0])) for example in data.test]
     else:
         tokens = nll[:, 1].astype(int).tolist()
     record["skip"] = skip_statistics(predictions, tokens, model.num_layers, static)
     record["new_tokens"] = float(np.mean([p.new_tokens for p in predictions]))
-    examples: dict[str, Any] = {"test_set": fingerprint(data.test)}
-    examples |= example_columns(data, predictions, tokens, model.num_layers)
+    rows = decoder.rows
+    examples: dict[str, Any] = {
+        "test_set": fingerprint(data.test),
+        "difficulty": results.pack([p.difficulty for p in predictions]),
+        "prompt_tokens": results.pack([len(rows[i].prompt) for i in range(len(predictions))]),
+        "response_tokens": results.pack(tokens),
+        "skip_rate": results.pack([float(np.mean(p.skip_shares(model.num_layers))) for p in predictions]),
+    }
     if nll is not None:
         record["perplexity"] = perplexity(float(nll[:, 0].sum()), int(nll[:, 1].sum()))
         examples["nll"] = results.pack(nll[:, 0])
@@ -96,17 +84,17 @@ def evaluate_variant(
         scores = score_texts(data.task, data.test, [p.text for p in predictions], config)
         record["metrics"] = {key: score.to_dict() for key, score in scores.items()}
         record["primary_metric"] = primary_metric(data.task)
-        examples["scores"] = {key: results.pack(score.rows) for key, score in scores.items() if len(score.rows)}
+        examples["scores"] = {key: results.pack(score.rows) for key, score in scores.items() if score.rows is not None}
         record["examples"] = examples
-        write_predictions(directory / f"{name}.jsonl", predictions)
+        write_predictions(file, predictions, source)
     return record
 
 
 @torch.no_grad()
-def response_nll(
+def _response_nll(
     model: RouterAugmentedLM, data: PromptDataModule, routes: Routes | None, batch_size: int
 ) -> np.ndarray:
-    """[N, 2]: nll of each test prompt's first reference when its tokens decode under the routes, and its tokens."""
+    """[N, 2]: nll of each test prompt's first reference under the routes, and how many tokens it has."""
     my_rank, world = rank()
     rows = TrainingRows(data.task, data.test, data.tokenizer, data.max_length)
     totals = torch.zeros(len(data.test), 2, dtype=torch.float64)
@@ -120,23 +108,3 @@ def response_nll(
     if world > 1:
         dist.all_reduce(totals)
     return totals.numpy()
-
-
-def example_columns(
-    data: PromptDataModule, predictions: Sequence[Prediction], tokens: Sequence[int], num_layers: int
-) -> dict[str, str]:
-    """What tables need to know about each test prompt, packed (`firstlab.store.results.pack`): [N] each."""
-    rows = PromptRows(data.task, data.test, data.tokenizer, data.max_prompt_length, data.prompt_option)
-    return {
-        "difficulty": results.pack([p.difficulty for p in predictions]),
-        "prompt_tokens": results.pack([len(rows[i].prompt) for i in range(len(predictions))]),
-        "response_tokens": results.pack(tokens),
-        "skip_rate": results.pack([float(np.mean(p.skip_shares(num_layers))) for p in predictions]),
-    }
-
-
-def _routes_of(predictions: Sequence[Prediction], routes: Routes | None, num_layers: int) -> list[Routes]:
-    """What each prompt's tokens ran: the method's rule, or the route that the prompt got."""
-    if routes is not None:
-        return [routes.rows([p.index]) for p in predictions]
-    return [FixedRoutes(routes_without(num_layers, p.skipped)) for p in predictions]

@@ -10,64 +10,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from firstlab.metrics import qa, summarization, translation
 from firstlab.metrics.comet import comet as comet_scores
-from firstlab.metrics.language_modeling import perplexity
-from firstlab.metrics.scores import FloatArray, MetricUnavailableError, Scores
+from firstlab.metrics.scores import FloatArray, Scores
 from firstlab.metrics.settings import BertScoreConfig, CometConfig
-from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test
+from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test, perplexity
 
-__all__ = [
-    "PRIMARY_METRIC",
-    "BertScoreConfig",
-    "CometConfig",
-    "MetricResult",
-    "MetricUnavailableError",
-    "PairedTest",
-    "Scores",
-    "bootstrap_interval",
-    "evaluate_predictions",
-    "from_rows",
-    "paired_test",
-    "perplexity",
-]
+__all__ = ["PRIMARY_METRIC", "MetricResult", "evaluate_predictions", "from_rows"]
+__all__ += ["PairedTest", "Scores", "bootstrap_interval", "paired_test", "perplexity"]
 
 #: The headline metric of each kind of task.
 PRIMARY_METRIC: dict[str, str] = {"translation": "bleu", "summarization": "rougeL", "qa": "f1"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MetricResult:
-    """One metric on one test set.
-
-    Attributes:
-        value: The score, 0..100.
-        low: Lower end of its bootstrap interval.
-        high: Upper end.
-        n: Number of examples.
-        signature: What one must know to reproduce the figure.
-        per_example: Scores per example, 0..100, where the metric is their mean.
-        rows: `[n, K]` sufficient statistics per example; `from_rows` makes `Scores` of them again.
-    """
+    """One metric on one test set: the score and its bootstrap interval, 0..100."""
 
     value: float
     low: float
     high: float
-    n: int
-    signature: str | None = None
-    higher_is_better: bool = True
-    per_example: list[float] | None = None
-    rows: FloatArray = field(default_factory=lambda: np.zeros((0, 2)), repr=False, compare=False)
+    n: int  # examples
+    signature: str | None = None  # what one must know to reproduce the figure
+    rows: FloatArray | None = field(default=None, repr=False, compare=False)  # [n, K] per example, for `from_rows`
 
-    def to_dict(self) -> dict[str, float | int | str | bool | None]:
-        """All fields but `per_example` and `rows`, ready for JSON."""
-        fields = asdict(self)
-        del fields["per_example"], fields["rows"]
-        return fields
+    def to_dict(self) -> dict[str, float | int | str | None]:
+        """All fields but `rows`, ready for JSON."""
+        return {key: value for key, value in vars(self).items() if key != "rows"}
 
 
 def evaluate_predictions(
@@ -86,16 +57,11 @@ def evaluate_predictions(
     """Every metric of a kind of task, each with its bootstrap interval.
 
     Args:
-        kind: "translation", "summarization" or "qa".
-        predictions: One text per example.
-        references: One tuple of accepted texts per example.
-        sources: Source texts; only COMET reads them.
-        target_language: Code or tag of a translation's language; decides the tokenizer of BLEU.
-        confidence: Coverage of the intervals.
-        resamples: Bootstrap resamples.
-        seed: Seed of the resampling.
-        bertscore: Encoder of BERTScore; without one "bertscore" is left out.
-        comet: Model of COMET; without one "comet" is left out.
+        references: The texts that are accepted for each example.
+        sources: Only COMET reads them.
+        target_language: Code or tag; decides the tokenizer of BLEU.
+        confidence, resamples, seed: Of the bootstrap.
+        bertscore, comet: The metric is left out unless it has a model.
 
     Raises:
         ValueError: Unknown kind, or empty or unpaired inputs.
@@ -116,25 +82,19 @@ def evaluate_predictions(
             if bertscore is not None and bertscore.path is not None:
                 scores["bertscore"] = summarization.bertscore(predictions, references, bertscore)
         case "qa":
-            scores = {"em": qa.exact_match(predictions, references), "f1": qa.f1(predictions, references)}
+            scores = {"em": qa.best_answer(qa.answer_em, predictions, references)}
+            scores["f1"] = qa.best_answer(qa.answer_f1, predictions, references)
         case _:
             raise ValueError(f"kind={kind!r} is not a kind of task; one of {', '.join(PRIMARY_METRIC)}")
     results = {}
     for name, metric in scores.items():
         low, high = bootstrap_interval(metric, confidence=confidence, resamples=resamples, seed=seed)
-        results[name] = MetricResult(
-            metric.value, low, high, len(metric), metric.signature, per_example=metric.per_example, rows=metric.rows
-        )
+        results[name] = MetricResult(metric.value, low, high, len(metric), metric.signature, metric.rows)
     return results
 
 
 def from_rows(name: str, rows: FloatArray, signature: str | None = None) -> Scores:
-    """A metric from the rows per example that a result record keeps.
-
-    Args:
-        name: The metric's name in `evaluate_predictions`; of a part of a mixture PART/NAME.
-        rows: `[n, K]`.
-    """
+    """A metric, NAME or (of a part of a mixture) PART/NAME, from the rows [n, K] that a result record keeps."""
     aggregate = translation.SCORES_OF_SUMS.get(name.rpartition("/")[2])
     if aggregate is None:
         return Scores.mean(rows[:, 0].tolist(), signature)

@@ -1,7 +1,6 @@
-"""COMET scores from the separate COMET environment, through its own command-line program.
+"""COMET scores from the separate COMET environment, whose older transformers and numpy must not be imported here.
 
-unbabel-comet needs older transformers and numpy than firstlab does, so nothing of it is imported here: texts
-go out as files with one segment per line, scores come back as JSON.
+Texts go to its command-line program as files with one segment per line, scores come back as JSON.
 """
 
 from __future__ import annotations
@@ -12,19 +11,13 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from firstlab.metrics.scores import MetricUnavailableError, Scores, check_pairs
+from firstlab.metrics.scores import MetricUnavailableError, References, Scores, Texts, check_pairs
 from firstlab.metrics.settings import CometConfig
 
 
-def comet(
-    sources: Sequence[str],
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    config: CometConfig,
-) -> Scores:
+def comet(sources: Texts, predictions: Texts, references: References, config: CometConfig) -> Scores:
     """Mean COMET (Rei et al. 2020; XCOMET: Guerreiro et al. 2024) times 100, against the first reference.
 
     An empty prediction scores 0 without being sent: models give silence undeserved credit.
@@ -35,40 +28,32 @@ def comet(
     check_pairs(predictions, references)
     if len(sources) != len(predictions):
         raise ValueError(f"{len(sources)} sources but {len(predictions)} predictions: COMET needs each source")
-    model, program = config.model, _program(config)
-    if model is None:
-        raise ValueError("evaluation.comet.model is not set; give a hub id or a checkpoint")
-    lines = [
-        (_one_line(source), _one_line(prediction), _one_line(accepted[0]))
-        for source, prediction, accepted in zip(sources, predictions, references, strict=True)
-    ]
-    spoken = [index for index, (_, prediction, _) in enumerate(lines) if prediction]
-    scores = [0.0] * len(lines)
-    if spoken:
-        for index, score in zip(spoken, _run(program, model, [lines[i] for i in spoken], config), strict=True):
-            scores[index] = 100.0 * score
-    return Scores.mean(scores, f"model:{_model_name(model)}|refs:first|empty:0")
-
-
-def _program(config: CometConfig) -> str:
     program = shutil.which(config.command)
     if program is None:
         raise MetricUnavailableError(
             f"COMET is not installed: evaluation.comet.command={config.command!r} is not a program; run 'make comet', "
             "or give the path of comet-score in another environment"
         )
-    return program
+    model = config.model
+    assert model is not None
+    triples = zip(sources, predictions, (accepted[0] for accepted in references), strict=True)
+    lines = {index: [_one_line(text) for text in triple] for index, triple in enumerate(triples)}
+    spoken = {index: texts for index, texts in lines.items() if texts[1]}
+    found = _run(program, model, list(spoken.values()), config) if spoken else []
+    scores = dict.fromkeys(lines, 0.0) | {index: 100.0 * score for index, score in zip(spoken, found, strict=True)}
+    return Scores.mean(list(scores.values()), f"model:{_model_name(model)}|refs:first|empty:0")
 
 
-def _run(program: str, model: str, lines: list[tuple[str, str, str]], config: CometConfig) -> list[float]:
+def _run(program: str, model: str, lines: list[list[str]], config: CometConfig) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="firstlab-comet-") as folder:
         paths = [Path(folder, name) for name in ("sources.txt", "predictions.txt", "references.txt")]
         for path, segments in zip(paths, zip(*lines, strict=True), strict=True):
             path.write_text("".join(f"{segment}\n" for segment in segments), encoding="utf-8")
         output = Path(folder, "scores.json")
-        texts = zip(("-s", "-t", "-r"), map(str, paths), strict=True)
-        command = [program, *(part for pair in texts for part in pair), "--only_system", "--quiet"]
-        command += ["--model", _checkpoint(model), "--to_json", str(output)]
+        sources, predictions, references = map(str, paths)
+        command = [program, "-s", sources, "-t", predictions, "-r", references, "--only_system", "--quiet"]
+        checkpoint = str(Path(model, "checkpoints", "model.ckpt")) if Path(model).is_dir() else model
+        command += ["--model", checkpoint, "--to_json", str(output)]
         command += ["--batch_size", str(config.batch_size), "--gpus", str(config.gpus)]
         # The other environment must not find our packages.
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
@@ -79,7 +64,7 @@ def _run(program: str, model: str, lines: list[tuple[str, str, str]], config: Co
 
 
 def _parse(text: str, expected: int, config: CometConfig) -> list[float]:
-    """Scores from the program's JSON: {path of the predictions: [{"COMET": score, …}, …]}."""
+    """The scores in {path of the predictions: [{"COMET": score, …}, …]}."""
     try:
         (segments,) = json.loads(text).values()
         scores = [float(segment["COMET"]) for segment in segments]
@@ -104,13 +89,8 @@ def _failure(done: subprocess.CompletedProcess[str], config: CometConfig) -> str
     return f"{config.command} failed with exit status {done.returncode}:{advice}\n{last}"
 
 
-def _checkpoint(model: str) -> str:
-    """What `--model` takes: the checkpoint file of a local directory, else the name as it is."""
-    return str(Path(model, "checkpoints", "model.ckpt")) if Path(model).is_dir() else model
-
-
 def _model_name(model: str) -> str:
-    """A name without this machine's folders: hub ids stay, local paths keep their last telling part."""
+    """A hub id as it is, or of a local path the last telling part."""
     path = Path(model)
     if path.suffix == ".ckpt":
         return path.parents[1].name if path.parent.name == "checkpoints" else path.name
@@ -118,5 +98,5 @@ def _model_name(model: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """`text` on one line: white space, line breaks of any kind included, becomes single blanks."""
+    """The text with single blanks for white space, line breaks of any kind included."""
     return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())

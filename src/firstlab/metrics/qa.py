@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from firstlab.metrics.scores import Scores, check_pairs
+from firstlab.metrics.scores import References, Scores, Texts, check_pairs
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -31,19 +31,8 @@ def answer_f1(prediction: str, answer: str) -> float:
     return 2.0 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Share of predictions that match an accepted answer, 0..100."""
-    return _best_answer(answer_em, predictions, references)
-
-
-def f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-    """Mean token F1 against the closest accepted answer, 0..100."""
-    return _best_answer(answer_f1, predictions, references)
-
-
-def _best_answer(
-    score: Callable[[str, str], float], predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> Scores:
+def best_answer(score: Callable[[str, str], float], predictions: Texts, references: References) -> Scores:
+    """Mean score (`answer_em` or `answer_f1`) against the closest accepted answer, 0..100."""
     check_pairs(predictions, references)
     best = [
         100.0 * max(score(prediction, answer) for answer in accepted)

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Texts = Sequence[str]
+References = Sequence[Sequence[str]]
 FloatArray = NDArray[np.float64]
+#: Scores [R], 0..100, of sums of rows [R, K].
+Aggregate = Callable[[FloatArray], FloatArray]
 
 
 class MetricUnavailableError(ValueError):
@@ -20,23 +24,21 @@ class MetricUnavailableError(ValueError):
 class Scores:
     """What one metric keeps of n examples.
 
-    The score of any subset, resample or mixture of examples follows from the sum of its rows alone. That is
-    what makes corpus metrics such as BLEU as cheap to bootstrap as means.
-
-    Attributes:
-        rows: `[n, K]` sufficient statistics, one row per example.
-        aggregate: Maps sums of rows `[R, K]` to scores `[R]` in 0..100.
-        signature: What one must know to reproduce the figure.
-        per_example: Scores in 0..100 where the metric is their mean, else None.
+    The score of any subset, resample or mixture of examples follows from the sum of its rows alone, so that corpus
+    metrics such as BLEU are as cheap to bootstrap as means.
     """
 
-    rows: FloatArray
-    aggregate: Callable[[FloatArray], FloatArray]
-    signature: str | None = None
-    per_example: list[float] | None = None
+    rows: FloatArray  # [n, K] sufficient statistics
+    aggregate: Aggregate
+    signature: str | None = None  # what one must know to reproduce the figure
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def per_example(self) -> list[float] | None:
+        """Scores 0..100, where the metric is their mean."""
+        return self.rows[:, 0].tolist() if self.aggregate is _ratio else None
 
     @property
     def value(self) -> float:
@@ -51,11 +53,10 @@ class Scores:
             raise ValueError("a mean needs at least one example; got none")
         if not np.isfinite(array).all():
             raise ValueError(f"score of example {int(np.argmin(np.isfinite(array)))} is not finite")
-        rows = np.stack([array, np.ones_like(array)], axis=1)
-        return cls(rows, _ratio, signature, array.tolist())
+        return cls(np.stack([array, np.ones_like(array)], axis=1), _ratio, signature)
 
     @classmethod
-    def corpus(cls, rows: Any, aggregate: Callable[[FloatArray], FloatArray], signature: str | None = None) -> Scores:
+    def corpus(cls, rows: Any, aggregate: Aggregate, signature: str | None = None) -> Scores:
         """A metric of summed counts `[n, K]`, such as BLEU."""
         return cls(np.asarray(rows, dtype=np.float64), aggregate, signature)
 
@@ -81,8 +82,8 @@ class Scores:
         return cls((1 - share) * a.rows + share * b.rows, a.aggregate, a.signature)
 
 
-def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError unless there is at least one prediction and each has at least one reference."""
+def check_pairs(predictions: Texts, references: References) -> None:
+    """Raises ValueError unless there is a prediction and each has a reference."""
     if not predictions:
         raise ValueError("predictions are empty: there is nothing to score")
     if len(predictions) != len(references):

@@ -1,4 +1,4 @@
-"""Settings of the metrics that have a model of their own, as the options of an evaluation have them."""
+"""Settings of the metrics that have a model of their own; each is a group of options of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BertScoreConfig:
-    """Which encoder BERTScore of summaries compares with.
+    """Which encoder BERTScore of summaries compares with."""
 
-    Attributes:
-        path: Hub id or folder of the encoder; None leaves the metric out.
-        num_layers: Layer whose states are compared; None: bert-score's choice for the encoder, else its last.
-    """
-
-    path: str | None = None
-    num_layers: int | None = None
+    path: str | None = None  # hub id or folder; None leaves the metric out
+    num_layers: int | None = None  # whose states are compared; None: bert-score's choice for the encoder, else the last
 
     def __post_init__(self) -> None:
         if self.num_layers is not None and self.num_layers < 1:
@@ -24,20 +19,13 @@ class BertScoreConfig:
 
 @dataclass(frozen=True)
 class CometConfig:
-    """Which COMET model scores translations, and where its program is (`make comet`).
+    """Which COMET model scores translations, and where its program is (`make comet`)."""
 
-    Attributes:
-        model: Hub id, path of a `.ckpt` file, or a folder that holds `checkpoints/model.ckpt`; None leaves the metric
-            out.
-        command: The `comet-score` program; a relative path starts at the working directory.
-        batch_size: Segments per forward pass.
-        gpus: Number of GPUs; 0 is the CPU.
-    """
-
+    #: Hub id, `.ckpt` file, or a folder that holds `checkpoints/model.ckpt`; None leaves the metric out.
     model: str | None = None
-    command: str = ".venv-comet/bin/comet-score"
+    command: str = ".venv-comet/bin/comet-score"  # a relative path starts at the working directory
     batch_size: int = 8
-    gpus: int = 0
+    gpus: int = 0  # 0 is the CPU
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("gpus", 0)):

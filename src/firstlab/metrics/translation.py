@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,29 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from firstlab.metrics.scores import FloatArray, MetricUnavailableError, Scores, check_pairs
+from firstlab.metrics.scores import (
+    Aggregate,
+    FloatArray,
+    MetricUnavailableError,
+    References,
+    Scores,
+    Texts,
+    check_pairs,
+)
 
-#: sacreBLEU's tokenizers, by language, where words are not what stands between spaces. Everywhere else it is 13a.
+#: sacreBLEU's tokenizers of languages where words are not what stands between spaces. Everywhere else it is 13a.
 _TOKENIZERS = {
-    "zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab",
-    "bo": "char", "dz": "char", "km": "char", "lo": "char", "my": "char", "th": "char",
-}  # fmt: skip
-_SHORT = {
-    "zho": "zh", "chi": "zh", "cmn": "zh", "jpn": "ja", "kor": "ko", "bod": "bo", "tib": "bo", "dzo": "dz",
-    "khm": "km", "lao": "lo", "mya": "my", "bur": "my", "tha": "th",
-}  # fmt: skip
+    "zh": ("zh", "zho", "chi", "cmn", "yue"),
+    "ja-mecab": ("ja", "jpn"),
+    "ko-mecab": ("ko", "kor"),
+    "char": tuple(["bo", "bod", "tib", "dz", "dzo", "km", "khm", "lo", "lao", "my", "mya", "bur", "th", "tha"]),
+}
 
 
 def bleu_tokenizer(target_language: str | None) -> str:
     """The name of sacreBLEU's tokenizer for a language, given as a code or tag: "zh", "zh-CN", "jpn_Jpan"."""
     language = (target_language or "").replace("_", "-").partition("-")[0].lower()
-    return _TOKENIZERS.get(_SHORT.get(language, language), "13a")
+    return next((name for name, languages in _TOKENIZERS.items() if language in languages), "13a")
 
 
 def by_character(target_language: str | None) -> bool:
@@ -36,11 +41,7 @@ def by_character(target_language: str | None) -> bool:
 
 
 def load_bleu(target_language: str | None = None) -> BLEU:
-    """sacreBLEU's BLEU for a language.
-
-    Raises:
-        MetricUnavailableError: Its tokenizer is not installed.
-    """
+    """sacreBLEU's BLEU for a language; MetricUnavailableError where its tokenizer is not installed."""
     tokenizer = bleu_tokenizer(target_language)
     try:
         # force: silence the advice about tokenised text; predictions are scored as they are.
@@ -53,28 +54,15 @@ def load_bleu(target_language: str | None = None) -> BLEU:
 
 
 def tokenize(text: str, target_language: str | None) -> list[str]:
-    """Tokens of NLTK BLEU.
-
-    In scripts without spaces, every character that is not white space. Else NLTK's `wordpunct_tokenize`: runs of
-    letters and digits, and runs of punctuation; it needs no data files. Case is kept.
-    """
+    """Tokens of NLTK BLEU: every visible character in scripts without spaces, else runs of letters or punctuation."""
     # Importing NLTK takes seconds: with it come scikit-learn and pandas.
     from nltk.tokenize import wordpunct_tokenize
 
     return list("".join(text.split())) if by_character(target_language) else wordpunct_tokenize(text)
 
 
-def bleu_n(
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    order: int,
-    target_language: str | None = None,
-) -> Scores:
-    """BLEU with uniform weights on 1..`order`-grams, 0..100, equal to NLTK's `corpus_bleu`.
-
-    Not smoothed, as NLTK does by default: an order without any match takes the smallest float for its
-    precision, so the score is 0 for all purposes.
-    """
+def bleu_n(predictions: Texts, references: References, order: int, target_language: str | None = None) -> Scores:
+    """BLEU with uniform weights on 1..`order`-grams, 0..100, equal to NLTK's `corpus_bleu` without smoothing."""
     from nltk import __version__ as nltk_version
     from nltk.translate.bleu_score import closest_ref_length, modified_precision
 
@@ -84,52 +72,31 @@ def bleu_n(
         hypothesis = tokenize(prediction, target_language)
         targets = [tokenize(reference, target_language) for reference in accepted]
         precisions = [modified_precision(targets, hypothesis, n) for n in range(1, order + 1)]
-        rows.append(
-            [len(hypothesis), closest_ref_length(targets, len(hypothesis))]
-            + [precision.numerator for precision in precisions]
-            + [precision.denominator for precision in precisions]
-        )
-
+        lengths = [len(hypothesis), closest_ref_length(targets, len(hypothesis))]
+        rows.append(lengths + [each.numerator for each in precisions] + [each.denominator for each in precisions])
     tokens = "char" if by_character(target_language) else "wordpunct"
     signature = f"order:{order}|case:mixed|tok:{tokens}|smooth:none|nltk:{nltk_version}"
     return Scores.corpus(rows, _nltk_bleu, signature)
 
 
-def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], target_language: str | None = None) -> Scores:
-    """sacreBLEU's BLEU-4, 0..100, with its tokenizer for the target language and exponential smoothing.
-
-    Raises:
-        MetricUnavailableError: As `load_bleu`.
-    """
+def bleu(predictions: Texts, references: References, target_language: str | None = None) -> Scores:
+    """sacreBLEU's BLEU-4, 0..100, with its tokenizer for the target language and exponential smoothing."""
     return _sacrebleu(load_bleu(target_language), _bleu, predictions, references)
 
 
-def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+def chrf(predictions: Texts, references: References) -> Scores:
     """sacreBLEU's chrF2 (character 1..6-grams, no words), 0..100."""
     return _sacrebleu(CHRF(), _chrf, predictions, references)
 
 
-def _sacrebleu(
-    metric: Metric,
-    aggregate: Callable[[FloatArray], FloatArray],
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-) -> Scores:
+def _sacrebleu(metric: Metric, aggregate: Aggregate, predictions: Texts, references: References) -> Scores:
     check_pairs(predictions, references)
     # sacreBLEU wants one stream per reference position, None where an example has fewer.
     width = max(len(accepted) for accepted in references)
-    streams: list[list[Any]] = [
-        [accepted[i] if i < len(accepted) else None for accepted in references] for i in range(width)
-    ]
+    streams: list[Any] = [[each[i] if i < len(each) else None for each in references] for i in range(width)]
     # As sacreBLEU's own significance tests do: its counts, summed, and the score of the sums.
     rows = metric._extract_corpus_statistics(list(predictions), streams)
     return Scores.corpus(rows, aggregate, str(metric.get_signature()))
-
-
-def _brevity(hypothesis_length: FloatArray, reference_length: FloatArray) -> FloatArray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shorter = np.exp(1 - reference_length / hypothesis_length)
-    return np.where(hypothesis_length < reference_length, shorter, 1.0)
 
 
 def _nltk_bleu(sums: FloatArray) -> FloatArray:
@@ -137,7 +104,10 @@ def _nltk_bleu(sums: FloatArray) -> FloatArray:
     order = sums.shape[1] // 2 - 1
     matches, totals = sums[:, 2 : 2 + order], sums[:, 2 + order :]
     precisions = np.where(matches > 0, matches / np.maximum(totals, 1), sys.float_info.min)
-    scores = 100.0 * _brevity(sums[:, 0], sums[:, 1]) * np.exp(np.log(precisions).mean(1))
+    hypotheses, references = sums[:, 0], sums[:, 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        brevity = np.where(hypotheses < references, np.exp(1 - references / hypotheses), 1.0)
+    scores = 100.0 * brevity * np.exp(np.log(precisions).mean(1))
     return np.where(matches[:, 0] > 0, scores, 0.0)
 
 
@@ -162,11 +132,6 @@ def _chrf(sums: FloatArray) -> FloatArray:
     return 100.0 * (1 + CHRF.BETA**2) * precision * recall / np.where(weighted > 0, weighted, 1.0)
 
 
-#: How summed rows become scores, by metric; sacreBLEU's tokenizer has done its work by then. A table takes millions of
-#: resampled sums, for which the library's own function, one sum at a time, would need minutes.
-SCORES_OF_SUMS: dict[str, Callable[[FloatArray], FloatArray]] = {
-    "bleu1": _nltk_bleu,
-    "bleu2": _nltk_bleu,
-    "bleu": _bleu,
-    "chrf": _chrf,
-}
+#: How summed rows become scores, by metric. A table takes millions of resampled sums, for which the libraries' own
+#: functions, one sum at a time, would need minutes.
+SCORES_OF_SUMS = {"bleu1": _nltk_bleu, "bleu2": _nltk_bleu, "bleu": _bleu, "chrf": _chrf}

@@ -1,7 +1,6 @@
-"""The KV cache that carries the routes.
+"""The KV cache that carries the routes: a route belongs to one prompt, so it lives with that prompt's keys and values.
 
-A route belongs to one prompt, so it lives with that prompt's keys and values: models stay stateless, beams take their
-routes along when they are reordered, and interleaved generations never mix (§4.3, "fixed router decisions").
+Models stay stateless, beams take their routes along, and interleaved generations never mix (§4.3).
 """
 
 from __future__ import annotations
@@ -23,20 +22,15 @@ class RoutedCache(DynamicCache):
 
     Prefill runs every layer. When the whole prompt has been seen, route = (rho >= threshold) and the keys and values
     of layers that no row runs are freed. Every later pass, of one token or many, runs exactly the routed layers.
-    Routes with `skips_prompt` alone are in force from the first token of the prompt.
+    Routes with `skips_prompt` are in force from the first token of the prompt.
 
     Args:
-        config: Config of the wrapped model.
-        routers: The routers that read the prompt.
-        prompt_length: Padded length of the prompt, when it arrives in several chunks. None: the first pass is the
-            whole prompt.
-        routes: Used instead of the routers' decision. Rows are repeated when the batch is a multiple of them (beams,
-            several sequences per prompt).
+        prompt_length: Padded length of a prompt that arrives in several chunks. None: the first pass is all of it.
+        routes: Used instead of the routers' decision; rows are repeated when the batch is a multiple of them (beams).
         exit_head: Logits of intermediate states; for `EarlyExit`.
 
     Attributes:
-        routes: [B, L] boolean, true where the next token may run the layer; None until the prompt has been read (or
-            begun, for routes with `skips_prompt`).
+        routes: [B, L] boolean, true where the next token may run the layer; None before that is decided.
         rho: [B, L] fp32, None until then and for forced routes; of a `RouteRouter` 1 where the layer runs, else 0.
         prompt_continues: The next pass is not the prompt's last: the routes stay undecided behind it.
     """
@@ -66,17 +60,13 @@ class RoutedCache(DynamicCache):
         self.routes: Tensor | None = None
         self.rho: Tensor | None = None
         self.prompt_continues = False
-        self._routers = routers
-        self._prompt_length = prompt_length
-        self._seen = 0
-        self._prompt_seen = 0
+        self._routers, self._prompt_length = routers, prompt_length
+        self._seen = self._prompt_seen = self._pass_tokens = 0
         self._force(routes, exit_head)
-        self._pass_tokens = 0
         self._pass_mask: Tensor | None = None
-        # Of every layer of this pass; then summed over the prompt's passes, [B, L] and [B].
-        self._readings: list[tuple[Tensor, ...]] = []
-        self._sums: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._readings: list[tuple[Tensor, ...]] = []  # of every layer of this pass
+        self._sums: Tensor | None = None  # [B, L], of p over the prompt's passes
+        self._counts: Tensor | None = None  # [B], of the prompt's tokens
         # Per layer: does any, does every token of the pass run it; and which do, broadcastable to [B, T, L].
         self._any_row: list[bool] = []
         self._all_rows: list[bool] = []
@@ -111,11 +101,7 @@ class RoutedCache(DynamicCache):
         self._prompt_length, self.prompt_continues = length, False
 
     def set_prompt_continues(self, value: bool) -> None:
-        """Say whether the next pass leaves the prompt unfinished.
-
-        Raises:
-            ValueError: It is finished already.
-        """
+        """Say whether the next pass leaves the prompt unfinished; ValueError if it is finished already."""
         if value and self.decided:
             raise ValueError(
                 "prompt_continues=True: the route of past_key_values is decided already; start a new cache"
@@ -125,7 +111,8 @@ class RoutedCache(DynamicCache):
     def begin_pass(self, batch_size: int, tokens: int, attention_mask: Tensor | None) -> None:
         """Called before the decoder runs: `tokens` new tokens per row, mask [B, seen + tokens] or None."""
         self._pass_tokens = tokens
-        rows = self._batch_rows()
+        known = self._counts if self.routes is None else self.routes
+        rows = None if known is None else len(known)
         if rows not in (None, batch_size):
             raise ValueError(
                 f"past_key_values holds {rows} rows and the batch has {batch_size}; repeat the cached rows with "
@@ -133,17 +120,14 @@ class RoutedCache(DynamicCache):
             )
         if self.routes is None and self._rule.skips_prompt:
             self._set_routes(self._forced_rows(batch_size, self._routers.device))
-        if self.decided:
-            self._begin_decode(attention_mask)
+        if not self.decided:
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError("routing a prompt needs a 2-D attention_mask [batch, tokens] to leave out the padding")
+            self._pass_mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+            self._readings = []
             return
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("routing a prompt needs a 2-D attention_mask [batch, tokens] to leave out the padding")
-        self._pass_mask = None if attention_mask is None else attention_mask[:, -tokens:].bool()
-        self._readings = []
-
-    def _begin_decode(self, attention_mask: Tensor | None) -> None:
         assert self.routes is not None
-        gates = self._rule.window(self._steps, self._pass_tokens)
+        gates = self._rule.window(self._steps, tokens)
         if gates is not None:
             self._any_row, self._all_rows = gates.any(0).tolist(), gates.all(0).tolist()
             self._gates = gates.unsqueeze(0)
@@ -152,8 +136,8 @@ class RoutedCache(DynamicCache):
             if attention_mask is not None and attention_mask.ndim == 2:
                 response = attention_mask[:, self._prompt_seen :].bool()
             else:
-                response = self.routes.new_ones(len(self.routes), self._steps + self._pass_tokens)
-            steps = decode_steps(response)[:, -self._pass_tokens :]
+                response = self.routes.new_ones(len(self.routes), self._steps + tokens)
+            steps = decode_steps(response)[:, -tokens:]
             self._exits = ExitPass(self._rule.exit_rule, self._exit_head, steps, self._routers.num_layers)
 
     @property
@@ -162,14 +146,7 @@ class RoutedCache(DynamicCache):
         return [True] * self._routers.num_layers if self.routes is None else self._any_row
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """Run, skip, or run for some rows only.
-
-        Args:
-            index: Layer, 0-based.
-            hidden: [B, T, D], input of the layer.
-            run: Calls the layer.
-            skip: The layer's output when nothing is computed.
-        """
+        """Run layer `index` on hidden [B, T, D], skip it, or run it for some rows only."""
         if self.routes is None:
             if self._measures:
                 self._readings.append(self._routers.readings(hidden, index, self._pass_mask))
@@ -214,15 +191,13 @@ class RoutedCache(DynamicCache):
         # A mean over the whole prompt: chunks contribute sums and counts.
         mask = self._pass_mask
         if mask is None:
-            rows = next(each[0] for each in self._readings if each).shape[0]
+            rows = next(len(each[0]) for each in self._readings if each)
             mask = torch.ones(rows, self._pass_tokens, dtype=torch.bool, device=self._routers.device)
         sums = self._routers.sums(self._readings, mask)
         counts = mask.sum(-1).to(sums.device)
         self._readings = []
-        if self._sums is None or self._counts is None:
-            self._sums, self._counts = sums, counts
-        else:
-            self._sums, self._counts = self._sums + sums, self._counts + counts
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = counts if self._counts is None else self._counts + counts
 
     def _fix_routes(self) -> None:
         self._prompt_seen = self._seen
@@ -274,12 +249,6 @@ class RoutedCache(DynamicCache):
                 layer.keys = source.keys[..., :0, :].clone()
                 layer.values = source.values[..., :0, :].clone()
 
-    def _batch_rows(self) -> int | None:
-        """Rows that the cache holds, None before the first pass."""
-        if self.routes is not None:
-            return len(self.routes)
-        return None if self._counts is None else len(self._counts)
-
     def _set_routes(self, routes: Tensor) -> None:
         self.routes = routes
         # The one place where routes come to the host: layers that decode skips must not wait for the device.
@@ -309,15 +278,11 @@ class RoutedCache(DynamicCache):
         return routes.unsqueeze(1).expand(-1, self._steps, -1)
 
     def layer_skips(self, steps: Tensor | None = None) -> Tensor:
-        """How often each layer was skipped.
+        """[B, L] in [0, 1], how often each layer was skipped; whether it is, for routes fixed by the prompt.
 
         Args:
-            steps: [B], count only each row's first decode steps. A response of n tokens takes n - 1; rows of a batch
-                that have ended go on being decoded until the last one ends. Default: all.
-
-        Returns:
-            [B, L] in [0, 1]. For routes fixed by the prompt simply whether the layer is skipped, in any number of
-            steps; else 0 in a row without steps.
+            steps: [B], count only each row's first decode steps (n - 1 for a response of n tokens), as rows that have
+                ended are decoded until the last one ends. Default: all.
         """
         routes = self._known_routes()
         if not self._rule.decides_each_step:
@@ -340,7 +305,7 @@ class RoutedCache(DynamicCache):
     def kv_bytes(self) -> int:
         """Bytes that keys and values hold now."""
         kept = (x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values))
-        return sum(x.numel() * x.element_size() for x in kept)
+        return sum(x.nbytes for x in kept)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, whether or not `layer_idx` was skipped."""
@@ -357,8 +322,7 @@ class RoutedCache(DynamicCache):
         """Take back the last tokens (a negative count, as in transformers).
 
         Raises:
-            ValueError: An earlier step ran layers whose keys and values are freed by now, or the prompt has not been
-                read to its end, so that rho still counts what would be taken back.
+            ValueError: The step ran layers whose keys and values are freed by now, or the prompt is unfinished.
         """
         seen = max(0, self._seen - abs(tokens_to_remove))
         if self._counts is not None:
@@ -389,26 +353,23 @@ class RoutedCache(DynamicCache):
         self.prompt_continues = False
         self._gates, self._exits, self._exit_record = None, None, []
 
+    # Routes go with their rows.
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Beam search: routes go with their rows."""
         super().reorder_cache(beam_idx)
         self._take_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, with its route."""
         super().batch_repeat_interleave(repeats)
         self._take_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, with their routes."""
         super().batch_select_indices(indices)
         self._take_rows(lambda rows: rows[indices.to(rows.device)])
 
     def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
-        if self.rho is not None:
-            self.rho = take(self.rho)
-        if self._sums is not None and self._counts is not None:
-            self._sums, self._counts = take(self._sums), take(self._counts)
+        for name in ("rho", "_sums", "_counts"):
+            if (rows := getattr(self, name)) is not None:
+                setattr(self, name, take(rows))
         if self.routes is not None:
             self._set_routes(take(self.routes))
         if self._exit_record:

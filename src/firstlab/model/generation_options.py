@@ -13,27 +13,23 @@ from transformers import GenerationConfig
 # Before 5.23 `prefill_chunk_size` cuts the tokens that a given cache already holds into chunks again.
 CHUNKS_REPEAT_THE_CACHE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23)
 
-_DRAFTS = "it drafts tokens inside the prompt pass, before a route exists"
-_OWN_CACHE = "the routes live in the model's own dynamic cache"
-_HUB_CODE = "it runs code from the hub that may replace the cache"
-# Option -> (values that mean "off", reason). transformers itself reads "hybrid", of older configs, as "dynamic".
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_model": ((None,), _DRAFTS),
-    "prompt_lookup_num_tokens": ((None,), _DRAFTS),
-    "assistant_early_exit": ((None,), _DRAFTS),
-    "speculation_type": ((None,), _DRAFTS),
-    "use_mtp": ((None, False), _DRAFTS),
-    "is_assistant": ((None, False), "a draft model's cache is rewound into the prompt pass"),
-    "penalty_alpha": ((None, 0, 0.0), "contrastive search rewinds the cache that carries the routes"),
-    "dola_layers": ((None,), "DoLa compares layers that a route may skip"),
-    "num_beam_groups": ((None, 1), _HUB_CODE),
-    "constraints": ((None,), _HUB_CODE),
-    "force_words_ids": ((None,), _HUB_CODE),
-    "custom_generate": ((None,), _HUB_CODE),
-    "token_healing": ((None, False), "it tokenizes the prompt again, so that padding and prompt length may change"),
-    "cache_implementation": ((None, "hybrid"), _OWN_CACHE),
-    "cache_config": ((None,), _OWN_CACHE),
-    "guidance_scale": ((None, 1, 1.0), "its second, unconditional pass would run unrouted"),
+# Reason -> options that it rules out, with the value, beside None, that means "off". transformers reads "hybrid", of
+# older configs, as "dynamic".
+_UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "it drafts tokens inside the prompt pass, before a route exists": {
+        **dict.fromkeys(("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "speculation_type")),
+        "use_mtp": False,
+    },
+    "a draft model's cache is rewound into the prompt pass": {"is_assistant": False},
+    "contrastive search rewinds the cache that carries the routes": {"penalty_alpha": 0},
+    "DoLa compares layers that a route may skip": {"dola_layers": None},
+    "it runs code from the hub that may replace the cache": {
+        "num_beam_groups": 1,
+        **dict.fromkeys(("constraints", "force_words_ids", "custom_generate")),
+    },
+    "it tokenizes the prompt again, so that padding and prompt length may change": {"token_healing": False},
+    "the routes live in the model's own dynamic cache": {"cache_implementation": "hybrid", "cache_config": None},
+    "its second, unconditional pass would run unrouted": {"guidance_scale": 1},
 }
 
 
@@ -46,14 +42,11 @@ def option_value(name: str, options: dict[str, Any], defaults: GenerationConfig)
 
 
 def check_generation_options(options: dict[str, Any], defaults: GenerationConfig) -> None:
-    """Refuse options that would give silently wrong text.
+    """Raises ValueError for options of transformers' `generate` that would give silently wrong text.
 
     Args:
-        options: Keyword arguments meant for transformers' `generate`; a `generation_config` in them counts too.
+        options: Keyword arguments; a `generation_config` in them counts too.
         defaults: The model's own generation config, in force where neither says anything.
-
-    Raises:
-        ValueError: Names the option, its value and the reason.
     """
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
@@ -70,50 +63,35 @@ def check_generation_options(options: dict[str, Any], defaults: GenerationConfig
             f"prefill_chunk_size={value('prefill_chunk_size')} cannot be used with inputs_embeds: transformers cuts "
             "only input_ids into chunks; drop one of them"
         )
-    for name, (off, reason) in _UNSUPPORTED.items():
-        given = value(name)
-        if given not in off:
-            shown = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
-            raise ValueError(f"{name}={shown} cannot be used with routed decoding: {reason}; drop the option")
+    for reason, names in _UNSUPPORTED.items():
+        for name, off in names.items():
+            given = value(name)
+            if given not in (None, off):
+                shown = type(given).__name__ if isinstance(given, nn.Module) else repr(given)
+                raise ValueError(f"{name}={shown} cannot be used with routed decoding: {reason}; drop the option")
 
 
-#: Settings of a generation config that change the scores of tokens, and the values that mean "off".
-_SCORE_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1, 1.0),
-    "encoder_repetition_penalty": (None, 1, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "sequence_bias": (None,),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "watermarking_config": (None,),
+# Settings of a generation config that change the scores of tokens, and the value, beside None, that means "off".
+_SCORE_SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), []),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config")),
 }
-#: The same, in force where tokens are drawn.
-_SAMPLING_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "min_p": (None, 0, 0.0),
-    "top_h": (None,),
-    "typical_p": (None, 1, 1.0),
-    "epsilon_cutoff": (None, 0, 0.0),
-    "eta_cutoff": (None, 0, 0.0),
-}
+# The same, in force where tokens are drawn.
+_SAMPLING_SETTINGS = {"min_p": 0, "top_h": None, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_score_settings(defaults: GenerationConfig, drawn: bool = False) -> None:
     """Raises ValueError if the model's own generation config changes scores, which the decode engine does not.
 
-    Args:
-        defaults: The config. Within `pinned_generation` it holds special tokens alone.
-        drawn: Whether tokens are drawn.
+    `drawn`: whether tokens are drawn.
     """
     for name, off in (_SCORE_SETTINGS | (_SAMPLING_SETTINGS if drawn else {})).items():
         given = getattr(defaults, name, None)
-        if given not in off:
+        if given not in (None, off):
             raise ValueError(
                 f"the model's generation config has {name}={given!r}, which the decode engine does not follow: set "
                 f"lm.generation_config.{name} = None, or decode with RouterAugmentedLM.generate"
@@ -122,11 +100,7 @@ def check_score_settings(defaults: GenerationConfig, drawn: bool = False) -> Non
 
 @contextmanager
 def pinned_generation(lm: Any) -> Iterator[None]:
-    """Within it, `generate` and the decode engine follow what they are given and nothing that the model's folder says.
-
-    The model's generation config is put aside but for its special tokens, so that no penalty, cut-off or search of it
-    moves a score.
-    """
+    """Put aside the model's generation config, but for its special tokens: no penalty or search of it moves a score."""
     own = lm.generation_config
     lm.generation_config = GenerationConfig(**{name: getattr(own, name) for name in _SPECIAL_TOKENS})
     try:

@@ -41,17 +41,12 @@ def check_forward(
     cached: bool,
     options: dict[str, Any],
 ) -> None:
-    """Refuse arguments of `forward` that do not go together.
+    """Raises ValueError for arguments of `forward` that do not go together.
 
     Args:
-        lm: The wrapped model.
         tokens: [B, T] ids or [B, T, D] embeddings.
-        labels, routes, keep_logits: As of `forward`.
         cached: Whether there is a cache.
-        options: The other arguments; what says nothing new is taken out.
-
-    Raises:
-        ValueError: Names the argument and the way out.
+        options: The other arguments; those that repeat a default are taken out.
     """
     if not keep_logits and labels is None:
         raise ValueError("keep_logits=False leaves nothing to return without labels=; pass labels, or keep logits")
@@ -108,9 +103,8 @@ def own_cache(cache: Any) -> RoutedCache:
 def check_continuation(cache: RoutedCache, tokens: int, generating: bool) -> None:
     """Warn where tokens that may belong to the prompt come behind a route that is decided.
 
-    They run with skipped layers. That is right for the response, and for a short follow-up in a chat. It is taken for a
-    prompt that goes on if more than `FEW_TOKENS` come at once, or, in `generate`, if there are several behind a route
-    that no token was decoded with yet, as when a system prompt is cached.
+    Skipping is right for a response or a short follow-up in a chat. More than `FEW_TOKENS` at once are taken for a
+    prompt, and in `generate` several before any decode step (a cached system prompt).
     """
     if cache.decided and (tokens > FEW_TOKENS or (generating and tokens > 1 and not cache.has_decoded)):
         warnings.warn(

@@ -1,11 +1,11 @@
-"""Make decoder layers routable without touching parameters, names or state-dict keys.
+"""Make decoder layers routable: each layer's class becomes a subclass whose `forward` asks the current routing.
 
-The layer's class is swapped for a subclass of itself whose `forward` asks the current routing what to do. Routing comes
-with the KV cache (inference) or with the current teacher-forced pass (training); without either the layer is unchanged.
+Routing comes with the KV cache (inference) or the teacher-forced pass (training); without either nothing changes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -103,7 +103,6 @@ def _routable_class(dense_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def make_routable(layers: nn.ModuleList) -> None:
-    """Make every layer ask for its routing; calling it twice changes nothing."""
     for index, layer in enumerate(layers):
         layer.layer_index = index  # type: ignore[assignment]
         if not isinstance(layer, RoutableLayer):
@@ -111,7 +110,6 @@ def make_routable(layers: nn.ModuleList) -> None:
 
 
 def make_dense(layers: nn.ModuleList) -> None:
-    """Undo `make_routable`."""
     routable: list[Any] = [layer for layer in layers if isinstance(layer, RoutableLayer)]
     for layer in routable:
         _set_class(layer, layer.dense_class)
@@ -120,11 +118,8 @@ def make_dense(layers: nn.ModuleList) -> None:
 
 
 def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
-    """The layer's class, also where a hook of accelerate (device maps, offloading) stands before its `forward`.
-
-    The hook stays in front: it brings weights and inputs to one device.
-    """
     layer.__class__ = kind
+    # A hook of accelerate (device maps, offloading) stays in front: it brings weights and inputs to one device.
     if "_old_forward" in layer.__dict__:
         layer._old_forward = MethodType(kind.forward, layer)  # type: ignore[assignment]
 
@@ -132,8 +127,7 @@ def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
 class IntermediateHead:
     """The wrapped model's final norm and LM head on the output of any layer, [N, D] -> [N, V].
 
-    A model whose first layer returns the given state and whose other layers pass it on is its own head, with whatever
-    projections, scales and caps the architecture has there.
+    The model itself, with layers that pass the given state on, keeps the architecture's projections, scales and caps.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -151,8 +145,6 @@ class IntermediateHead:
 
 
 class _PassOn:
-    """Every layer returns the same state."""
-
     def __init__(self, states: Tensor, output_length: int | None) -> None:
         self._output = states if output_length is None else (states, *[None] * (output_length - 1))
 
@@ -170,19 +162,15 @@ def watch_passes(decoder: nn.Module) -> None:
 
 
 def _begin_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = find_cache(args, kwargs)
-    if cache is None:
+    if (cache := find_cache(args, kwargs)) is None:
         return
     given = signature(decoder.forward).bind(*args, **kwargs).arguments
-    inputs = given.get("input_ids")
-    if inputs is None:
-        inputs = given["inputs_embeds"]
+    inputs = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
     cache.begin_pass(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
 
 
 def _end_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = find_cache(args, kwargs)
-    if cache is None:
+    if (cache := find_cache(args, kwargs)) is None:
         return
     runs, weights = cache.layers_run, getattr(output, "attentions", None)
     # Where transformers records the weights of the layers that it calls, the others have no entry yet.
@@ -193,7 +181,6 @@ def _end_pass(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def unwatch_passes(decoder: nn.Module) -> None:
-    """Undo `watch_passes`."""
     for hook in decoder.__dict__.pop("routing_hooks", ()):
         hook.remove()
 
@@ -210,67 +197,51 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     modules = dict(model.named_modules())
     # A list inside a numbered module (experts of a layer, say) is not the list of layers.
     lists = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == expected
-        and not any(part.isdigit() for part in name.split("."))
+        name: each
+        for name, each in modules.items()
+        if isinstance(each, nn.ModuleList) and len(each) == expected and not re.search(r"(^|\.)\d+(\.|$)", name)
     }
     if len(lists) != 1:
-        found = ", ".join(lists) or "none"
         raise ValueError(
-            f"{type(model).__name__}: expected exactly one ModuleList of {expected} decoder layers, found {found}; "
-            "only decoder-only models whose layers stand in one ModuleList can be routed"
+            f"{type(model).__name__}: expected exactly one ModuleList of {expected} decoder layers, found "
+            f"{', '.join(lists) or 'none'}; only decoder-only models whose layers stand in one ModuleList can be routed"
         )
     [(name, layers)] = lists.items()
     return modules[name.rpartition(".")[0]], layers
 
 
-#: Keys by which configs say how many hidden states there are of a token between two layers.
+# Keys by which configs say how many hidden states a token has between two layers.
 _STREAMS = ("hc_mult", "hc_count", "altup_num_inputs")
-#: Names of tables of absolute positions.
+# Names of tables of absolute positions.
 _POSITIONS = ("embed_positions", "position_embeddings")
 
 
 def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
-    """Raises ValueError for a model whose prompts or layers cannot be told apart as routing needs.
+    """Raises ValueError for a model whose prompts or layers cannot be told apart as routing needs."""
+    if why := _obstacle(model, decoder):
+        raise ValueError(f"{type(model).__name__} cannot be routed: {why}")
 
-    `decoder` must take tokens and a KV cache, where routes and prompts are seen; a table of positions must be read by
-    `position_ids`, as padding would move the prompts otherwise; no layer may need what another one has found, or wait
-    for an image; and a token must have one hidden state between two layers.
-    """
+
+def _obstacle(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     taken = signature(decoder.forward).parameters
-    missing = [name for name in ("input_ids", "past_key_values") if name not in taken]
-    if missing:
-        raise ValueError(
-            f"{type(model).__name__}: {type(decoder).__name__}, which runs the layers, takes no "
-            f"{' and no '.join(missing)}; only decoder-only models with a key-value cache can be routed"
+    if missing := [name for name in ("input_ids", "past_key_values") if name not in taken]:
+        return (
+            f"{type(decoder).__name__}, which runs the layers, takes no {' and no '.join(missing)}; only decoder-only "
+            "models with a key-value cache can be routed"
         )
-    table = any(hasattr(decoder, name) for name in _POSITIONS)
-    if table and "position_ids" not in signature(model.forward).parameters:
-        raise ValueError(
-            f"{type(model).__name__} has a table of positions and takes no position_ids, so that its prompts depend on "
-            "their padding; such models cannot be routed"
-        )
+    if any(hasattr(decoder, x) for x in _POSITIONS) and "position_ids" not in signature(model.forward).parameters:
+        return "it has a table of positions and takes no position_ids, so its prompts depend on their padding"
     config = model.config.get_text_config(decoder=True)
-    streams = next((name for name in _STREAMS if hasattr(config, name)), None)
-    if streams is not None:
-        raise ValueError(
-            f"{type(model).__name__}: its layers pass on {getattr(config, streams)} hidden states of every token "
-            f"({streams}); only decoder layers from [batch, tokens, hidden size] to the same can be routed"
-        )
+    for name in _STREAMS:
+        if hasattr(config, name):
+            return (
+                f"its layers pass on {getattr(config, name)} hidden states of every token ({name}); only decoder "
+                "layers from [batch, tokens, hidden size] to the same can be routed"
+            )
     if getattr(config, "cross_attention_layers", None):
-        raise ValueError(
-            f"{type(model).__name__}: its layers that attend to an image do not run without one, so that a prompt of "
-            "text alone has no route for them; such models cannot be routed"
-        )
-    below = None
+        return "its layers that attend to an image do not run on a prompt of text alone"
     if "shared" in (getattr(config, "indexer_types", None) or ()):
-        below = "layers with a shared indexer need"
-    elif any(hasattr(each, "router_states_scale") for each in decoder.modules()):
-        below = "its routers of experts need"
-    if below is not None:
-        raise ValueError(
-            f"{type(model).__name__}: {below} what the layer below has found, which a route may skip; such models "
-            "cannot be routed"
-        )
+        return "layers with a shared indexer need what the layer below has found, which a route may skip"
+    if any(hasattr(each, "router_states_scale") for each in decoder.modules()):
+        return "its routers of experts need what the layer below has found, which a route may skip"
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from firstlab.model import inputs, lora, storage
 from firstlab.model.cache import RoutedCache
@@ -35,11 +35,10 @@ from firstlab.model.prompt_cache import Layout, PromptCache, PromptReading
 from firstlab.model.quantization import is_quantized
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, RouterSettings, float32_kept
-from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes, as_routes
-from firstlab.model.teacher_forcing import ConstantPromptPass, PromptPass, ResponsePass, TeacherForcedPass
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes, as_asked, as_routes
+from firstlab.model.teacher_forcing import PromptPass, TeacherForcedPass
 
-# Half a GiB of fp32 logits for a vocabulary of 128k.
-LOSS_CHUNK = 1024
+LOSS_CHUNK = 1024  # half a GiB of fp32 logits for a vocabulary of 128k
 
 
 class RouterAugmentedLM(nn.Module):
@@ -112,18 +111,16 @@ class RouterAugmentedLM(nn.Module):
             ValueError: A file of the folder is missing, damaged, or not the one that was saved.
         """
         saved = storage.read_config(path)
-        if saved is None and base is not None:
-            raise ValueError(f"base={str(base)!r} is for a folder written by save_pretrained, which {path} is not")
         if saved is None:
+            if base is not None:
+                raise ValueError(f"base={str(base)!r} is for a folder written by save_pretrained, which {path} is not")
             return cls(storage.load_base(path, **kwargs), settings)
         model = cls(storage.load_base(base or saved.base, **kwargs), saved.router)
         storage.load_trained(model.lm, model.routers, saved)
         return model.train(model.training)
 
     def save_pretrained(self, path: str | Path, save_base: bool = False) -> None:
-        """Write config.json, routers.safetensors, the PEFT adapter if there is one, and, if asked, the base model.
-
-        The base takes its generation config along, and its tokenizer where that can be found.
+        """Write config.json, routers.safetensors, the PEFT adapter if any, and, if asked, the base and its tokenizer.
 
         Raises:
             ValueError: The base cannot be saved (it is quantized, or LoRA is not merged), is not saved and could not be
@@ -269,7 +266,13 @@ class RouterAugmentedLM(nn.Module):
             cache = inputs.own_cache(past_key_values)
             inputs.check_continuation(cache, shape_source.shape[1], generating=False)
             cache.set_prompt_continues(prompt_continues)
-            return self._cached_pass(input_ids, attention_mask, cache, shape_source.shape[1], **kwargs)
+            if attention_mask is not None:
+                tokens = shape_source.shape[1]
+                kwargs = {name: x[:, -tokens:] for name, x in self._positions(attention_mask).items()} | kwargs
+            out = self.lm(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **kwargs
+            )
+            return RouterAugmentedOutput(**known_fields(out), rho=cache.rho)
         if prompt_continues:
             raise ValueError("prompt_continues=True needs past_key_values=model.new_cache(), which the rest comes to")
         if attention_mask is None:
@@ -320,26 +323,27 @@ class RouterAugmentedLM(nn.Module):
             raise ValueError("a model with router.kind=routes needs input_ids in a teacher-forced pass, or routes=")
         return FixedRoutes(self.route(ids, prompt_mask, rule.skip_rate))
 
-    def _cached_pass(
-        self, ids: Tensor | None, mask: Tensor | None, cache: RoutedCache, tokens: int, **options: Any
-    ) -> RouterAugmentedOutput:
-        """Routed inference: the cache says which layers run."""
-        if mask is not None:
-            options = {name: value[:, -tokens:] for name, value in self._positions(mask).items()} | options
-        out = self.lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
-        return RouterAugmentedOutput(**known_fields(out), rho=cache.rho)
-
-    def _run(self, current: Routing, module: nn.Module, ids: Tensor | None, mask: Tensor, **options: Any) -> Any:
-        """The module's output in one pass without a cache."""
-        with routing(current):
-            options = self._positions(mask) | options
-            return module(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+    def _run(
+        self,
+        current: Routing | None,
+        module: nn.Module,
+        ids: Tensor | None,
+        mask: Tensor,
+        cache: Cache | None = None,
+        **options: Any,
+    ) -> Any:
+        """The module's output for new tokens, with the mask [B, seen + T] of all; routed by `current`, if given."""
+        tokens = mask.shape[1] if ids is None else ids.shape[1]
+        options = {name: value[:, -tokens:] for name, value in self._positions(mask).items()} | options
+        if cache is not None:
+            options["past_key_values"] = cache
+        with nullcontext() if current is None else routing(current):
+            return module(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **options)
 
     def read_prompts(self, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor) -> PromptReading | None:
         """Prompts alone, as prefill runs them, without a graph but that from rho to the routers; for `respond`.
 
-        None where prompts and responses cannot be told apart (see `Layout.of`), or the model's cache holds more than
-        keys and values.
+        None if prompts and responses cannot be told apart (`Layout.of`) or the cache holds more than keys and values.
         """
         attended = attention_mask.bool()
         prompt = prompt_mask.bool() & attended
@@ -348,16 +352,9 @@ class RouterAugmentedLM(nn.Module):
             return None
         ids, real, length = layout.take(input_ids), layout.real, layout.prompt_length
         cache = PromptCache()
-        kind = ConstantPromptPass if isinstance(self.routers, Routers) else PromptPass
-        prompts = kind(self.routers, real[:, :length])
-        with torch.no_grad(), routing(prompts):
-            out = self.backbone(
-                input_ids=ids[:, :length],
-                attention_mask=real[:, :length].long(),
-                past_key_values=cache,
-                use_cache=True,
-                **{name: value[:, :length] for name, value in self._positions(real).items()},
-            )
+        prompts = PromptPass(self.routers, real[:, :length], constant=isinstance(self.routers, Routers))
+        with torch.no_grad():
+            out = self._run(prompts, self.backbone, ids[:, :length], real[:, :length].long(), cache)
         cache.frozen = True
         return PromptReading(layout, ids, cache, out.last_hidden_state, prompts.rho)
 
@@ -370,52 +367,39 @@ class RouterAugmentedLM(nn.Module):
         states: list[Tensor | None] | None = None,
         known: int = 0,
     ) -> RouterAugmentedOutput:
-        """The decode-consistent pass over the responses behind prompts that were read before.
+        """The decode-consistent pass over the responses behind prompts that were read; backward sees responses only.
 
-        Backward goes through the response tokens only. The model must be as it was when it read, but for the routers
-        where `routes` are forced.
+        The model must be as it was when it read, but for the routers where `routes` are forced.
 
         Args:
-            reading: From `read_prompts`.
             labels: [B, T], as the ids that were read; -100 where no loss is wanted.
             gate: See `TeacherForcedPass`.
             routes: One decision per prompt or for all, or None for the routers' own.
-            states, known: To share layers with a pass under other routes, see `ResponsePass`.
+            states, known: To share layers with a pass under other routes, see `TeacherForcedPass`.
         """
         layout, length, rho = reading.layout, reading.layout.prompt_length, reading.rho
         real = layout.real
-        responses = ResponsePass(
+        responses = TeacherForcedPass(
             self.routers,
-            rho,
             real[:, length:],
+            torch.zeros_like(real[:, length:]),
+            "decode_consistent",
             gate,
-            self.gradient_checkpointing,
-            routes,
-            states,
-            known,
+            routes=routes,
+            checkpoint_layers=self.gradient_checkpointing,
+            prompt_rho=rho,
+            states=states,
+            known=known,
         )
-        with routing(responses):
-            out = self.backbone(
-                input_ids=reading.ids[:, length:],
-                attention_mask=real.long(),
-                past_key_values=reading.cache,
-                use_cache=True,
-                **{name: value[:, length:] for name, value in self._positions(real).items()},
-            )
+        out = self._run(responses, self.backbone, reading.ids[:, length:], real.long(), reading.cache)
         states = torch.cat([reading.states, out.last_hidden_state], 1)
         found = self._losses(states, self.output_head(), layout.take(labels).masked_fill(~real, -100), real, rho)
         found["token_losses"] = layout.put_back(found["token_losses"], labels.shape[1])
         return RouterAugmentedOutput(**found)
 
     def _losses(
-        self,
-        found: Tensor,
-        head: Callable[[Tensor], Tensor] | None,
-        labels: Tensor,
-        attended: Tensor,
-        rho: Tensor,
+        self, found: Tensor, head: OutputHead | None, labels: Tensor, attended: Tensor, rho: Tensor
     ) -> dict[str, Any]:
-        """The fields of an output that labels give, from [B, T, ...] logits or what `head` makes logits of."""
         losses: dict[str, Any] = labelled_losses(found, head, labels, attended, self.loss_chunk)
         terms = {
             "cross_entropy": losses["loss"],
@@ -431,14 +415,9 @@ class RouterAugmentedLM(nn.Module):
 
     @torch.no_grad()
     def dense_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """The `states` [N, D] that the base model alone, every layer run and without LoRA, has where labels are."""
+        """The `states` [N, D] of the base model alone, every layer run and without LoRA, where labels are."""
         with self.lora_disabled():
-            out = self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-                **self._positions(attention_mask),
-            )
+            out = self._run(None, self.backbone, input_ids, attention_mask)
         return out.last_hidden_state[:, :-1][predicting(labels, attention_mask.bool())]
 
     def _exit_head(self, routes: Routes | None) -> IntermediateHead | None:
@@ -511,8 +490,7 @@ class RouterAugmentedLM(nn.Module):
         [padding, prompt, new tokens].
 
         Args:
-            input_ids: [B, T] prompts (or `inputs_embeds=` [B, T, D]).
-            attention_mask: [B, T], 0 on padding.
+            input_ids, attention_mask: [B, T] prompts (or `inputs_embeds=` [B, T, D]), 0 on padding.
             routes: Forces which layers decode runs: a boolean tensor [L] or [B, L], or any `Routes`.
             skip_rate: How much the routers are to skip, over tokens, where they know any rate (`router.kind=routes`):
                 one for all prompts, or [B].
@@ -530,19 +508,15 @@ class RouterAugmentedLM(nn.Module):
         if lossless:
             if past_key_values is not None:
                 raise ValueError("lossless=True begins with the prompt; drop past_key_values")
-            return self._generate_lossless(input_ids, attention_mask, routes, skip_rate, kwargs)
-        if skip_rate is not None:
-            if routes is not None:
-                raise ValueError("routes= says which layers run, and skip_rate= lets the routers say it; drop one")
-            routes = RoutersDecide(skip_rate)
+            return self._generate_lossless(input_ids, attention_mask, as_asked(routes, skip_rate), kwargs)
+        routes = as_asked(routes, skip_rate)
         if option_value("use_cache", kwargs, self.lm.generation_config) is False:
             kwargs["use_cache"] = True
         embeds = kwargs.get("inputs_embeds")
         if input_ids is None and embeds is None:
             raise ValueError("generate needs input_ids [batch, tokens] or inputs_embeds")
         cache = self.new_cache() if past_key_values is None else inputs.own_cache(past_key_values)
-        prompt = input_ids if embeds is None else embeds
-        assert prompt is not None
+        prompt: Any = input_ids if embeds is None else embeds
         if cache.get_seq_length():
             inputs.check_new_tokens(prompt, attention_mask, cache)
             # New tokens behind a cache are then one piece, which gives the same tokens.
@@ -575,8 +549,7 @@ class RouterAugmentedLM(nn.Module):
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
-        routes: Routes | Tensor | None,
-        skip_rate: float | Tensor | None,
+        routes: Routes | None,
         options: dict[str, Any],
     ) -> Any:
         """Draft under each prompt's route, verify densely; one prompt after the other."""
@@ -592,9 +565,11 @@ class RouterAugmentedLM(nn.Module):
         mask, input_ids, _ = inputs.padded_on_the_left(mask, input_ids, None)
         assert input_ids is not None
         chosen = LosslessOptions.of(options, self.lm.generation_config, input_ids.shape[1])
-        if routes is None and isinstance(self.routers, RouteRouter) and skip_rate is None:
-            skip_rate = self.routers.highest_rate  # a draft may miss, so it may skip more than a text
-        forced = RoutersDecide(skip_rate) if routes is None else as_routes(routes)
+        # A draft may miss, so it may skip more than a text.
+        highest = self.routers.highest_rate if isinstance(self.routers, RouteRouter) else None
+        forced = RoutersDecide(highest) if routes is None else routes
+        if isinstance(forced, RoutersDecide):
+            self.routers.checked_rate(forced.skip_rate, len(input_ids))
         if not isinstance(forced, RoutersDecide | FixedRoutes):
             raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
         forced.check(self.num_layers, len(input_ids))

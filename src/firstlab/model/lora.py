@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,11 +21,7 @@ from firstlab.model.settings import LoraSettings
 
 
 def check_lora(model: PreTrainedModel | PretrainedConfig, settings: LoraSettings) -> list[str]:
-    """Full names of the linear maps that the settings are about.
-
-    Args:
-        model: A model, or its config: then nothing is loaded.
-        settings: What is to be added.
+    """Full names of the linear maps that get LoRA, of a model or, without loading it, of its config.
 
     Raises:
         ValueError: A name of `target_modules` matches no linear map of the decoder layers.
@@ -63,7 +58,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
-    """Some routers of experts in transformers are linear maps that give a tuple."""
+    # Some routers of experts in transformers are linear maps that give a tuple.
     kind = type(linear)
     if kind.forward in (nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith("transformers.models."):
         return True
@@ -73,10 +68,7 @@ def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
 
 
 def target_pattern(model: PreTrainedModel, names: Sequence[str]) -> str:
-    """The regular expression by which PEFT finds linear maps of the decoder layers.
-
-    The last part of a name would also match what is elsewhere (in a vision tower, say) or is no linear map.
-    """
+    """The regular expression by which PEFT finds these linear maps of the decoder layers and no others."""
     _, layers = find_decoder(model)
     path = next(name for name, module in model.named_modules() if module is layers)
     inside = sorted({name.removeprefix(f"{path}.").partition(".")[2] for name in names})
@@ -124,18 +116,15 @@ def inject_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of all LoRA layers."""
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
-    """Every LoRA layer of the model."""
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
 @contextmanager
 def lora_disabled(model: PreTrainedModel) -> Iterator[None]:
-    """Run the model as if it had no LoRA."""
     layers = list(lora_layers(model))
     # PEFT's switch also flips requires_grad; what is trainable is not its business here.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -163,12 +152,9 @@ def merge_lora(model: PreTrainedModel) -> None:
         # Where transformers itself has loaded the adapter, it would still save the model as one.
         model._hf_peft_config_loaded = False
         model._weight_conversions = [  # type: ignore[assignment]
-            each for each in getattr(model, "_weight_conversions", None) or [] if not _names_an_adapter(each)
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not any("lora_" in x or x.startswith("base_model.") for x in conversion.source_patterns)
         ]
         # No folder or hub id holds these weights any more; saving asks for them.
         model.config._name_or_path = ""
-
-
-def _names_an_adapter(conversion: Any) -> bool:
-    """Whether a conversion between names in files and in the model belongs to PEFT."""
-    return any("lora_" in each or each.startswith("base_model.") for each in conversion.source_patterns)

@@ -19,24 +19,14 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 def predicting(labels: Tensor, attended: Tensor) -> Tensor:
-    """[B, T - 1] boolean: the positions whose next token is labelled. Padding predicts nothing.
-
-    Args:
-        labels: [B, T], -100 where no loss is wanted.
-        attended: [B, T] boolean, false on padding.
-    """
+    """[B, T - 1] boolean: the positions whose next token is labelled (not -100); padding predicts nothing."""
     return (labels[:, 1:] != -100) & attended[:, :-1]
 
 
 class OutputHead:
-    """What a model does to its decoder's output, [N, D] -> [N, V], with gradient.
+    """What a model does to the output of its module named `decoder`, [N, D] -> [N, V], with gradient.
 
-    It is the model itself around a decoder that returns its input, so that projections, biases, scales and caps are
-    its own. Parameters are shared.
-
-    Args:
-        model: A causal LM.
-        decoder: Name of its decoder module.
+    It is the model itself around a decoder that returns its input, so projections, biases, scales and caps are its own.
     """
 
     def __init__(self, model: PreTrainedModel, decoder: str) -> None:
@@ -78,8 +68,7 @@ def labelled_losses(
     Args:
         found: [B, T, D] states, or [B, T, V] logits where there is no head.
         head: Logits of states.
-        labels: [B, T], -100 where no loss is wanted.
-        attended: [B, T] boolean, false on padding.
+        labels, attended: [B, T], -100 where no loss is wanted, and false on padding.
         chunk: Positions whose logits exist at a time.
     """
     wanted = predicting(labels, attended).to(found.device)
@@ -93,15 +82,9 @@ def labelled_losses(
 
 
 def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
-    """`function(*tensors)`, applied to `size` rows at a time.
+    """`function(*tensors)`, which treats every row by itself, applied to `size` rows at a time.
 
-    With a gradient, what a chunk computes inside is computed again in the backward pass unless it is the only one: no
-    more than one chunk's logits are there at any time.
-
-    Args:
-        function: Takes [n, ...] tensors and gives an [n, ...] tensor, each row for itself.
-        size: Rows of a chunk, at least 1.
-        *tensors: [N, ...] each.
+    With a gradient, several chunks are computed again in the backward pass: only one chunk's logits exist at a time.
     """
     chunks = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
     if len(chunks) == 1:
@@ -110,14 +93,7 @@ def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> T
 
 
 def token_cross_entropy(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """[N] fp32 cross-entropy of every target.
-
-    Args:
-        head: Logits [n, V] of states [n, D].
-        states: [N, D].
-        targets: [N].
-        chunk: Positions whose logits exist at a time.
-    """
+    """[N] fp32 cross-entropy of `targets` [N] by `head` on `states` [N, D], `chunk` positions at a time."""
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
         logits = head(states)

@@ -26,9 +26,9 @@ class Layout:
 
     @classmethod
     def of(cls, prompt: Tensor, response: Tensor) -> Layout | None:
-        """The layout of rows whose prompt and response tokens are given, [B, T] boolean each.
+        """The layout of prompt and response tokens, [B, T] boolean each.
 
-        None where there is nothing on one side, or a prompt token behind a token of the response.
+        None if one side is empty or a prompt token stands behind one of the response.
         """
         longest, room = int(prompt.sum(1).max()), int(response.sum(1).max())
         if 0 in (longest, room) or (prompt & (response.cumsum(1) > 0)).any():
@@ -62,7 +62,6 @@ class PromptCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The prompt's keys and values with those of the tokens at hand behind them."""
         if not self.frozen:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
@@ -74,7 +73,6 @@ class PromptReading:
     """All that responses need of their prompts: reading it once serves any number of passes over the responses.
 
     Attributes:
-        layout: Where prompts and responses stand.
         ids: [B, P + R].
         cache: Frozen, with the prompts' keys and values of every layer.
         states: [B, P, D], the decoder's output on the prompts.
@@ -89,8 +87,5 @@ class PromptReading:
 
     @property
     def num_bytes(self) -> int:
-        """What keeping it takes."""
         layers: list[Any] = self.cache.layers
-        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values)) + (
-            self.states.numel() * self.states.element_size()
-        )
+        return self.states.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

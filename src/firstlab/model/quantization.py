@@ -1,8 +1,6 @@
 """Weight-only quantization of the decoder layers through torchao, for decoding alone.
 
-A decode step at a small batch takes the time of reading the weights, so smaller weights and skipped layers multiply.
-On a GPU torchao's own products are for compiled layers. On a CPU they expand the weights at every call or do not exist,
-so torch's kernels for such weights take their place; the integers, scales and zeros are torchao's.
+On a CPU torch's kernels replace torchao's products, which expand the weights at every call or do not exist.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ from transformers import PreTrainedModel
 from firstlab.model.layers import find_decoder
 
 QUANTIZATIONS = ("int8", "int4")
-#: The CPU kernel of 8-bit weights reads blocks of as many numbers, also behind the end of a row; that of 4-bit weights
-#: computes blocks of as many outputs.
+# The CPU kernel of 8-bit weights reads blocks of this size, even past a row's end; that of 4-bit weights computes
+# blocks of this many outputs.
 _BLOCK = 16
-#: Numbers of a row that share a scale and a zero in 4-bit weights.
+# Numbers of a row that share a scale and a zero in 4-bit weights.
 _GROUP = 32
 
 
@@ -38,13 +36,9 @@ def check_quantization(name: str | None) -> None:
 
 
 def quantize(lm: PreTrainedModel, name: str | None) -> None:
-    """Quantize every linear map of the decoder layers in place; embeddings, head, norms and routers stay as they are.
+    """Quantize every `nn.Linear` of the decoder layers in place; None leaves everything as it is.
 
-    So do the stacked weights of experts, which are no linear maps; a warning says how much of the layers they are.
-
-    Args:
-        lm: Without unmerged LoRA.
-        name: One of `QUANTIZATIONS`; None leaves everything as it is.
+    The stacked weights of experts stay as they are, with a warning.
 
     Raises:
         ValueError: As `check_quantization`, unmerged LoRA, or layers without `nn.Linear`.
@@ -61,23 +55,18 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
     for module in linears:
         if not module.weight.is_contiguous():  # ordered anew by a decode engine
             module.weight = nn.Parameter(module.weight.detach().contiguous(), requires_grad=False)
-    _warn_of_stacked(layers, name)
-    (_to_int8 if name == "int8" else _to_int4)(layers, linears[0].weight)
-
-
-def _warn_of_stacked(layers: nn.Module, name: str) -> None:
-    stacked = [each.numel() for each in layers.parameters() if each.ndim > 2]
-    if stacked:
+    if stacked := [each.numel() for each in layers.parameters() if each.ndim > 2]:
         share = sum(stacked) / sum(each.numel() for each in layers.parameters())
         warnings.warn(
             f"quantization={name!r}: {len(stacked)} stacked weights of experts, {share:.0%} of the layers' numbers, "
             "stay as they are; only nn.Linear is quantized",
-            stacklevel=3,
+            stacklevel=2,
         )
+    (_to_int8 if name == "int8" else _to_int4)(layers, linears[0].weight)
 
 
 def _is_plain(module: nn.Module, name: str = "") -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear map that gives its product alone; some routers of experts give more."""
+    # Some routers of experts are linear maps that give more than their product.
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
@@ -109,7 +98,6 @@ def _to_int4(layers: nn.Module, one: Tensor) -> None:
 
 
 def _exchange(layers: nn.Module, kind: Callable[[nn.Linear], nn.Module], fits: Callable[[nn.Linear], bool]) -> None:
-    """Every linear map that fits becomes one of this kind."""
     for parent in list(layers.modules()):
         for child, module in parent.named_children():
             if _is_plain(module) and fits(module):
@@ -119,10 +107,8 @@ def _exchange(layers: nn.Module, kind: Callable[[nn.Linear], nn.Module], fits: C
 class Int8Linear(nn.Module):
     """A linear map with torchao's 8-bit weight, which on a CPU is read as it is.
 
-    There x is rounded to bfloat16, and so is its product with the integers, which is summed in float32.
-
-    Args:
-        linear: Quantized already, with a scale per row and zero points of zero; its inputs are a multiple of 16.
+    There x is rounded to bfloat16, and so is its product with the integers, which is summed in float32. `linear` is
+    quantized already, with a scale per row and zero points of zero; its inputs are a multiple of 16.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -133,7 +119,6 @@ class Int8Linear(nn.Module):
         self._ones = torch.ones(len(linear.weight), dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., N] of [..., K], in the type of x."""
         stored: Any = self.weight
         if x.device.type != "cpu":
             return F.linear(x, stored, self.bias)
@@ -146,11 +131,7 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """A linear map with 4-bit weights on a CPU, computed in the type of the model.
-
-    Args:
-        linear: Not quantized yet; its inputs are a multiple of 32, its outputs of 16.
-    """
+    """`linear`, whose inputs are a multiple of 32 and outputs of 16, with 4-bit weights on a CPU."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -164,7 +145,6 @@ class Int4Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., N] of [..., K], in the type of x."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, _GROUP, self.scales_and_zeros)
         out = out.view(*x.shape[:-1], out.shape[-1])

@@ -15,16 +15,9 @@ from firstlab.model.settings import RouterSettings
 
 
 def token_readings(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> tuple[Tensor, ...]:
-    """What p needs of every token, in fp32 whatever the model's dtype.
+    """(h · r,) of hidden [B, T, D] and a router [D], and with "rms" also ||h||; [B, T] fp32 each, in any dtype.
 
-    Args:
-        hidden: [B, T, D], the input of the layer.
-        weight: [D], the layer's router.
-        input_norm: "none" (paper) or "rms" (h is divided by its root mean square first, so that the size of the
-            router does not depend on the size of the hidden states).
-
-    Returns:
-        (h · r,), and with "rms" also ||h||; [B, T] fp32 each.
+    "none" is the paper's; "rms" divides h by its root mean square, so the router's size does not depend on that of h.
     """
     kind = hidden.device.type
     # Asked first: entering the context costs more than the product.
@@ -49,15 +42,7 @@ def token_probabilities(hidden: Tensor, weight: Tensor, input_norm: str = "none"
 
 
 def pool(probabilities: Tensor, pooled_tokens: Tensor) -> Tensor:
-    """rho = mean of p over the pooled tokens (§4.1); padding never counts.
-
-    Args:
-        probabilities: [B, T].
-        pooled_tokens: [B, T] boolean, true where a token counts.
-
-    Returns:
-        [B]; 0 for a row without pooled tokens.
-    """
+    """rho [B] = mean of p [B, T] over the pooled tokens [B, T] boolean (§4.1); 0 for a row without any."""
     # Filled, not multiplied: attention may leave NaN at padding.
     total = probabilities.masked_fill(~pooled_tokens, 0).sum(-1)
     return total / pooled_tokens.sum(-1).clamp_min(1)
@@ -74,12 +59,9 @@ def straight_through(rho: Tensor, decision: Tensor) -> Tensor:
 
 
 def mix(hidden: Tensor, output: Tensor, gate: Tensor) -> Tensor:
-    """h_i = h_{i-1} + g · phi_i(h_{i-1}), written h + g · (F(h) - h); exact at g = 0 and g = 1.
+    """h_i = h_{i-1} + g · phi_i(h_{i-1}), exact at g = 0 and g = 1.
 
-    Args:
-        hidden: [B, T, D], input of the layer.
-        output: [B, T, D], F_i(hidden) = hidden + phi_i(hidden).
-        gate: [B, T] or broadcastable.
+    `hidden` [B, T, D] is the layer's input, `output` is F_i(hidden) = hidden + phi_i(hidden), `gate` is [B, T].
     """
     return torch.lerp(hidden, output, gate.to(output.dtype).unsqueeze(-1).expand_as(output))
 
@@ -108,23 +90,16 @@ class Routers(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers L."""
         return self.weight.shape[0]
 
     def probabilities(self, hidden: Tensor, layer_index: int) -> Tensor:
-        """Per-token probabilities of one layer, [B, T, D] -> [B, T] fp32."""
+        """p of one layer, [B, T, D] -> [B, T] fp32."""
         return token_probabilities(hidden, self.weight[layer_index], self.settings.input_norm)
 
     def rho_of_constant(self, hidden: Tensor, pooled_tokens: Tensor, layer_index: int) -> Tensor:
-        """rho [B] of hidden states that need no gradient, with the gradient of the router.
+        """rho [B] of hidden states [B, T, D] that need no gradient, with the gradient of the router.
 
-        Backward through `pool(probabilities(...))` would keep the states of all tokens; here it keeps one [B, D]
-        derivative.
-
-        Args:
-            hidden: [B, T, D].
-            pooled_tokens: [B, T] boolean.
-            layer_index: Whose router.
+        Backward through `pool(probabilities(...))` would keep the states of all tokens; this keeps a [B, D] derivative.
         """
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             probabilities = self.probabilities(hidden, layer_index)
@@ -144,19 +119,11 @@ class Routers(nn.Module):
         return self.weight.device
 
     def readings(self, hidden: Tensor, layer_index: int, pooled_tokens: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What the probabilities of one layer need, [B, T, D] -> [B, T] fp32 each; see `token_readings`."""
+        """`token_readings` of one layer, [B, T, D] -> [B, T] fp32 each."""
         return token_readings(hidden, self.weight[layer_index], self.settings.input_norm)
 
     def sums(self, readings: Sequence[Sequence[Tensor]], pooled_tokens: Tensor) -> Tensor:
-        """Sums of p over the pooled tokens, all layers at once.
-
-        Args:
-            readings: Of every layer, on one device or several.
-            pooled_tokens: [B, T] boolean, true where a token counts.
-
-        Returns:
-            [B, L] fp32, on the device of the first layer.
-        """
+        """[B, L] fp32 on the first layer's device: sums of p over the pooled tokens [B, T], from all readings."""
         device = readings[0][0].device
         stacked = [torch.stack([x.to(device) for x in each], dim=1) for each in zip(*readings, strict=True)]
         probabilities = probabilities_of(stacked, self.weight.shape[1])

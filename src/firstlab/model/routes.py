@@ -20,14 +20,11 @@ CONFIDENCES = ("softmax", "gap", "cosine")
 
 
 class Routes(ABC):
-    """Which layers the tokens of a response run.
+    """Which layers the tokens of a response run."""
 
-    Attributes:
-        decides_each_step: Whether the layers of a row change from decode step to decode step.
-        skips_prompt: Whether tokens of the prompt skip layers, too.
-    """
-
+    #: Whether the layers of a row change from decode step to decode step.
     decides_each_step: ClassVar[bool] = False
+    #: Whether tokens of the prompt skip layers, too.
     skips_prompt: ClassVar[bool] = False
 
     @abstractmethod
@@ -102,11 +99,7 @@ class RoutersDecide(Routes):
 
 @dataclass(frozen=True, eq=False)
 class FixedRoutes(Routes):
-    """One decision for the whole response.
-
-    Attributes:
-        ran: Boolean, [L] for every prompt or [B, L] with one row per prompt.
-    """
+    """One decision for the whole response: `ran` is boolean, [L] for every prompt or [B, L]."""
 
     ran: Tensor
 
@@ -143,11 +136,7 @@ class FixedRoutes(Routes):
 
 
 class PrunedRoutes(FixedRoutes):
-    """Layers that no token runs, those of the prompt included: as if the other layers were the whole model.
-
-    Attributes:
-        ran: [L] boolean, shared by all rows.
-    """
+    """Layers that no token runs, those of the prompt included; `ran` is boolean [L], shared by all rows."""
 
     skips_prompt: ClassVar[bool] = True
 
@@ -164,13 +153,9 @@ class PrunedRoutes(FixedRoutes):
 
 @dataclass(frozen=True, eq=False)
 class StepRoutes(Routes):
-    """A schedule shared by all rows: decode step t runs `schedule[min(t, S - 1)]`, as in SkipDecode.
+    """A schedule [S, L] shared by all rows: decode step t runs `schedule[min(t, S - 1)]`, as in SkipDecode.
 
-    The sets must be nested, S(t + 1) ⊆ S(t): a layer that once passed by a token has no keys and values of it, so that
-    no later token could run that layer exactly.
-
-    Attributes:
-        schedule: [S, L] boolean.
+    The sets must be nested: a layer that a token once skipped has no keys and values of it for later tokens.
     """
 
     schedule: Tensor
@@ -221,8 +206,8 @@ class EarlyExit(Routes):
 
     A token leaves at the first layer whose confidence passes the threshold; its state goes unchanged to the final norm
     and the LM head. The layers above keep keys and values of that exit state, so that a later token may go deeper.
-    `generate` gets those by running every layer in full and asks the LM head after each one, so it says what early exit
-    does to quality and nothing about its speed. The decode engine computes only keys and values above the exit.
+    `generate` runs every layer in full, so it shows the quality of early exit and not its speed; the decode engine
+    computes only keys and values above the exit.
 
     Attributes:
         threshold: A token exits at the first layer whose confidence is at least this.
@@ -291,7 +276,7 @@ class EarlyExit(Routes):
 
 
 class ExitPass:
-    """Which tokens of one forward pass are still on their way up.
+    """Which tokens of one forward pass have not left yet.
 
     Args:
         rule: When to exit.
@@ -301,10 +286,7 @@ class ExitPass:
     """
 
     def __init__(self, rule: EarlyExit, head: Callable[[Tensor], Tensor], steps: Tensor, num_layers: int) -> None:
-        self._rule = rule
-        self._head = head
-        self._steps = steps
-        self._last = num_layers - 1
+        self._rule, self._head, self._steps, self._last = rule, head, steps, num_layers - 1
         self._ran: list[Tensor] = []
         self._active = torch.ones_like(steps, dtype=torch.bool)
 
@@ -335,11 +317,7 @@ class ExitPass:
 
 
 def as_routes(given: Routes | Tensor) -> Routes:
-    """Routes as they are, or those of a boolean tensor [L] or [B, L].
-
-    Raises:
-        ValueError: Anything else.
-    """
+    """Routes as they are, or those of a boolean tensor [L] or [B, L]; ValueError for anything else."""
     if isinstance(given, Tensor):
         return FixedRoutes(given)
     if isinstance(given, Routes):
@@ -349,28 +327,26 @@ def as_routes(given: Routes | Tensor) -> Routes:
     )
 
 
-def decode_steps(response: Tensor) -> Tensor:
-    """Number the decode steps of every row.
+def as_asked(routes: Routes | Tensor | None, skip_rate: float | Tensor | None) -> Routes | None:
+    """What the arguments `routes` and `skip_rate` of a decoder say together; None leaves all to the routers.
 
-    Args:
-        response: [B, T] boolean, true on tokens of the response.
-
-    Returns:
-        [B, T], the decode step whose input the token is, -1 on prompt and padding.
+    Raises:
+        ValueError: Both are given.
     """
+    if skip_rate is None:
+        return None if routes is None else as_routes(routes)
+    if routes is not None:
+        raise ValueError("routes= says which layers run, and skip_rate= lets the routers say it; drop one")
+    return RoutersDecide(skip_rate)
+
+
+def decode_steps(response: Tensor) -> Tensor:
+    """[B, T], the decode step whose input each token is, -1 where `response` [B, T] is false (prompt and padding)."""
     return torch.where(response, response.long().cumsum(1) - 1, -1)
 
 
 def layer_skips(ran: Tensor, counted: Tensor) -> Tensor:
-    """How often each layer was skipped.
-
-    Args:
-        ran: [B, T, L] boolean, true where the layer ran.
-        counted: [B, T] boolean, the tokens that count.
-
-    Returns:
-        [B, L] in [0, 1], the share of the counted tokens that skipped the layer; 0 in a row where nothing counts.
-    """
+    """[B, L], the share of the `counted` [B, T] tokens that skipped each layer by `ran` [B, T, L]; 0 if none count."""
     skipped = ((~ran) & counted.unsqueeze(-1)).sum(1)
     return skipped / counted.sum(1, keepdim=True).clamp_min(1)
 
@@ -381,11 +357,7 @@ def routes_to_json(routes: Routes | Tensor) -> Any:
 
 
 def routes_from_json(saved: Any) -> Routes:
-    """Undo `routes_to_json`.
-
-    Raises:
-        ValueError: Not what it writes.
-    """
+    """Undo `routes_to_json`; ValueError for what it does not write."""
     try:
         if isinstance(saved, list):
             return FixedRoutes(_booleans(saved))

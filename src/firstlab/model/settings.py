@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 INPUT_NORMS = ("none", "rms")
 KINDS = ("layers", "routes")
@@ -46,10 +45,6 @@ class RouterSettings:
             raise ValueError(f"router.max_harm={self.max_harm} must be above 0, or null for no limit")
         if not 0 < self.threshold < 1:
             raise ValueError(f"router.threshold={self.threshold} must lie strictly between 0 and 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary for config.json."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

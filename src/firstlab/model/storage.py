@@ -27,7 +27,10 @@ FORMAT = "firstlab"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ROUTER_WEIGHTS = "routers.safetensors"
-_AGAIN = "save the model again; in a run directory, delete this folder and give the training command again"
+_AGAIN = (
+    "save the model again; in a run directory, delete this folder, and result.json if there is one, and give the "
+    "training command again"
+)
 #: Folder of a base that was saved along.
 _BASE = "base"
 _PEFT_PREFIX = "base_model.model."
@@ -44,9 +47,7 @@ class SavedModel:
     """What config.json of a folder written by firstlab says.
 
     Attributes:
-        folder: Where it is.
         base: Hub id or folder of the base model.
-        router: How the routers read and decide.
         files: The other files that belong to it, with their SHA-256; None if it was saved before there were any.
     """
 
@@ -57,7 +58,6 @@ class SavedModel:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether it was saved with LoRA."""
         if self.files is not None:
             return _ADAPTER_WEIGHTS in self.files
         return any((self.folder / name).exists() for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS))
@@ -126,8 +126,8 @@ def _check_folder(path: str, options: Mapping[str, Any]) -> None:
     """Look into the files that transformers believes, before it does.
 
     Raises:
-        ModelUnavailableError: The generation config is damaged, for which transformers would put its own, with other
-            stop tokens; or a file names code to import: a package of PEFT's, or attention kernels of the hub.
+        ModelUnavailableError: The generation config is damaged, which transformers would replace in silence; or a file
+            names code to import: a package of PEFT's, or attention kernels of the hub.
     """
     file = Path(path) / "generation_config.json"
     if file.is_file():
@@ -149,8 +149,7 @@ def _check_folder(path: str, options: Mapping[str, Any]) -> None:
 
 
 def _hub_kernels(path: str, hub: Mapping[str, Any]) -> Iterator[str]:
-    """Attention code of the hub that a config asks for; one that cannot be read asks for nothing."""
-    with suppress(Exception):
+    with suppress(Exception):  # a config that cannot be read asks for nothing
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
         for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
             if "/" in (name := str(getattr(part, "_attn_implementation", ""))):
@@ -158,7 +157,6 @@ def _hub_kernels(path: str, hub: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _refuse_packages(file: str | Path, adapter: Mapping[str, Any]) -> None:
-    """Raises ModelUnavailableError for an adapter config by which PEFT imports a package."""
     if adapter.get("megatron_config"):
         raise ModelUnavailableError(f"{file}: megatron_config imports a package, which a saved adapter may not do")
 
@@ -177,18 +175,14 @@ def load_base_config(path: str | Path, revision: str | None = None) -> Pretraine
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a hub id, a transformers folder, or a folder written by firstlab (its base model's).
-
-    Args:
-        path: Hub id or folder.
-        revision: Hub revision.
+    """The tokenizer of a hub id or folder; of a folder written by firstlab, that of its base.
 
     Raises:
         ModelUnavailableError: It cannot be loaded.
     """
     location = _base_of(path)
+    options = {} if revision is None else {"revision": revision}
     try:
-        options = {} if revision is None else {"revision": revision}
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises no narrower class
         raise _unavailable(location, error, "tokenizer") from error
@@ -217,8 +211,7 @@ def read_config(path: str | Path) -> SavedModel | None:
         if (folder / _ROUTER_WEIGHTS).is_file():
             raise ModelUnavailableError(f"{file} beside {_ROUTER_WEIGHTS} must have model_type={FORMAT!r}; {_AGAIN}")
         return None
-    missing = [key for key in ("base_model_name_or_path", "router") if key not in config]
-    if missing:
+    if missing := [key for key in ("base_model_name_or_path", "router") if key not in config]:
         raise ModelUnavailableError(f"{file} has no key {' and no key '.join(missing)}; {_AGAIN}")
     base, files = config["base_model_name_or_path"], config.get("files")
     if not isinstance(base, str) or not isinstance(files, dict | None):
@@ -246,10 +239,7 @@ def save(
     """Write config.json, routers, the adapter if there is one and, if asked, the base model with its tokenizer.
 
     Args:
-        lm, routers: What is saved.
-        path: Folder.
-        save_base: Whether the base goes along.
-        tokenizer: Hub id or folder that has it; where there is none, the folder gets none.
+        tokenizer: Hub id or folder that has the base's tokenizer; where there is none, the folder gets none.
 
     Raises:
         ValueError: The base has no name to find it by and is not saved along, or there are several adapters.
@@ -285,7 +275,9 @@ def save(
             (directory / name).unlink(missing_ok=True)
     if save_base:
         lm.save_pretrained(directory / _BASE)
-        _save_tokenizer(tokenizer, directory / _BASE)
+        with suppress(ModelUnavailableError):  # many models have none; whoever needs it is told so
+            if tokenizer:
+                load_tokenizer(tokenizer).save_pretrained(directory / _BASE)
     config = {
         "model_type": FORMAT,
         "base_model_name_or_path": base,
@@ -297,21 +289,11 @@ def save(
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_tokenizer(source: str, directory: Path) -> None:
-    if source:
-        try:
-            tokenizer = load_tokenizer(source)
-        except ModelUnavailableError:
-            return  # many models have none; whoever needs it is told so
-        tokenizer.save_pretrained(directory)
-
-
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _adapter_name(lm: PreTrainedModel) -> str | None:
-    """PEFT's name of the LoRA layers, None without any."""
     if not any(True for _ in lora_layers(lm)):
         return None
     names = list(lm.peft_config)
@@ -330,8 +312,7 @@ def load_trained(lm: PreTrainedModel, routers: Routers | RouteRouter, saved: Sav
     """
     names = [_ROUTER_WEIGHTS, *([_ADAPTER_WEIGHTS, _ADAPTER_CONFIG] if saved.has_adapter else [])]
     for name in names:
-        file = saved.folder / name
-        if not file.is_file():
+        if not (saved.folder / name).is_file():
             raise ValueError(f"{saved.folder} was saved with {name}, and it is missing; {_AGAIN}")
     found = _load_file(saved, _ROUTER_WEIGHTS)
     if isinstance(routers, RouteRouter):

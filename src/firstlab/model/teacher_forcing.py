@@ -24,6 +24,40 @@ GATES = ("soft", "hard", "bernoulli")
 POOLED_TOKENS = ("sequence", "prompt")
 
 
+class PromptPass:
+    """Measures on the unskipped path, as prefill does, what the routers decide by.
+
+    Args:
+        routers: The routers.
+        prompt_mask: [B, T] boolean, true on prompt tokens.
+        constant: The hidden states need no gradient: no graph but that from rho to the per-layer routers.
+    """
+
+    def __init__(self, routers: Routers | RouteRouter, prompt_mask: Tensor, constant: bool = False) -> None:
+        self.routers, self.prompt_mask, self.constant = routers, prompt_mask, constant
+        self._readings: list[tuple[Tensor, ...]] = []
+        self._rho: list[Tensor] = []
+
+    @property
+    def means(self) -> Tensor:
+        """What the routers decide by, [B, L] or [B, F]."""
+        sums = self.routers.sums(self._readings, self.prompt_mask)
+        return sums / self.prompt_mask.sum(1, keepdim=True).clamp_min(1).to(sums.device)
+
+    @property
+    def rho(self) -> Tensor:
+        """[B, L], with the routers' gradient where `constant`."""
+        return _side_by_side(self._rho) if self._rho else self.routers.decision(self.means)[0]
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        if self.constant:
+            assert isinstance(self.routers, Routers)
+            self._rho.append(self.routers.rho_of_constant(hidden, self.prompt_mask.to(hidden.device), index))
+        else:
+            self._readings.append(self.routers.readings(hidden, index, self.prompt_mask))
+        return run()
+
+
 class TeacherForcedPass:
     """Routing of one forward pass over whole sequences.
 
@@ -39,6 +73,9 @@ class TeacherForcedPass:
             too, need decode_consistent.
         exit_head: Logits of intermediate states; for `EarlyExit`.
         checkpoint_layers: Recompute each layer in the backward pass instead of keeping its activations.
+        prompt_rho: [B, L] of prompts that were read before: the tokens are their responses alone.
+        states: Where the input of every layer is kept, [L], to be shared with a pass under other routes.
+        known: So many of `states` hold already what this pass would compute: it goes on from the last of them.
     """
 
     def __init__(
@@ -52,7 +89,12 @@ class TeacherForcedPass:
         routes: Routes | Tensor | None = None,
         exit_head: Callable[[Tensor], Tensor] | None = None,
         checkpoint_layers: bool = False,
+        prompt_rho: Tensor | None = None,
+        states: list[Tensor | None] | None = None,
+        known: int = 0,
     ) -> None:
+        self.routers = routers
+        self._rho: list[Tensor] = []
         for name, value, allowed in (
             ("objective", objective, OBJECTIVES),
             ("gate", gate, GATES),
@@ -60,7 +102,6 @@ class TeacherForcedPass:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
-        self.routers = routers
         self.decode_consistent = objective == "decode_consistent"
         self.gate = gate
         self.prompt_mask = prompt_mask
@@ -70,9 +111,8 @@ class TeacherForcedPass:
         if routes is not None:
             self._follow(as_routes(routes), objective, attention_mask, exit_head)
         self.checkpoint_layers = checkpoint_layers
-        # A `RouteRouter` has decided before the pass begins.
-        self._measures = isinstance(routers, Routers)
-        self._rho: list[Tensor] = []
+        self._prompt_rho = prompt_rho
+        self._states, self._known = states, known
 
     def _follow(
         self, routes: Routes, objective: str, attention_mask: Tensor, head: Callable[[Tensor], Tensor] | None
@@ -95,11 +135,11 @@ class TeacherForcedPass:
 
     @property
     def rho(self) -> Tensor:
-        """[B, L], with gradient; of a `RouteRouter` the routes that are forced, as 0 and 1."""
-        if not self._rho:
-            assert self._gates is not None
-            return self._gates.to(torch.float32).amin(1)
-        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
+        """[B, L], with gradient; of a `RouteRouter`, which decides before the pass, its routes as 0 and 1."""
+        if self._rho:
+            return _side_by_side(self._rho)
+        assert self._gates is not None
+        return self._gates.to(torch.float32).amin(1)
 
     @property
     def ran(self) -> Tensor | None:
@@ -108,8 +148,17 @@ class TeacherForcedPass:
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run the layer and mix its output with its input by the gate."""
-        if self._measures:
-            self._rho.append(self._measure(index, hidden))
+        if self._states is not None:
+            if index < self._known - 1:
+                output, state = skip(), self._states[index + 1]
+                return (state, *output[1:]) if isinstance(output, tuple) else state
+            self._states[index] = hidden
+        if self._prompt_rho is not None:
+            self._rho.append(self._prompt_rho[:, index].to(hidden.device))
+            if self._gates is not None and not self._gates[..., index].any():
+                return skip()  # forced routes leave it out for every row
+        elif isinstance(self.routers, Routers):
+            self._rho.append(pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device)))
         if self.checkpoint_layers and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         if self._exits is not None:
@@ -125,9 +174,6 @@ class TeacherForcedPass:
             return (mix(hidden, output[0], gate), *output[1:])
         return mix(hidden, output, gate)
 
-    def _measure(self, index: int, hidden: Tensor) -> Tensor:
-        return pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device))  # type: ignore[union-attr]
-
     def _gate(self, rho: Tensor) -> Tensor:
         if self.gate == "hard":
             return straight_through(rho, self.routers.decide(rho))
@@ -136,108 +182,5 @@ class TeacherForcedPass:
         return rho
 
 
-class PromptPass:
-    """Measures rho on the unskipped path, as prefill does, and keeps no keys and values.
-
-    Args:
-        routers: The routers.
-        prompt_mask: [B, T] boolean, true on prompt tokens.
-    """
-
-    def __init__(self, routers: Routers | RouteRouter, prompt_mask: Tensor) -> None:
-        self.routers = routers
-        self.prompt_mask = prompt_mask
-        self._readings: list[tuple[Tensor, ...]] = []
-
-    @property
-    def means(self) -> Tensor:
-        """What the routers decide by, [B, L] or [B, F]."""
-        sums = self.routers.sums(self._readings, self.prompt_mask)
-        return sums / self.prompt_mask.sum(1, keepdim=True).clamp_min(1).to(sums.device)
-
-    @property
-    def rho(self) -> Tensor:
-        """[B, L]."""
-        return self.routers.decision(self.means)[0]
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """Measure, then run the layer unchanged."""
-        self._readings.append(self.routers.readings(hidden, index, self.prompt_mask))
-        return run()
-
-
-class ConstantPromptPass(PromptPass):
-    """A `PromptPass` without any graph but that from rho to the routers, for a base that needs no gradient."""
-
-    routers: Routers
-
-    def __init__(self, routers: Routers, prompt_mask: Tensor) -> None:
-        super().__init__(routers, prompt_mask)
-        self._rho: list[Tensor] = []
-
-    @property
-    def rho(self) -> Tensor:
-        """[B, L], with the routers' gradient."""
-        return torch.stack([x.to(self._rho[0].device) for x in self._rho], dim=1)
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """Measure, then run the layer unchanged."""
-        self._rho.append(self.routers.rho_of_constant(hidden, self.prompt_mask.to(hidden.device), index))
-        return run()
-
-
-class ResponsePass(TeacherForcedPass):
-    """The response tokens alone, decode-consistent, behind keys and values of their prompts.
-
-    Args:
-        routers: The routers.
-        rho: [B, L] of the prompts, with gradient.
-        response_mask: [B, R] boolean, false on padding.
-        gate, checkpoint_layers: See `TeacherForcedPass`.
-        routes: One decision per prompt or for all, or None for the routers' own.
-        states: Where the input of every layer is kept, [L]; None keeps nothing.
-        known: So many of `states` hold already what this pass would compute: it goes on from the last of them.
-    """
-
-    def __init__(
-        self,
-        routers: Routers | RouteRouter,
-        rho: Tensor,
-        response_mask: Tensor,
-        gate: str,
-        checkpoint_layers: bool,
-        routes: Routes | Tensor | None = None,
-        states: list[Tensor | None] | None = None,
-        known: int = 0,
-    ) -> None:
-        no_prompt = torch.zeros_like(response_mask)
-        super().__init__(
-            routers,
-            response_mask,
-            no_prompt,
-            "decode_consistent",
-            gate,
-            routes=routes,
-            checkpoint_layers=checkpoint_layers,
-        )
-        self._prompt_rho = rho
-        self._states, self._known = states, known
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        """As any pass; a layer that forced routes leave out for every row is not run at all, nor is a known one."""
-        if self._states is not None:
-            if index < self._known - 1:
-                return self._with_state(skip(), self._states[index + 1])
-            self._states[index] = hidden
-        if self._gates is not None and not self._gates[..., index].any():
-            if self._measures:
-                self._rho.append(self._measure(index, hidden))
-            return skip()
-        return super().run_layer(index, hidden, run, skip)
-
-    def _measure(self, index: int, hidden: Tensor) -> Tensor:
-        return self._prompt_rho[:, index].to(hidden.device)
-
-    @staticmethod
-    def _with_state(output: Any, state: Tensor | None) -> Any:
-        return (state, *output[1:]) if isinstance(output, tuple) else state
+def _side_by_side(columns: list[Tensor]) -> Tensor:
+    return torch.stack([x.to(columns[0].device) for x in columns], dim=1)

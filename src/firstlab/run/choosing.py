@@ -12,7 +12,7 @@ from torch import Tensor
 
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.evaluation.decoding import Decoding, decode
+from firstlab.evaluation.decoding import Decoder, Decoding
 from firstlab.evaluation.scoring import primary_metric, score_texts
 from firstlab.methods.objective import RouteFit
 from firstlab.model.generation_options import pinned_generation
@@ -100,11 +100,12 @@ def validation_score(run: Run, routes: Routes | None = None) -> float:
     data.__dict__["test"] = run.data.val[:_SCORED]
     config = replace(run.config.evaluation, resamples=100, do_sample=False)
     decoding = Decoding.of(run.model, data, config, run.config.seed)
+    decoder = Decoder(run.model, data, decoding, routes)
     texts = [""] * len(data.test)
     run.model.eval()
     with pinned_generation(run.model.lm), torch.no_grad():
         batches = shard_batches(len(data.test), config.batch_size, 0, 1)
-        for place, tokens, _ in decode(run.model, data, decoding, batches, routes):
+        for place, tokens, _ in decoder.responses(batches):
             kept = tokens[:-1] if tokens and tokens[-1] in decoding.stop_tokens else tokens
             texts[place] = str(data.tokenizer.decode(kept, skip_special_tokens=True)).strip()
     return score_texts(data.task, data.test, texts, config)[primary_metric(data.task)].value
@@ -114,13 +115,13 @@ def _say(record: dict[str, Any]) -> None:
     if rank()[0] > 0:
         return
     low, high = record["gain_interval"]
+    harm, length, rate = (100 * record[key] for key in ("harm_r2", "length_r2", "skip_rate_by_token"))
     print(
-        f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the prompt "
-        f"tells {100 * record['harm_r2']:.0f} % of what a route costs (R²), {100 * record['length_r2']:.0f} % of the "
-        f"response's length; with {100 * record['skip_rate_by_token']:.1f} % skipped over tokens the loss is "
-        f"{record['routed_loss']:.4f}, that of the best static sets {record['static_loss']:.4f}, dense "
-        f"{record['dense_loss']:.4f} (difference {record['gain']:+.4f} [{low:+.4f}, {high:+.4f}], price by "
-        f"{record['price']})",
+        f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the "
+        f"prompt tells {harm:.0f} % of what a route costs (R²) and {length:.0f} % of the response's length; with {rate:.1f} % "
+        f"skipped over tokens the loss is {record['routed_loss']:.4f}, that of the best static sets "
+        f"{record['static_loss']:.4f}, dense {record['dense_loss']:.4f} (difference {record['gain']:+.4f} "
+        f"[{low:+.4f}, {high:+.4f}], price by {record['price']})",
         flush=True,
     )
     if not record["worth"]:

@@ -1,7 +1,7 @@
-"""A saved W&B workspace of the runs, built from code.
+"""Save a W&B workspace of the runs, built from code.
 
-python -m firstlab.dashboard entity=NAME [project=firstlab]    # saves it, prints its address (needs `wandb login`)
-python -m firstlab.dashboard dry_run=dashboard.json            # writes what it would save: no login, no network
+python -m firstlab.run.dashboard entity=USER_OR_TEAM [project=firstlab] [name=TITLE]   # needs `wandb login`
+python -m firstlab.run.dashboard dry_run=dashboard.json    # write what it would save: no login, no network
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from typing import Any
 
 from firstlab.config.command_line import guarded, parse_options
 from firstlab.store.files import write_atomically
+from firstlab.store.results import ROW_NAMES
 
-VARIANTS = ("base", "base_lora", "router", "router_lora")
 QUALITY = ("bleu1", "bleu2", "bleu", "chrf", "comet", "rouge1", "rougeL", "rougeLsum", "bertscore", "em", "f1")
+TRAINING = {
+    "training loss": "train/loss",
+    "validation loss": "val/cross_entropy",
+    "validation skip rate": "val/skip_rate",
+}
 
 
 @dataclass
 class DashboardOptions:
-    """Command line.
-
-    Attributes:
-        entity: W&B user or team.
-        project: The project that conf/logger/wandb.yaml writes to.
-        name: Name of the workspace.
-        dry_run: File to write the specification to, instead of saving it to W&B.
-    """
+    """Command line; `project` is the one that conf/logger/wandb.yaml writes to."""
 
     entity: str | None = None
     project: str = "firstlab"
@@ -39,33 +37,23 @@ class DashboardOptions:
 def specification(name: str) -> dict[str, Any]:
     """Sections and panels; every metric is one that `firstlab.run.loggers` or the training modules log."""
 
-    def bars(title: str, key: str) -> dict[str, Any]:
-        return {"kind": "bar", "title": title, "metrics": [f"test/{variant}/{key}" for variant in VARIANTS]}
+    def bars(*keys: str) -> list[dict[str, Any]]:
+        return [
+            {"kind": "bar", "title": key.replace("_", " "), "metrics": [f"test/{name}/{key}" for name in ROW_NAMES]}
+            for key in keys
+        ]
 
-    def line(title: str, metric: str) -> dict[str, Any]:
-        return {"kind": "line", "title": title, "metrics": [f"{phase}/{metric}" for phase in ("router", "lora")]}
-
+    lines = [
+        {"kind": "line", "title": title, "metrics": [f"{phase}/{key}" for phase in ("router", "lora")]}
+        for title, key in TRAINING.items()
+    ]
     return {
         "name": name,
         "group_by": ["group", "job_type"],
         "sections": [
-            {"name": "Quality", "panels": [bars(key, key) for key in QUALITY]},
-            {
-                "name": "Skip rate and speed",
-                "panels": [
-                    bars("skip rate", "skip_rate"),
-                    bars("TPOT ratio", "tpot_ratio"),
-                    bars("perplexity", "perplexity"),
-                ],
-            },
-            {
-                "name": "Training",
-                "panels": [
-                    line("training loss", "train/loss"),
-                    line("validation loss", "val/cross_entropy"),
-                    line("validation skip rate", "val/skip_rate"),
-                ],
-            },
+            {"name": "Quality", "panels": bars(*QUALITY)},
+            {"name": "Skip rate and speed", "panels": bars("skip_rate", "tpot_ratio", "perplexity")},
+            {"name": "Training", "panels": lines},
         ],
     }
 
@@ -107,7 +95,7 @@ def main(arguments: list[str]) -> None:
     spec = specification(options.name)
     if options.dry_run is not None:
         target = {"entity": options.entity, "project": options.project}
-        write_atomically(Path(options.dry_run), json.dumps({**target, **spec}, indent=2) + "\n")
+        write_atomically(Path(options.dry_run), json.dumps(target | spec, indent=2) + "\n")
         print(f"specification: {options.dry_run}")
         return
     if options.entity is None:

@@ -29,10 +29,7 @@ from firstlab.training.router_start import STATIC_ORDER, read_order
 def shared_routes(directory: Path, method: Method, training: PromptSet) -> Routes | None:
     """The decision that holds for all prompts, or None where trained routers decide.
 
-    Args:
-        directory: Run directory.
-        method: Its method, one that is not `per_prompt`.
-        training: Training prompts, looked at only when nothing is decided yet.
+    A method that is not `per_prompt` looks at the training prompts only when nothing is decided yet.
     """
     file = directory / "routes.json"
     if not file.is_file() and rank()[0] == 0:
@@ -45,28 +42,20 @@ def shared_routes(directory: Path, method: Method, training: PromptSet) -> Route
 
 
 def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> FixedRoutes:
-    """[N, L], the decision for each of these prompts; what is on disk already is not decided again.
-
-    Args:
-        directory: Run directory.
-        method: Its method, a `per_prompt` one.
-        prompts: The prompts.
-        progress_bar: Show one.
-    """
+    """[N, L], what a `per_prompt` method decides for each of these prompts; what is on disk is not decided again."""
     file = directory / "routes.jsonl"
     keys = [_key(text, example) for text, example in zip(prompts.texts, prompts.examples, strict=True)]
     if rank()[0] == 0:
         known = _read_lines(file, prompts.num_layers)
         write_atomically(file, "".join(map(_line, known.items())))  # without what a kill or a hand has damaged
-        missing = {key: example for key, example in zip(keys, prompts.examples, strict=True) if key not in known}
-        left, size = list(missing.items()), prompts.batch_size
+        left = list({key: x for key, x in zip(keys, prompts.examples, strict=True) if key not in known}.items())
+        size = prompts.batch_size
         for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=not progress_bar):
-            chunk = left[start : start + size]
-            examples = [each for _, each in chunk]
+            names, examples = zip(*left[start : start + size], strict=True)
             routes = method.routes(PromptSet(prompts.model, prompts.data, examples, size, prompts.cache_bytes))
-            decided = _check_tensor(method, routes, [len(chunk), prompts.num_layers])
+            decided = _check_tensor(method, routes, [len(names), prompts.num_layers])
             with file.open("a", encoding="utf-8") as out:
-                for (key, _), route in zip(chunk, decided, strict=True):
+                for key, route in zip(names, decided, strict=True):
                     out.write(_line((key, (~route).nonzero()[:, 0].tolist())))
     barrier()
     known = _read_lines(file, prompts.num_layers)
@@ -74,11 +63,7 @@ def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_
 
 
 def decided_routes(directory: Path, method: Method, variant: str, prompts: PromptSet) -> Routes | None:
-    """What a trained run decodes these prompts with: every layer for the base, else what its method decided.
-
-    Raises:
-        ValueError: The run has not come as far as its decision.
-    """
+    """What a trained run decodes these prompts with: every layer for the base, else what its method has decided."""
     if variant == "base":
         return FixedRoutes(routes_without(prompts.num_layers, []))
     if method.per_prompt:
@@ -98,11 +83,7 @@ def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | 
 
 
 def _check_tensor(method: Method, routes: Tensor | Routes | None, shape: list[int]) -> Tensor:
-    """The decision, if it may be kept.
-
-    Raises:
-        ValueError: It is of another kind.
-    """
+    """The decision; raises ValueError if it is of another kind."""
     if not isinstance(routes, Tensor) or list(routes.shape) != shape or routes.dtype != torch.bool:
         got = f"{routes.dtype} of shape {list(routes.shape)}" if isinstance(routes, Tensor) else repr(routes)
         raise ValueError(f"method {method.name}: routes() gave {got}, and must give torch.bool of shape {shape}")
@@ -140,5 +121,5 @@ def _read_lines(file: Path, num_layers: int) -> dict[str, list[int]]:
 
 
 def _key(text: str, example: Example) -> str:
-    """Names a prompt and its references, all that a decision may depend on."""
+    """The name of a prompt and its references, which are all that a decision may depend on."""
     return hashlib.sha256(json.dumps([text, *example.references]).encode()).hexdigest()[:24]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ CONFIG = "config.yaml"
 
 
 def variant_names(method: Method) -> tuple[str, str]:
-    """The variants of a method: before and after LoRA."""
+    """The variants of a method before and after LoRA."""
     return ("base", "base_lora") if method.name == "none" else ("router", "router_lora")
 
 
@@ -43,26 +42,22 @@ def is_trained(config: ExperimentConfig, method: Method) -> bool:
 
 
 def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] | None:
-    """The record of a run that has nothing left to do, or None.
-
-    Raises:
-        ValueError: The run directory belongs to another configuration, or its record cannot be read.
-    """
+    """The record of a run that has nothing left to do, or None; raises ValueError as `check_directory` does."""
     directory = config.directory(method.label)
-    _check_name(directory)
+    check_directory(directory, config)
     failed = (directory / results.FAILURE).is_file()  # to run it again, with the earlier result still there
     if config.overwrite or failed or not (directory / CONFIG).is_file():
         return None
-    check_same(directory, config)
     record = results.read(directory)
-    wanted = set(wanted_variants(config, method))
-    return record if record is not None and wanted <= set(record["variants"]) else None
+    return record if record is not None and set(wanted_variants(config, method)) <= set(record["variants"]) else None
 
 
 def check_directory(directory: Path, config: ExperimentConfig) -> None:
     """Raises ValueError if a run of this configuration cannot use the directory: nothing in it gets lost."""
-    _check_name(directory)
-    if _is_run(directory):
+    is_run = False
+    with suppress(ValueError):
+        is_run = bool(read_saved(directory / CONFIG))
+    if is_run:
         if not config.overwrite:
             check_same(directory, config)
     elif directory.is_file():
@@ -72,28 +67,6 @@ def check_directory(directory: Path, config: ExperimentConfig) -> None:
             f"run_dir={directory} is not empty and holds no {CONFIG} of a run, so firstlab did not make "
             "it and leaves it alone; choose another run_dir"
         )
-
-
-def _check_name(directory: Path) -> None:
-    """Raises ValueError if the file system has no room for the name of the directory, or for paths inside it."""
-    place = directory.absolute()
-    there = next(each for each in place.parents if os.path.isdir(each))
-    name = max(len(os.fsencode(each)) for each in (*place.parts, f".{place.name}.lock"))
-    path = len(os.fsencode(place / "checkpoints" / "router" / f".last.ckpt.{2**22}.tmp"))
-    for length, most in ((name, os.pathconf(there, "PC_NAME_MAX")), (path, os.pathconf(there, "PC_PATH_MAX"))):
-        if length > most:
-            raise ValueError(
-                f"run directory {directory}: with the files of a run a name has {length} bytes, and the file system "
-                f"takes {most}; shorten note, runs or run_dir"
-            )
-
-
-def _is_run(directory: Path) -> bool:
-    """Whether a directory holds the settings of a run."""
-    try:
-        return bool(read_saved(directory / CONFIG))
-    except ValueError:
-        return False
 
 
 def has_begun(directory: Path) -> bool:
@@ -111,9 +84,8 @@ def check_same(directory: Path, config: ExperimentConfig) -> None:
     """
     if not has_begun(directory):
         return
-    file = directory / CONFIG
     try:
-        saved = load_dict(read_saved(file))
+        saved = load_dict(read_saved(directory / CONFIG))
     except ValueError as error:
         raise ValueError(f"{error}; choose another run_dir, or delete {directory}") from error
     old, new = (_flat(each.located().identity()) for each in (saved, config))
@@ -135,10 +107,8 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def taken_over(directory: Path, config: ExperimentConfig) -> Iterator[bool]:
     """Make the directory this run's while the body starts it; after a start that failed, it holds what it held.
 
-    With `overwrite` the old run is moved aside, and deleted once the new one has started.
-
-    Yields:
-        Whether an earlier try has left something to go on from.
+    With `overwrite` the old run is moved aside, and deleted once the new one has started. Yields whether an earlier try
+    has left something to go on from.
     """
     replaced, resumed = directory.parent / f".{directory.name}.old", False
     if rank()[0] == 0:

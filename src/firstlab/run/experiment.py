@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from firstlab.config.build import (
 from firstlab.config.schema import ExperimentConfig
 from firstlab.data.files import warn
 from firstlab.evaluation.decoding import check_engine
-from firstlab.evaluation.predictions import fingerprint, is_complete
+from firstlab.evaluation.predictions import fingerprint, is_complete, source_of
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
@@ -52,21 +53,14 @@ from firstlab.run.phases import (
     train_routers,
     tune,
 )
+from firstlab.run.record import record_of
 from firstlab.store import machine, results
 from firstlab.store.files import claimed, read_own, write_atomically
 from firstlab.store.ranks import barrier, rank
 
 
 class Experiment(Run):
-    """One run.
-
-    Args:
-        config: Checked configuration.
-        method: Its method.
-
-    Raises:
-        ValueError: The run directory belongs to another configuration, or a device is asked for that is not there.
-    """
+    """One run of a checked configuration and its method; ValueError if its directory or a device is not to be had."""
 
     def __init__(self, config: ExperimentConfig, method: Method) -> None:
         self.config, self.method = config, method
@@ -128,19 +122,29 @@ class Experiment(Run):
         # One set of routes for all prompts, one for each test prompt, or None: the routers read each prompt (§4.3).
         routes = self.routes(self.data.test) if wanted else None
         if before in wanted:
-            variants[before] = self._evaluate_at_rates(before, routes)
+            variants[before] = self._evaluate_at_rates(before, routes, source_of(self.model, routes))
         compensate_with_lora(self)  # phase 2 (§4.2)
         refit(self)
         if after in wanted:
+            source = source_of(self.model, routes)
             self.model.merge_and_unload()
-            variants[after] = self._evaluate_at_rates(after, routes)
+            variants[after] = self._evaluate_at_rates(after, routes, source)
 
-        record = self._record(variants, routes)
-        # A resumed run's times are those since it was resumed.
-        record |= {"resumed": resumed, "wall_s": time.perf_counter() - begun}
+        record = record_of(
+            self.directory,
+            self.directory,
+            self.config,
+            self.method,
+            self.model,
+            variants=variants,
+            fixed_routes=None if routes is None or self.method.per_prompt else routes.to_json(),
+            peak_memory_bytes=machine.peak_memory_bytes(self.model.device),
+            resumed=resumed,  # then the time is that since it was resumed
+            wall_s=time.perf_counter() - begun,
+        )
         if rank()[0] == 0:
             if variants:
-                self._join_predictions(list(variants))
+                self._join_predictions(variants)
                 for logger in self.loggers:
                     log_evaluation(logger, record, self.directory / "predictions.jsonl")
                 results.write(self.directory, record)
@@ -160,7 +164,10 @@ class Experiment(Run):
         return record
 
     def _start(self) -> None:
-        """Loggers, data and model: what can be wrong with a command shows here, in little time."""
+        """Open what the run needs: what can be wrong with a command shows here, in little time."""
+        initial = self.config.init_from
+        if initial is not None and not Path(model_path(initial)).is_dir():
+            raise ValueError(f"init_from={initial!r} does not exist; give the folder of a saved model")
         check_lora_targets(self.config)
         try:
             self._open_loggers()
@@ -172,9 +179,6 @@ class Experiment(Run):
             raise
 
     def _open_loggers(self) -> None:
-        initial = self.config.init_from
-        if initial is not None and not Path(model_path(initial)).is_dir():
-            raise ValueError(f"init_from={initial!r} does not exist; give the folder of a saved model")
         self.loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
             node = dict(self.config.logger)
@@ -218,27 +222,28 @@ class Experiment(Run):
             check_engine(self.model, "evaluation.decoder", config.evaluation.decoder)
         check_vocabulary(config, self.data.tokenizer, self.model)
 
-    def _evaluate_at_rates(self, name: str, routes: Routes | None) -> dict[str, Any]:
+    def _evaluate_at_rates(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
         """Evaluate a variant as it is and, where it knows any rate, at each of `evaluation.skip_rates`."""
-        variant, router = self._evaluate(name, routes), self.model.routers
+        variant, router = self._evaluate(name, routes, source), self.model.routers
         if isinstance(router, RouteRouter) and self.config.evaluation.skip_rates:
             rates = sorted({min(rate, router.highest_rate) for rate in self.config.evaluation.skip_rates})
             variant["rates"] = {
-                f"{rate:.4g}": self._evaluate(f"{name}-skip{rate:.4g}", RoutersDecide(rate)) for rate in rates
+                f"{rate:.4g}": self._evaluate(f"{name}-skip{rate:.4g}", RoutersDecide(rate), f"{source}-{rate:.4g}")
+                for rate in rates
             }
         return variant
 
-    def _evaluate(self, name: str, routes: Routes | None) -> dict[str, Any]:
-        """Evaluate a variant, unless an earlier try has done so; its part of the record is kept on disk."""
+    def _evaluate(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
+        """Evaluate a variant, unless an earlier try has done so and left its part of the record on disk."""
         file = self.directory / "evaluation" / f"{name}.yaml"
         test_set, predictions = fingerprint(self.data.test), self.directory / "predictions"
 
         def parse(saved: Any) -> dict[str, Any]:
             figures = (saved["metrics"][saved["primary_metric"]]["value"], saved["skip"]["skip_rate"])
             whole = all(isinstance(each, float) for each in figures) and saved["n"] == len(self.data.test)
-            whole = whole and is_complete(predictions / f"{name}.jsonl", len(self.data.test))
-            if not whole or saved["examples"]["test_set"] != test_set:
-                raise ValueError("it is not about all these test prompts, or predictions are missing")
+            whole = whole and is_complete(predictions / f"{name}.jsonl", len(self.data.test), source)
+            if not whole or (saved["examples"]["test_set"], saved["source"]) != (test_set, source):
+                raise ValueError("it is about other test prompts, weights or routes, or predictions are missing")
             return dict(saved)
 
         if file.is_file():
@@ -247,7 +252,7 @@ class Experiment(Run):
             except ValueError as error:
                 warn(str(error))
             barrier()  # nobody writes while another one reads
-        with self.memory_for(f"the evaluation of {name}"):
+        with self.reading(f"the evaluation of {name}"):
             variant = evaluate_variant(
                 self.model,
                 self.data,
@@ -255,6 +260,7 @@ class Experiment(Run):
                 predictions,
                 name,
                 routes,
+                source,
                 self.config.seed,
                 self.config.trainer.progress_bar,
                 static_routes(self.directory, self.method, self.model.num_layers),
@@ -264,32 +270,11 @@ class Experiment(Run):
         barrier()
         return read_own(file, parse)
 
-    def _record(self, variants: dict[str, Any], routes: Routes | None) -> dict[str, Any]:
-        """What result.json says."""
-        config, method = self.config, self.method
-        return {
-            "method": method.name,
-            "label": method.label,
-            "level": method.level,
-            "rounding": method.rounding(self.model.num_layers),
-            "note": config.note,
-            "model": config.model.name,
-            "data": config.data.name,
-            "directory": str(self.directory),
-            "config_hash": config.hash(),
-            "config": config.identity(),
-            "seed": config.seed,
-            "num_layers": self.model.num_layers,
-            "variants": variants,
-            "phases": {phase: phase_record(self.directory, phase) for phase in PHASES},
-            "fixed_routes": None if routes is None or method.per_prompt else routes.to_json(),
-            "peak_memory_bytes": machine.peak_memory_bytes(self.model.device),
-            **machine.provenance(self.model.device),
-        }
-
-    def _join_predictions(self, names: list[str]) -> None:
+    def _join_predictions(self, names: Iterable[str]) -> None:
         lines = []
         for name in names:
             for line in (self.directory / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
-                lines.append(json.dumps({"variant": name, **json.loads(line)}, ensure_ascii=False) + "\n")
+                row = json.loads(line)
+                del row["check"]
+                lines.append(json.dumps({"variant": name, **row}, ensure_ascii=False) + "\n")
         write_atomically(self.directory / "predictions.jsonl", "".join(lines))

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from firstlab.config.command_line import LAUNCHED, quiet
+from firstlab.config.compose import own_conf_dirs, search_path
 from firstlab.config.schema import TrainerConfig
 from firstlab.store import results
 
@@ -81,9 +82,9 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
 
 
 def _finish(command: list[str], environment: Mapping[str, str] | None = None, patience_s: float = 1.0) -> int:
-    """The exit status of a launcher of processes, which is stopped with us and given the time to stop its own.
+    """The exit status of a launcher of processes, which on Ctrl-C has the time to stop its own processes.
 
-    `subprocess.run` would kill it, and leave its processes running. On Ctrl-C a terminal has told it already.
+    `subprocess.run` would kill it, and leave its processes running. A terminal has told it already.
     """
     with subprocess.Popen(command, env=environment) as launcher:
         try:
@@ -100,16 +101,14 @@ def _finish(command: list[str], environment: Mapping[str, str] | None = None, pa
 def in_processes(module: str, trainer: TrainerConfig) -> bool:
     """Start `module` again under torchrun when several processes are asked for and this is not one of them.
 
-    Several nodes are started from outside, with torchrun on every node.
-
-    Returns:
-        True if the processes were started and have ended well; the caller is done.
+    Several nodes are started from outside, with torchrun on every node. Returns True if the processes were started and
+    have ended well; the caller is done.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if trainer.devices * trainer.num_nodes == 1:
+    wanted, world = trainer.devices * trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted == 1:
         return False
     if world > 1:
-        _join(trainer)
+        _join(trainer, world)
         return False
     if trainer.num_nodes > 1:
         raise ValueError(
@@ -117,29 +116,22 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
             f"{trainer.num_nodes} --nproc-per-node {trainer.devices} -m {module} ..."
         )
 
-    from firstlab.config.compose import own_conf_dirs, search_path
-    from firstlab.store import results
-
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
-    if is_sweep_job():
-        os.environ[results.SWEEP_JOB] = "1"
-    environment = {**os.environ, LAUNCHED: "1"}
-    code = _finish([*torchrun(trainer.devices), "-m", module, *overrides], environment)
-    if code:
+    environment = {**os.environ, LAUNCHED: "1"} | ({results.SWEEP_JOB: "1"} if is_sweep_job() else {})
+    if code := _finish([*torchrun(trainer.devices), "-m", module, *overrides], environment):
         sys.exit(code)
     return True
 
 
-def _join(trainer: TrainerConfig) -> None:
+def _join(trainer: TrainerConfig, world: int) -> None:
     import torch
     import torch.distributed as dist
 
-    world, wanted = int(os.environ["WORLD_SIZE"]), trainer.devices * trainer.num_nodes
-    if world != wanted:
+    if world != trainer.devices * trainer.num_nodes:
         raise ValueError(
             f"{world} processes were started but trainer.devices={trainer.devices} on {trainer.num_nodes} node(s) "
-            f"makes {wanted}; start as many as the configuration says"
+            f"makes {trainer.devices * trainer.num_nodes}; start as many as the configuration says"
         )
     if not dist.is_initialized():
         if trainer.accelerator == "gpu":

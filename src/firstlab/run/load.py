@@ -19,11 +19,11 @@ from firstlab.config.compose import (
     conf_dir,
     merge_saved,
     read_saved,
-    refuse_numbers_for_booleans,
+    refuse_misread,
     search_path,
     settings,
 )
-from firstlab.config.schema import PAPER_ORDER, ExperimentConfig, PhaseConfig, training_routers
+from firstlab.config.schema import ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
@@ -45,28 +45,23 @@ class TrainedRun(NamedTuple):
 def load_run(
     directory: Path, variant: str | None, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
 ) -> TrainedRun:
-    """Configuration, method, model and variant of a trained run.
-
-    Args:
-        directory: Run directory.
-        variant: base, base_lora, router or router_lora; None takes the most trained one there is.
-        overrides: Keys that replace the saved ones; `data` names a file of conf/data.
-        config_dirs: Searched for such a file, too.
+    """Load a variant (base, base_lora, router or router_lora; None for the most trained one) of a run directory.
 
     Raises:
-        ValueError: Not a run directory, the variant was not trained, or a device is asked for that is not there.
+        ValueError: See `read`; or the variant was not trained, or a device is asked for that is not there.
     """
+    overrides = overrides or {}
     config, method = read(directory / "config.yaml", overrides, config_dirs)
     start = directory / "router" if method.trains_routers else directory / "tune"
     if not method.trains_routers and not start.is_dir():
         start = None
     if config.init_from is not None and not (directory / "router").is_dir():
         start = Path(model_path(config.init_from))
-    if overrides and "model.path" in overrides:
+    if "model.path" in overrides:
         config = replace(config, init_from=None)  # which has a base of its own
     check_device(config.trainer)
     # Not the saved ones, which are how it was trained.
-    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & (overrides or {}).keys()
+    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overrides.keys()
     if asked and config.trainer.devices * config.trainer.num_nodes > 1:
         raise ValueError(
             f"trainer.devices={config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}: a saved run is "
@@ -86,41 +81,28 @@ def load_run(
     folder = folders[variant]
     if folder is not None and not folder.is_dir():
         raise ValueError(f"variant={variant}: {folder} is not there; train it, or choose another variant")
-    path = folder or model_path(config.model.path)
     try:
-        return TrainedRun(config, method, load_model(config, path), variant)
+        return TrainedRun(config, method, load_model(config, folder or model_path(config.model.path)), variant)
     except ModelUnavailableError as error:
         raise ValueError(f"{error}; if the base model has moved, give model.path=FOLDER") from error
 
 
 def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
     """The same settings with method=none: what skipping is compared with."""
-    dense = Dense()
+    directory = config.run_dir and f"{Path(config.run_dir)}-none"
     node = {"_target_": f"{Dense.__module__}.{Dense.__qualname__}"}
-    directory = (
-        None if config.run_dir is None else str(Path(config.run_dir).with_name(Path(config.run_dir).name + "-none"))
-    )
     phases = list(PAPER_ORDER) if "lora" in config.phases else ["evaluate"]
-    # What only routers use is left at its default, so that every method shares one dense run.
-    counterpart = replace(
-        config,
-        method=node,
-        router=training_routers(),
-        router_phase=PhaseConfig(),
-        run_dir=directory,
-        init_from=None,
-        phases=phases,
-        overwrite=False,
-    )
-    return counterpart, dense
+    dense = replace(config, method=node, run_dir=directory, init_from=None, phases=phases, overwrite=False)
+    return _without_routers(dense), Dense()
+
+
+def _without_routers(config: ExperimentConfig) -> ExperimentConfig:
+    """What only routers use is left at its default, so that every method shares one dense run."""
+    return replace(config, router=training_routers(), router_phase=PhaseConfig())
 
 
 def load(composed: DictConfig) -> tuple[ExperimentConfig, Method]:
-    """The checked configuration that Hydra composed, and its method; classes of the user's own may be named there.
-
-    Raises:
-        ValueError: One message with the option, its value and what is allowed.
-    """
+    """The checked configuration that Hydra composed, and its method; classes of the user's own may be named there."""
     config = settings(composed, ExperimentConfig)
     instantiate.trust(instantiate.targets([config.method, config.data.task, config.logger]))
     return _checked(config)
@@ -135,29 +117,26 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         from lightning.pytorch.loggers import Logger
 
         instantiate.check(config.logger, "logger", Logger)
+        if uploads := config.logger.get("log_model"):
+            raise ValueError(
+                f"logger.log_model={uploads} has no effect: models stay in the run directory; leave the option out"
+            )
     if config.model.revision is not None and Path(model_path(config.model.path)).is_dir():
         raise ValueError(
             f"model.revision={config.model.revision!r} is for models of the hub, and model.path={config.model.path!r} "
             "is a folder; leave model.revision=null"
         )
-    if method.name == "none":
-        # What only routers use is left at its default, so that every method shares one dense run.
-        config = replace(config, router=training_routers(), router_phase=PhaseConfig())
-    return config, method
+    return (_without_routers(config) if method.name == "none" else config), method
 
 
 def read(
     file: Path, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
 ) -> tuple[ExperimentConfig, Method]:
-    """A run's own saved configuration, with some keys replaced.
+    """The configuration in the config.yaml of a run, with some keys replaced, and its method.
 
     Saved text is data: it names no classes but firstlab's, unless `instantiate.trust` was told so, no logger and no
-    program.
-
-    Args:
-        file: config.yaml of a run directory.
-        overrides: Dotted key to value; `data` and `trainer` name a file of conf/data and conf/trainer.
-        config_dirs: Searched for these files, too.
+    program. Overrides map dotted keys to values; `data` and `trainer` name a file of conf/data and conf/trainer, or of
+    the same folder in one of `config_dirs`.
 
     Raises:
         ValueError: There is no such file, it is not a run's, or a key or value is wrong.
@@ -167,8 +146,7 @@ def read(
     saved, overrides = read_saved(file), dict(overrides or {})
     for group in {"data", "trainer"} & overrides.keys():
         name = overrides.pop(group)
-        places = [Path(each) / group for each in (conf_dir(), *config_dirs)]
-        names = {each.stem for place in places for each in place.glob("*.yaml")}
+        names = {each.stem for place in (conf_dir(), *config_dirs) for each in Path(place, group).glob("*.yaml")}
         if name not in names:
             raise ValueError(f"{group}={name!r} is unknown; choose one of {', '.join(sorted(names))}")
         saved[group] = composed_config([*search_path(config_dirs), f"{group}={name}"])[group]
@@ -195,7 +173,7 @@ def _replace(merged: DictConfig, key: str, value: str) -> None:
         part = OmegaConf.select(merged, key)
         if OmegaConf.is_dict(part) and not isinstance(yaml.safe_load(value), dict):
             raise ValueError(f"{key}={value}: {key} is a group; give its keys, {', '.join(map(str, part))}")
-        refuse_numbers_for_booleans(merged, [f"{key}={value}"])
+        refuse_misread(merged, [f"{key}={value}"])
         merged.merge_with_dotlist([f"{key}={value}"])
     except yaml.YAMLError as error:
         raise ValueError(f"{key}={value} is not valid YAML; quote the value, as in '{key}=\"...\"'") from error

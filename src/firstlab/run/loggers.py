@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from firstlab.store.files import json_text
 
+#: Predictions per variant that a W&B table shows.
 SAMPLES = 50
 
 
 class JsonLinesLogger(Logger):
-    """One JSON object per logged step, appended to a file; a resumed run repeats the steps since its checkpoint."""
+    """Appends one JSON object per logged step; a resumed run repeats the steps since its checkpoint."""
 
     name, version = "jsonl", ""
 
@@ -26,11 +27,10 @@ class JsonLinesLogger(Logger):
         self.file = file
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The configuration stands in config.yaml."""
+        """Do nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json_text({"step": step, "time": time.time(), **metrics}) + "\n")
@@ -39,50 +39,37 @@ class JsonLinesLogger(Logger):
 class PhaseLogger(Logger):
     """Puts the phase in front of every name (router/train/loss): both phases count their steps from 0."""
 
+    name, version = None, None
+
     def __init__(self, logger: Logger, phase: str) -> None:
         super().__init__()
         self.logger, self.phase = logger, phase
 
-    @property
-    def name(self) -> str | None:
-        """Of the logger."""
-        return self.logger.name
-
-    @property
-    def version(self) -> int | str | None:
-        """Of the logger."""
-        return self.logger.version
-
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The run logs its own."""
+        """Do nothing: the run logs its own."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """With the phase in front of the names."""
         self.logger.log_metrics({f"{self.phase}/{name}": value for name, value in metrics.items()}, step)
 
     def save(self) -> None:
-        """As the logger does."""
         self.logger.save()
 
 
-def _is_wandb(logger: dict[str, Any]) -> bool:
-    return logger["_target_"].endswith(WandbLogger.__name__)
+def is_wandb(logger: dict[str, Any]) -> bool:
+    """Whether a `_target_` node is a W&B logger."""
+    return str(logger["_target_"]).endswith(WandbLogger.__name__)
 
 
 def logger_options(logger: dict[str, Any], directory: Path, method: str) -> dict[str, Any]:
-    """What its run gives a logger that says nothing else: where to write and, in W&B, how the run is called."""
+    """Options of a `_target_` node that it leaves open: where to write and, in W&B, the run's name and job type."""
     options: dict[str, Any] = {"save_dir": str(directory)}
-    if _is_wandb(logger):
+    if is_wandb(logger):
         options |= {"name": f"{directory.parent.name}/{directory.name}", "job_type": method}
     return {key: value for key, value in options.items() if logger.get(key) is None}
 
 
 def open_logger(logger: Logger) -> None:
-    """Let a logger open what it writes to, which Lightning would leave to the first logged step.
-
-    Raises:
-        ValueError: W&B refuses.
-    """
+    """Open what a logger writes to, or raise ValueError; Lightning would leave that to the first logged step."""
     if not isinstance(logger, WandbLogger):
         getattr(logger, "experiment", None)
         return
@@ -98,8 +85,8 @@ def open_logger(logger: Logger) -> None:
 
 
 def close_failed(logger: dict[str, Any] | None) -> None:
-    """End the W&B run of a failed run, which the next run of the same process would otherwise write into."""
-    if logger and _is_wandb(logger):
+    """End the W&B run of a failed run, or the next run of the same process would write into it."""
+    if logger and is_wandb(logger):
         import wandb
 
         if wandb.run is not None:
@@ -107,32 +94,24 @@ def close_failed(logger: dict[str, Any] | None) -> None:
 
 
 def log_evaluation(logger: Logger, record: dict[str, Any], predictions: Path) -> None:
-    """Report the evaluation of every variant: metrics, skip rates, TPOT, and sample predictions as a W&B table.
-
-    Args:
-        logger: Where to.
-        record: What result.json will hold.
-        predictions: The run's predictions.jsonl.
-    """
+    """Log the record's metrics, skip rates and TPOT of every variant; to W&B also a table of sample predictions."""
     figures: dict[str, float] = {}
     for name, variant in record["variants"].items():
-        figures |= {f"test/{name}/{key}": metric["value"] for key, metric in variant["metrics"].items()}
-        figures[f"test/{name}/skip_rate"] = variant["skip"]["skip_rate"]
-        if "timing" in variant:
-            figures[f"test/{name}/tpot_ratio"] = variant["timing"]["tpot_ratio"]
-        if "perplexity" in variant:
-            figures[f"test/{name}/perplexity"] = variant["perplexity"]
+        found = {key: metric["value"] for key, metric in variant["metrics"].items()}
+        found["skip_rate"] = variant["skip"]["skip_rate"]
+        found["tpot_ratio"] = variant.get("timing", {}).get("tpot_ratio")
+        found["perplexity"] = variant.get("perplexity")
+        figures |= {f"test/{name}/{key}": value for key, value in found.items() if value is not None}
     logger.log_metrics(figures)
     if isinstance(logger, WandbLogger):
-        lines = predictions.read_text(encoding="utf-8").split("\n")[:-1]
         columns = ["variant", "id", "difficulty", "text", "new_tokens", "skipped"]
-        wanted = [row for row in map(json.loads, lines) if row["index"] < SAMPLES]
-        data = [[str(row[c]) if c == "skipped" else row[c] for c in columns] for row in wanted]
-        logger.log_table("predictions", columns=columns, data=data)
+        lines = predictions.read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [{**row, "skipped": str(row["skipped"])} for row in map(json.loads, lines) if row["index"] < SAMPLES]
+        logger.log_table("predictions", columns=columns, data=[[row[c] for c in columns] for row in rows])
 
 
 def close_logger(logger: Logger) -> None:
-    """Write what is still held back, and end a W&B run: the next run of this process has one of its own."""
+    """Write what is still held back; end a W&B run, so that the next run of this process has one of its own."""
     logger.finalize("success")
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()

@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch.loggers import Logger
 
 from firstlab.config.build import load_model, model_path
+from firstlab.config.command_line import during
 from firstlab.config.schema import ExperimentConfig, PhaseConfig
 from firstlab.data.batching import batch_count
 from firstlab.data.datamodule import PromptDataModule
@@ -25,7 +26,6 @@ from firstlab.data.task import Example
 from firstlab.methods.base import Method
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import FixedRoutes, Routes
-from firstlab.model.settings import LoraSettings
 from firstlab.run.choosing import fit_again, fit_route_router, training_routes
 from firstlab.run.decisions import prompt_routes, shared_routes
 from firstlab.run.directory import variant_names
@@ -43,15 +43,7 @@ _KEPT_DECISIONS = 512
 
 
 class Run:
-    """What the steps of a run share.
-
-    Attributes:
-        config, method: What is run.
-        directory: Where it leaves everything.
-        data: Its prompts.
-        model: As the last step has left it.
-        loggers: Where it reports.
-    """
+    """What the steps of a run share: what is run and where, its prompts, and the model as the last step has left it."""
 
     config: ExperimentConfig
     method: Method
@@ -68,7 +60,7 @@ class Run:
 
     def routes(self, examples: Sequence[Example]) -> Routes | None:
         """The method's decision: [L] for all prompts, [N, L] for these, or None where the routers decide."""
-        with self.memory_for("deciding routes"):
+        with self.reading("the decision of routes"):
             if not self.method.per_prompt:
                 return shared_routes(self.directory, self.method, self.prompts(self.data.train))
             prompts = self.prompts(examples)
@@ -78,21 +70,9 @@ class Run:
         """Those of a training phase."""
         return self.config.router_phase if phase == "router" else self.config.lora_phase
 
-    @contextmanager
-    def memory_for(self, step: str, phase: str | None = None) -> Iterator[None]:
-        """Where a GPU runs out of memory, say in which step, and what to lower."""
-        try:
-            yield
-        except torch.cuda.OutOfMemoryError as error:
-            option, size = "evaluation.batch_size", self.config.evaluation.batch_size
-            ways = "trainer.prompt_cache_mib, or set model.dtype=bfloat16"
-            if phase is not None:
-                option, size = f"{phase}_phase.batch_size", self.settings(phase).batch_size
-                ways = (
-                    f"raising {phase}_phase.accumulate in its place, or data.max_length_{phase}, or set "
-                    "trainer.gradient_checkpointing=true or trainer.precision=bf16-mixed"
-                )
-            raise ValueError(f"the GPU ran out of memory in {step} with {option}={size}: lower it, {ways}") from error
+    def reading(self, step: str) -> AbstractContextManager[None]:
+        """A step that reads prompts in batches, to be named where memory runs out."""
+        return during(f"{step} with evaluation.batch_size={self.config.evaluation.batch_size}")
 
 
 def say(message: str) -> None:
@@ -119,7 +99,8 @@ def tune(run: Run) -> None:
             val_routes=dense,
         )
         _finish(run, "tune", _fit(run, "tune", module, steps))
-    run.model.merge_and_unload()
+    if is_tuned(run):
+        run.model.merge_and_unload()
 
 
 def train_routers(run: Run) -> None:
@@ -130,12 +111,15 @@ def train_routers(run: Run) -> None:
     if method.route_fit() is not None:
         run.data.max_length = run.config.data.max_length_router
         begun = time.perf_counter()
-        with run.memory_for("the fit of the router"):
+        with run.reading("the fit of the router"):
             record = fit_route_router(run)
         _finish(run, "router", record | {"steps": 0, "multiplier": 0.0, "seconds": time.perf_counter() - begun})
         return
     steps = _read_as(run, "router")
-    record = _start_routers(run)
+    record: dict[str, Any] = {}  # how well the start fits
+    if (start := method.router_start()) is not None:
+        with run.reading("the routers' calibration"):
+            record |= start_phase_1(run.directory, start, run.prompts(run.data.train))
     objective = method.training_objective("router")  # α is its multiplier
     if method.one_phase:
         record |= {"steps": 0, "multiplier": objective.multiplier, "seconds": 0.0}
@@ -188,7 +172,7 @@ def refit(run: Run) -> None:
     begun = time.perf_counter()
     run.model = load_product(run.config, run.directory, "lora")
     run.model.merge_and_unload()
-    with run.memory_for("the second fit of the router"):
+    with run.reading("the second fit of the router"):
         record = fit_again(run)
     _finish(run, "refit", record | {"steps": 0, "multiplier": 0.0, "seconds": time.perf_counter() - begun})
 
@@ -207,11 +191,7 @@ def _begin_lora(run: Run) -> None:
 
 
 def phase_record(directory: Path, phase: str) -> dict[str, Any] | None:
-    """What NAME.yaml says about a phase; None if this run has not trained it.
-
-    Raises:
-        ValueError: The file is damaged, or missing beside the phase's model.
-    """
+    """What NAME.yaml says about a phase, None if this run has not trained it; ValueError if the file is damaged."""
 
     def parse(saved: Any) -> dict[str, Any]:
         if not all(isinstance(saved[key], int | float) for key in ("steps", "multiplier", "seconds")):
@@ -221,21 +201,18 @@ def phase_record(directory: Path, phase: str) -> dict[str, Any] | None:
     file, product = directory / f"{phase}.yaml", directory / phase
     if not file.is_file() and not product.is_dir():
         return None
-    return read_own(file, parse, f"delete it and {product}, and give the training command again to train this phase")
+    remedy = f"delete it and {product}, and result.json if there is one, and give the training command again"
+    return read_own(file, parse, f"{remedy} to train this phase")
 
 
 def load_product(config: ExperimentConfig, directory: Path, phase: str) -> RouterAugmentedLM:
-    """The model that a phase has saved.
-
-    Raises:
-        ValueError: Something of it is missing.
-    """
+    """The model that a phase has saved; raises ValueError if something of it is missing."""
     folder = directory / phase
     model = load_model(config, folder)
     if phase in ("tune", "lora", "refit") and not model.has_lora:
         raise ValueError(
-            f"{folder} has no LoRA weights (adapter_model.safetensors); put them back, or delete the folder and give "
-            "the training command again"
+            f"{folder} has no LoRA weights (adapter_model.safetensors); put them back, or delete the folder, and "
+            "result.json if there is one, and give the training command again"
         )
     return model
 
@@ -251,23 +228,18 @@ def _is_wanted(run: Run, phase: str) -> bool:
     if phase == "router" and (directory / "lora").is_dir():
         raise ValueError(
             f"{directory} has lora/ but not router/, under whose routes it was trained: put router/ back, or delete "
-            "lora/ to train both again"
+            "lora/, and result.json if there is one, to train both again"
         )
-    if rank()[0] == 0:
-        _forget(directory, phase, run.method)
+    if rank()[0] == 0:  # what was made with an earlier model of the phase
+        if phase in ("tune", "router"):
+            (directory / "routes.json").unlink(missing_ok=True)
+        if phase == "lora":
+            shutil.rmtree(directory / "refit", ignore_errors=True)
+        for variant in variant_names(run.method)[phase in ("lora", "refit") :]:
+            for file in (directory / "evaluation" / f"{variant}.yaml", *directory.glob(f"predictions/{variant}.*")):
+                file.unlink(missing_ok=True)
     barrier()
     return True
-
-
-def _forget(directory: Path, phase: str, method: Method) -> None:
-    """Delete what was made with an earlier model of a phase that is to be trained again."""
-    for variant in variant_names(method)[phase in ("lora", "refit") :]:
-        for file in (directory / "evaluation" / f"{variant}.yaml", *directory.glob(f"predictions/{variant}.*")):
-            file.unlink(missing_ok=True)
-    if phase in ("tune", "router"):
-        (directory / "routes.json").unlink(missing_ok=True)
-    if phase == "lora":
-        shutil.rmtree(directory / "refit", ignore_errors=True)
 
 
 def _read_as(run: Run, phase: str) -> int:
@@ -280,15 +252,6 @@ def _read_as(run: Run, phase: str) -> int:
     steps = int(min(settings.epochs * per_epoch, settings.max_steps or math.inf))
     data.total_batches = steps * settings.accumulate
     return steps
-
-
-def _start_routers(run: Run) -> dict[str, Any]:
-    """Calibrate the routers as the method wants them; what is to be recorded about it."""
-    start = run.method.router_start()
-    if start is None:
-        return {}
-    with run.memory_for("the routers' calibration"):
-        return dict(start_phase_1(run.directory, start, run.prompts(run.data.train)))
 
 
 def _training_routes(run: Run) -> Routes | None:
@@ -304,16 +267,8 @@ def _training_routes(run: Run) -> Routes | None:
 
 
 def _add_lora(run: Run) -> None:
-    lora = run.config.lora
     torch.manual_seed(run.config.seed)
-    run.model.add_lora(
-        LoraSettings(
-            rank=lora.rank,
-            lora_alpha=lora.lora_alpha,
-            dropout=lora.dropout,
-            target_modules=lora.target_modules,
-        )
-    )
+    run.model.add_lora(run.config.lora)
 
 
 def _fit(run: Run, phase: str, module: Phase, steps: int) -> dict[str, Any]:
@@ -324,7 +279,7 @@ def _fit(run: Run, phase: str, module: Phase, steps: int) -> dict[str, Any]:
     resume = run.config.ckpt == "last"
     resumed = resume and (checkpoints / "last.ckpt").is_file()
     begun = time.perf_counter()
-    with run.memory_for(f"phase {phase}", phase):
+    with during(f"phase {phase} with {phase}_phase.batch_size={settings.batch_size}"):
         kept: dict[str, Any] = fit_phase(
             module,
             run.data,
@@ -334,10 +289,9 @@ def _fit(run: Run, phase: str, module: Phase, steps: int) -> dict[str, Any]:
             loggers=[PhaseLogger(each, phase) for each in run.loggers],
             resume=resume,
         )
-    seconds = time.perf_counter() - begun
-    record = {"steps": steps, "multiplier": module.multiplier, "seconds": seconds, **kept}
-    if record.get("warning") is not None:
-        warn(f"phase {phase}: {record['warning']}")
+    if kept.get("warning") is not None:
+        warn(f"phase {phase}: {kept['warning']}")
+    record = {"steps": steps, "multiplier": module.multiplier, "seconds": time.perf_counter() - begun, **kept}
     record["resumed"] = resumed or None  # the seconds are those since then
     return {key: value for key, value in record.items() if value is not None}
 
@@ -352,7 +306,7 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
         _load_best(run, phase)
     skip_rate = run.method.threshold_skip
     if phase == "router" and skip_rate is not None:
-        with run.memory_for("placing the threshold"):
+        with run.reading("the threshold's calibration"):
             threshold = calibrate_rate(run.prompts(run.data.val), skip_rate)
         say(f"threshold {threshold:.4f} for a skip rate of {skip_rate:g}")
     if phase == "router" and is_tuned(run):

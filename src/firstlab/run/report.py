@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from firstlab.metrics import PRIMARY_METRIC
 from firstlab.run.experiment import Experiment
 from firstlab.store import results
 from firstlab.store.ranks import rank
@@ -23,7 +24,7 @@ def report(experiment: Experiment) -> None:
         return
     records = neighbours(experiment.directory, record)
     rows = [row for each in records for row in rows_of_record(each)]
-    title = f"{record['data']} with {record['model']}, {rows[0]['metrics'][rows[0]['metric']]['n']} test prompts"
+    title = f"{record['data']} with {record['model']}, {rows[0]['n']} test prompts"
     print_table(title, rows)
     skipping = [row for row in rows if row["skip"]["skip_rate"] > 0]
     if skipping:
@@ -53,52 +54,25 @@ def neighbours(directory: Path, record: dict) -> list[dict]:
         try:
             candidate = results.read(other)
             if candidate is not None and settings(candidate) == settings(record):
-                rows_of_record(candidate)
                 found.append(candidate)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             print(f"note: {other / results.RESULT} is left out: damaged, or of another program", file=sys.stderr)
     return sorted(found, key=lambda each: (each["method"] != "none", each["label"]))
 
 
 def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat row per variant of a run, for tables."""
-    found = []
+    """One row per variant of a run, for tables and pictures: what the record says of both, and warnings."""
+    rows = []
     for name, variant in record["variants"].items():
-        primary = variant["primary_metric"]
-        found.append(
-            {
-                "variant": name,
-                "method": record["method"],
-                "label": record["label"],
-                "level": record["level"],
-                "note": record.get("note"),
-                "metric": primary,
-                "metrics": variant["metrics"],
-                "perplexity": variant.get("perplexity"),
-                "skip": variant["skip"],
-                "timing": variant.get("timing"),
-                "warnings": _warnings(record, name),
-                "directory": record["directory"],
-            }
-        )
-        found += [
-            found[-1]
-            | {
-                "level": f"asked {100 * float(rate):g} %",
-                "perplexity": at.get("perplexity"),
-                "timing": at.get("timing"),
-            }
-            | {key: at[key] for key in ("metrics", "skip")}
-            for rate, at in variant.get("rates", {}).items()
-        ]
-    return found
-
-
-def _warnings(record: dict[str, Any], variant: str) -> list[str]:
-    """What went wrong in the phases that made a variant."""
-    trained = ("router", "lora") if variant.endswith("_lora") else ("router",)
-    phases = {name: (record.get("phases") or {}).get(name) or {} for name in trained}
-    return [f"phase {name}: {phase['warning']}" for name, phase in phases.items() if phase.get("warning")]
+        trained = ("router", "lora") if name.endswith("_lora") else ("router",)
+        phases = {phase: (record.get("phases") or {}).get(phase) or {} for phase in trained}
+        warnings = [f"phase {phase}: {found['warning']}" for phase, found in phases.items() if found.get("warning")]
+        metric = variant["metrics"].get(variant["primary_metric"])
+        rows.append({**record, **variant, "variant": name, "primary": metric, "warnings": warnings})
+        for rate, at in variant.get("rates", {}).items():
+            asked = {"level": f"asked {100 * float(rate):g} %", "primary": at["metrics"].get(at["primary_metric"])}
+            rows.append({**rows[-1], **at, **asked})
+    return rows
 
 
 def row_title(row: dict[str, Any]) -> str:
@@ -106,7 +80,7 @@ def row_title(row: dict[str, Any]) -> str:
     dense = row["method"] == "none"
     name = "FiRST" if row["method"] == "first" else row["method"]
     title = ROW_NAMES[row["variant"]] if dense else f"{name} {ROW_NAMES[row['variant']]}"
-    details = [each for each in ("" if dense else row["level"], row["note"]) if each]
+    details = [each for each in ("" if dense else row.get("level"), row.get("note")) if each]
     return f"{title} ({', '.join(details)})" if details else title
 
 
@@ -116,98 +90,66 @@ def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     names = list(table[0]["metrics"])
+    if any("/" in name for name in names):  # of a mixture the headline alone, of each part as well
+        names = [name for name in names if name == "mean" or name.rpartition("/")[2] in PRIMARY_METRIC.values()]
     view = Table(title=title, title_justify="left")
     view.add_column("", no_wrap=True)
-    for name in names:
-        view.add_column(name, justify="right")
-    for name in ("skip rate", "by token", "TPOT ratio"):
+    for name in (*names, "skip rate", "by token", "TPOT ratio"):
         view.add_column(name, justify="right")
     for row in table:
         cells = []
         for name in names:
             metric = row["metrics"].get(name)
-            interval = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if metric and name == row["metric"] else ""
+            interval = f" [{metric['low']:.1f}, {metric['high']:.1f}]" if metric and metric is row["primary"] else ""
             cells.append(f"{metric['value']:.1f}{interval}" if metric else "-")
-        by_token = row["skip"].get("skip_rate_by_token")  # older records lack it
-        cells += [f"{100 * row['skip']['skip_rate']:.1f} %", "-" if by_token is None else f"{100 * by_token:.1f} %"]
-        timing = row["timing"]
-        cells.append(f"{timing['tpot_ratio']:.2f}x" if timing else "-")
-        view.add_row(row_title(row), *cells)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(view)
+        for rate in (row["skip"]["skip_rate"], row["skip"].get("skip_rate_by_token")):  # older records lack it
+            cells.append("-" if rate is None else f"{100 * rate:.1f} %")
+        timing = row.get("timing")
+        view.add_row(row_title(row), *cells, f"{timing['tpot_ratio']:.2f}x" if timing else "-")
+    Console(width=None if sys.stdout.isatty() else 140).print(view)
     for row in table:
         for warning in row["warnings"]:
             print(f"warning: {row_title(row)}: {warning}")
 
 
 def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
-    """Bars of the share of prompts that skip each layer, one panel per row of `rows_of_record`.
+    """Draw the share of prompts that skip each layer as bars, one panel per row of `rows_of_record`, into a PNG."""
+    from matplotlib.figure import Figure
 
-    Args:
-        rows: Variants with any skipping.
-        file: PNG to write.
-        title: Of the picture.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 1.2 + 1.5 * len(rows)), sharex=True, squeeze=False)
-    for axis, row in zip(axes[:, 0], rows, strict=True):
-        shares = 100 * np.array(row["skip"]["per_layer"])
-        layers = np.arange(len(shares))
-        axis.bar(layers, shares, color="#3b6ea5", width=0.8)
-        axis.set_ylim(0, 100)
-        axis.set_yticks([0, 50, 100])
+    fig = Figure(figsize=(9, 1.2 + 1.5 * len(rows)), layout="tight")
+    axes = fig.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, row in zip(axes, rows, strict=True):
+        skip, count = row["skip"], row["skip"].get("unique_routes", 0)
+        layers = range(len(skip["per_layer"]))
+        axis.bar(layers, [100 * share for share in skip["per_layer"]], color="#3b6ea5", zorder=2)
+        axis.set(ylim=(0, 100), yticks=[0, 50, 100], xticks=layers[:: max(1, len(layers) // 32)])
         axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-        metric = row["metrics"][row["metric"]]["value"]
-        routes = row["skip"]["unique_routes"]
+        axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(
-            f"{row_title(row)}: {100 * row['skip']['skip_rate']:.1f} % of layers skipped, "
-            f"{row['metric']} {metric:.1f}, {routes} {'route' if routes == 1 else 'routes'}",
+            f"{row_title(row)}: {100 * skip['skip_rate']:.1f} % of layers skipped, {row['primary_metric']} "
+            f"{row['primary']['value']:.1f}, {count} {'route' if count == 1 else 'routes'}",
             fontsize=9,
             loc="left",
         )
-    step = max(1, len(layers) // 32)
-    axes[-1, 0].set_xticks(layers[::step])
-    axes[-1, 0].set_xlabel("decoder layer (0 = first)")
+    axes[-1].set_xlabel("decoder layer (0 = first)")
     fig.supylabel("prompts that skip the layer (%)", fontsize=10)
     fig.suptitle(title, fontsize=11)
-    fig.tight_layout()
     fig.savefig(file, dpi=130)
-    plt.close(fig)
 
 
 def quality_by_rate(record: dict[str, Any], name: str, file: Path, title: str) -> None:
-    """The headline score over the rate of skipped layers, with intervals, of one variant evaluated at several rates.
-
-    Args:
-        record: Of the run.
-        name: The variant.
-        file: PNG to write.
-        title: Of the picture.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw a variant's headline score, with intervals, over the skip rates that it was evaluated at, into a PNG."""
+    from matplotlib.figure import Figure
 
     variant = record["variants"][name]
     points = sorted((variant, *variant["rates"].values()), key=lambda each: each["skip"]["skip_rate_by_token"])
     rates = [100 * each["skip"]["skip_rate_by_token"] for each in points]
     scores = [each["metrics"][variant["primary_metric"]] for each in points]
-    fig, axis = plt.subplots(figsize=(7, 4))
-    spread = [[s["value"] - s["low"] for s in scores], [s["high"] - s["value"] for s in scores]]
-    axis.errorbar(rates, [s["value"] for s in scores], spread, marker="o", capsize=3, color="#3b6ea5")
-    axis.set_xlabel("layers skipped, mean over decoded tokens (%)")
-    axis.set_ylabel(variant["primary_metric"])
+    spread = [[each["value"] - each["low"] for each in scores], [each["high"] - each["value"] for each in scores]]
+    fig = Figure(figsize=(7, 4), layout="tight")
+    axis = fig.subplots()
+    axis.errorbar(rates, [each["value"] for each in scores], spread, marker="o", capsize=3, color="#3b6ea5")
+    axis.set(xlabel="layers skipped, mean over decoded tokens (%)", ylabel=variant["primary_metric"])
     axis.grid(alpha=0.3)
     axis.set_title(title, fontsize=10)
-    fig.tight_layout()
     fig.savefig(file, dpi=130)
-    plt.close(fig)

@@ -57,19 +57,11 @@ class GenerateConfig:
     seed: int = 0
     trust: str | None = None
 
-    def check(self) -> None:
-        """Raises ValueError with the option, its value and what is allowed."""
-        if not self.run:
-            raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
-        check_options(self)
-
 
 def layer_map(skips: list[float]) -> str:
     """One line: a block per layer, the lower the more decode steps skipped it, a dot where all did; the skip rate."""
-    blocks = "·▁▂▃▄▅▆▇█"
-    drawn = "".join(
-        blocks[8 if skip == 0 else 0 if skip == 1 else min(7, max(1, round(8 * (1 - skip))))] for skip in skips
-    )
+    levels = [8 if skip == 0 else 0 if skip == 1 else min(7, max(1, round(8 * (1 - skip)))) for skip in skips]
+    drawn = "".join("·▁▂▃▄▅▆▇█"[level] for level in levels)
     rate = sum(skips) / len(skips)
     return f"layers 0 {drawn} {len(skips) - 1}   skipped {sum(skips):.3g} of {len(skips)} ({100 * rate:.1f} %)"
 
@@ -83,7 +75,9 @@ def main(arguments: list[str]) -> None:
     base = "model.path="
     moved = dict(each.split("=", 1) for each in arguments if each.startswith(base))
     options, words = parse_options(GenerateConfig(), [each for each in arguments if not each.startswith(base)])
-    options.check()
+    if not options.run:
+        raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
+    check_options(options)
     text = without_marks(" ".join(words) if words else sys.stdin.read().strip())
     if not has_text(text):
         raise ValueError("the text is empty; give at least one word")
@@ -109,10 +103,8 @@ def main(arguments: list[str]) -> None:
         )
     if options.quantization is not None:
         quantize(model.merge_and_unload().lm, options.quantization)
-    decode = _by_engine if options.decoder == "engine" else _by_generate
     with pinned_generation(model.lm):
-        skips = decode(model, source.tokenizer, source.ids, source.routes, source.new_tokens, options)
-    print(layer_map(skips))
+        print(layer_map(_stream(source, options)))
 
 
 class _Source(NamedTuple):
@@ -160,9 +152,8 @@ def _run(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
 
 def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
     """A folder written by save_pretrained, which knows no task."""
-    import torch
-
     from firstlab.data.encoding import prompt_ids
+    from firstlab.methods.base import routes_without
     from firstlab.model.lm import RouterAugmentedLM
     from firstlab.model.routes import FixedRoutes
     from firstlab.model.storage import load_tokenizer
@@ -177,50 +168,12 @@ def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Sourc
         if getattr(options, name):
             raise ValueError(f"{name}={getattr(options, name)!r}: prompt=raw takes the text alone; leave {name} out")
     model, tokenizer = RouterAugmentedLM.from_pretrained(options.run), load_tokenizer(options.run)
-    routes = FixedRoutes(torch.ones(model.num_layers, dtype=torch.bool)) if options.variant == "base" else None
+    routes = FixedRoutes(routes_without(model.num_layers, [])) if options.variant == "base" else None
     return _Source(model, tokenizer, prompt_ids(tokenizer, text, True), routes, options.max_new_tokens or 80)
 
 
-def _by_generate(
-    model: RouterAugmentedLM,
-    tokenizer: Any,
-    prompt: list[int],
-    routes: Routes | None,
-    limit: int,
-    options: GenerateConfig,
-) -> list[float]:
-    """Stream through transformers' `generate`; of each layer, the share of decode steps that skipped it."""
-    import torch
-    from transformers import TextStreamer
-
-    from firstlab.model.generation_options import stop_tokens
-
-    torch.manual_seed(options.seed)
-    sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
-    result = model.generate(
-        torch.tensor([prompt], device=model.device),
-        routes=None if routes is None else routes.to(model.device),
-        max_new_tokens=limit,
-        do_sample=options.do_sample,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=stop_tokens(model.lm, tokenizer) or None,
-        return_dict_in_generate=True,
-        **sampling,
-    )
-    shares: list[float] = result.past_key_values.layer_skips()[0].tolist()
-    return shares
-
-
-def _by_engine(
-    model: RouterAugmentedLM,
-    tokenizer: Any,
-    prompt: list[int],
-    routes: Routes | None,
-    limit: int,
-    options: GenerateConfig,
-) -> list[float]:
-    """Stream through the decode engine; of each layer, the share of decode steps that skipped it."""
+def _stream(source: _Source, options: GenerateConfig) -> list[float]:
+    """Print the response as it is decoded; of each layer, the share of decode steps that skipped it."""
     import torch
     from transformers import TextStreamer
 
@@ -228,15 +181,33 @@ def _by_engine(
     from firstlab.engine.sampling import Sampling
     from firstlab.model.generation_options import stop_tokens
 
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    out = DecodeEngine(model.merge_and_unload(), len(prompt) + limit).generate(
-        [prompt],
-        limit,
-        routes,
-        stop_tokens(model.lm, tokenizer),
-        on_step=lambda read: streamer.put(torch.tensor(list(read.values()))),
-        sampling=Sampling(options.temperature, options.top_k, seed=options.seed) if options.do_sample else None,
-    )
-    streamer.end()
-    shares: list[float] = out.layer_skips[0].tolist()
+    model, tokenizer, prompt, routes, limit = source
+    ends, by_engine = stop_tokens(model.lm, tokenizer), options.decoder == "engine"
+    streamer = TextStreamer(tokenizer, skip_prompt=not by_engine, skip_special_tokens=True)
+    if by_engine:
+        out = DecodeEngine(model.merge_and_unload(), len(prompt) + limit).generate(
+            [prompt],
+            limit,
+            routes,
+            ends,
+            on_step=lambda read: streamer.put(torch.tensor(list(read.values()))),
+            sampling=Sampling(options.temperature, options.top_k, seed=options.seed) if options.do_sample else None,
+        )
+        streamer.end()
+        skips = out.layer_skips
+    else:
+        torch.manual_seed(options.seed)
+        result = model.generate(
+            torch.tensor([prompt], device=model.device),
+            routes=None if routes is None else routes.to(model.device),
+            max_new_tokens=limit,
+            do_sample=options.do_sample,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            eos_token_id=ends or None,
+            return_dict_in_generate=True,
+            **({"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}),
+        )
+        skips = result.past_key_values.layer_skips()
+    shares: list[float] = skips[0].tolist()
     return shares

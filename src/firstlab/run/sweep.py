@@ -6,7 +6,6 @@ A sweep file (conf/sweep) names cells of the paper's grid, or grids of its own; 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
@@ -14,20 +13,21 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from firstlab.config.build import check_device
 from firstlab.config.grid import CellsConfig, ScaleConfig, sweep_runs
 from firstlab.config.schema import ExperimentConfig
+from firstlab.methods.base import Method
+from firstlab.run.directory import finished_record, is_trained, wanted_variants
 from firstlab.run.load import load
 from firstlab.store import results
-
-if TYPE_CHECKING:
-    from firstlab.methods.base import Method
 
 Record = dict[str, Any]
 
@@ -37,34 +37,26 @@ def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[
 
     Args:
         grids: Grid name to {override key: value or list of values}; "{KEY}" in a value is the run's value of KEY.
-        given: Command-line keys and their values. A key that grids sweep narrows those grids to the given values; any
-            other key holds for all runs, its values being one more axis.
-
-    Raises:
-        ValueError: A given value is in no grid.
+        given: Command-line keys and their values. A key that grids sweep narrows them to these values, or ValueError if
+            none has one of them; any other key is one more axis of all runs.
     """
-    axes = {
-        name: {key: [_text(v) for v in (values if _is_list(values) else [values])] for key, values in grid.items()}
-        for name, grid in grids.items()
-    }
+    axes = [{key: _texts(values) for key, values in grid.items()} for grid in grids.values()]
     swept: dict[str, list[str]] = defaultdict(list)
-    for grid in axes.values():
+    for grid in axes:
         for key, values in grid.items():
             swept[key] += values
     for key, wanted in given.items():
-        unknown = [value for value in wanted if key in swept and value not in swept[key]]
-        if unknown:
+        if unknown := [value for value in wanted if key in swept and value not in swept[key]]:
             raise ValueError(
                 f"{key}={','.join(unknown)} is not in the sweep, which has {', '.join(dict.fromkeys(swept[key]))}; "
                 "values on the command line narrow a sweep"
             )
     everywhere = {key: list(values) for key, values in given.items() if key not in swept}
     runs: dict[tuple[str, ...], None] = {}
-    for grid in axes.values() or [{}]:
+    for grid in axes or [{}]:
         narrowed = {key: [v for v in values if v in given.get(key, values)] for key, values in grid.items()}
-        product = {**everywhere, **narrowed}
-        for chosen in itertools.product(*product.values()):
-            run = dict(zip(product, chosen, strict=True))
+        for chosen in product(*everywhere.values(), *narrowed.values()):
+            run = dict(zip((*everywhere, *narrowed), chosen, strict=True))
             runs[tuple(f"{key}={_filled(value, run)}" for key, value in run.items())] = None
     return [list(run) for run in runs]
 
@@ -72,45 +64,31 @@ def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[
 def with_cells(
     scale: Mapping[str, Any], cells: Mapping[str, Any], grids: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
-    """The runs that a sweep wants of a scale's grid (`firstlab.config.grid.CellsConfig`), each a grid, then `grids`.
-
-    Raises:
-        ValueError: An unknown key, or a value of the wrong type.
-    """
+    """The runs that a sweep wants of a scale's grid (`firstlab.config.grid.CellsConfig`), each a grid, then `grids`."""
+    if not cells:
+        return dict(grids)
     try:
-        typed = {name: OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for name, each in cells.items()}
-        known: Any = OmegaConf.to_object(OmegaConf.merge(ScaleConfig, scale)) if cells else None
+        typed: Any = {name: OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for name, each in cells.items()}
+        known: Any = OmegaConf.to_object(OmegaConf.merge(ScaleConfig, scale))
     except OmegaConfBaseException as error:
         raise ValueError(f"hydra.sweeper: {str(error).strip().splitlines()[0]}") from error
-    runs = sweep_runs(known, typed) if cells else []  # type: ignore[arg-type]
-    return {f"cell {number}": run for number, run in enumerate(runs)} | dict(grids)
+    return {f"cell {number}": run for number, run in enumerate(sweep_runs(known, typed))} | dict(grids)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) or OmegaConf.is_list(value)
+def _texts(values: Any) -> list[str]:
+    """A YAML value, or each of a list, in Hydra's override grammar."""
+    plain = OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
+    several = plain if isinstance(plain, list) else [plain]
+    return [json.dumps(each) if each is None or isinstance(each, bool) else str(each) for each in several]
 
 
 def _filled(value: str, run: Mapping[str, str]) -> str:
     return re.sub(r"\{([\w.]+)\}", lambda found: run.get(found[1], found[0]), value)
 
 
-def _text(value: Any) -> str:
-    """A YAML value in Hydra's override grammar."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else str(value)
-
-
 @dataclass
 class PlannedRun:
-    """One run of a sweep.
-
-    Attributes:
-        overrides: What composes it.
-        state: "finished", "failed earlier", "interrupted" or "to do".
-        error: Why it failed earlier.
-        seconds: Wall time: measured if finished, else estimated; None if unknown.
-    """
+    """One run of a sweep: finished, failed earlier (`error` says why), interrupted or to do; `seconds` if known."""
 
     overrides: list[str]
     config: ExperimentConfig
@@ -128,12 +106,7 @@ class PlannedRun:
 def plan(
     runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig], recorded: Path | None
 ) -> list[PlannedRun]:
-    """Compose and check every run, find out which are finished, estimate the others.
-
-    Args:
-        runs: Overrides of each run.
-        compose: Makes a configuration of overrides.
-        recorded: Folder with records of runs that need not be repeated.
+    """Compose and check every run, find those finished, in place or in the folder `recorded`, and estimate the others.
 
     Raises:
         ValueError: Runs that do not compose, that would share a directory, or whose directory is another run's.
@@ -192,20 +165,18 @@ def _raise_all(problems: list[str]) -> None:
         raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems[:10]) + more)
 
 
-def _look_up(run: PlannedRun, recorded: Record | None) -> None:
+def _look_up(run: PlannedRun, recorded: Record | None = None) -> None:
     """Set the state of a run from its directory, or from a recorded result."""
-    from firstlab.run.directory import finished_record, is_trained, wanted_variants
-
-    record = finished_record(run.config, run.method)
+    record, failure = finished_record(run.config, run.method), results.read_failure(run.directory)
     if record is None and recorded is not None and not run.config.overwrite:
         record = recorded if set(wanted_variants(run.config, run.method)) <= set(recorded["variants"]) else None
-    failure = results.read_failure(run.directory)
+    run.state, run.error = "to do", None
     if record is not None:
-        run.state, run.seconds, run.error = "finished", record.get("wall_s"), None
-    elif failure is None and is_trained(run.config, run.method):
-        run.state, run.error = "finished", None
+        run.state, run.seconds = "finished", record.get("wall_s")
     elif failure is not None:
         run.state, run.error = "failed earlier", failure["error"]
+    elif is_trained(run.config, run.method):
+        run.state = "finished"
     elif (run.directory / "config.yaml").is_file():
         run.state = "interrupted"
 
@@ -214,9 +185,9 @@ def _estimate(planned: list[PlannedRun], records: list[Record]) -> None:
     """Median wall time of finished runs on the same data and model: with the same method, or else with any."""
     times: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for record in records:
-        for kind in ((record["data"], record["model"], record["method"]), (record["data"], record["model"])):
-            # An evaluation of another run has none, a resumed run only that since then.
-            if "wall_s" in record and not record.get("resumed"):
+        # An evaluation of another run has none, a resumed run only that since then.
+        if "wall_s" in record and not record.get("resumed"):
+            for kind in ((record["data"], record["model"], record["method"]), (record["data"], record["model"])):
                 times[kind].append(record["wall_s"])
     for run in planned:
         place = (run.config.data.name, run.config.model.name)
@@ -227,13 +198,12 @@ def _estimate(planned: list[PlannedRun], records: list[Record]) -> None:
 
 def describe(name: str, planned: list[PlannedRun]) -> str:
     """The plan as text: totals, then one line per run."""
-    counts = Counter(run.state for run in planned)
     left = [run for run in planned if run.state != "finished"]
     known = [run.seconds for run in left if run.seconds is not None]
     time = f"about {duration(sum(known))} one after another" if known else "time unknown"
     if known and len(known) < len(left):
         time += f" for {len(known)} of them, unknown for {len(left) - len(known)}"
-    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    states = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in planned).items())
     lines = [f"{name}: {len(planned)} runs ({states}); {len(left)} to run" + (f", {time}" if left else "")]
     for run in planned:
         seconds = "unknown" if run.seconds is None else duration(run.seconds)
@@ -260,8 +230,7 @@ def run_sweep(
     """Print the plan, launch what is not finished, report; exits with 1 if a run has no result.
 
     Args:
-        runs: Overrides of each run.
-        compose: Makes a configuration of overrides.
+        runs: Overrides of each run, of which `compose` makes a configuration.
         launch: Runs jobs given as overrides; each job records its own failure.
         settings: The `sweep` node of the configuration.
         here: Whether jobs run on this machine, so that it must have the devices they ask for.
@@ -270,64 +239,44 @@ def run_sweep(
         ValueError: See `plan`; or a device is missing.
     """
     name = settings.name or "sweep"
-    recorded = None if settings.recorded is None else Path(settings.recorded)
-    planned = plan(runs, compose, recorded)
+    planned = plan(runs, compose, None if settings.recorded is None else Path(settings.recorded))
     print(describe(name, planned), flush=True)
     left = [run for run in planned if run.state != "finished"]
     if settings.plan_only:
         return
-    if left:
-        if here:
-            _check_devices(left)
-        _launch(name, planned, left, launch)
-    if settings.collect is not None:
-        collect(planned, Path(settings.collect))
-    if any(run.state != "finished" for run in left):
-        sys.exit(1)
-
-
-def _check_devices(left: Sequence[PlannedRun]) -> None:
-    from firstlab.config.build import check_device
-
-    for run in left:
-        check_device(run.config.trainer)
-
-
-def collect(planned: Sequence[PlannedRun], folder: Path) -> None:
-    """Put the records of finished runs into FOLDER/records.jsonl.xz, under their run directories' names.
-
-    Raises:
-        ValueError: A record of that name is of another configuration, or the file is damaged.
-    """
-    found = {}
-    for run in planned:
-        record = results.read(run.directory) if run.state == "finished" else None
-        if record is not None:
-            found[f"{run.directory.parent.name}--{run.directory.name}"] = record
-    try:
-        print(f"records: {results.add(folder, found)}")
-    except ValueError as error:
-        raise ValueError(f"sweep.collect={folder}: {error}") from error
-
-
-def _launch(
-    name: str, planned: Sequence[PlannedRun], left: Sequence[PlannedRun], launch: Callable[[list[list[str]]], Any]
-) -> None:
-    """Launch what is left and say how it went."""
+    if here:
+        for run in left:
+            check_device(run.config.trainer)
     lost = None
     try:
-        launch([run.overrides for run in left])
+        if left:
+            launch([run.overrides for run in left])
     except Exception as error:
         # A launcher raises when it loses a job (killed, out of memory): say so, go on to the report.
         lost = f"{type(error).__name__}: {str(error).strip()}"
     for run in left:
-        run.state, run.config = "to do", replace(run.config, overwrite=False)
-        _look_up(run, None)
+        run.config = replace(run.config, overwrite=False)
+        _look_up(run)
     failed = [run for run in left if run.state != "finished"]
-    print(f"{name}: {len(planned) - len(failed)} of {len(planned)} runs finished")
+    if left:
+        print(f"{name}: {len(planned) - len(failed)} of {len(planned)} runs finished")
     for run in failed:
         print(f"  failed: {run.directory}: {run.error or 'ended without a result and without an error of its own'}")
     if lost is not None:
         print(f"  the launcher stopped: {lost}")
     if failed:
         print("the same command tries them again; tracebacks are in failure.json of each run directory")
+    if settings.collect is not None:
+        collect(planned, Path(settings.collect))
+    if failed:
+        sys.exit(1)
+
+
+def collect(planned: Sequence[PlannedRun], folder: Path) -> None:
+    """Put the records of finished runs into FOLDER/records.jsonl.xz, under their run directories' names."""
+    finished = {run.directory: results.read(run.directory) for run in planned if run.state == "finished"}
+    found = {f"{each.parent.name}--{each.name}": record for each, record in finished.items() if record is not None}
+    try:
+        print(f"records: {results.add(folder, found)}")
+    except ValueError as error:
+        raise ValueError(f"sweep.collect={folder}: {error}") from error

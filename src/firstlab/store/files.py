@@ -32,17 +32,12 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 def read_own(
     file: Path,
     parse: Callable[[Any], Parsed],
-    remedy: str = "delete it and give the training command again, which makes it again",
+    remedy: str = "delete it, and result.json if there is one, and give the training command again",
 ) -> Parsed:
     """What a JSON or YAML file that firstlab wrote stands for; a kill or a hand may have damaged it since.
 
-    Args:
-        file: Its name tells the format.
-        parse: Checks what the file holds and makes something of it.
-        remedy: What to do about a damaged file.
-
     Raises:
-        ValueError: It cannot be read, or `parse` does not know what it holds.
+        ValueError: The file cannot be read, or `parse` refuses what it holds; the message ends with the remedy.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -53,11 +48,7 @@ def read_own(
 
 
 def check_writable(directory: Path, option: str) -> None:
-    """Make a directory and try a file in it, before the work whose result goes there.
-
-    Raises:
-        ValueError: Nothing can be written there.
-    """
+    """Make a directory and try a file in it before the work whose result goes there; ValueError if that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -90,16 +81,10 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a directory for this process; the system lets go of it when the process ends, however it ends.
-
-    The lock file `.NAME.lock` beside the directory names its owner.
-
-    Args:
-        directory: What to hold; need not exist.
-        wait: Wait for another owner to finish.
+    """Hold a directory, which need not exist, until the process ends; `.NAME.lock` beside it names the owner.
 
     Raises:
-        ValueError: Another process holds it, and `wait` is false; or nothing can be written there.
+        ValueError: Another process holds it and `wait` is false, or nothing can be locked there.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_PACKAGES = ("firstlab", "torch", "transformers", "lightning", "peft", "hydra-core", "datasets", "sacrebleu", "numpy")
 
 
 def provenance(device: torch.device | None = None) -> dict[str, Any]:
@@ -23,19 +26,18 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    name = torch.cuda.get_device_name() if _counts_gpu(device) else processor_name()
     return {
         "revision": (_git("rev-parse", "HEAD") or None) if ours else None,
         "uncommitted_changes": ours and bool(_git("status", "--porcelain", "--untracked-files=no")),
         "packages": versions,
         "python": platform.python_version(),
-        "device": name,
+        "device": torch.cuda.get_device_name() if _counts_gpu(device) else processor_name(),
         "threads": torch.get_num_threads(),
     }
 
 
 def _git(*arguments: str) -> str:
-    """What git says about the folder of this file; nothing where there is no git."""
+    """What git says about the folder of this file; "" without git."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -44,14 +46,14 @@ def _git(*arguments: str) -> str:
 
 
 def processor_name() -> str:
-    """As the system calls the CPU."""
+    """The system's name of the CPU."""
     info = Path("/proc/cpuinfo")
-    names = [] if not info.exists() else [x for x in info.read_text().splitlines() if x.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:(.*)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def reset_peak_memory(device: torch.device | None = None) -> None:
-    """Let `peak_memory_bytes` count from here, for several runs in one process (on Linux and on GPUs)."""
+    """Let `peak_memory_bytes` count from here (on Linux and on GPUs)."""
     if _counts_gpu(device):
         torch.cuda.reset_peak_memory_stats()
     counters = Path("/proc/self/clear_refs")
@@ -60,7 +62,7 @@ def reset_peak_memory(device: torch.device | None = None) -> None:
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Peak memory: of the GPU if that is the device, or where there is one if none is given; else of the process."""
+    """Peak memory of the GPU if that is the device (by default where there is one), else of the process."""
     if _counts_gpu(device):
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -69,6 +71,3 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
 
 def _counts_gpu(device: torch.device | None) -> bool:
     return torch.cuda.is_available() if device is None else device.type == "cuda"
-
-
-_PACKAGES = ("firstlab", "torch", "transformers", "lightning", "peft", "hydra-core", "datasets", "sacrebleu", "numpy")

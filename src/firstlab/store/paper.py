@@ -15,32 +15,22 @@ RowKey = tuple[int, str, bool]
 
 @dataclass(frozen=True)
 class Printed:
-    """One number of the paper.
+    """One number of the paper."""
 
-    Attributes:
-        value: The number, or None where our copy of the paper has lost it.
-        borrowed: Taken from the sister table that prints the same cell.
-    """
-
-    value: float | None
-    borrowed: bool = False
+    value: float | None  # None where our copy of the paper has lost it
+    borrowed: bool = False  # from the sister table that prints the same cell
 
 
 @dataclass(frozen=True)
 class QualityTable:
-    """Tables 1 to 4 and 9 to 14; a and b are the two halves of one printed table.
-
-    Attributes:
-        number: As in the paper.
-        rows: Row to (task, metric) to number, in the paper's order.
-    """
+    """One of tables 1 to 4 and 9 to 14; a and b are the two halves of one printed table."""
 
     number: str
     title: str
     model: str
     tasks: tuple[str, ...]
     metrics: tuple[str, ...]
-    rows: dict[RowKey, dict[tuple[str, str], Printed]]
+    rows: dict[RowKey, dict[tuple[str, str], Printed]]  # (task, metric) of a row to number, in the paper's order
 
     @property
     def levels(self) -> list[int]:
@@ -57,17 +47,17 @@ def read() -> dict[str, Any]:
 
 @cache
 def quality_tables() -> dict[str, QualityTable]:
-    """By number."""
+    """The quality tables by their numbers in the paper."""
     return {number: _quality(number, node) for number, node in read()["quality"].items()}
 
 
 def models() -> list[str]:
-    """Names that the paper's models have here."""
+    """The paper's models, by their names here."""
     return list(dict.fromkeys(table.model for table in quality_tables().values()))
 
 
 def tasks() -> list[str]:
-    """Names that the paper's tasks have here."""
+    """The paper's tasks, by their names here."""
     return list(dict.fromkeys(task for table in quality_tables().values() for task in table.tasks))
 
 
@@ -79,12 +69,9 @@ def _quality(number: str, node: dict[str, Any]) -> QualityTable:
         key = (int(level), method, {"lora": True, "plain": False}[configuration])
         if key in rows:
             raise ValueError(f"paper.yaml: table {number} has the row {line!r} twice")
-        rows[key] = dict(zip(columns, map(_printed, values), strict=True))
+        numbers = [Printed(None) if x == "-" else Printed(float(x.rstrip("?")), x.endswith("?")) for x in values]
+        rows[key] = dict(zip(columns, numbers, strict=True))
     return QualityTable(number, node["title"], node["model"], tuple(node["tasks"]), tuple(node["metrics"]), rows)
-
-
-def _printed(text: str) -> Printed:
-    return Printed(None) if text == "-" else Printed(float(text.rstrip("?")), text.endswith("?"))
 
 
 def per_layer_shares(column: dict[str, Any], layers: int) -> list[float]:

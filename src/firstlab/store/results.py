@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import base64
 import csv
-import functools
 import io
 import json
 import lzma
-import math
 import reprlib
+import sys
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any
 
 import numpy as np
 
@@ -37,121 +36,49 @@ ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "ro
 
 #: Numbers per test prompt: an array as `pack` writes it, or a plain list as records.jsonl.xz holds it.
 Numbers = str | list[Any]
+_NUMBERS = (str, list)
 
-
-class Metric(TypedDict, total=False):
-    """A metric, 0 to 100, with its bootstrap interval; one that came out as NaN (null) is dropped on reading."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Group(TypedDict):
-    """Prompts of one level of difficulty."""
-
-    n: int
-    skip_rate: float
-
-
-class _Skip(TypedDict):
-    skip_rate: float
-    per_layer: list[float]
-
-
-class Skip(_Skip, total=False):
-    """What decode skipped, mean over test prompts; `skip_rate_by_token` over the references' tokens."""
-
-    skip_rate_by_token: float
-    unique_routes: float
-    route_entropy_bits: float
-    mode_agreement: float
-    static_agreement: float
-    by_difficulty: dict[str, Group]
-
-
-class Timing(TypedDict, total=False):
-    """Time per output token, routed ÷ dense, and its quartiles over prompts."""
-
-    tpot_ratio: float
-    tpot_ratio_quartiles: list[float]
-
-
-class Examples(TypedDict, total=False):
-    """[n] numbers per test prompt, [n, k] per metric in `scores`; `test_set` is a hash of the prompts."""
-
-    test_set: str
-    difficulty: Numbers
-    prompt_tokens: Numbers
-    response_tokens: Numbers
-    skip_rate: Numbers
-    nll: Numbers
-    scores: dict[str, Numbers]
-
-
-class _Variant(TypedDict):
-    n: int
-    skip: Skip
-    metrics: dict[str, Metric]
-    primary_metric: str
-
-
-class Variant(_Variant, total=False):
-    """The model before or after LoRA, on `n` test prompts."""
-
-    perplexity: float
-    timing: Timing
-    examples: Examples
-
-
-class Config(TypedDict):
-    """`ExperimentConfig.identity()` of the run: data to compare with, never to build objects from."""
-
-    model: dict[str, Any]
-    data: dict[str, Any]
-    method: dict[str, Any]
-    router: dict[str, Any]
-    lora: dict[str, Any]
-    router_phase: dict[str, Any]
-    lora_phase: dict[str, Any]
-    evaluation: dict[str, Any]
-
-
-class _Record(TypedDict):
-    method: str
-    label: str
-    model: str
-    data: str
-    directory: str
-    config: Config
-    config_hash: str
-    seed: int
-    num_layers: int
-    variants: dict[str, Variant]
-
-
-class Record(_Record, total=False):
-    """A finished run; beside these keys it says which code, packages and machine it ran on."""
-
-    level: str
-    note: str
-    wall_s: float
-    resumed: bool
-    phases: dict[str, Any]
-
-
-class Cell(TypedDict):
-    """One batch size and prompt length of a benchmark."""
-
-    router_share_of_prefill: float
-
-
-class Benchmark(TypedDict):
-    """What `firstlab.benchmark` writes (benchmark.json), as far as tables read it."""
-
-    model: str
-    device: str
-    cells: list[Cell]
+# Schemas: key -> type, [type] for a list of it, {"*": type} for a mapping to it, or a schema. A key that ends in "?"
+# may be missing or null; keys that no schema names are left alone.
+_METRIC = {"value?": float, "low?": float, "high?": float}  # 0 to 100; null where it came out as NaN
+_EXAMPLES = {  # [n] numbers per test prompt, [n, k] per metric in `scores`; test_set is a hash of the prompts
+    "test_set?": str,
+    **dict.fromkeys(("difficulty?", "prompt_tokens?", "response_tokens?", "skip_rate?", "nll?"), _NUMBERS),
+    "scores?": {"*": _NUMBERS},
+}
+_ADAPTIVITY = ("unique_routes?", "route_entropy_bits?", "mode_agreement?", "static_agreement?")
+_VARIANT = {
+    "n": int,
+    "skip": {
+        "skip_rate": float,
+        "per_layer": [float],
+        "skip_rate_by_token?": float,
+        "by_difficulty?": {"*": {"n": int, "skip_rate": float}},
+        **dict.fromkeys(_ADAPTIVITY, float),
+    },
+    "metrics": {"*": _METRIC},
+    "primary_metric": str,
+    "perplexity?": float,
+    "timing?": {"tpot_ratio?": float, "tpot_ratio_quartiles?": [float]},
+    "examples?": _EXAMPLES,
+}
+#: `ExperimentConfig.identity()` of the run: data to compare with, never to build objects from.
+_SECTIONS = ("model", "data", "method", "router", "lora", "router_phase", "lora_phase", "evaluation")
+#: A finished run; beside these keys it says which code, packages and machine it ran on.
+RECORD = {
+    **dict.fromkeys(("method", "label", "model", "data", "directory", "config_hash"), str),
+    "config": dict.fromkeys(_SECTIONS, dict),
+    "seed": int,
+    "num_layers": int,
+    "variants": {"*": _VARIANT},
+    "level?": str,
+    "note?": str,
+    "wall_s?": float,
+    "resumed?": bool,
+    "phases?": dict,
+}
+#: What tables read of benchmark.json: one cell per batch size and prompt length.
+BENCHMARK_RECORD = {"model": str, "device": str, "cells": [{"router_share_of_prefill": float}]}
 
 
 def write(directory: Path, record: Mapping[str, Any]) -> None:
@@ -160,16 +87,12 @@ def write(directory: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(directory: Path, remedy: str = "pass overwrite=true to run again") -> dict[str, Any] | None:
-    """The record of a finished run, or None if it has none.
-
-    Raises:
-        ValueError: It is damaged; `remedy` says what to do about it.
-    """
+    """The record of a finished run, or None if it has none; ValueError, with the remedy, if it is damaged."""
     file = directory / RESULT
     if not file.is_file():
         return None
     try:
-        return checked(_json(file.read_text(encoding="utf-8")), Record)
+        return checked(_json(file.read_text(encoding="utf-8")), RECORD)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is no result of firstlab: {error}; {remedy}") from error
 
@@ -188,8 +111,8 @@ def read_all(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, 
 def _read_file(file: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
     try:
         if file.name != PACKED:
-            kind = Benchmark if file.name == BENCHMARK else Record
-            yield file, checked(_json(file.read_text(encoding="utf-8")), kind)
+            schema = BENCHMARK_RECORD if file.name == BENCHMARK else RECORD
+            yield file, checked(_json(file.read_text(encoding="utf-8")), schema)
             return
         with lzma.open(file, "rt", encoding="utf-8") as lines:
             yield from _read_lines(file, lines, warn)
@@ -203,10 +126,9 @@ def _read_lines(file: Path, lines: Iterable[str], warn: Callable[[str], None]) -
         place = f"line {number}"
         try:
             node = _json(line)
-            if not isinstance(node, dict) or not isinstance(node.get("name"), str):
-                raise ValueError("it has no name")
+            _check(node, {"name": str}, "")
             place = node.pop("name")
-            found = checked(node, Benchmark if "cells" in node else Record)
+            found = checked(node, BENCHMARK_RECORD if "cells" in node else RECORD)
         except ValueError as error:
             warn(f"{file / place} is left out: {error}")
         else:
@@ -221,11 +143,7 @@ def _json(text: str) -> Any:
 
 
 def add(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Put records under their names into FOLDER/records.jsonl.xz and write summary.csv; returns the former.
-
-    Raises:
-        ValueError: The file is damaged, or one of the names records another configuration.
-    """
+    """Put records under their names into FOLDER/records.jsonl.xz and write summary.csv; returns the former."""
 
     def refuse(message: str) -> None:
         raise ValueError(f"{message}; repair or delete the file, or choose another folder")
@@ -266,36 +184,23 @@ def _qualities(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _timings(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     run = {key: row[key] for key in ("name", "model", "device")}
-    keys = (
-        "decoder",
-        "quantization",
-        "skip_rate",
-        "ttft_s",
-        "tpot_mean_s",
-        "tpot_ratio",
-        "limit_ratio",
-        "tokens_per_s",
-    )
+    keys = ["decoder", "quantization", "skip_rate", "ttft_s", "tpot_mean_s"]
+    keys += ["tpot_ratio", "limit_ratio", "tokens_per_s"]
     for cell in row["cells"]:
         place = {key: cell.get(key) for key in ("batch_size", "prompt_length")}
         for variant in cell.get("variants", []):
             yield run | place | {key: variant.get(key) for key in keys}
 
 
-def checked(node: Any, kind: type) -> dict[str, Any]:
-    """The node, if it is a `Record` or `Benchmark`; optional keys that are null are taken out.
-
-    Raises:
-        ValueError: It lacks a key, or one is of another type.
-    """
-    _check(node, kind, "")
-    if kind is Record:
+def checked(node: Any, schema: dict[str, Any]) -> dict[str, Any]:
+    """The node without optional keys that are null; ValueError if it does not follow RECORD or BENCHMARK_RECORD."""
+    _check(node, schema, "")
+    if schema is RECORD:
         for name, variant in node["variants"].items():
             _check_variant(variant, f"variants.{name}", node["num_layers"])
         for name, phase in node.get("phases", {}).items():
             _check(phase or {}, dict, f"phases.{name}")  # null where a run has not trained it
-    found: dict[str, Any] = node
-    return found
+    return dict(node)
 
 
 def _check_variant(variant: dict[str, Any], where: str, layers: int) -> None:
@@ -310,10 +215,10 @@ def _check_variant(variant: dict[str, Any], where: str, layers: int) -> None:
         raise ValueError(f"{where} has no metric with a value")
     if primary not in kept:
         variant["primary_metric"] = next(iter(kept))
-    lengths = [("skip.per_layer", variant["skip"]["per_layer"], layers)]
-    lengths += [("timing.tpot_ratio_quartiles", variant.get("timing", {}).get("tpot_ratio_quartiles"), 2)]
-    for key, values, length in lengths:
-        if values is not None and len(values) != length:
+    quartiles = variant.get("timing", {}).get("tpot_ratio_quartiles", [0, 0])
+    per_layer = variant["skip"]["per_layer"]
+    for key, values, length in (("skip.per_layer", per_layer, layers), ("timing.tpot_ratio_quartiles", quartiles, 2)):
+        if len(values) != length:
             raise ValueError(f"{where}.{key} has {len(values)} numbers, not {length}")
     if any(not level.replace(".", "", 1).isdecimal() for level in variant["skip"].get("by_difficulty", {})):
         raise ValueError(f"{where}.skip.by_difficulty has a level that is no number")
@@ -331,51 +236,41 @@ def _check_variant(variant: dict[str, Any], where: str, layers: int) -> None:
             raise ValueError(f"{where}.examples.{key} has numbers of the shape {numbers.shape} for {count} prompts")
 
 
-_NAMES = {
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-}
-_hints = functools.cache(get_type_hints)
+_NAMES = {str: "text", dict: "a mapping", list: "a list", _NUMBERS: "a list"}
+_NAMES |= {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def _check(value: Any, kind: Any, where: str) -> None:
-    """Raises ValueError if a value is not of a type that the classes above use."""
-    if kind is Any:
-        return
-    plain_kind = dict if is_typeddict(kind) else get_origin(kind) or kind
-    if kind is Numbers:
-        plain_kind = str if isinstance(value, str) else list
-    fits = isinstance(value, int | float if plain_kind is float else plain_kind)
-    fits = fits and isinstance(value, bool) == (kind is bool) and (plain_kind is not float or math.isfinite(value))
+    """Raises ValueError if a value does not follow a schema."""
+    plain_kind = type(kind) if isinstance(kind, dict | list) else kind
+    fits = isinstance(value, int | float if kind is float else plain_kind)
+    fits = fits and isinstance(value, bool) == (kind is bool)
+    fits = fits and (kind is not float or abs(value) <= sys.float_info.max)
     if not fits:
-        found = f"{where}={reprlib.repr(value)}" if where else f"{reprlib.repr(value)}"
+        found = f"{where}={reprlib.repr(value)}" if where else reprlib.repr(value)
         raise ValueError(f"{found} is not {_NAMES[plain_kind]}")
-    if is_typeddict(kind):
-        for key, hint in _hints(kind).items():
+    if isinstance(kind, list):
+        for each in value:
+            _check(each, kind[0], where)
+    elif isinstance(kind, dict) and "*" in kind:
+        for key, each in value.items():
+            _check(each, kind["*"], f"{where}.{key}")
+    elif isinstance(kind, dict):
+        for name, each in kind.items():
+            key = name.rstrip("?")
             if value.get(key) is not None:
-                _check(value[key], hint, f"{where}.{key}".lstrip("."))
-            elif key in kind.__required_keys__:
+                _check(value[key], each, f"{where}.{key}".lstrip("."))
+            elif key == name:
                 raise ValueError(f"{where or 'it'} has no {key}")
             else:
                 value.pop(key, None)
-    elif plain_kind is list and get_args(kind) and kind is not Numbers:
-        for each in value:
-            _check(each, get_args(kind)[0], where)
-    elif plain_kind is dict and get_args(kind):
-        for key, each in value.items():
-            _check(each, get_args(kind)[1], f"{where}.{key}")
 
 
 def write_failure(directory: Path, error: BaseException) -> None:
     """Record why a run of a sweep ended without a result; `read_failure` reads it, the next try deletes it."""
-    text = str(error).strip() or "no message"
-    name = type(error).__name__
+    first_line = (str(error).strip() or "no message").splitlines()[0]
     record = {
-        "error": text.splitlines()[0] if isinstance(error, ValueError) else f"{name}: {text.splitlines()[0]}",
+        "error": first_line if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line}",
         "traceback": "".join(traceback.format_exception(error)),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -383,17 +278,16 @@ def write_failure(directory: Path, error: BaseException) -> None:
 
 
 def read_failure(directory: Path) -> dict[str, Any] | None:
-    """What `write_failure` recorded, or None; of a file that cannot be read, that."""
+    """What `write_failure` recorded, or None; a file that cannot be read counts as a failure, too."""
     file = directory / FAILURE
     if not file.is_file():
         return None
     try:
         failure = json.loads(file.read_text(encoding="utf-8"))
+        _check(failure, {"error": str}, "")
     except (OSError, ValueError):
-        failure = None
-    if isinstance(failure, dict) and isinstance(failure.get("error"), str):
-        return failure
-    return {"error": f"{file} cannot be read"}
+        return {"error": f"{file} cannot be read"}
+    return dict(failure)
 
 
 def pack(values: Any) -> str:
@@ -406,11 +300,7 @@ def pack(values: Any) -> str:
 
 
 def unpack(numbers: Numbers) -> np.ndarray:
-    """What `pack` was given, as float64.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """What `pack` was given, as float64; ValueError if it is something else."""
     try:
         array = np.asarray(numbers) if isinstance(numbers, list) else _array(numbers)
         if array.dtype.kind not in "iuf":
@@ -422,12 +312,11 @@ def unpack(numbers: Numbers) -> np.ndarray:
 
 def _array(packed: str) -> np.ndarray:
     raw = zlib.decompress(base64.b64decode(packed, validate=True))
-    array: np.ndarray = np.load(io.BytesIO(raw), allow_pickle=False)
-    return array
+    return np.asarray(np.load(io.BytesIO(raw), allow_pickle=False))
 
 
 def plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with every packed array as a list: many of them compress better together than each by itself."""
+    """The record with every packed array as a list, which compresses better beside other records."""
 
     def listed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -448,14 +337,9 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rate_by_token(rates: np.ndarray, response_tokens: np.ndarray) -> float:
-    """Skip rate of the decode steps that give the references' tokens: prompts with long responses weigh more.
+    """Skip rate over the decode steps of all references [N]: what skipping saves of a test set's decode time.
 
-    It is what skipping saves of the decode time of a whole test set; the mean over prompts says that only where all
-    prompts skip alike. The references' lengths are the same for every method. Without a decode step, the mean.
-
-    Args:
-        rates: [N], each prompt's share of skipped layers.
-        response_tokens: [N], lengths of the references; the first token of each comes from prefill.
+    References, unlike responses, are equally long for every method; prefill gives the first token of each.
     """
     steps = np.maximum(response_tokens - 1, 0)
     return float((rates * steps).sum() / steps.sum()) if steps.any() else float(rates.mean())

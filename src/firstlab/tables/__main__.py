@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 
-from omegaconf import DictConfig
+from jinja2 import Environment, StrictUndefined
 
 from firstlab.config.command_line import command
+from firstlab.config.grid import quality_of, tpot_of
+from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
-from firstlab.tables import analysis, page, pictures, quality, speed
-from firstlab.tables.cells import Cells
-from firstlab.tables.config import TablesConfig, load, register
+from firstlab.tables import analysis, pictures, quality, speed
+from firstlab.tables.cells import BETTER, WORSE, Cells
+from firstlab.tables.config import TablesConfig, load
 from firstlab.tables.records import Library, read
 from firstlab.tables.table import Table, csv_text, latex, markdown
-
-register()
 
 FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "csv": csv_text, "tex": latex}
 
@@ -25,23 +27,23 @@ def build(config: TablesConfig, library: Library) -> list[Table]:
     """Every table, in reading order."""
     cells = Cells(config, library)
     tables = [quality.overview(cells), analysis.equal_rates(cells), analysis.pareto(cells)]
-    tables += quality.quality_tables(cells)
     tables += [
-        *speed.tpot_tables(cells),
-        speed.overhead_table(cells),
-        speed.per_layer_table(cells),
-        *speed.figures(cells),
+        *(quality.quality_table(cells, each) for each in quality_of(config.scale)),
+        *(speed.tpot_table(cells, *each) for each in tpot_of(config.scale).items()),
     ]
+    tables += [speed.overhead_table(cells), speed.per_layer_table(cells), *speed.figures(cells)]
     if config.scale.ablation_model is not None:
         tables.append(analysis.ablations(cells))
-    tables += [analysis.adaptivity(cells), analysis.difficulty(cells), analysis.length(cells)]
+    tables.append(analysis.adaptivity(cells))
+    tables.append(analysis.by_group(cells, "difficulty", "difficulty level", "difficulty"))
+    tables.append(analysis.by_group(cells, "length", "prompt tokens", "prompt_tokens"))
     tables += [speed.splits_table(cells), analysis.every_run(cells)]
     order = ("Overview", "Quality", "Speed", "Routing", "Analysis", "Setting", "Quality in detail")
     return sorted(tables, key=lambda table: order.index(table.section))
 
 
 def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
-    """All forms of all tables; returns the page."""
+    """Write all forms of all tables; return the page."""
     out = Path(config.out)
     for ending, form in FORMATS.items():
         for table in tables:
@@ -53,15 +55,30 @@ def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
         else:
             picture.unlink(missing_ok=True)  # of other results
     index = out / "index.html"
-    records = sum(each.node["model"] in config.scale.models.values() for each in library.records)
     shown = [table for table in tables if table.key != "runs"]  # as large as all others together; its files have it
-    write_atomically(index, page.render(config, shown, library.warnings, records))
+    write_atomically(index, page(config, shown, library))
     return index
 
 
-def main(composed: DictConfig) -> None:
-    """The command."""
-    run(load(composed))
+def page(config: TablesConfig, tables: Sequence[Table], library: Library) -> str:
+    """One self-contained HTML page with every table and picture, in the order given."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    sections: dict[str, list[Table]] = defaultdict(list)
+    for table in tables:
+        sections[table.section].append(table)
+    template = files("firstlab.tables").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        config=config,
+        sections=sections,
+        errata=paper.read()["errata"],
+        warnings=library.warnings,
+        records=sum(each.node["model"] in config.scale.models.values() for each in library.records),
+        filled=sum(table.filled for table in tables),
+        missing=sum(len(table.missing) for table in tables),
+        reference=quality.method_title(config.reference),
+        better=BETTER,
+        worse=WORSE,
+    )
 
 
 def run(config: TablesConfig) -> None:
@@ -82,4 +99,4 @@ def run(config: TablesConfig) -> None:
 
 
 if __name__ == "__main__":
-    command("tables", main, resumes=False)
+    command("tables", lambda composed: run(load(composed)), resumes=False)

@@ -21,17 +21,16 @@ _LENGTH_GROUPS = 4
 
 def pareto(cells: Cells) -> Table:
     """Quality against measured skip rate: one picture per task, with LoRA and without, and its numbers."""
-    scale = cells.config.scale
-    model, planned = next(iter(scale.models)), _planned(cells)
+    scale, planned = cells.scale, _planned(cells)
     panels, rows = [], []
     for task, ours in scale.tasks.items():
         metric = HEADLINE[task]
         for lora in (False, True):
             curves: list[pictures.Curve] = []
-            base, _ = cells.score(run_of(scale, task, model, "none", 0), lora, metric)
+            base, _ = cells.score(cells.run(task, "none", 0), lora, metric)
             for method in scale.methods:
                 points = [] if base is None or method == "none" else [_point(base)]
-                runs = [run_of(scale, task, model, method, x) for x in _levels(planned[task, method], method)]
+                runs = dict.fromkeys(cells.run(task, method, level) for level in planned[task, method])
                 # A run that stands for two levels is one point.
                 for score in dict.fromkeys(cells.score(run, lora, metric)[0] for run in runs):
                     if score is not None:
@@ -49,18 +48,13 @@ def pareto(cells: Cells) -> Table:
     return Table("pareto", "Quality against skip rate", heads, rows, caption, section="Overview", picture=picture)
 
 
-def _levels(levels: list[int], method: str) -> list[int]:
-    return [0] if method == "none" else levels
-
-
 def _point(score: Score) -> tuple[float, float, float | None, float | None]:
     return 100 * score.skip_rate, score.value, score.low, score.high
 
 
 def equal_rates(cells: Cells) -> Table:
     """The reference beside each static set at exactly the rate that it skips, over prompts and over tokens."""
-    scale, reference = cells.config.scale, cells.config.reference
-    model, planned = next(iter(scale.models)), _planned(cells)
+    scale, reference, planned = cells.scale, cells.config.reference, _planned(cells)
     heads = [*columns("Task", "Level", "LoRA", "Other method"), Column("value", method_title(reference))]
     for group in ("rate over prompts", "rate over tokens"):
         heads += columns("both skip", "other method", "difference", "p", group=group)
@@ -68,12 +62,12 @@ def equal_rates(cells: Cells) -> Table:
     rows = []
     for task, ours in scale.tasks.items():
         for level in planned[task, reference]:
-            run = run_of(scale, task, model, reference, level)
+            run = cells.run(task, reference, level)
             for lora in (False, True):
                 for method in (each for each in STATIC if each in scale.methods):
-                    other = run_of(scale, task, model, method, level)
+                    other = cells.run(task, method, level)
                     row = [Cell(ours), percent(scale.levels[level], "g"), LORA[lora], Cell(method_title(method))]
-                    rows.append([*row, *_compared(cells, task, model, run, other, lora)])
+                    rows.append([*row, *_compared(cells, task, run, other, lora)])
     caption = (
         "A static set skips whole layers for every prompt, so it meets a rate in between by taking one layer more for "
         f"a share of the prompts: that is what {method_title(reference)} is compared with here, by its measured rate. "
@@ -84,13 +78,13 @@ def equal_rates(cells: Cells) -> Table:
     return Table("equal_rates", "At equal skip rates", heads, rows, caption, section="Overview")
 
 
-def _compared(cells: Cells, task: str, model: str, run: Run, other: Run, lora: bool) -> list[Cell]:
+def _compared(cells: Cells, task: str, run: Run, other: Run, lora: bool) -> list[Cell]:
     """The reference's value, the comparison at either of its rates, and the sets that the other method needed."""
     value, groups, made_of = Cell(), [], dict[float, None]()
     for by_token in (False, True):
         found, sets = cells.at_rate_of(run, other, lora, HEADLINE[task], by_token)
         if found is None:
-            groups += _absent(cells, task, model, run, other, lora, sets, by_token)
+            groups += _absent(cells, task, run, other, lora, sets, by_token)
             continue
         seeds = "" if found.seeds == 1 else f"{found.seeds} seeds"
         value = Cell(f"{found.value:.1f}", found.value, seeds, kind="ours")
@@ -104,14 +98,7 @@ def _compared(cells: Cells, task: str, model: str, run: Run, other: Run, lora: b
 
 
 def _absent(
-    cells: Cells,
-    task: str,
-    model: str,
-    run: Run,
-    other: Run,
-    lora: bool,
-    sets: tuple[Match | None, Match | None],
-    by_token: bool,
+    cells: Cells, task: str, run: Run, other: Run, lora: bool, sets: tuple[Match | None, Match | None], by_token: bool
 ) -> list[Cell]:
     """Cells of a comparison that lacks a run: the reference's own, or the set next to its rate."""
     match, reason = cells.find(run, lora)
@@ -125,13 +112,13 @@ def _absent(
         whole = round(sets[0].skip_rate * layers) + 1
     elif sets[1] is not None:
         whole = round(sets[1].skip_rate * layers) - 1
-    missing = at_rate(cells.config.scale, task, model, other.method, whole / layers)
+    missing = at_rate(cells.scale, task, cells.model, other.method, whole / layers)
     return [percent(measured), missing_cell("no run", missing), *[Cell()] * 2]
 
 
 def ablations(cells: Cells) -> Table:
     """One setting changed at a time, against the unchanged method."""
-    scale, config = cells.config.scale, cells.config
+    scale, config = cells.scale, cells.config
     task = next(iter(scale.tasks))
     metric = HEADLINE[task]
     heads = columns("Setting", "Value")
@@ -160,8 +147,7 @@ def ablations(cells: Cells) -> Table:
 
 def adaptivity(cells: Cells) -> Table:
     """How much the routes differ between prompts, and what that is worth."""
-    scale = cells.config.scale
-    model, planned = next(iter(scale.models)), _planned(cells)
+    scale, planned = cells.scale, _planned(cells)
     heads = columns("Task", "Level", "Method", "LoRA", "skip", "skip, over tokens")
     heads += columns("different routes", "entropy, bits", "like most frequent", "like static set", group="routes")
     heads += columns("value", "gap to oracle", group="headline metric")
@@ -170,8 +156,8 @@ def adaptivity(cells: Cells) -> Table:
     for task, ours in scale.tasks.items():
         for level in sorted({level for method in methods for level in planned[task, method]}):
             for method in (each for each in methods if level in planned[task, each]):
-                run = run_of(scale, task, model, method, level)
-                ceiling = run_of(scale, task, model, "oracle", level) if "oracle" in methods else None
+                run = cells.run(task, method, level)
+                ceiling = cells.run(task, "oracle", level) if "oracle" in methods else None
                 for lora in (False, True):
                     row = [Cell(ours), percent(scale.levels[level], "g"), Cell(method_title(method)), LORA[lora]]
                     rows.append([*row, *_adapted(cells, task, run, ceiling, lora)])
@@ -197,26 +183,16 @@ def _adapted(cells: Cells, task: str, run: Run, ceiling: Run | None, lora: bool)
     return [*row, score_cell(score, reason, run), Cell() if gap is None else number(gap, kind="")]
 
 
-def difficulty(cells: Cells) -> Table:
-    """Skip rate and perplexity against the prompts' difficulty."""
-    return _by_group(cells, "difficulty", "difficulty level", "difficulty")
-
-
-def length(cells: Cells) -> Table:
-    """Skip rate and perplexity against the prompts' length."""
-    return _by_group(cells, "length", "prompt tokens", "prompt_tokens")
-
-
-def _by_group(cells: Cells, key: str, axis: str, name: str) -> Table:
-    scale = cells.config.scale
-    model, level = next(iter(scale.models)), cells.config.ablation_level
+def by_group(cells: Cells, key: str, axis: str, name: str) -> Table:
+    """Skip rate and perplexity against the prompts' difficulty or length."""
+    scale, level = cells.scale, cells.config.ablation_level
     rows: list[list[Cell]] = []
     panels = []
     for task, ours in scale.tasks.items():
         curves: list[pictures.Curve] = []
         for method in (each for each in ("first_soft", "first", "sleb") if each in scale.methods):
             for lora in (False, True):
-                run, base_run = run_of(scale, task, model, method, level), run_of(scale, task, model, "none", 0)
+                run, base_run = cells.run(task, method, level), cells.run(task, "none", 0)
                 match, _ = cells.find(run, lora)
                 dense = cells.find(base_run, lora)[0] if cells.on_same_prompts(run, base_run, lora) else None
                 points: list[tuple[float, float, float | None, float | None]] = []
@@ -273,7 +249,7 @@ def _perplexity_of(match: Match, members: np.ndarray) -> float | None:
 
 def every_run(cells: Cells) -> Table:
     """All recorded runs of the scale's models, also those that stand for no cell: other tasks, other settings."""
-    models = set(cells.config.scale.models.values())
+    models = set(cells.scale.models.values())
     heads = columns("Model", "Task", "Method", "Variant", "Level asked for", "Seed", "skip", "Metric", "Value")
     heads += columns("Perplexity", "TPOT ratio", "In the tables above")
     rows = []
@@ -284,10 +260,9 @@ def every_run(cells: Cells) -> Table:
             metric = part["primary_metric"]
             found, ratio = part["metrics"][metric], part.get("timing", {}).get("tpot_ratio")
             perplexity, detail = part.get("perplexity"), interval(found["low"], found["high"])
-            row = [Cell(node["model"]), Cell(node["data"]), Cell(method_title(node["method"]))]
-            row.append(Cell(ROW_NAMES.get(name, name)))
-            row += [Cell(record.level), Cell(str(record.seed), record.seed), percent(part["skip"]["skip_rate"])]
-            row.append(Cell(METRICS.get(metric, metric)))
+            names = node["model"], node["data"], method_title(node["method"]), ROW_NAMES.get(name, name)
+            row = [*map(Cell, (*names, record.level)), Cell(str(record.seed), record.seed)]
+            row += [percent(part["skip"]["skip_rate"]), Cell(METRICS.get(metric, metric))]
             row.append(Cell(f"{found['value']:.1f}", found["value"], detail, kind="ours"))
             row.append(Cell() if perplexity is None else number(perplexity, ".3f", ""))
             row.append(Cell() if ratio is None else Cell(f"{ratio:.2f}x", ratio))
@@ -296,18 +271,13 @@ def every_run(cells: Cells) -> Table:
 
 
 def _planned(cells: Cells) -> dict[tuple[str, str], list[int]]:
-    """The levels at which the grid plans runs of the first model, by task and method, ascending.
-
-    One of the paper's levels per skip rate of ours. Where a scale has none of the paper's levels, all that it has.
-    """
-    scale = cells.config.scale
-    plan = planned_runs(scale)
-    model = next(iter(scale.models))
+    """The levels of which the grid plans runs of the first model, by task and method, one per skip rate; or all."""
+    scale, plan = cells.scale, planned_runs(cells.scale)
     first = {rate: level for level, rate in sorted(scale.levels.items(), reverse=True)}
     levels = [first[rate] for rate in sorted(first)]
     found = {}
     for task in scale.tasks:
         for method in scale.methods:
-            wanted = [level for level in levels if run_of(scale, task, model, method, level) in plan]
+            wanted = [level for level in levels if run_of(scale, task, cells.model, method, level) in plan]
             found[task, method] = wanted or levels
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
-from firstlab.config.grid import Run, level_keys
+from firstlab.config.grid import Run, level_keys, run_of
 from firstlab.metrics import PairedTest, Scores, bootstrap_interval, from_rows, paired_test
 from firstlab.store import results
 from firstlab.tables.config import TablesConfig
@@ -20,21 +20,16 @@ BETTER, WORSE = "▲", "▼"
 OFF_LEVEL = "off level"
 #: Skip rates that are nearer to each other count as equal.
 _SAME_RATE = 0.0025
+_BY_TOKEN = ("skip_rate", "response_tokens")
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Runs that stand for a cell: one method, level and variant, every seed of one test set.
+    """Runs that stand for a cell: one method, level and variant, every seed of one test set."""
 
-    Attributes:
-        records: One per seed, by seed.
-        variant: Name of the variant in each.
-        others: Seeds that are left out, because they were evaluated on another test set.
-    """
-
-    records: tuple[Record, ...]
+    records: tuple[Record, ...]  # by seed
     variant: str
-    others: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()  # seeds that are left out, because they were evaluated on another test set
 
     @functools.cached_property
     def skip_rate(self) -> float:
@@ -44,17 +39,24 @@ class Match:
     @functools.cached_property
     def rate_by_token(self) -> float | None:
         """As `skip_rate`, over the tokens of the references; None where a record does not know them."""
-        rates = [_rate_by_token(record, self.variant) for record in self.records]
-        return None if None in rates else fmean(rate for rate in rates if rate is not None)
+        rates, tokens = ([column(each, self.variant, name) for each in self.records] for name in _BY_TOKEN)
+        if any(each is None for each in (*rates, *tokens)):
+            return None
+        return fmean(map(results.rate_by_token, rates, tokens))
 
     def of(self, seeds: Collection[int]) -> Match:
         """With these seeds only."""
-        return Match(tuple(record for record in self.records if record.seed in seeds), self.variant)
+        return replace(self, records=tuple(each for each in self.records if each.seed in seeds), others=())
+
+    @property
+    def seeds(self) -> set[int]:
+        """The records' seeds."""
+        return {record.seed for record in self.records}
 
     @property
     def parts(self) -> list[dict[str, Any]]:
         """The variant's part of each record."""
-        return [part for part in (record.variant(self.variant) for record in self.records) if part is not None]
+        return [record.node["variants"][self.variant] for record in self.records]
 
     def mean(self, *path: str) -> float | None:
         """Mean over seeds of a number inside the variant, None where a record lacks it."""
@@ -105,30 +107,32 @@ def variant_name(method: str, lora: bool) -> str:
 
 
 class Cells:
-    """Answers what stands in a cell.
-
-    Args:
-        config: Settings of the tables.
-        library: All records.
-    """
+    """Answers what stands in a cell."""
 
     def __init__(self, config: TablesConfig, library: Library) -> None:
         self.config, self.library = config, library
-        self._records = functools.cache(self._records_of)
+        self.scale, self.model = config.scale, next(iter(config.scale.models))  # the first model of the scale
+        self._records = functools.cache(lambda run: library.of(run, config.scale))
         self._tested = functools.cache(self._test)
+        self._draws: Any = {"confidence": config.confidence, "resamples": config.resamples}
         self.used: set[Record] = set()
+
+    def run(self, task: str, method: str, level: int) -> Run:
+        """The run of the first model for a cell; the dense model has one level."""
+        return run_of(self.scale, task, self.model, method, 0 if method == "none" else level)
 
     def find(self, run: Run, lora: bool) -> tuple[Match | None, str]:
         """The runs for a cell and "", or None and why there are none."""
         variant = variant_name(run.method, lora)
         matches = self._matches(run, variant)
+        asked_for = [match for match in matches if self._asked_for(match.records[0], run)]
         if run.changes:  # an ablation's row is one run, also where that of another level is nearer
-            matches = [match for match in matches if self._asked_for(match.records[0], run)]
+            matches = asked_for
         if not matches:
             return None, "no run"
         wanted, nearest = run.level, matches[0]
         if wanted is not None:
-            asked = next((match for match in matches if self._asked_for(match.records[0], run)), None)
+            asked = asked_for[0] if asked_for else None
             # Of runs that are equally near, to a point, the one that was asked for the level stands for it.
             off = {match: abs(match.skip_rate - wanted) for match in matches}
             nearest = min(matches, key=lambda match: (round(off[match], 2), match is not asked, off[match]))
@@ -148,10 +152,10 @@ class Cells:
         if any(each is None for each in found):
             return None, "not measured"
         values = [each["value"] for each in found]
-        interval = self._interval(match, metric)
-        if interval is None and len(found) == 1:
-            interval = (found[0]["low"], found[0]["high"])
-        low, high = interval or (None, None)
+        low, high = (found[0]["low"], found[0]["high"]) if len(found) == 1 else (None, None)
+        scores = _comparable(match.records, match.variant, metric) if len(found) > 1 else None
+        if scores is not None:
+            low, high = bootstrap_interval(Scores.average(scores), **self._draws)
         deviation = stdev(values) if len(set(values)) > 1 else None
         score = Score(fmean(values), low, high, len(values), deviation, match.skip_rate, others=match.others)
         if reference is None or reference == run:
@@ -163,8 +167,7 @@ class Cells:
         assert against is not None
         difference, p_value = tested
         mark = "" if p_value >= self.config.significance else BETTER if difference > 0 else WORSE
-        ours, theirs = ({record.seed for record in each.records} for each in (match, against))
-        tested_seeds = tuple(sorted(ours & theirs)) if ours != theirs else ()
+        tested_seeds = tuple(sorted(match.seeds & against.seeds)) if match.seeds != against.seeds else ()
         # Over seeds of which the test has a part, the means that are shown may lie the other way round.
         shown = [part["metrics"].get(metric) for part in against.parts]
         if tested_seeds and all(shown) and (score.value - fmean(each["value"] for each in shown)) * difference <= 0:
@@ -184,22 +187,16 @@ class Cells:
     ) -> tuple[EqualRate | None, tuple[Match | None, Match | None]]:
         """The method of `run` at exactly the rate that the reference skips, beside the reference.
 
-        A method that skips whole layers, the same for every prompt, meets a rate between two of its sets by taking the
-        larger one for a share of the prompts; that is what it is given here.
+        A static set meets a rate in between by taking one layer more for a share of the prompts. `by_token` takes the
+        rate over the references' tokens instead of prompts.
 
-        Args:
-            reference, run, lora, metric: As for `score`.
-            by_token: Whether the rate is the mean over the references' tokens instead of prompts. A static set has the
-                same either way; a method that skips less for long responses has less.
-
-        Returns:
-            The comparison, or None where one of the two sets has no run; and the two sets, the smaller one first.
+        Returns the comparison, None where one of the two sets has no run, and the two sets, the smaller one first.
         """
         ours, _ = self.find(reference, lora)
         if ours is None:
             return None, (None, None)
         matches = sorted(self._matches(run, variant_name(run.method, lora)), key=lambda match: match.skip_rate)
-        shared = {record.seed for record in ours.records}
+        shared = ours.seeds
         while True:
             own = ours.of(shared)
             rate = own.rate_by_token if by_token else own.skip_rate
@@ -207,7 +204,7 @@ class Cells:
             if rate is None or below is None or above is None:
                 return None, (below, above)
             # What is compared is the seeds that all have, and so is the rate; which may need other sets.
-            common = shared & {each.seed for each in below.records} & {each.seed for each in above.records}
+            common = shared & below.seeds & above.seeds
             if not common:
                 return None, (below, above)
             if common == shared:
@@ -224,7 +221,7 @@ class Cells:
         mean = Scores.average(scores[:count])
         pairs = zip(scores[count : 2 * count], scores[2 * count :], strict=True)
         theirs = Scores.average([Scores.blend(a, b, share) for a, b in pairs])
-        test = paired_test(mean, theirs, confidence=self.config.confidence, resamples=self.config.resamples)
+        test = paired_test(mean, theirs, **self._draws)
         self.used.update(records)
         return EqualRate(rate, mean.value, theirs.value, count, test), (below, above)
 
@@ -251,17 +248,6 @@ class Cells:
         asked = dict(each.split("=", 1) for each in run.overrides if each.partition("=")[0] in keys)
         return all(record.settings.get(key) == float(value) for key, value in asked.items())
 
-    def _records_of(self, run: Run) -> list[Record]:
-        return self.library.of(run, self.config.scale)
-
-    def _interval(self, match: Match, metric: str) -> tuple[float, float] | None:
-        """Over several seeds; one record has its own."""
-        scores = _comparable(match.records, match.variant, metric) if len(match.records) > 1 else None
-        if scores is None:
-            return None
-        mean = Scores.average(scores)
-        return bootstrap_interval(mean, confidence=self.config.confidence, resamples=self.config.resamples)
-
     def _test(
         self, ours: tuple[Record, ...], theirs: tuple[Record, ...], variant: str, metric: str
     ) -> tuple[float, float] | None:
@@ -272,25 +258,19 @@ class Cells:
         if not scores:
             return None
         means = Scores.average(scores[: len(seeds)]), Scores.average(scores[len(seeds) :])
-        test = paired_test(*means, confidence=self.config.confidence, resamples=self.config.resamples)
+        test = paired_test(*means, **self._draws)
         return test.difference, test.p_value
 
 
 def _comparable(records: Sequence[Record], variant: str, metric: str) -> list[Scores] | None:
     """Per-prompt scores of each record, or None if one has none, or the test sets differ."""
-    scores = [_scores(record, variant, metric) for record in records]
-    kept = [each for each in scores if each is not None]
+    scores = [each for each in (_scores(record, variant, metric) for record in records) if each is not None]
     one_set = len({_test_set(record, variant) for record in records}) <= 1
-    return kept if one_set and len(kept) == len(scores) else None
-
-
-def _rate_by_token(record: Record, variant: str) -> float | None:
-    rates, tokens = column(record, variant, "skip_rate"), column(record, variant, "response_tokens")
-    return None if rates is None or tokens is None else results.rate_by_token(rates, tokens)
+    return scores if one_set and len(scores) == len(records) else None
 
 
 def column(record: Record, variant: str, name: str) -> Any:
-    """[N] numbers per test prompt (`firstlab.evaluation.variant.example_columns`), or None in older records."""
+    """[N] numbers per test prompt (`firstlab.evaluation.variant.evaluate_variant`), or None in older records."""
     numbers = (record.variant(variant) or {}).get("examples", {}).get(name)
     return None if numbers is None else results.unpack(numbers)
 

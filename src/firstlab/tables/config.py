@@ -4,41 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from firstlab.config.compose import settings
+from firstlab.config.compose import settings, store_schema
 from firstlab.config.grid import ScaleConfig
 
 
 @dataclass
 class TablesConfig:
-    """What `python -m firstlab.tables` takes.
-
-    Attributes:
-        scale: See `ScaleConfig`.
-        results: Folders that are searched for result files.
-        out: Folder that the tables are written to.
-        tolerance: How far a run's measured skip rate may lie from a level and still stand for it.
-        rate_gap: How far the measured skip rates of two runs may lie apart for a test between them to count fully; a
-            mark that the larger gap may explain stands in parentheses.
-        significance: Level of the paired tests.
-        confidence: Coverage of intervals computed here.
-        resamples: Draws per interval and per test.
-        reference: Method that the others are tested against, at the same level and with the same LoRA.
-        ablation_level: Paper's level (percent) of the ablations.
-    """
+    """What `python -m firstlab.tables` takes."""
 
     scale: ScaleConfig = field(default_factory=ScaleConfig)
-    results: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)  # folders that are searched for result files
     out: str = MISSING
-    tolerance: float = 0.035
+    tolerance: float = 0.04  # how far a run's measured skip rate may lie from a level and still stand for it
+    # How far the rates of two runs may lie apart; a mark that a larger gap may explain stands in parentheses.
     rate_gap: float = 0.02
-    significance: float = 0.05
-    confidence: float = 0.95
-    resamples: int = 1000
-    reference: str = "first"
-    ablation_level: int = 15
+    significance: float = 0.05  # level of the paired tests
+    confidence: float = 0.95  # coverage of intervals computed here
+    resamples: int = 1000  # draws per interval and per test
+    reference: str = "first"  # method that the others are tested against, at the same level and with the same LoRA
+    ablation_level: int = 15  # the paper's level (percent) of the ablations, whose rows stand in conf/scale
 
     def check(self) -> None:
         """Raises ValueError with the option's name."""
@@ -53,23 +39,16 @@ class TablesConfig:
         if self.reference not in self.scale.methods:
             known = ", ".join(self.scale.methods)
             raise ValueError(f"reference={self.reference!r} is not a method of the scale: choose one of {known}")
-        if self.ablation_level not in self.scale.levels:
-            raise ValueError(
-                f"ablation_level={self.ablation_level} is not one of scale.levels {list(self.scale.levels)}"
-            )
+        levels = list(self.scale.levels)
+        if self.ablation_level not in levels:
+            raise ValueError(f"ablation_level={self.ablation_level} is not one of scale.levels {levels}")
 
 
-def register() -> None:
-    """Tell Hydra the schema that conf/tables.yaml starts from."""
-    ConfigStore.instance().store(name="tables_schema", node=TablesConfig)
+store_schema("tables_schema", TablesConfig)
 
 
 def load(config: DictConfig) -> TablesConfig:
-    """The checked settings.
-
-    Raises:
-        ValueError: One message with the option, its value and what is allowed.
-    """
+    """The checked settings. Raises ValueError with the option, its value and what is allowed."""
     checked = settings(config, TablesConfig)
     checked.check()
     return checked

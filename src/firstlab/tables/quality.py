@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from firstlab.config.grid import Run, methods_of, quality_of, run_of
+from firstlab.config.grid import Run, methods_of, run_of
 from firstlab.store import paper
 from firstlab.store.paper import Printed, QualityTable
 from firstlab.tables.cells import OFF_LEVEL, Cells, Score
@@ -88,14 +88,9 @@ def errata(concerns: Callable[[str], bool]) -> list[str]:
     return [f"{each['where']}: {each['note']}" for each in paper.read()["errata"] if concerns(each["where"])]
 
 
-def quality_tables(cells: Cells) -> list[Table]:
-    """Tables 1 to 4, then 9 to 14."""
-    return [quality_table(cells, each) for each in quality_of(cells.config.scale)]
-
-
 def quality_table(cells: Cells, printed: QualityTable) -> Table:
     """Ours beside the paper's, one row per level, method and configuration."""
-    scale = cells.config.scale
+    scale = cells.scale
     heads = columns("Skip (paper)", "Method", "LoRA")
     shown: list[tuple[str, str, bool]] = []
     for task in printed.tasks:
@@ -113,26 +108,21 @@ def quality_table(cells: Cells, printed: QualityTable) -> Table:
         for method in methods_of(printed.number, scale):
             if (method == "none") == (level == 0):
                 rows += [_row(cells, printed, shown, level, method, lora) for lora in (True, False)]
-    return Table(
-        f"table{printed.number}",
-        f"Table {printed.number}. {printed.title}",
-        heads,
-        rows,
-        _caption(cells, printed),
-        errata(lambda where: _about(where, printed.number)),
-        "Quality" if len(printed.number.rstrip("ab")) == 1 and printed.number != "9" else "Quality in detail",
-    )
+    number = printed.number
+
+    def about(where: str) -> bool:
+        words = where.replace(",", " ").split()
+        return words[0] in ("Table", "Tables") and bool({number, number.rstrip("ab")} & set(words))
+
+    section = "Quality" if len(number.rstrip("ab")) == 1 and number != "9" else "Quality in detail"
+    title = f"Table {number}. {printed.title}"
+    return Table(f"table{number}", title, heads, rows, _caption(cells, printed), errata(about), section)
 
 
 def _row(
-    cells: Cells,
-    printed: QualityTable,
-    shown: list[tuple[str, str, bool]],
-    level: int,
-    method: str,
-    lora: bool,
+    cells: Cells, printed: QualityTable, shown: list[tuple[str, str, bool]], level: int, method: str, lora: bool
 ) -> list[Cell]:
-    scale, theirs = cells.config.scale, printed.rows.get((level, method, lora), {})
+    scale, theirs = cells.scale, printed.rows.get((level, method, lora), {})
     row = [Cell(f"{level} %", level), Cell(method_title(method)), LORA[lora]]
     last = ""
     for task, metric, measured in shown:
@@ -150,10 +140,8 @@ def _row(
 
 def overview(cells: Cells) -> Table:
     """Headline metric of every task and level with LoRA, and what it keeps of Base + LoRA."""
-    scale = cells.config.scale
-    model = next(iter(scale.models))
-    levels = {scale.levels[level]: level for level in sorted(scale.levels, reverse=True)}
-    wanted = [(rate, level) for rate, level in sorted(levels.items())]
+    scale = cells.scale
+    wanted = sorted({scale.levels[level]: level for level in sorted(scale.levels, reverse=True)}.items())
     heads, rows = columns("Method"), []
     for task in scale.tasks:
         group = f"{scale.tasks[task]}: {METRICS[HEADLINE[task]]}"
@@ -161,11 +149,11 @@ def overview(cells: Cells) -> Table:
     for method in scale.methods:
         row = [Cell(method_title(method) + " + LoRA")]
         for task in scale.tasks:
-            base = run_of(scale, task, model, "none", 0)
+            base = cells.run(task, "none", 0)
             dense, _ = cells.score(base, True, HEADLINE[task])
             for _, level in wanted:
-                run = run_of(scale, task, model, method, 0 if method == "none" else level)
-                reference = None if method == "none" else run_of(scale, task, model, cells.config.reference, level)
+                run = cells.run(task, method, level)
+                reference = None if method == "none" else cells.run(task, cells.config.reference, level)
                 score, reason = cells.score(run, True, HEADLINE[task], reference)
                 cell = score_cell(score, reason, run)
                 same = method != "none" and cells.on_same_prompts(run, base, True)
@@ -182,7 +170,7 @@ def overview(cells: Cells) -> Table:
 
 
 def _caption(cells: Cells, printed: QualityTable) -> str:
-    scale = cells.config.scale
+    scale = cells.scale
     ours = f"{scale.models[printed.model]} on {', '.join(scale.tasks[task] for task in printed.tasks)}"
     stands = "" if scale.models[printed.model] == printed.model else ", which stands in here,"
     levels = ", ".join(f"{level} % → {100 * scale.levels[level]:g} %" for level in printed.levels)
@@ -194,15 +182,5 @@ def _caption(cells: Cells, printed: QualityTable) -> str:
 
 def _is_measured(cells: Cells, task: str, metric: str) -> bool:
     """False only where runs of the task exist and none has the metric."""
-    parts = [
-        part
-        for record in cells.library.records
-        if record.node["data"] == task
-        for part in record.node["variants"].values()
-    ]
-    return not parts or any(metric in part["metrics"] for part in parts)
-
-
-def _about(where: str, number: str) -> bool:
-    words = where.replace(",", " ").split()
-    return words[0] in ("Table", "Tables") and bool({number, number.rstrip("ab")} & set(words))
+    nodes = [record.node for record in cells.library.records if record.node["data"] == task]
+    return not nodes or any(metric in part["metrics"] for node in nodes for part in node["variants"].values())

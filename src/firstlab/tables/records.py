@@ -27,19 +27,12 @@ _DATA = (
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One finished run.
-
-    Attributes:
-        file: Where it was read.
-        node: What it says, see `firstlab.store.results.Record`.
-        settings: Dotted keys of the settings that decide what the run is.
-        as_trained: False for an evaluation on other data, or with another seed, than the run was trained with: it is
-            listed and stands for no cell.
-    """
+    """One finished run."""
 
     file: Path
-    node: dict[str, Any]
-    settings: dict[str, Any]
+    node: dict[str, Any]  # what it says, see `firstlab.store.results.RECORD`
+    settings: dict[str, Any]  # dotted keys of the settings that decide what the run is
+    # False for an evaluation on other data, or with another seed, than the run was trained with: it fills no cell.
     as_trained: bool = True
 
     @property
@@ -60,35 +53,23 @@ class Record:
 
 @dataclass
 class Library:
-    """All records, and what was wrong with those that are left out.
+    """All records, and what was wrong with those that are left out."""
 
-    Attributes:
-        records: One per configuration and seed.
-        benchmarks: What `firstlab.benchmark` wrote.
-        warnings: One line per record that was left out.
-    """
-
-    records: list[Record] = field(default_factory=list)
-    benchmarks: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)  # one per configuration and seed
+    benchmarks: list[dict[str, Any]] = field(default_factory=list)  # what `firstlab.benchmark` wrote
+    warnings: list[str] = field(default_factory=list)  # one line per record that was left out
 
     def of(self, run: Run, scale: ScaleConfig) -> list[Record]:
         """Runs of the same task, model, method and settings, at any seed and, where a level is asked for, any level."""
-        near = [
-            each
-            for each in self.records
-            if each.as_trained and (each.node["data"], each.node["model"]) == (run.task, run.model)
-        ]
+        trained = [each for each in self.records if each.as_trained]
+        near = [each for each in trained if (each.node["data"], each.node["model"]) == (run.task, run.model)]
         if not near:
             return []
         levels = set() if run.level is None else level_keys(scale)
         expected = expected_settings(tuple(each for each in run.overrides if each.partition("=")[0] not in levels))
         unused = ("router.", "router_phase.") if run.method == "none" else ()
-        wanted = {
-            key: value
-            for key, value in expected.items()
-            if key not in levels and key != "method.seed" and not key.startswith(unused)
-        }
+        free = {*levels, "method.seed"}
+        wanted = {key: value for key, value in expected.items() if key not in free and not key.startswith(unused)}
         return [
             record
             for record in near
@@ -100,8 +81,7 @@ class Library:
 def read(folders: Sequence[str]) -> Library:
     """Every result below the folders; what is damaged is left out and named in `warnings`.
 
-    Raises:
-        ValueError: None of the folders exists.
+    Raises ValueError if none of the folders exists.
     """
     library = Library()
     if not any(Path(folder).is_dir() for folder in folders):
@@ -112,7 +92,7 @@ def read(folders: Sequence[str]) -> Library:
             if "cells" in node:
                 library.benchmarks.append(node)
                 continue
-            record = Record(file, node, _settings(node["config"]), _as_trained(file, node))
+            record = Record(file, node, _training(node["config"]) | _place(node["config"]), _as_trained(file, node))
             first = seen.setdefault((node["config_hash"], record.seed), record)
             if first is record:
                 library.records.append(record)
@@ -131,15 +111,11 @@ def _as_trained(file: Path, node: dict[str, Any]) -> bool:
     return run is None or (run["data"], run["seed"]) == (node["data"], node["seed"])
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    return _training(config) | _place(config)
-
-
 def _training(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of the method, of training and of evaluation."""
-    evaluation = {key: value for key, value in config["evaluation"].items() if key in _EVALUATION}
-    if evaluation.get("do_sample") is False:
-        evaluation = {key: value for key, value in evaluation.items() if key not in ("temperature", "top_k")}
+    unused = ("temperature", "top_k") if config["evaluation"].get("do_sample") is False else ()
+    kept = [key for key in _EVALUATION if key not in unused]
+    evaluation = {key: value for key, value in config["evaluation"].items() if key in kept}
     return dict(_flat({**{section: config[section] for section in _SECTIONS}, "evaluation": evaluation}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firstlab.config.grid import FIRST, run_of, tpot_of
+from firstlab.config.grid import FIRST, run_of
 from firstlab.store import paper
 from firstlab.tables import pictures
 from firstlab.tables.cells import Cells
@@ -13,13 +13,9 @@ from firstlab.tables.records import expected_settings
 from firstlab.tables.table import Cell, Column, Table, columns, interval
 
 
-def tpot_tables(cells: Cells) -> list[Table]:
+def tpot_table(cells: Cells, number: str, node: dict[str, Any]) -> Table:
     """Tables 5 to 7: time per output token of Router + LoRA, routed ÷ dense."""
-    return [_tpot_table(cells, number, node) for number, node in tpot_of(cells.config.scale).items()]
-
-
-def _tpot_table(cells: Cells, number: str, node: dict[str, Any]) -> Table:
-    scale = cells.config.scale
+    scale = cells.scale
     heads, rows = columns("Method", "Level"), []
     for task in node["tasks"]:
         names = ("Skip (paper)", "skip", "TPOT ratio", "TPOT ratio, paper")
@@ -58,14 +54,14 @@ def _ratio_cell(ratio: float, parts: list[dict[str, Any]]) -> Cell:
 
 def splits_table(cells: Cells) -> Table:
     """Table 8."""
-    heads, rows, scale = columns("Task", "ours stands for"), [], cells.config.scale
+    heads, rows, scale = columns("Task", "ours stands for"), [], cells.scale
     for group in ("ours", "paper"):
         heads += columns("train", "validation", "test", group=group)
     for task, theirs in paper.read()["splits"].items():
         if task not in scale.tasks:
             continue
         name = scale.tasks[task]
-        settings = expected_settings(run_of(scale, task, next(iter(scale.models)), "none", 0).overrides)
+        settings = expected_settings(cells.run(task, "none", 0).overrides)
         records = [each.node for each in cells.library.records if each.node["data"] == name]
         sizes = sorted({part["n"] for node in records for part in node["variants"].values()})
         row = [Cell(name), Cell(TASKS[task])]
@@ -80,7 +76,7 @@ def splits_table(cells: Cells) -> Table:
 
 def per_layer_table(cells: Cells) -> Table:
     """Table 15: share of prompts that skip each layer, against the level."""
-    node, scale = paper.read()["per_layer"], cells.config.scale
+    node, scale = paper.read()["per_layer"], cells.scale
     heads, data = columns("Layer"), []
     for column in node["columns"]:
         which = "R + L" if column["variant"] == "router_lora" else "R"
@@ -117,11 +113,9 @@ def per_layer_table(cells: Cells) -> Table:
 def figures(cells: Cells) -> list[Table]:
     """Figures 3 to 6: bars of skipped layers at 15 %; the table beside says the same in words."""
     found: list[Table] = []
-    scale, level = cells.config.scale, 15
-    if level not in scale.levels:
-        return found
+    scale, level = cells.scale, 15
     for number, node in paper.read()["figures"].items():
-        if node["task"] not in scale.tasks:
+        if level not in scale.levels or node["task"] not in scale.tasks:
             continue
         panels, rows = [], []
         if node["task"] == paper.read()["per_layer"]["task"]:
@@ -129,7 +123,7 @@ def figures(cells: Cells) -> list[Table]:
             panels.append(("Paper, LLaMA-3-8B, Table 15", paper.per_layer_shares(column, 32)))
         rows.append([Cell("paper, LLaMA-3-8B (text)"), _layers(node["fully"]), _layers(node["partly"])])
         for method in (name for name in FIRST if name in scale.methods):
-            run = run_of(scale, node["task"], next(iter(scale.models)), method, level)
+            run = cells.run(node["task"], method, level)
             for lora in (False, True):
                 name = f"{method_title(method)}{' + LoRA' if lora else ''}, {scale.tasks[node['task']]}"
                 match, reason = cells.find(run, lora)

@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -81,16 +80,16 @@ def columns(*names: str, group: str = "") -> list[Column]:
 
 @dataclass
 class Table:
-    """A table; `key` is its files' name and its anchor on the page, `picture` an SVG above it."""
+    """A table, and the picture above it."""
 
-    key: str
+    key: str  # its files' name and its anchor on the page
     title: str
     columns: list[Column]
     rows: list[list[Cell]]
     caption: str = ""
     notes: list[str] = field(default_factory=list)
     section: str = ""
-    picture: str = ""
+    picture: str = ""  # SVG
 
     @property
     def missing(self) -> list[Cell]:
@@ -112,20 +111,13 @@ class Table:
         """Headings of neighbouring columns and how many each spans."""
         return [(group, len(list(each))) for group, each in groupby(column.group for column in self.columns)]
 
-    def text_column(self, index: int) -> bool:
-        """Whether a column holds words only."""
-        return all(row[index].value is None and row[index].kind != "missing" and row[index].text for row in self.rows)
-
     def classes(self, index: int, cell: Cell | None = None) -> dict[str, str | None]:
-        """CSS classes of a cell, or of a column's heading.
-
-        A column leads that stands before the first group of a grouped table: it names the rows.
-        """
-        groups = [column.group for column in self.columns]
+        """CSS classes of a cell or heading; columns before the first group of a grouped table lead."""
+        groups, cells = [column.group for column in self.columns], [row[index] for row in self.rows]
         names = {
             "lead": any(groups) and not any(groups[: index + 1]),
             "none": cell is not None and not cell.text,
-            "text": self.text_column(index),
+            "text": all(each.value is None and each.kind != "missing" and each.text for each in cells),
             "start": index > 0 and groups[index] != groups[index - 1],
         }
         chosen = [name for name, holds in names.items() if holds] + ([cell.kind] if cell and cell.kind else [])
@@ -154,21 +146,16 @@ def markdown(table: Table) -> str:
 def csv_text(table: Table) -> str:
     """One line per row; beside each column of ours: what stands behind the number, and what fills an empty cell."""
     wide = {i for row in table.rows for i, cell in enumerate(row) if cell.kind in ("ours", "missing") or cell.detail}
-    header: list[str] = []
-    for i, column in enumerate(table.columns):
-        header.append(column.full_name)
-        if i in wide:
-            header += [f"{column.full_name}: {extra}" for extra in ("detail", "test", "note", "command")]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
+    suffixes = ("", ": detail", ": test", ": note", ": command")
+    names = [[column.full_name + suffix for suffix in suffixes] for column in table.columns]
+    lines = [names]
     for row in table.rows:
-        line: list[Any] = []
-        for i, cell in enumerate(row):
-            line.append(cell.text if cell.value is None else f"{cell.value:.10g}")
-            if i in wide:
-                line += [cell.detail, cell.mark, cell.note, cell.command]
-        writer.writerow(line)
+        numbers = [cell.text if cell.value is None else f"{cell.value:.10g}" for cell in row]
+        behind = [[cell.detail, cell.mark, cell.note, cell.command] for cell in row]
+        lines.append([[value, *rest] for value, rest in zip(numbers, behind, strict=True)])
+    out = io.StringIO()
+    shown = [[text for i, each in enumerate(line) for text in (each if i in wide else each[:1])] for line in lines]
+    csv.writer(out, lineterminator="\n").writerows(shown)
     return out.getvalue()
 
 

@@ -85,6 +85,8 @@ def find_codebook(prompts: PromptSet, fit: RouteFit) -> Tensor:
     for group in _groups(prompts):
         sets = _greedy_sets(group, max(sizes))
         share = 1.0 if len(group) == len(prompts) else len(group) / len(prompts)
+        if len(group) == len(prompts):  # of every size, to fall back on
+            found.update(tuple(each.tolist()) for each in sets)
         for size in sizes:
             found.add(tuple(sets[size].tolist()))
             swaps = math.ceil(fit.swaps * share)
@@ -360,12 +362,18 @@ class _Predicted:
         """The skip rate over tokens that a price makes."""
         return rate_over_tokens(self.router, self.choose(price), self.tokens)
 
-    def highest(self) -> tuple[float, float]:
-        """The highest rate there is, and a price that makes it."""
-        price = 1.0
-        while self.rate(price) < self.rate(8 * price) - 1e-6 and price < 1e9:
-            price *= 8
-        return self.rate(price), price
+    def ends(self) -> tuple[float, float]:
+        """Prices that make the lowest and the highest rate there is.
+
+        The lower one is negative where routes are expected to help: whoever asks for dense decoding gets it.
+        """
+        low = 0.0 if self.rate(0.0) == 0 else -1.0
+        while self.rate(low) > 0 and low > -1e9:
+            low *= 8
+        high = 1.0
+        while self.rate(high) < self.rate(8 * high) - 1e-6 and high < 1e9:
+            high *= 8
+        return low, high
 
     def solve(self, wanted: float, low: float, high: float) -> float:
         """The least price between two that makes the wanted rate."""
@@ -381,8 +389,9 @@ def _solve_prices(router: RouteRouter, held: Measured, fit: RouteFit) -> None:
         router.set_fit(**_grid(float(router.skips.max())), default_rate=torch.tensor(fit.skip_rate))
         return
     predicted = _Predicted.of(router, held)
-    highest, most = predicted.highest()
-    rates, prices = [0.0], [0.0]
+    least, most = predicted.ends()
+    highest = predicted.rate(most)
+    rates, prices = [0.0], [least]
     for wanted in torch.linspace(0, highest, _RATES)[1:].tolist():
         prices.append(predicted.solve(wanted, prices[-1], most))
         rates.append(wanted)
@@ -395,7 +404,8 @@ def _regret(router: RouteRouter, held: Measured, fit: RouteFit) -> float:
     """The loss that skipping adds on held-out prompts, mean over a few rates; what a fit is chosen by."""
     predicted = _Predicted.of(router, held)
     by_size = router.settings.price == "size"
-    highest, most = (float(router.skips.max()), 0.0) if by_size else predicted.highest()
+    least, most = (0.0, 0.0) if by_size else predicted.ends()
+    highest = float(router.skips.max()) if by_size else predicted.rate(most)
     found = []
     for share in _RATES_OF_INTEREST:
         rate = min(share * fit.skip_rate, highest)
@@ -403,7 +413,7 @@ def _regret(router: RouteRouter, held: Measured, fit: RouteFit) -> float:
             router.set_fit(**_grid(highest))
             chosen = router.choose(held.means.to(router.device), rate).cpu()
         else:
-            chosen = predicted.choose(predicted.solve(rate, 0.0, most))
+            chosen = predicted.choose(predicted.solve(rate, least, most))
         # At equal rates: what the static sets lose at the rate that came out is taken off.
         reached = rate_over_tokens(router, chosen, held.tokens)
         lost = held.losses.gather(1, chosen[:, None])[:, 0] - static_losses(held, reached)
