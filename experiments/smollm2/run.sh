@@ -109,15 +109,15 @@ done
 $PYTHON -c "import firstlab" || die "PYTHON=$PYTHON cannot import firstlab or one of its packages"
 
 if [ -n "$reduced" ]; then
-  RATES=0.07,0.1
-  OTHER_RATES=0.1
+  RATES=0.05
+  OTHER_RATES=0.03
   JOBS=${JOBS:-1}
-  SIZES="trainer=cpu data.train_size=32 data.val_size=8 data.max_length_router=160 data.max_length_lora=160"
-  SIZES+=" data.max_prompt_length=160 data.max_new_tokens=6 lora_phase.batch_size=2 router_phase.batch_size=2"
-  SIZES+=" evaluation.limit=6 evaluation.batch_size=8 evaluation.resamples=100"
-  SEARCH="method.calibration_prompts=6"
+  SIZES="trainer=cpu data.train_size=24 data.val_size=3 data.max_length_router=160 data.max_length_lora=160"
+  SIZES+=" data.max_prompt_length=160 data.max_new_tokens=6 lora_phase.batch_size=1 router_phase.batch_size=1"
+  SIZES+=" evaluation.limit=3 evaluation.batch_size=4 evaluation.resamples=100"
+  SEARCH="method.calibration_prompts=4"
   FIRST="method.fit_prompts=8 method.codebook_size=2"
-  ROUTES="method.fit_prompts=24 method.target_skip=0.07 method.highest_skip=0.1 method.sizes=1 method.swaps=1"
+  ROUTES="method.fit_prompts=16 method.target_skip=0.05 method.highest_skip=0.066 method.sizes=1 method.swaps=1"
   MINUTES=${MINUTES:-600}
   collect=$RUNS/records
 else
