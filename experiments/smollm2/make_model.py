@@ -125,7 +125,7 @@ def answer(model: LlamaForCausalLM, tokenizer: Tokenizer) -> Iterator[str]:
         with torch.no_grad():
             token = model(tokens).logits[0, -1].argmax()
         tokens = torch.cat([tokens, token.view(1, 1)], 1)
-        yield tokenizer.decode(token)
+        yield str(tokenizer.decode(token))
 
 
 if __name__ == "__main__":

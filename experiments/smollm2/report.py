@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -131,19 +131,13 @@ def points_of(record: dict[str, Any]) -> Iterator[Point]:
 
 def over_seeds(points: Sequence[Point]) -> list[Point]:
     """Means over seeds; the interval's width is that of one seed."""
-    groups = defaultdict(list)
+    groups: dict[tuple[str, str, float, bool], list[Point]] = defaultdict(list)
     for each in points:
         groups[each.part, each.method, each.asked, each.lora].append(each)
+    names = ("rate", "rate_by_token", "score", "low", "high", "perplexity")
     return [
-        Point(
-            *key,
-            *(
-                fmean(getattr(each, name) for each in group)
-                for name in ("rate", "rate_by_token", "score", "low", "high", "perplexity")
-            ),
-            len(group),
-        )
-        for key, group in groups.items()
+        replace(group[0], seeds=len(group), **{name: fmean(getattr(each, name) for each in group) for name in names})
+        for group in groups.values()
     ]
 
 
