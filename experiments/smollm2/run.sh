@@ -27,7 +27,7 @@ export STEPS=${STEPS:-$([ -n "$reduced" ] && echo 5 || echo 300)}
 PARTS=${PARTS:-real_mixture squad cnn_dm captions}
 METHODS=${METHODS:-routes sleb none first random_skip unified_skip}
 MODEL=${MODEL:-$([ -f runs/models/smollm2/config.json ] && echo runs/models/smollm2 || echo HuggingFaceTB/SmolLM2-135M-Instruct)}
-GIB_PER_JOB=28  # 16 sequences of 700 tokens in float32
+GIB_PER_JOB=32 # LoRA on 16 sequences of 700 tokens in float32, by estimate
 
 die() { echo "error: $*" >&2; exit 2; }
 
