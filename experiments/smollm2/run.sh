@@ -46,8 +46,8 @@ job() {
       options+=('phases=[lora,evaluate]' lora_phase.max_steps="$STEPS" method.target_skip="$rates") ;;
     sleb)
       options+=('phases=[tune,choose,lora,evaluate]' lora_phase.max_steps="$half" method.target_skip="$rates") ;;
-    first | first_soft)
-      options+=('phases=[tune,choose,lora,evaluate]' lora_phase.max_steps="$((2 * fifth))")
+    first | first_soft) # LoRA from scratch changes what the routers read, hence the refit
+      options+=('phases=[tune,choose,lora,refit,evaluate]' lora_phase.max_steps="$((2 * fifth))")
       options+=(router_phase.max_steps="$((STEPS - 4 * fifth))" method.target_skip="$rates") ;;
     routes) # one adapter for all rates; rate 0 is the dense model as the choice and the adapter find and leave it
       options+=('phases=[tune,choose,lora,refit,evaluate]' lora_phase.max_steps="$half")
