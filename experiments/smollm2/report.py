@@ -107,10 +107,16 @@ def report(study: Path) -> None:
 
 
 def points_of(record: dict[str, Any]) -> Iterator[Point]:
-    """Every evaluation of a run; a router of whole routes has one per rate."""
+    """Every evaluation of a run, one for each rate that its router knows.
+
+    Before LoRA those that were tuned only: without it the model does not know the task, whatever it skips.
+    """
     if record["data"] not in PARTS or record["method"] not in METHODS:
         return
+    tuned = "tune" in record["config"].get("steps", [])
     for name, variant in record["variants"].items():
+        if not tuned and not name.endswith("_lora"):
+            continue
         asked = record["config"]["method"].get("target_skip") or 0.0
         rates = {asked: variant} | {float(rate): each for rate, each in variant.get("rates", {}).items()}
         for rate, each in rates.items():
@@ -164,7 +170,8 @@ def table(points: Sequence[Point]) -> str:
 def draw(points: Sequence[Point], file: Path) -> None:
     """Score against the rate over tokens: a row of panels without LoRA, one with it."""
     parts = [part for part in PARTS if any(each.part == part for each in points)]
-    fig, axes = plt.subplots(2, len(parts), figsize=(0.6 + 3.4 * len(parts), 6.2), squeeze=False, sharex=True)
+    fig, axes = plt.subplots(2, len(parts), figsize=(1.6 + 3.2 * len(parts), 6.4), squeeze=False, sharex=True)
+    lines = {}
     for column, part in enumerate(parts):
         for row, lora in enumerate((False, True)):
             axis = axes[row, column]
@@ -172,16 +179,18 @@ def draw(points: Sequence[Point], file: Path) -> None:
                 own = [each for each in points if (each.part, each.method, each.lora) == (part, method, lora)]
                 own.sort(key=lambda each: each.rate_by_token)
                 places = [100 * each.rate_by_token for each in own]
-                axis.plot(places, [each.score for each in own], color=colour, marker=marker, label=label)
+                if own:
+                    [lines[label]] = axis.plot(places, [each.score for each in own], color=colour, marker=marker)
             axis.grid(alpha=0.3)
             for side in ("top", "right"):
                 axis.spines[side].set_visible(False)
         axes[0, column].set_title(PARTS[part], fontsize=9, loc="left")
         axes[1, column].set_xlabel("layers skipped, over tokens (%)")
-    axes[0, 0].set_ylabel("before LoRA under the routes")
-    axes[1, 0].set_ylabel("with LoRA")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8, frameon=False)
-    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    axes[0, 0].set_ylabel("on the tuned model")
+    axes[1, 0].set_ylabel("with LoRA trained under the routes")
+    across = min(2 * len(parts), 7)
+    fig.legend(lines.values(), lines, loc="lower center", ncols=across, fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0.03 * -(-len(lines) // across) + 0.02, 1, 1))
     fig.savefig(file, dpi=130)
     plt.close(fig)
 
