@@ -84,7 +84,11 @@ def pack(runs: Path, study: Path) -> None:
     Raises:
         ValueError: The study has another configuration's record of that name.
     """
-    found = {f"{file.parents[1].name}--{file.parent.name}": record for file, record in results.read_all(runs, print)}
+    found = {
+        f"{file.parents[1].name}--{file.parent.name}": record
+        for file, record in results.read_all(runs, print)
+        if file.name == results.RESULT  # STUDY may lie inside RUNS
+    }
     if not found:
         raise ValueError(f"{runs} holds no finished run")
     study.mkdir(parents=True, exist_ok=True)
