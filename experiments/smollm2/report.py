@@ -145,10 +145,12 @@ def over_seeds(points: Sequence[Point]) -> list[Point]:
     for each in points:
         groups[each.part, each.method, each.asked, each.lora].append(each)
     names = ("rate", "rate_by_token", "score", "low", "high", "perplexity")
-    return [
-        replace(group[0], seeds=len(group), **{name: fmean(getattr(each, name) for each in group) for name in names})
-        for group in groups.values()
-    ]
+
+    def mean(group: list[Point]) -> Point:
+        values: dict[str, Any] = {name: fmean(getattr(each, name) for each in group) for name in names}
+        return replace(group[0], seeds=len(group), **values)
+
+    return [mean(group) for group in groups.values()]
 
 
 def table(points: Sequence[Point]) -> str:
