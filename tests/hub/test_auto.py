@@ -182,7 +182,7 @@ def test_what_nobody_else_could_load_is_not_uploaded(library, routed, monkeypatc
 
 
 def test_refusals_name_the_way_out(library, tiny_model_dir):
-    with pytest.raises(ValueError, match="is no folder of firstlab; load it with RouterAugmentedLM"):
+    with pytest.raises(ValueError, match="is no folder of firstlab; use RouterAugmentedLM"):
         FirstlabForCausalLM.from_pretrained(tiny_model_dir)
     with pytest.raises(ValueError, match="no models with random weights"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(library[0]))

@@ -26,6 +26,10 @@ def user_lora(base: Path, folder: Path, **options) -> torch.nn.Module:
         task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights=False, **options
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -54,6 +58,10 @@ def test_a_merged_lora_is_a_plain_model(tiny_model_dir, tmp_path):
     merged = user_lora(tiny_model_dir, tmp_path / "mine", use_dora=True).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     ids, _ = prompts()
+    with pytest.raises(
+        ValueError, match="is DoRA, of which transformers loses the magnitudes: load it with merge=True"
+    ):
+        load_base(tmp_path / "mine")
     with torch.no_grad():
         found = load_base(tmp_path / "mine", merge=True)
         torch.testing.assert_close(found(ids).logits, load_base(tmp_path / "merged")(ids).logits)

@@ -93,7 +93,7 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
         folder = local_folder(pretrained_model_name_or_path, **hub)
         if folder is None:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is no folder of firstlab; load it with RouterAugmentedLM.from_pretrained"
+                f"{pretrained_model_name_or_path} is no folder of firstlab; use RouterAugmentedLM.from_pretrained"
             )
         if (run := published_run(folder)) is not None and run.fixed:
             raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -111,8 +111,17 @@ def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTraine
     # Without trust_remote_code=False transformers would ask at the terminal.
     options = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     try:
         _check_folder(path, kwargs)
+        if (adapter := find_adapter_config_file(path, **hub)) is not None:
+            found = _read_object(Path(adapter))
+            if merge and not (Path(path) / "config.json").is_file():
+                return _merged(path, found, hub, {k: v for k, v in kwargs.items() if k not in hub})
+            if found.get("use_dora"):
+                raise ModelUnavailableError(
+                    f"model.path={path!r} is DoRA, of which transformers loses the magnitudes: load it with merge=True"
+                )
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         model, info = loaded
     except Exception as error:  # a damaged folder breaks its readers in many ways
@@ -129,10 +138,23 @@ def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTraine
             f"model.path={path!r}: the weights do not fit config.json: {' and '.join(faults)}; copy or download the "
             "whole model again"
         )
-    if merge and any(True for _ in lora_layers(model)):
+    if merge and any(True for _ in lora_layers(model)):  # beside the base's own files
         merge_lora(model)
         model.config._name_or_path = path
     return model
+
+
+def _merged(path: str, found: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
+    """The base of a PEFT adapter with the adapter in its weights; PEFT knows all kinds of LoRA, transformers few."""
+    if Path(path).exists() and not (Path(path) / _ADAPTER_WEIGHTS).is_file():
+        raise ModelUnavailableError(f"{path} has no {_ADAPTER_WEIGHTS}, the one format read; save the adapter again")
+    config = _adapter_config(found)
+    base = load_base(str(config.base_model_name_or_path), **options)
+    model: PreTrainedModel = PeftModel.from_pretrained(base, path, config=config, **hub).merge_and_unload(
+        safe_merge=True
+    )
+    model.config._name_or_path = path
+    return model.requires_grad_(True)
 
 
 def _check_folder(path: str, options: Mapping[str, Any]) -> None:
