@@ -1,5 +1,6 @@
 """transformers' own entry points give the routed model: Auto classes, pipelines, saving, PEFT."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, pipeline
 
+from firstlab.hub import register
 from firstlab.hub.config import FirstlabConfig
 from firstlab.hub.modeling import FirstlabForCausalLM
 from firstlab.model.cache import RoutedCache
@@ -207,17 +209,21 @@ def test_saving_again_leaves_no_adapter_behind(library, tmp_path):
 
 
 def test_importing_firstlab_waits_for_nothing():
-    program = """
-import sys, firstlab
-assert not {"torch", "transformers", "peft"} & set(sys.modules)
-from transformers import AutoConfig
-assert AutoConfig.for_model("firstlab").model_type == "firstlab"
-"""
+    program = "import sys, firstlab; assert not {'torch', 'transformers', 'peft', 'lm_eval'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
-    late = "from transformers import AutoConfig\nimport firstlab, sys\nassert 'peft' not in sys.modules\n"
-    late += "print(type(AutoConfig.for_model('firstlab')).__module__)"
-    done = subprocess.run([sys.executable, "-c", late], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == "firstlab.hub.config"
+
+
+def test_registration_follows_the_import_whichever_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "comes_later.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    seen = []
+    waiting = dict.fromkeys(("json", "comes_later"), lambda module: seen.append((module.__name__, vars(module).copy())))
+    monkeypatch.setattr(register, "_WAITING", waiting)
+    register.register_when_imported()
+    assert [name for name, _ in seen] == ["json"]
+    importlib.import_module("comes_later")
+    assert seen[1][0] == "comes_later" and seen[1][1]["value"] == 1 and not waiting
 
 
 # Of transformers' GenerationTesterMixin, which its wheel leaves out: what applies to a routed model, said again.

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from firstlab.hub.__main__ import main
-from firstlab.hub.export import without_layers
+from firstlab.hub.export import export, without_layers
 from firstlab.hub.modeling import FirstlabForCausalLM
 from firstlab.hub.source import open_run
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.routes import PrunedRoutes
+from firstlab.model.routes import FixedRoutes, PrunedRoutes
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import dense_counterpart, load_run
 from support.models import prompts, tiny_model
@@ -23,12 +23,11 @@ from support.tiny_run import composed, overrides
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
-    """A run of FiRST with its dense counterpart, one that removes layers, and one that skips a set in decode alone."""
+    """A run of FiRST with its dense counterpart, and one that removes layers."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     options = {
-        "first": ["method.target_skip=0.25"],
+        "first": ["method.target_skip=0.25", "phases=[router,evaluate]"],
         "sleb": ["method=sleb", "method.target_skip=0.25", "method.skip_prefill=true"],
-        "shortgpt": ["method=shortgpt", "method.target_skip=0.25", "phases=[lora]"],
     }
     for name, more in options.items():
         config, method = composed(*overrides(tiny_model_dir, folder, *more))
@@ -41,23 +40,25 @@ def runs(tiny_model_dir, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_the_card_says_what_the_record_says(runs, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(runs["first"] / "lora")
+    model = AutoModelForCausalLM.from_pretrained(runs["first"] / "router")
     assert isinstance(model, FirstlabForCausalLM)
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     record = json.loads((runs["first"] / "result.json").read_text())
     [dense] = [path for path in runs["first"].parent.glob("none*/result.json")]
-    for found in (record["variants"]["router_lora"], json.loads(dense.read_text())["variants"]["base_lora"]):
+    for found in (record["variants"]["router"], json.loads(dense.read_text())["variants"]["base"]):
         score = found["metrics"][found["primary_metric"]]
         ratio, skip = found["timing"]["tpot_ratio"], found["skip"]["skip_rate"]
         quality = f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
         assert f"| {quality} | {100 * skip:.1f} % | {ratio:.2f} |" in card.text
     assert record["device"] in card.text and f"Task: {record['data']}, 7 test prompts" in card.text
-    assert card.data.tags == ["layer-skipping", "firstlab", "peft"]
+    assert card.data.tags == ["layer-skipping", "firstlab"]  # no LoRA yet
 
 
 def test_fixed_routes_are_not_loaded_without_their_run(runs):
-    with pytest.raises(ValueError, match="method=sleb has no routers, .* every layer; use python -m firstlab.generate"):
+    with pytest.raises(
+        ValueError, match="its run has fixed routes and no routers; .*every layer; use python -m firstlab.generate"
+    ):
         AutoModelForCausalLM.from_pretrained(runs["sleb"] / "lora")
 
 
@@ -82,6 +83,15 @@ def test_an_export_is_a_plain_model_with_the_text_that_was_measured(runs, tmp_pa
     assert "import firstlab" not in card.text
 
 
+def test_an_export_whose_prefill_would_differ_is_refused(runs, tmp_path):
+    source = open_run(runs["sleb"])
+    skipping = source._replace(routes=FixedRoutes(source.routes.ran))
+    message = "its prefill runs every layer and only decode skips.*method.skip_prefill=true"
+    with pytest.raises(ValueError, match=message):
+        export(skipping, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2", "phi3"])
 def test_layers_are_removed_from_any_architecture(architecture, tmp_path):
     ids, mask = prompts()
@@ -98,7 +108,6 @@ def test_layers_are_removed_from_any_architecture(architecture, tmp_path):
     ("words", "message"),
     [
         ("export run=first out=new", "routes change from prompt to prompt"),
-        ("export run=shortgpt out=new", "its prefill runs every layer and only decode skips.*skip_prefill=true"),
         ("export run=sleb variant=base out=new", "this variant runs every layer"),
         ("export run=sleb out=.", "is not an empty folder"),
         ("export run=nowhere out=new", "is no run directory"),

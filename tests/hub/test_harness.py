@@ -42,13 +42,17 @@ generation_kwargs: {until: ["zzz"], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
 }
-TEXTS = [
-    "the red house stands by",
-    "by the old river",
-    "der kleine Hund",
-    "the small dog sleeps by the old red house",
-    "a",
-]
+TEXTS = ["the red house stands by", "by the old river", "der kleine Hund", "the dog sleeps by the old red house", "a"]
+
+
+def write_tasks(folder: Path) -> Path:
+    """The tasks as YAML files, over texts in a file."""
+    data = folder / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": each, "target": "x"}) + "\n" for each in TEXTS))
+    for name, text in TASKS.items():
+        source = f'dataset_path: json\ndataset_kwargs: {{data_files: {{test: "{data}"}}}}\ntest_split: test\n'
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{source}{text}")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -58,9 +58,7 @@ def test_a_merged_lora_is_a_plain_model(tiny_model_dir, tmp_path):
     merged = user_lora(tiny_model_dir, tmp_path / "mine", use_dora=True).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     ids, _ = prompts()
-    with pytest.raises(
-        ValueError, match="is DoRA, of which transformers loses the magnitudes: load it with merge=True"
-    ):
+    with pytest.raises(ValueError, match="is DoRA, of which transformers loses the magnitudes: .* merge=True"):
         load_base(tmp_path / "mine")
     with torch.no_grad():
         found = load_base(tmp_path / "mine", merge=True)

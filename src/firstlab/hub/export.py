@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,6 +57,7 @@ def without_layers(lm: PreTrainedModel, removed: list[int]) -> PreTrainedModel:
     name = next(name for name, module in decoder.named_children() if module is layers)
     setattr(decoder, name, nn.ModuleList(layers[index] for index in kept))
     for index, each in enumerate(kept):
+        module: Any
         for module in layers[each].modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index

@@ -79,7 +79,8 @@ class FirstlabLM(HFLM):
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}
         self._skips: list[Tensor] = []
         self._decoded = 0
-        super().__init__(model, backend="causal", tokenizer=source.tokenizer, **kwargs)
+        given_model: Any = model
+        super().__init__(given_model, backend="causal", tokenizer=source.tokenizer, **kwargs)
         self.pretrained, self.revision = pretrained, revision or "main"
 
     # -- log-likelihood --

@@ -97,7 +97,7 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if (run := published_run(folder)) is not None and run.fixed:
             raise ValueError(
-                f"{folder}: method={run.record['method']} has no routers, and the model alone would run every layer; "
+                f"{folder}: its run has fixed routes and no routers; the model alone would run every layer; "
                 f'use python -m firstlab.generate run={folder.parent} "text"'
             )
         model = cls(RouterAugmentedLM.from_pretrained(folder, **kwargs), folder)
