@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from firstlab.hub.register import register_when_imported
+
 if TYPE_CHECKING:
     from firstlab.model.lm import RouterAugmentedLM
 
 __all__ = ["RouterAugmentedLM"]
 __version__ = "0.2.0"
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

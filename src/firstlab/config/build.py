@@ -61,7 +61,7 @@ def build_data(config: ExperimentConfig) -> PromptDataModule:
     data = config.data
     return PromptDataModule(
         build_task(config),
-        load_tokenizer(model_path(config.model.path), config.model.revision),
+        load_tokenizer(model_path(config.model.path), config.model.revision, config.model.gguf_file),
         train_size=data.train_size,
         val_size=data.val_size,
         test_size=min(filter(None, (data.test_size, config.evaluation.limit)), default=None),
@@ -86,7 +86,8 @@ def check_lora_targets(config: ExperimentConfig) -> None:
     if "lora" in config.phases:
         with suppress(ModelUnavailableError):  # loading it says what is wrong, or knows more kinds of folders
             path = model_path(config.init_from or config.model.path)
-            base = load_base_config(path, config.model.revision, config.model.attn_implementation)
+            model = config.model
+            base = load_base_config(path, model.revision, model.attn_implementation, model.gguf_file)
             check_lora(base, config.lora)
 
 
@@ -102,7 +103,7 @@ def check_device(trainer: TrainerConfig) -> None:
 
 def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     """A model on the configured device, in eval mode; fresh routers start from the run's seed."""
-    given = {key: getattr(config.model, key) for key in ("dtype", "revision", "attn_implementation")}
+    given = {key: getattr(config.model, key) for key in ("dtype", "revision", "attn_implementation", "gguf_file")}
     options = {key: value for key, value in given.items() if value is not None}
     torch.manual_seed(config.seed)
     saved, base_path = read_config(path), model_path(config.model.path)
@@ -112,7 +113,9 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     on_gpu = config.trainer.accelerator == "gpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     with during(f"the loading of {path}"):
-        model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, **options).to(device)
+        model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, merge=True, **options).to(
+            device
+        )
     check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk

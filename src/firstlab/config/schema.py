@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class ModelConfig:
         name: Short name for run directories and tables.
         path: Hub id or folder; `bundled:nano` is the model inside this package.
         attn_implementation: Null for transformers' choice.
+        gguf_file: File of the folder in GGUF form, which transformers turns into plain weights; or null.
         quantization: int8 or int4 for decoder layers with such weights, in evaluate alone, or null. The benchmark has
             `quantizations` instead.
     """
@@ -80,9 +82,12 @@ class ModelConfig:
     revision: str | None = None
     attn_implementation: str | None = option(None, choices="sdpa, eager, flash_attention_2")
     quantization: str | None = None
+    gguf_file: str | None = option(None, filled="a file name", **LATER)
 
     def __post_init__(self) -> None:
         check_options(self, "model.")
+        if self.gguf_file is not None and find_spec("gguf") is None:
+            raise ValueError(f"model.gguf_file={self.gguf_file!r} needs the package gguf: pip install 'firstlab[gguf]'")
         if self.quantization is not None:
             from firstlab.model.quantization import check_quantization
 

@@ -81,7 +81,7 @@ class RouterAugmentedLM(nn.Module):
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
         self._decoder_name = next(name for name, module in lm.named_modules() if module is decoder)
         # Merging LoRA takes the name from the config, as no folder holds those weights; the tokenizer stays the same.
-        self._tokenizer = lm.config._name_or_path
+        self.tokenizer_path = lm.config._name_or_path
         make_routable(layers)
         watch_passes(decoder)
         for parameter in lora.lora_parameters(lm):  # of an adapter that transformers has loaded
@@ -96,6 +96,7 @@ class RouterAugmentedLM(nn.Module):
         path: str | Path,
         settings: RouterSettings | None = None,
         base: str | Path | None = None,
+        merge: bool = False,
         **kwargs: Any,
     ) -> RouterAugmentedLM:
         """Load a hub id, a local transformers folder, or a folder written by `save_pretrained`.
@@ -104,6 +105,8 @@ class RouterAugmentedLM(nn.Module):
             path: Hub id or folder.
             settings: Of fresh routers; a folder written by `save_pretrained` brings its own.
             base: Hub id or folder of the base model that such a folder belongs to, if it is not where it was.
+            merge: Fold the LoRA of a PEFT folder into the weights, to train another one on top; the base of a folder
+                written by `save_pretrained` always is.
             **kwargs: For transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
 
         Raises:
@@ -114,12 +117,12 @@ class RouterAugmentedLM(nn.Module):
         if saved is None:
             if base is not None:
                 raise ValueError(f"base={str(base)!r} is for a folder written by save_pretrained, which {path} is not")
-            return cls(storage.load_base(path, **kwargs), settings)
-        model = cls(storage.load_base(base or saved.base, **kwargs), saved.router)
+            return cls(storage.load_base(path, merge, **kwargs), settings)
+        model = cls(storage.load_base(base or saved.base, merge=True, **kwargs), saved.router)
         storage.load_trained(model.lm, model.routers, saved)
         return model.train(model.training)
 
-    def save_pretrained(self, path: str | Path, save_base: bool = False) -> None:
+    def save_pretrained(self, path: str | Path, save_base: bool = False, published: bool = False) -> None:
         """Write config.json, routers.safetensors, the PEFT adapter if any, and, if asked, the base and its tokenizer.
 
         Raises:
@@ -128,7 +131,7 @@ class RouterAugmentedLM(nn.Module):
         """
         if save_base and is_quantized(self.lm):
             raise ValueError("save_base=True: the base is quantized, for decoding alone; save it before quantizing")
-        storage.save(self.lm, self.routers, path, save_base, self._tokenizer)
+        storage.save(self.lm, self.routers, path, save_base, self.tokenizer_path, published)
 
     # -- properties --
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import find_adapter_config_file
 
-from firstlab.model.lora import inject_lora, lora_layers
+from firstlab.model.lora import inject_lora, lora_layers, merge_lora
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, RouterSettings
 
@@ -32,6 +32,8 @@ _AGAIN = (
     "save the model again; in a run directory, delete this folder, and result.json if there is one, and give the "
     "training command again"
 )
+#: Folder of the adapter where a model is published.
+_PUBLISHED = "adapter/"
 #: Folder of a base that was saved along.
 _BASE = "base"
 _PEFT_PREFIX = "base_model.model."
@@ -58,9 +60,14 @@ class SavedModel:
     files: Mapping[str, str] | None
 
     @property
+    def adapter(self) -> str:
+        """Where in the folder the adapter's files are: a prefix of their names."""
+        return _PUBLISHED if f"{_PUBLISHED}{_ADAPTER_WEIGHTS}" in (self.files or ()) else ""
+
+    @property
     def has_adapter(self) -> bool:
         if self.files is not None:
-            return _ADAPTER_WEIGHTS in self.files
+            return f"{self.adapter}{_ADAPTER_WEIGHTS}" in self.files
         return any((self.folder / name).exists() for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS))
 
 
@@ -93,8 +100,10 @@ def _unavailable(path: str, error: Exception, what: str = "") -> ModelUnavailabl
     return ModelUnavailableError(f"{subject} is not available: {way_out} ({type(error).__name__}: {first_line[:200]})")
 
 
-def load_base(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A causal LM from a hub id or folder, from safetensors, without remote code.
+
+    With `merge`, the adapter of a PEFT folder becomes part of the weights, and the folder stays the model's name.
 
     Raises:
         ModelUnavailableError: It cannot be loaded, or lacks weights that its config asks for.
@@ -103,8 +112,17 @@ def load_base(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     # Without trust_remote_code=False transformers would ask at the terminal.
     options = {"use_safetensors": True, "trust_remote_code": False, **kwargs}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     try:
         _check_folder(path, kwargs)
+        if (adapter := find_adapter_config_file(path, **hub)) is not None:
+            found = _read_object(Path(adapter))
+            if merge and not (Path(path) / "config.json").is_file():
+                return _merged(path, found, hub, {k: v for k, v in kwargs.items() if k not in hub})
+            if found.get("use_dora"):
+                raise ModelUnavailableError(
+                    f"model.path={path!r} is DoRA, of which transformers loses the magnitudes: load it with merge=True"
+                )
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         model, info = loaded
     except Exception as error:  # a damaged folder breaks its readers in many ways
@@ -121,7 +139,23 @@ def load_base(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"model.path={path!r}: the weights do not fit config.json: {' and '.join(faults)}; copy or download the "
             "whole model again"
         )
+    if merge and any(True for _ in lora_layers(model)):  # beside the base's own files
+        merge_lora(model)
+        model.config._name_or_path = path
     return model
+
+
+def _merged(path: str, found: dict[str, Any], hub: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
+    """The base of a PEFT adapter with the adapter in its weights; PEFT knows all kinds of LoRA, transformers few."""
+    if Path(path).exists() and not (Path(path) / _ADAPTER_WEIGHTS).is_file():
+        raise ModelUnavailableError(f"{path} has no {_ADAPTER_WEIGHTS}, the one format read; save the adapter again")
+    config = _adapter_config(found)
+    base = load_base(str(config.base_model_name_or_path), **options)
+    model: PreTrainedModel = PeftModel.from_pretrained(base, path, config=config, **hub).merge_and_unload(
+        safe_merge=True
+    )
+    model.config._name_or_path = path
+    return model.requires_grad_(True)
 
 
 def _check_folder(path: str, options: Mapping[str, Any]) -> None:
@@ -167,7 +201,10 @@ def _refuse_packages(file: str | Path, adapter: Mapping[str, Any]) -> None:
 
 
 def load_base_config(
-    path: str | Path, revision: str | None = None, attn_implementation: str | None = None
+    path: str | Path,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    gguf_file: str | None = None,
 ) -> PretrainedConfig:
     """The config of a base model, without its weights; of a folder written by firstlab, that of its base.
 
@@ -176,7 +213,8 @@ def load_base_config(
     """
     location = _base_of(path)
     try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False, revision=revision)
+        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False, revision=revision, **gguf)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
     except Exception as error:  # values of a wrong type break it in many ways
@@ -185,14 +223,18 @@ def load_base_config(
     return config
 
 
-def load_tokenizer(path: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a hub id or folder; of a folder written by firstlab, that of its base.
+def load_tokenizer(path: str | Path, revision: str | None = None, gguf_file: str | None = None) -> Tokenizer:
+    """The tokenizer of a hub id or folder; of a folder of firstlab or PEFT without one, that of its base.
+
+    That of a GGUF file counts where its folder has none.
 
     Raises:
         ModelUnavailableError: It cannot be loaded.
     """
-    location = _base_of(path)
-    options = {} if revision is None else {"revision": revision}
+    own = (Path(expanded(path)) / "tokenizer_config.json").is_file()
+    location = expanded(path) if own else _base_of(path)
+    given = {"revision": revision, "gguf_file": None if own else gguf_file}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises no narrower class
@@ -200,8 +242,12 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Tokenizer:
 
 
 def _base_of(path: str | Path) -> str:
-    saved = read_config(path)
-    return expanded(path) if saved is None else saved.base
+    saved, adapter = read_config(path), Path(expanded(path)) / _ADAPTER_CONFIG
+    if saved is not None:
+        return saved.base
+    if adapter.is_file() and not (adapter.parent / "config.json").is_file():  # of PEFT
+        return str(_read_object(adapter).get("base_model_name_or_path"))
+    return expanded(path)
 
 
 def read_config(path: str | Path) -> SavedModel | None:
@@ -245,12 +291,19 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def save(
-    lm: PreTrainedModel, routers: Routers | RouteRouter, path: str | Path, save_base: bool, tokenizer: str = ""
+    lm: PreTrainedModel,
+    routers: Routers | RouteRouter,
+    path: str | Path,
+    save_base: bool,
+    tokenizer: str = "",
+    published: bool = False,
 ) -> None:
     """Write config.json, routers, the adapter if there is one and, if asked, the base model with its tokenizer.
 
     Args:
         tokenizer: Hub id or folder that has the base's tokenizer; where there is none, the folder gets none.
+        published: Put the adapter into a folder of its own: beside config.json, transformers would take a repository of
+            the hub for an adapter, and leave out its routers.
 
     Raises:
         ValueError: The base has no name to find it by and is not saved along, or there are several adapters.
@@ -272,18 +325,19 @@ def save(
         base = str(Path(base).resolve())
     weights = {name: value.detach().cpu().contiguous() for name, value in routers.state_dict().items()}
     save_file(weights, directory / _ROUTER_WEIGHTS)
-    names = [_ROUTER_WEIGHTS]
+    names, place = [_ROUTER_WEIGHTS], _PUBLISHED if published else ""
+    for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):  # of what was saved there before
+        for each in ("", _PUBLISHED):
+            (directory / f"{each}{name}").unlink(missing_ok=True)
     if adapter_name is not None:
+        (directory / place).mkdir(exist_ok=True)
         adapter = get_peft_model_state_dict(lm, adapter_name=adapter_name)
         save_file(
             {_PEFT_PREFIX + k.removeprefix(_PEFT_PREFIX): v.detach().cpu().contiguous() for k, v in adapter.items()},
-            directory / _ADAPTER_WEIGHTS,
+            directory / f"{place}{_ADAPTER_WEIGHTS}",
         )
-        lm.peft_config[adapter_name].save_pretrained(directory)
-        names += [_ADAPTER_WEIGHTS, _ADAPTER_CONFIG]
-    else:
-        for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
-            (directory / name).unlink(missing_ok=True)
+        lm.peft_config[adapter_name].save_pretrained(directory / place)
+        names += [f"{place}{_ADAPTER_WEIGHTS}", f"{place}{_ADAPTER_CONFIG}"]
     if save_base:
         lm.save_pretrained(directory / _BASE)
         with suppress(ModelUnavailableError):  # many models have none; whoever needs it is told so
@@ -321,7 +375,8 @@ def load_trained(lm: PreTrainedModel, routers: Routers | RouteRouter, saved: Sav
     Raises:
         ValueError: A file is missing or damaged, is not the one that was saved, or does not fit the base.
     """
-    names = [_ROUTER_WEIGHTS, *([_ADAPTER_WEIGHTS, _ADAPTER_CONFIG] if saved.has_adapter else [])]
+    adapter = [f"{saved.adapter}{name}" for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG)]
+    names = [_ROUTER_WEIGHTS, *(adapter if saved.has_adapter else [])]
     for name in names:
         if not (saved.folder / name).is_file():
             raise ValueError(f"{saved.folder} was saved with {name}, and it is missing; {_AGAIN}")
@@ -333,8 +388,8 @@ def load_trained(lm: PreTrainedModel, routers: Routers | RouteRouter, saved: Sav
             raise ValueError(f"{saved.folder / _ROUTER_WEIGHTS} {error}; {_AGAIN}") from error
     _copy(saved, _ROUTER_WEIGHTS, found, routers.state_dict())
     if saved.has_adapter:
-        weights = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(saved, _ADAPTER_WEIGHTS).items()}
-        file = saved.folder / _ADAPTER_CONFIG
+        weights = {k.removeprefix(_PEFT_PREFIX): v for k, v in _load_file(saved, adapter[0]).items()}
+        file = saved.folder / adapter[1]
         settings = _read_object(file)
         _refuse_packages(file, settings)
         try:
@@ -343,7 +398,7 @@ def load_trained(lm: PreTrainedModel, routers: Routers | RouteRouter, saved: Sav
             raise ValueError(f"{file} cannot be used ({type(error).__name__}: {error}); {_AGAIN}") from error
         # The names are those of the model's own modules. PEFT's loading would take them for names of the hub's
         # checkpoint, translate them, and leave out silently what then has no place.
-        _copy(saved, _ADAPTER_WEIGHTS, weights, get_peft_model_state_dict(lm, adapter_name="default"))
+        _copy(saved, adapter[0], weights, get_peft_model_state_dict(lm, adapter_name="default"))
     for name in names:  # last: what is wrong with a file says more than that it has changed
         if saved.files is not None and saved.files.get(name) != _sha256(saved.folder / name):
             raise ValueError(f"{saved.folder / name} is not the file that was saved with config.json; {_AGAIN}")
