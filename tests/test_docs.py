@@ -23,6 +23,7 @@ from firstlab import bench
 from firstlab.config.build import model_path
 from firstlab.config.command_line import own_folders, parse_options
 from firstlab.config.compose import conf_dir, register, search_path, settings
+from firstlab.hub.__main__ import HubOptions
 from firstlab.run.dashboard import DashboardOptions
 from firstlab.run.load import load, read
 from firstlab.run.sweep import expand
@@ -145,6 +146,9 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
     assert name != module, f"{module} is not firstlab's"
     importlib.import_module(module)
     monkeypatch.setattr("firstlab.model.quantization.find_spec", lambda package: True)  # an extra
+    if name == "hub":
+        check_hub(arguments)
+        return
     if name in TEXT_COMMANDS:
         check_text_command(name, arguments, command.piped, monkeypatch)
         return
@@ -166,6 +170,16 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
             tables.load(compose(name, overrides))
         else:
             pytest.fail(f"{command.page}: nobody checks python -m {module}")
+
+
+def check_hub(arguments: list[str]) -> None:
+    """Its options are known; there is no such run, which is the one thing wrong with the command."""
+    action, *options = arguments
+    if action == "lm_eval":
+        assert options[0::2] == ["--model", "--model_args", "--tasks"] and options[1] == "firstlab"
+        assert {each.partition("=")[0] for each in options[3].split(",")} <= {"pretrained", "skip_rate", "variant"}
+        return
+    assert action in ("export", "push") and parse_options(HubOptions(), options)[1] == []
 
 
 def check_runs(overrides: list[str]) -> None:

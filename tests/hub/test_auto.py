@@ -226,7 +226,9 @@ def test_registration_follows_the_import_whichever_comes_first(tmp_path, monkeyp
     assert seen[1][0] == "comes_later" and seen[1][1]["value"] == 1 and not waiting
 
 
-# Of transformers' GenerationTesterMixin, which its wheel leaves out: what applies to a routed model, said again.
+# Of transformers' GenerationTesterMixin, which its wheel leaves out: what applies to a routed model, said again. Left
+# out are models built from a config with random weights, encoder-decoders, assisted, contrastive, DoLa and static-cache
+# decoding, which routed decoding refuses, and compiled decoding, which the static cache is for.
 
 
 @pytest.mark.parametrize(

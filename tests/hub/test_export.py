@@ -56,9 +56,7 @@ def test_the_card_says_what_the_record_says(runs, tmp_path):
 
 
 def test_fixed_routes_are_not_loaded_without_their_run(runs):
-    with pytest.raises(
-        ValueError, match="its run has fixed routes and no routers; .*every layer; use python -m firstlab.generate"
-    ):
+    with pytest.raises(ValueError, match="fixed routes and no routers; .* use python -m firstlab.generate"):
         AutoModelForCausalLM.from_pretrained(runs["sleb"] / "lora")
 
 

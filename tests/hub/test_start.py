@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -67,6 +66,7 @@ def test_a_merged_lora_is_a_plain_model(tiny_model_dir, tmp_path):
 
 def write_gguf(model_dir: Path, folder: Path) -> Path:
     """The tiny Llama as a GGUF file of 16-bit weights, with its tokenizer beside it."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'firstlab[gguf]'")
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     config = model.config
     folder.mkdir()
