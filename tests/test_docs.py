@@ -124,7 +124,7 @@ def check_make(arguments: list[str]) -> None:
 def check_pip(arguments: list[str]) -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert arguments[:2] == ["install", "-e"]
-    extras = re.fullmatch(r"\.\[([\w,]+)\]", arguments[2])
+    extras = re.fullmatch(r"\.\[([\w,-]+)\]", arguments[2])
     assert extras and all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras[1].split(","))
 
 

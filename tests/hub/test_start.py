@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from firstlab.bench.models import Models
 from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.settings import RouterSettings
 from firstlab.model.storage import load_base
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
@@ -107,6 +109,10 @@ def test_a_run_from_a_gguf_file(tiny_model_dir, tmp_path):
         found = load_run(run.directory, "base").model.lm(ids).logits
         expected = AutoModelForCausalLM.from_pretrained(tiny_model_dir)(ids).logits
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
+    cpu = torch.device("cpu")
+    timed = Models.load(str(folder), RouterSettings(), random_init=False, device=cpu, gguf_file="tiny.gguf")
+    with torch.no_grad():
+        assert torch.equal(timed.plain(ids).logits, found)
     model = RouterAugmentedLM.from_pretrained(run.directory / "lora", gguf_file="tiny.gguf").eval()
     trained = load_run(run.directory, "router_lora").model
     assert torch.equal(model.generate(ids, max_new_tokens=4), trained.generate(ids, max_new_tokens=4))

@@ -82,7 +82,9 @@ def load_models(config: SpeedConfig, length: int, lengths: str) -> Models:
     torch.manual_seed(config.seed)
     given = config.model
     path, random_init = model_path(given.path, given.random_init), given.random_init
-    options = {name: getattr(given, name) for name in ("dtype", "revision", "attn_implementation")}
+    if random_init and given.gguf_file is not None:
+        raise ValueError(f"model.gguf_file={given.gguf_file!r} holds weights, which model.random_init=true leaves out")
+    options = {name: getattr(given, name) for name in ("dtype", "revision", "attn_implementation", "gguf_file")}
     options = {name: value for name, value in options.items() if value is not None}
     settings = RouterSettings(input_norm=config.router.input_norm, threshold=config.router.threshold)
     models = Models.load(path, settings, random_init=random_init, device=device, **options)

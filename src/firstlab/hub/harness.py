@@ -65,7 +65,8 @@ class FirstlabLM(HFLM):
             given = {"dtype": dtype, "revision": revision, "gguf_file": gguf_file}
             source = open_model(pretrained, variant, **{k: v for k, v in given.items() if v is not None})
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, routed = source.model.to(where), source.model.routed
+        model: Any = source.model
+        model, routed = model.to(where), source.model.routed
         self.asked, self.routes = skip_rate, source.routes
         if skip_rate == 0:
             self.routes = FixedRoutes(torch.ones(routed.num_layers, dtype=torch.bool))
@@ -79,8 +80,7 @@ class FirstlabLM(HFLM):
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}
         self._skips: list[Tensor] = []
         self._decoded = 0
-        given_model: Any = model
-        super().__init__(given_model, backend="causal", tokenizer=source.tokenizer, **kwargs)
+        super().__init__(model, backend="causal", tokenizer=source.tokenizer, **kwargs)
         self.pretrained, self.revision = pretrained, revision or "main"
 
     # -- log-likelihood --

@@ -34,6 +34,9 @@ def local_folder(path: str | Path, **hub: Any) -> Path | None:
     folder = Path(path).expanduser()
     if not folder.exists():
         try:
+            folder = Path(snapshot_download(str(path), allow_patterns=["config.json"], **hub))
+            if read_config(folder) is None:
+                return None  # whose weights are not ours to fetch
             folder = Path(snapshot_download(str(path), allow_patterns=_FILES, **hub))
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
