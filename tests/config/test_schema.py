@@ -97,8 +97,9 @@ def test_a_typo_in_a_method_file_is_named():
 
 
 def test_identity_ignores_where_and_how_a_run_is_started():
+    paper = "phases=[router,lora,evaluate]"
     same = composed("runs=elsewhere", "trainer=ddp", "logger=csv", "overwrite=true", "phases=[evaluate]")[0]
-    assert same.hash() == composed()[0].hash()
+    assert same.hash() == composed(paper)[0].hash() != composed()[0].hash()
     assert composed("seed=1")[0].hash() != composed()[0].hash()
     assert composed("trainer.loss_chunk=7", "data.bucket=1")[0].hash() == composed()[0].hash()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,6 @@ def test_every_product_is_where_a_reader_looks(any_speed: Path, tiny_model_dir: 
 
 
 def test_a_run_that_lost_its_last_steps_repeats_only_these(any_speed: Path, tiny_model_dir: Path, tmp_path: Path):
-    import shutil
-
     copy = tmp_path / any_speed.parent.name / any_speed.name
     shutil.copytree(any_speed, copy)
     before = results.read(copy)
@@ -149,3 +148,13 @@ def test_a_run_that_names_no_steps_takes_its_methods(tiny_model_dir: Path, tmp_p
         options = [each for each in overrides(tiny_model_dir, tmp_path) if not each.startswith(("phases=", "method."))]
         assert composed(*options, f"method={method}", *given)[0].phases == ["router", "lora", "evaluate"]
     assert steps("method=first", "method.one_phase=true") == ["router", "lora", "evaluate"]
+
+
+def test_a_tuned_run_is_evaluated_again_without_naming_its_steps(any_speed: Path, tiny_model_dir: Path, tmp_path: Path):
+    copy = tmp_path / any_speed.parent.name / any_speed.name
+    shutil.copytree(any_speed, copy)
+    given = [each for each in ROUTES if not each.startswith("phases=")]
+    _, record = run(tiny_model_dir, tmp_path, *given, "phases=[evaluate]")
+    assert record["variants"].keys() == {"router", "router_lora"}
+    with pytest.raises(ValueError, match="steps"):
+        run(tiny_model_dir, tmp_path, *given, "phases=[router,lora,evaluate]")

@@ -204,7 +204,7 @@ def test_runs_that_only_train_are_finished_without_a_record(tmp_path: Path):
             (run.directory / name).mkdir(parents=True)
         (run.directory / "config.yaml").write_text(json.dumps(run.config.to_dict()))
     assert [run.state for run in plan(runs, make, None)] == ["finished", "finished", "interrupted"]
-    wanted = [[*run[:1], *run[2:]] for run in runs]  # with the evaluation, too
+    wanted = [[run[0], "phases=[router,lora,evaluate]", *run[2:]] for run in runs]  # with the evaluation, too
     assert {run.state for run in plan(wanted, make, None)} == {"interrupted"}
 
 
@@ -310,7 +310,8 @@ def test_recorded_runs_of_this_repository_count_as_finished():
     for _, record in results.read_all(recorded, pytest.fail):
         text = json.dumps(record["config"], sort_keys=True)
         assert hashlib.sha256(text.encode()).hexdigest()[:12] == record["config_hash"]
-    runs = [["compare_with_base=false", *run] for run in ([], ["method=none"], ["method=sleb", "data=mini_qa"])]
+    paper = ["compare_with_base=false", "phases=[router,lora,evaluate]"]
+    runs = [[*paper, *run] for run in ([], ["method=none"], ["method=sleb", "data=mini_qa"])]
     assert [run.state for run in plan(runs, make, recorded)] == ["finished"] * 3
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,11 @@ def check_same(directory: Path, config: ExperimentConfig) -> None:
         saved = load_dict(read_saved(directory / CONFIG))
     except ValueError as error:
         raise ValueError(f"{error}; choose another run_dir, or delete {directory}") from error
+    made = [each for each in ("tune", "refit") if (directory / each).is_dir() and each not in saved.phases]
+    saved = replace(saved, phases=[*saved.phases, *made])
     old, new = (_flat(each.located().identity()) for each in (saved, config))
+    if config.phases == ["evaluate"]:  # of whatever has been trained
+        new["steps"] = old.get("steps")
     changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:
         raise ValueError(
