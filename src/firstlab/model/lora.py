@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -21,18 +22,11 @@ from firstlab.model.settings import LoraSettings
 
 
 def check_lora(model: PreTrainedModel | PretrainedConfig, settings: LoraSettings) -> list[str]:
-    """Full names of the linear maps that get LoRA, of a model or, without loading it, of its config.
-
-    Raises:
-        ValueError: A name of `target_modules` matches no linear map of the decoder layers.
-    """
+    """Full names of the linear maps that get LoRA, of a model or, without loading it, of its config."""
+    lm: Any = model
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
-            lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model, trust_remote_code=False, attn_implementation="eager"
-            )
-    else:
-        lm = model
+            lm = AutoModelForCausalLM.from_config(model, trust_remote_code=False, attn_implementation="eager")
     shapes = {name: list(lm.get_parameter(f"{name}.weight").shape) for name in linear_names(lm)}
     known = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
     targets = known if settings.target_modules is None else settings.target_modules
@@ -78,12 +72,7 @@ def target_pattern(model: PreTrainedModel, names: Sequence[str]) -> str:
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """Inject fresh LoRA layers.
-
-    Raises:
-        ValueError: As `check_lora`; there are LoRA layers already, the weights are quantized, or PEFT cannot give these
-            experts dropout.
-    """
+    """Inject fresh LoRA layers; ValueError for a model or settings that cannot have them."""
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model already has LoRA layers; merge_and_unload() them first")
     if is_quantized(model):
@@ -127,15 +116,14 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 @contextmanager
 def lora_disabled(model: PreTrainedModel) -> Iterator[None]:
-    layers = list(lora_layers(model))
     # PEFT's switch also flips requires_grad; what is trainable is not its business here.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for layer in layers:
+    for layer in lora_layers(model):
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in lora_layers(model):
             layer.enable_adapters(True)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
@@ -154,9 +142,9 @@ def merge_lora(model: PreTrainedModel) -> None:
         # Where transformers itself has loaded the adapter, it would still save the model as one.
         model._hf_peft_config_loaded = False
         model._weight_conversions = [  # type: ignore[assignment]
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any("lora_" in x or x.startswith("base_model.") for x in conversion.source_patterns)
+            each
+            for each in getattr(model, "_weight_conversions", None) or []
+            if not any("lora_" in x or x.startswith("base_model.") for x in each.source_patterns)
         ]
         # No folder or hub id holds these weights any more; saving asks for them.
         model.config._name_or_path = ""

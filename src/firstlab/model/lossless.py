@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,30 +38,24 @@ _TAKEN = {
 
 @dataclass
 class LosslessOutput:
-    """What lossless decoding gives.
+    """What lossless decoding gives; the lists have one entry per prompt."""
 
-    Attributes:
-        sequences: [B, T + new], as transformers' `generate` returns them.
-        routes: [B, L], the route that drafted for each prompt.
-        new_tokens: [B], with the token that ended each.
-        drafted, accepted: [B], tokens that the routes proposed, and of these those that stand.
-        dense_passes: [B], passes through all layers behind the prompt.
-    """
+    sequences: Tensor  # [B, T + new], as transformers' `generate` returns them
+    routes: Tensor  # [B, L], the route that drafted for each prompt
+    new_tokens: list[int]  # with the token that ended each
+    drafted: list[int]  # tokens that the route proposed
+    accepted: list[int]  # of these, those that stand
+    dense_passes: list[int]  # passes through all layers behind the prompt
 
-    sequences: Tensor
-    routes: Tensor
-    new_tokens: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    dense_passes: list[int] = field(default_factory=list)
+    @classmethod
+    def of(cls, sequences: Tensor, drafters: Sequence[Drafter]) -> LosslessOutput:
+        routes = torch.stack([each.route for each in drafters])
+        counts = [(len(each.tokens), each.drafted, each.accepted, each.dense_passes) for each in drafters]
+        return cls(sequences, routes, *map(list, zip(*counts, strict=True)))
 
 
 class DraftRoute:
-    """Routing of a pass whose tokens all take one route; nothing is measured.
-
-    Args:
-        route: Layers that run.
-    """
+    """Routing of a pass whose tokens all take one route; nothing is measured."""
 
     def __init__(self, route: Sequence[bool]) -> None:
         self._route = route
@@ -85,42 +79,34 @@ class LosslessOptions:
 
     @classmethod
     def of(cls, options: dict[str, Any], defaults: GenerationConfig, prompt_length: int) -> LosslessOptions:
-        """From keywords of `generate`, then the model's generation config.
-
-        Raises:
-            ValueError: An option that changes scores or search in another way.
-        """
+        """From keywords of `generate`, then the model's generation config."""
         if unknown := sorted(name for name, value in options.items() if name not in _TAKEN and value is not None):
             raise ValueError(
                 f"{unknown[0]}= cannot be used with lossless=True, which knows {', '.join(sorted(_TAKEN))}; drop one"
             )
-        given = options.get("generation_config") or defaults
-        drawn = bool(option_value("do_sample", options, defaults))
-        check_score_settings(given, drawn)
-        if (beams := option_value("num_beams", options, defaults)) not in (None, 1):
+
+        def value(name: str, default: Any) -> Any:
+            given = option_value(name, options, defaults)
+            return default if given is None else given
+
+        drawn = bool(value("do_sample", False))
+        check_score_settings(options.get("generation_config") or defaults, drawn)
+        if (beams := value("num_beams", 1)) != 1:
             raise ValueError(f"num_beams={beams} cannot be used with lossless=True: drafts follow one text; drop one")
-        limit = option_value("max_new_tokens", options, defaults)
+        limit = value("max_new_tokens", None)
         if limit is None:
-            longest = option_value("max_length", options, defaults)
-            limit = (20 if longest is None else longest - prompt_length) or 1
+            limit = (value("max_length", prompt_length + 20) - prompt_length) or 1
         if limit < 1:
             raise ValueError(f"max_new_tokens={limit} must be at least 1")
-        ends = option_value("eos_token_id", options, defaults)
-        ends = frozenset([ends] if isinstance(ends, int) else torch.as_tensor(ends or []).flatten().tolist())
-        pad = option_value("pad_token_id", options, defaults)
-
-        def number(name: str, off: float) -> float:
-            value = option_value(name, options, defaults)
-            return off if value is None else value
-
+        ends = frozenset(torch.as_tensor(value("eos_token_id", [])).flatten().tolist())
         return cls(
             max_new_tokens=limit,
             do_sample=drawn,
-            temperature=number("temperature", 1.0),
-            top_k=int(number("top_k", 50)),  # transformers' own default
-            top_p=number("top_p", 1.0),
+            temperature=value("temperature", 1.0),
+            top_k=value("top_k", 50),  # transformers' own default
+            top_p=value("top_p", 1.0),
             ends=ends,
-            pad=pad if pad is not None else min(ends, default=0),
+            pad=value("pad_token_id", min(ends, default=0)),
             streamer=options.get("streamer"),
         )
 
@@ -162,33 +148,34 @@ class Drafter:
         route: [L], who drafts.
         options: How tokens are chosen.
         cache: Dense keys and values of the prompt.
+        acceptance: How often drafts are expected to stand, at first.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor, DynamicCache, DraftRoute | None], Tensor],
+        forward: Callable[[Tensor, DynamicCache | None, DraftRoute | None], Tensor],
         route: Tensor,
         options: LosslessOptions,
         cache: DynamicCache,
         acceptance: float,
     ) -> None:
-        self._forward, self._options, self._cache = forward, options, cache
-        self.route = route
-        self._routing = DraftRoute(route.tolist())
+        self._forward, self._options, self._cache, self._acceptance = forward, options, cache, acceptance
+        self.route, self._routing = route, DraftRoute(route.tolist())
         self._skip_rate = float((~route).float().mean())
-        self._acceptance = acceptance
+        self.tokens: list[int] = []
         self.drafted = self.accepted = self.dense_passes = 0
 
-    def decode(self, first: Tensor) -> list[int]:
-        """All new tokens, given the logits [1, V] behind the prompt."""
-        tokens = [self._draw(self._options.probabilities(first))]
-        self._show(tokens)
-        while not self._ended(tokens):
-            new = self._step(tokens[-1], self._options.max_new_tokens - len(tokens))
-            end = next((i + 1 for i, token in enumerate(new) if token in self._options.ends), len(new))
-            tokens += new[:end]
-            self._show(new[:end])
-        return tokens
+    def decode(self, first: Tensor) -> None:
+        """Find all new `tokens`, given the logits [1, V] behind the prompt."""
+        self._take([self._draw(self._options.probabilities(first))])
+        while len(self.tokens) < self._options.max_new_tokens and self.tokens[-1] not in self._options.ends:
+            self._take(self._step(self.tokens[-1], self._options.max_new_tokens - len(self.tokens)))
+
+    def _take(self, new: list[int]) -> None:
+        end = next((i + 1 for i, token in enumerate(new) if token in self._options.ends), len(new))
+        self.tokens += new[:end]
+        if self._options.streamer is not None:
+            self._options.streamer.put(torch.tensor(new[:end]))
 
     def _step(self, last: int, room: int) -> list[int]:
         """The tokens of one draft and one dense pass, at least one."""
@@ -197,7 +184,12 @@ class Drafter:
         if self.dense_passes < _TRIALS:
             length = max(length, _TRIAL_LENGTH)
         length = min(length, room - 1)
-        drafted, shares = self._draft(last, length)
+        drafted: list[int] = []
+        shares: list[Tensor] = []  # [V], what each was drawn from
+        for _ in range(length):
+            ids = torch.tensor([[last, *drafted][-1:]])
+            shares.append(self._options.probabilities(self._forward(ids, self._cache, self._routing)[:, -1])[0])
+            drafted.append(self._draw(shares[-1]))
         _cut(self._cache, seen)
         ids = torch.tensor([[last, *drafted]])
         judged = self._options.probabilities(self._forward(ids, self._cache, None)[0])
@@ -207,11 +199,11 @@ class Drafter:
             kept = judged[place, token] / share[token]
             if torch.rand((), device=kept.device) >= kept:
                 # What the draft gave too little of (Leviathan et al. 2023, algorithm 1).
-                new.append(self._draw((judged[place] - share).clamp_min(0).unsqueeze(0)))
+                new.append(self._draw((judged[place] - share).clamp_min(0)))
                 break
             new.append(token)
         else:
-            new.append(self._draw(judged[len(drafted)].unsqueeze(0)))
+            new.append(self._draw(judged[len(drafted)]))
         accepted = len(new) - 1
         _cut(self._cache, seen + len(new))
         self.drafted += length
@@ -221,35 +213,17 @@ class Drafter:
             self._acceptance = _MEMORY * self._acceptance + (1 - _MEMORY) * float(place < accepted)
         return new
 
-    def _draft(self, last: int, length: int) -> tuple[list[int], list[Tensor]]:
-        """Tokens under the route, and the distributions [V] they were drawn from."""
-        drafted, shares, token = [], [], last
-        for _ in range(length):
-            logits = self._forward(torch.tensor([[token]]), self._cache, self._routing)[:, -1]
-            share = self._options.probabilities(logits)
-            token = self._draw(share)
-            drafted.append(token)
-            shares.append(share[0])
-        return drafted, shares
-
     def _draw(self, shares: Tensor) -> int:
         if not self._options.do_sample:
             return int(shares.argmax(-1))
         return int(torch.multinomial(shares, 1))
-
-    def _ended(self, tokens: list[int]) -> bool:
-        return len(tokens) >= self._options.max_new_tokens or tokens[-1] in self._options.ends
-
-    def _show(self, tokens: list[int]) -> None:
-        if self._options.streamer is not None:
-            self._options.streamer.put(torch.tensor(tokens))
 
 
 def _cut(cache: DynamicCache, length: int) -> None:
     """Keep the first tokens' keys and values; layers that a draft skipped hold no others."""
     layers: list[Any] = cache.layers
     for layer in layers:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        layer.keys, layer.values = (x[..., :length, :] for x in (layer.keys, layer.values))
 
 
 def warn_if_slower(acceptance: float, route: Tensor) -> None:

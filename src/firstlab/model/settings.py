@@ -11,6 +11,11 @@ PRICES = ("auto", "length", "tokens", "size")
 LATER = {"later": True}
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
 @dataclass(frozen=True)
 class RouterSettings:
     """What a set of routers needs to be used as it was trained.
@@ -32,15 +37,9 @@ class RouterSettings:
     max_harm: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
-        if self.input_norm not in INPUT_NORMS:
-            raise ValueError(
-                f"router.input_norm={self.input_norm!r} is unknown; choose one of {', '.join(INPUT_NORMS)}"
-            )
-        for name, allowed in (("kind", KINDS), ("price", PRICES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"router.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
-                )
+        check_choice("router.input_norm", self.input_norm, INPUT_NORMS)
+        check_choice("router.kind", self.kind, KINDS)
+        check_choice("router.price", self.price, PRICES)
         if self.max_harm is not None and not self.max_harm > 0:
             raise ValueError(f"router.max_harm={self.max_harm} must be above 0, or null for no limit")
         if not 0 < self.threshold < 1:
@@ -49,19 +48,12 @@ class RouterSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA hyper-parameters; the defaults are the paper's (A.4).
-
-    Attributes:
-        rank: r.
-        lora_alpha: Scaling; the update is multiplied by lora_alpha / rank.
-        dropout: On the input of the adapter.
-        target_modules: Module names, or None for every linear map of the decoder layers (q, k, v, o, gate, up, down,
-            or the architecture's equivalents).
-    """
+    """LoRA hyper-parameters; the defaults are the paper's (A.4)."""
 
     rank: int = 8
-    lora_alpha: int = 32
-    dropout: float = 0.1
+    lora_alpha: int = 32  # the update is multiplied by lora_alpha / rank
+    dropout: float = 0.1  # on the adapter's input
+    # Names of linear maps; None for all of the decoder layers (q, k, v, o, gate, up, down, or what stands for them).
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:

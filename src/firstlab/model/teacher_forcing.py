@@ -1,9 +1,4 @@
-"""Teacher-forced passes: the paper's soft forward (§4.1) and the decode-consistent forward.
-
-`soft` mixes every token with rho. `decode_consistent` does in one pass what inference does in many: prompt tokens run
-all layers unmixed, response tokens pass through the gates that the prompt's rho sets, so that at a kept layer they
-attend to the prompt's keys and values of that layer, exactly as with a KV cache.
-"""
+"""Teacher-forced passes: the paper's soft forward (§4.1) and the decode-consistent forward."""
 
 from __future__ import annotations
 
@@ -17,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, mix, pool, straight_through
-from firstlab.model.routes import ExitPass, Routes, as_routes, decode_steps
+from firstlab.model.routes import ExitPass, Routes, as_routes, decode_steps, with_state
+from firstlab.model.settings import check_choice
 
 OBJECTIVES = ("soft", "decode_consistent")
 GATES = ("soft", "hard", "bernoulli")
@@ -27,10 +23,7 @@ POOLED_TOKENS = ("sequence", "prompt")
 class PromptPass:
     """Measures on the unskipped path, as prefill does, what the routers decide by.
 
-    Args:
-        routers: The routers.
-        prompt_mask: [B, T] boolean, true on prompt tokens.
-        constant: The hidden states need no gradient: no graph but that from rho to the per-layer routers.
+    Where the hidden states are `constant`, there is no graph but that from rho to the per-layer routers.
     """
 
     def __init__(self, routers: Routers | RouteRouter, prompt_mask: Tensor, constant: bool = False) -> None:
@@ -62,10 +55,10 @@ class TeacherForcedPass:
     """Routing of one forward pass over whole sequences.
 
     Args:
-        routers: The routers.
-        attention_mask: [B, T] boolean, false on padding.
-        prompt_mask: [B, T] boolean, true on prompt tokens.
-        objective: "soft" or "decode_consistent".
+        attention_mask, prompt_mask: [B, T] boolean: false on padding, true on prompt tokens.
+        objective: "soft" mixes every token with rho. "decode_consistent" does in one pass what inference does in many:
+            prompt tokens run all layers unmixed, and response tokens pass through the gates that the prompt's rho sets,
+            so that at a kept layer they attend to the prompt's keys and values, exactly as with a KV cache.
         gate: "soft" (g = rho), "hard" (g = rho >= threshold, gradient of rho) or "bernoulli" (g drawn with
             probability rho, gradient of rho).
         pooled_tokens: "sequence" (paper) or "prompt" (what inference sees); decode_consistent always pools the prompt.
@@ -93,26 +86,18 @@ class TeacherForcedPass:
         states: list[Tensor | None] | None = None,
         known: int = 0,
     ) -> None:
-        self.routers = routers
-        self._rho: list[Tensor] = []
-        for name, value, allowed in (
-            ("objective", objective, OBJECTIVES),
-            ("gate", gate, GATES),
-            ("pooled_tokens", pooled_tokens, POOLED_TOKENS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        check_choice("objective", objective, OBJECTIVES)
+        check_choice("gate", gate, GATES)
+        check_choice("pooled_tokens", pooled_tokens, POOLED_TOKENS)
+        self.routers, self.gate, self.prompt_mask = routers, gate, prompt_mask
         self.decode_consistent = objective == "decode_consistent"
-        self.gate = gate
-        self.prompt_mask = prompt_mask
         self.pooled = prompt_mask if self.decode_consistent or pooled_tokens == "prompt" else attention_mask
+        self._checkpoints, self._prompt_rho, self._states, self._known = checkpoint_layers, prompt_rho, states, known
+        self._rho: list[Tensor] = []
         self._gates: Tensor | None = None
         self._exits: ExitPass | None = None
         if routes is not None:
             self._follow(as_routes(routes), objective, attention_mask, exit_head)
-        self.checkpoint_layers = checkpoint_layers
-        self._prompt_rho = prompt_rho
-        self._states, self._known = states, known
 
     def _follow(
         self, routes: Routes, objective: str, attention_mask: Tensor, head: Callable[[Tensor], Tensor] | None
@@ -150,8 +135,9 @@ class TeacherForcedPass:
         """Run the layer and mix its output with its input by the gate."""
         if self._states is not None:
             if index < self._known - 1:
-                output, state = skip(), self._states[index + 1]
-                return (state, *output[1:]) if isinstance(output, tuple) else state
+                state = self._states[index + 1]
+                assert state is not None
+                return with_state(skip(), state)
             self._states[index] = hidden
         if self._prompt_rho is not None:
             self._rho.append(self._prompt_rho[:, index].to(hidden.device))
@@ -159,7 +145,7 @@ class TeacherForcedPass:
                 return skip()  # forced routes leave it out for every row
         elif isinstance(self.routers, Routers):
             self._rho.append(pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device)))
-        if self.checkpoint_layers and torch.is_grad_enabled():
+        if self._checkpoints and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         if self._exits is not None:
             return self._exits.run_layer(index, hidden, run)
@@ -170,9 +156,7 @@ class TeacherForcedPass:
             if self.decode_consistent:
                 gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
         output = run()
-        if isinstance(output, tuple):
-            return (mix(hidden, output[0], gate), *output[1:])
-        return mix(hidden, output, gate)
+        return with_state(output, mix(hidden, output[0] if isinstance(output, tuple) else output, gate))
 
     def _gate(self, rho: Tensor) -> Tensor:
         if self.gate == "hard":
