@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from firstlab.model import inputs, lora, storage
 from firstlab.model.cache import RoutedCache
@@ -30,7 +29,7 @@ from firstlab.model.layers import (
 )
 from firstlab.model.lora import LoraSettings
 from firstlab.model.loss import OutputHead, labelled_losses, predicting
-from firstlab.model.lossless import Drafter, DraftRoute, LosslessOptions, LosslessOutput, warn_if_slower
+from firstlab.model.lossless import generate_lossless
 from firstlab.model.output import RouterAugmentedOutput, known_fields
 from firstlab.model.prompt_cache import Layout, PromptCache, PromptReading
 from firstlab.model.quantization import is_quantized
@@ -436,7 +435,8 @@ class RouterAugmentedLM(nn.Module):
         inputs.check_prompt(prompt, mask)
         return mask
 
-    def _check_forced(self, routes: Routes | None, prompts: int) -> None:
+    def check_routes(self, routes: Routes | None, prompts: int) -> None:
+        """Raises ValueError for routes, or a skip rate, that do not fit the model or the number of prompts."""
         if routes is not None:
             routes.check(self.num_layers, prompts)
         if isinstance(routes, RoutersDecide):
@@ -480,7 +480,7 @@ class RouterAugmentedLM(nn.Module):
             skip_rate: How much the routers are to skip, over tokens, where they know any rate (`router.kind=routes`):
                 one for all prompts, or [B].
             lossless: The route only drafts tokens, which dense passes verify: the text is the dense model's own. LoRA
-                that is not merged belongs to the draft alone. See `lossless_generate`.
+                that is not merged belongs to the draft alone.
             past_key_values: A cache of an earlier turn, whose routes stay in force; or one that was filled with
                 `prompt_continues=True`, whose tokens are the beginning of this prompt.
             **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
@@ -494,7 +494,7 @@ class RouterAugmentedLM(nn.Module):
         if lossless:
             if past_key_values is not None:
                 raise ValueError("lossless=True begins with the prompt; drop past_key_values")
-            return self._generate_lossless(input_ids, attention_mask, forced, kwargs)
+            return generate_lossless(self, input_ids, attention_mask, forced, kwargs)
         if option_value("use_cache", kwargs, self.lm.generation_config) is False:
             kwargs["use_cache"] = True
         embeds = kwargs.get("inputs_embeds")
@@ -513,7 +513,7 @@ class RouterAugmentedLM(nn.Module):
             if embeds is not None:
                 kwargs["inputs_embeds"] = embeds
         if not cache.decided:
-            self._check_forced(forced, prompt.shape[0])
+            self.check_routes(forced, prompt.shape[0])
             cache.expect_prompt(prompt.shape[1], forced, self._exit_head(forced))
         elif forced is not None:
             raise ValueError("routes= cannot be forced on a past_key_values that already carries routes; drop one")
@@ -521,67 +521,3 @@ class RouterAugmentedLM(nn.Module):
             kwargs["attention_mask"] = attention_mask
         generate: Any = self.lm.generate  # transformers types its receiver more narrowly than PreTrainedModel
         return generate(input_ids, past_key_values=cache, **kwargs)
-
-    def _generate_lossless(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        routes: Routes | None,
-        options: dict[str, Any],
-    ) -> Any:
-        """Draft under each prompt's route, verify densely; one prompt after the other."""
-        if input_ids is None:
-            raise ValueError("lossless=True needs input_ids [batch, tokens]")
-        if {type(each) for each in self.new_cache().layers} != {DynamicLayer}:
-            raise ValueError(
-                f"lossless=True takes tokens back, which the sliding windows of {type(self.lm).__name__} do not allow; "
-                "drop it"
-            )
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        inputs.check_prompt(input_ids, mask)
-        mask, input_ids, _ = inputs.padded_on_the_left(mask, input_ids, None)
-        assert input_ids is not None
-        chosen = LosslessOptions.of(options, self.lm.generation_config, input_ids.shape[1])
-        # A draft may miss, so it may skip more than a text.
-        highest = self.routers.highest_rate if isinstance(self.routers, RouteRouter) else None
-        forced = RoutersDecide(highest) if routes is None else routes
-        if not isinstance(forced, RoutersDecide | FixedRoutes):
-            raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
-        self._check_forced(forced, len(input_ids))
-        drafts = []
-        for row, (ids, real) in enumerate(zip(input_ids, mask.bool(), strict=True)):
-            prompt = ids[real].unsqueeze(0)
-            if chosen.streamer is not None:
-                chosen.streamer.put(prompt.cpu())
-            drafter, first = self._drafter(prompt, forced.rows([row]), chosen)
-            drafter.decode(first)
-            drafts.append(drafter)
-        if chosen.streamer is not None:
-            chosen.streamer.end()
-        texts = [torch.tensor(each.tokens) for each in drafts]
-        new = pad_sequence(texts, batch_first=True, padding_value=chosen.pad).to(input_ids.device)
-        sequences = torch.cat([input_ids, new], 1)
-        if not option_value("return_dict_in_generate", options, self.lm.generation_config):
-            return sequences
-        return LosslessOutput.of(sequences, drafts)
-
-    def _drafter(self, ids: Tensor, routes: Routes, options: LosslessOptions) -> tuple[Drafter, Tensor]:
-        """Read one prompt [1, T] densely: who drafts for it, and the logits [1, V] behind it."""
-        cache, reading = DynamicCache(config=self.config), PromptPass(self.routers, torch.ones_like(ids).bool())
-        with routing(reading), self.lora_disabled():
-            logits = self.lm(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        if isinstance(routes, RoutersDecide):
-            route = self.routers.decision(reading.means, routes.skip_rate)[1][0].cpu()
-        else:
-            route = routes.first(self.num_layers)[0].cpu()
-
-        def forward(tokens: Tensor, cache: DynamicCache | None, draft: DraftRoute | None) -> Tensor:
-            with self.lora_disabled() if draft is None else routing(draft):
-                past = {"past_key_values": cache, "use_cache": cache is not None}
-                return self.lm(input_ids=tokens.to(self.device), **past).logits
-
-        # How often the route agrees with the dense model where the prompt shows both.
-        drafted = forward(ids, None, DraftRoute(route.tolist()))
-        agreed = float((drafted.argmax(-1) == logits.argmax(-1)).float().mean())
-        warn_if_slower(agreed, route)
-        return Drafter(forward, route, options, cache, agreed), logits[:, -1]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -21,8 +22,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from firstlab.model.generation_options import check_score_settings, option_value
+from firstlab.model.inputs import check_prompt, padded_on_the_left
+from firstlab.model.layers import routing
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes
+from firstlab.model.teacher_forcing import PromptPass
 
 #: Longest draft.
 MOST_DRAFTED = 16
@@ -141,33 +147,43 @@ def best_draft(acceptance: float, skip_rate: float) -> int:
 
 
 class Drafter:
-    """Decodes one prompt: drafts under a route, verifies densely.
+    """Decodes one prompt [1, T] of a `RouterAugmentedLM`: drafts under a route, verifies densely.
 
-    Args:
-        forward: Logits [1, n, V] of token ids [1, n] behind a cache, under a routing or None for all layers.
-        route: [L], who drafts.
-        options: How tokens are chosen.
-        cache: Dense keys and values of the prompt.
-        acceptance: How often drafts are expected to stand, at first.
+    Of these `routes`, one prompt's, the route is taken that drafts; `tokens` are the new ones.
     """
 
-    def __init__(
-        self,
-        forward: Callable[[Tensor, DynamicCache | None, DraftRoute | None], Tensor],
-        route: Tensor,
-        options: LosslessOptions,
-        cache: DynamicCache,
-        acceptance: float,
-    ) -> None:
-        self._forward, self._options, self._cache, self._acceptance = forward, options, cache, acceptance
-        self.route, self._routing = route, DraftRoute(route.tolist())
-        self._skip_rate = float((~route).float().mean())
+    def __init__(self, model: Any, prompt: Tensor, routes: Routes, options: LosslessOptions) -> None:
+        self._model, self._options, self._cache = model, options, DynamicCache(config=model.config)
+        reading = PromptPass(model.routers, torch.ones_like(prompt).bool())
+        with routing(reading):
+            logits = self._dense(prompt)
+        if isinstance(routes, RoutersDecide):
+            self.route = model.routers.decision(reading.means, routes.skip_rate)[1][0].cpu()
+        else:
+            self.route = routes.first(model.num_layers)[0].cpu()
+        self._routing = DraftRoute(self.route.tolist())
+        self._skip_rate = float((~self.route).float().mean())
+        # How often the route agrees with the dense model where the prompt shows both.
+        self._acceptance = float((self._draft(prompt).argmax(-1) == logits.argmax(-1)).float().mean())
+        warn_if_slower(self._acceptance, self._skip_rate)
+        self._first = logits[:, -1]
         self.tokens: list[int] = []
         self.drafted = self.accepted = self.dense_passes = 0
 
-    def decode(self, first: Tensor) -> None:
-        """Find all new `tokens`, given the logits [1, V] behind the prompt."""
-        self._take([self._draw(self._options.probabilities(first))])
+    def _dense(self, ids: Tensor) -> Tensor:
+        with self._model.lora_disabled():
+            return self._logits(ids, self._cache)
+
+    def _draft(self, ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        with routing(self._routing):
+            return self._logits(ids, cache)
+
+    def _logits(self, ids: Tensor, cache: DynamicCache | None) -> Tensor:
+        ids = ids.to(self._model.device)
+        return self._model.lm(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+
+    def decode(self) -> None:
+        self._take([self._draw(self._options.probabilities(self._first))])
         while len(self.tokens) < self._options.max_new_tokens and self.tokens[-1] not in self._options.ends:
             self._take(self._step(self.tokens[-1], self._options.max_new_tokens - len(self.tokens)))
 
@@ -188,11 +204,11 @@ class Drafter:
         shares: list[Tensor] = []  # [V], what each was drawn from
         for _ in range(length):
             ids = torch.tensor([[last, *drafted][-1:]])
-            shares.append(self._options.probabilities(self._forward(ids, self._cache, self._routing)[:, -1])[0])
+            shares.append(self._options.probabilities(self._draft(ids, self._cache)[:, -1])[0])
             drafted.append(self._draw(shares[-1]))
         _cut(self._cache, seen)
         ids = torch.tensor([[last, *drafted]])
-        judged = self._options.probabilities(self._forward(ids, self._cache, None)[0])
+        judged = self._options.probabilities(self._dense(ids)[0])
         self.dense_passes += 1
         new: list[int] = []
         for place, (token, share) in enumerate(zip(drafted, shares, strict=True)):
@@ -226,14 +242,52 @@ def _cut(cache: DynamicCache, length: int) -> None:
         layer.keys, layer.values = (x[..., :length, :] for x in (layer.keys, layer.values))
 
 
-def warn_if_slower(acceptance: float, route: Tensor) -> None:
+def warn_if_slower(acceptance: float, skip_rate: float) -> None:
     """Say before decoding begins if drafting will not pay, by how often the route agrees with the dense model."""
-    skip_rate = float((~route).float().mean())
-    length = best_draft(acceptance, skip_rate)
-    if expected_speedup(acceptance, skip_rate, length) <= 1.0 + 1e-9:
+    if expected_speedup(acceptance, skip_rate, best_draft(acceptance, skip_rate)) <= 1.0 + 1e-9:
         warnings.warn(
             f"lossless=True will not be faster than dense decoding here: a route that skips {100 * skip_rate:.0f} % of "
             f"the layers agrees with the dense model on {100 * acceptance:.0f} % of the prompt's tokens; after a few "
             "trials drafts are left out if they fail as often in the response",
             stacklevel=3,
         )
+
+
+def generate_lossless(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, routes: Routes | None, options: dict[str, Any]
+) -> Tensor | LosslessOutput:
+    """What a `RouterAugmentedLM` generates with lossless=True, one prompt after the other."""
+    if input_ids is None:
+        raise ValueError("lossless=True needs input_ids [batch, tokens]")
+    if {type(each) for each in model.new_cache().layers} != {DynamicLayer}:
+        raise ValueError(
+            f"lossless=True takes tokens back, which the sliding windows of {type(model.lm).__name__} do not allow; "
+            "drop it"
+        )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    check_prompt(input_ids, mask)
+    mask, ids, _ = padded_on_the_left(mask, input_ids, None)
+    assert ids is not None
+    defaults = model.lm.generation_config
+    chosen = LosslessOptions.of(options, defaults, ids.shape[1])
+    # A draft may miss, so it may skip more than a text.
+    forced = RoutersDecide(getattr(model.routers, "highest_rate", None)) if routes is None else routes
+    if not isinstance(forced, RoutersDecide | FixedRoutes):
+        raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
+    model.check_routes(forced, len(ids))
+    drafters = []
+    for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
+        prompt = tokens[real].unsqueeze(0)
+        if chosen.streamer is not None:
+            chosen.streamer.put(prompt.cpu())
+        drafter = Drafter(model, prompt, forced.rows([row]), chosen)
+        drafter.decode()
+        drafters.append(drafter)
+    if chosen.streamer is not None:
+        chosen.streamer.end()
+    texts = [torch.tensor(each.tokens) for each in drafters]
+    new = pad_sequence(texts, batch_first=True, padding_value=chosen.pad).to(ids.device)
+    sequences = torch.cat([ids, new], 1)
+    if option_value("return_dict_in_generate", options, defaults):
+        return LosslessOutput.of(sequences, drafters)
+    return sequences
