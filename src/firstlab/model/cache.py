@@ -1,7 +1,4 @@
-"""The KV cache that carries the routes: a route belongs to one prompt, so it lives with that prompt's keys and values.
-
-Models stay stateless, beams take their routes along, and interleaved generations never mix (§4.3).
-"""
+"""The KV cache that carries the routes: they belong to a prompt, so they follow its keys and values (§4.3)."""
 
 from __future__ import annotations
 
@@ -253,7 +250,8 @@ class RoutedCache(DynamicCache):
     @property
     def ran(self) -> Tensor:
         """[B, steps, L] boolean, the layers that each row ran at each decode step until now."""
-        routes = self._known_routes()
+        if (routes := self.routes) is None:
+            raise ValueError("the routes are not known before the prompt has been read")
         schedule = self._rule.window(0, self._steps)
         if schedule is not None:
             return schedule.to(routes.device).expand(len(routes), -1, -1)
@@ -267,10 +265,9 @@ class RoutedCache(DynamicCache):
         `steps` [B] counts each row's first decode steps alone (n - 1 for a response of n tokens), as rows that have
         ended are decoded until the last one ends.
         """
-        routes = self._known_routes()
-        if not self._rule.decides_each_step:
-            return 1 - routes.float()
         ran = self.ran
+        if self.routes is not None and not self._rule.decides_each_step:
+            return 1 - self.routes.float()
         place = torch.arange(ran.shape[1], device=ran.device).expand(len(ran), -1)
         counted = place >= 0 if steps is None else place < steps.to(ran.device).unsqueeze(1)
         return layer_skips(ran, counted)
@@ -279,11 +276,6 @@ class RoutedCache(DynamicCache):
     def skip_rate(self) -> Tensor:
         """[B], skipped layers ÷ L of every row, mean over its decode steps."""
         return self.layer_skips().mean(1)
-
-    def _known_routes(self) -> Tensor:
-        if self.routes is None:
-            raise ValueError("the routes are not known before the prompt has been read")
-        return self.routes
 
     def kv_bytes(self) -> int:
         """Bytes that keys and values hold now."""

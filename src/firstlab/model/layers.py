@@ -1,15 +1,12 @@
-"""Make decoder layers routable: each layer's class becomes a subclass whose `forward` asks the current routing.
-
-Routing comes with the KV cache (inference) or the teacher-forced pass (training); without either nothing changes.
-"""
+"""Make decoder layers routable: the KV cache or the teacher-forced pass, if there is one, decides what a layer does."""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from inspect import signature
 from types import MethodType
 from typing import Any, Protocol
@@ -55,7 +52,7 @@ class RoutableLayer(nn.Module):
     output_length: int | None = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = functools.partial(super().forward, *args, **kwargs)
+        run = partial(super().forward, *args, **kwargs)
         current = find_cache(args, kwargs) or _current.get()
         if current is None:
             return run()
@@ -92,11 +89,15 @@ def _rebuild(dense_class: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
+_routable_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _routable_class(dense_class: type[nn.Module]) -> type[nn.Module]:
-    # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
-    attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
-    return type(dense_class.__name__, (RoutableLayer, dense_class), attributes)
+    if dense_class not in _routable_classes:
+        attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
+        # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
+        _routable_classes[dense_class] = type(dense_class.__name__, (RoutableLayer, dense_class), attributes)
+    return _routable_classes[dense_class]
 
 
 def make_routable(layers: nn.ModuleList) -> None:

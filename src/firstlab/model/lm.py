@@ -89,10 +89,9 @@ class RouterAugmentedLM(nn.Module):
         merge: bool = False,
         **kwargs: Any,
     ) -> RouterAugmentedLM:
-        """Load a hub id, a local transformers folder, or a folder written by `save_pretrained`.
+        """Load the hub id, local transformers folder, or folder written by `save_pretrained` that `path` names.
 
         Args:
-            path: Hub id or folder.
             settings: Of fresh routers; a folder written by `save_pretrained` brings its own.
             base: Hub id or folder of the base model that such a folder belongs to, if it is not where it was.
             merge: Fold the LoRA of a PEFT folder into the weights, to train another one on top; the base of a folder
@@ -272,16 +271,9 @@ class RouterAugmentedLM(nn.Module):
         prompt_mask = prompt_mask.bool() & attended
         routes = self._decided(routes, input_ids, prompt_mask)
         current = TeacherForcedPass(
-            self.routers,
-            attended,
-            prompt_mask,
-            objective,
-            gate,
-            pooled_tokens,
-            routes,
-            self._exit_head(routes),
-            self.gradient_checkpointing,
-        )
+            self.routers, attended, prompt_mask, objective, gate, pooled_tokens, routes, self._exit_head(routes),
+            checkpoint_layers=self.gradient_checkpointing,
+        )  # fmt: skip
         constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
         if constant_prompt and torch.is_grad_enabled() and not any(p.requires_grad for p in self.lm.parameters()):
             assert input_ids is not None and labels is not None
@@ -364,12 +356,13 @@ class RouterAugmentedLM(nn.Module):
         """
         layout, rho, real = reading.layout, reading.rho, reading.layout.real
         length = layout.prompt_length
+        attended = real[:, length:]
         responses = TeacherForcedPass(
             self.routers,
-            real[:, length:],
-            torch.zeros_like(real[:, length:]),
-            "decode_consistent",
-            gate,
+            attended,
+            prompt_mask=torch.zeros_like(attended),
+            objective="decode_consistent",
+            gate=gate,
             routes=routes,
             checkpoint_layers=self.gradient_checkpointing,
             prompt_rho=rho,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,14 +63,6 @@ def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
         return isinstance(linear(linear.weight.new_zeros(1, linear.in_features)), Tensor)
 
 
-def target_pattern(model: PreTrainedModel, names: Sequence[str]) -> str:
-    """The regular expression by which PEFT finds these linear maps of the decoder layers and no others."""
-    _, layers = find_decoder(model)
-    path = next(name for name, module in model.named_modules() if module is layers)
-    inside = sorted({name.removeprefix(f"{path}.").partition(".")[2] for name in names})
-    return rf"{re.escape(path)}\.\d+\.({'|'.join(map(re.escape, inside))})"
-
-
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers; ValueError for a model or settings that cannot have them."""
     if any(True for _ in lora_layers(model)):
@@ -80,11 +72,14 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     names = check_lora(model, settings)
     if not names:
         raise ValueError(f"the decoder layers of {type(model).__name__} have no linear map for LoRA")
+    _, layers = find_decoder(model)
+    path = next(name for name, module in model.named_modules() if module is layers)
+    inside = sorted({name.removeprefix(f"{path}.").partition(".")[2] for name in names})
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.dropout,
-        target_modules=target_pattern(model, names),
+        target_modules=rf"{re.escape(path)}\.\d+\.({'|'.join(map(re.escape, inside))})",  # these maps and no others
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
         base_model_name_or_path=model.config._name_or_path or None,

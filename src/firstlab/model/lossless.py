@@ -1,7 +1,6 @@
 """Lossless decoding: a route drafts tokens, one dense pass verifies them, and the text is the dense model's own.
 
-Self-speculative decoding (Zhang et al. 2024; LayerSkip, Elhoushi et al. 2024) with a route that the prompt chose.
-Drafted tokens are accepted by the rule of Leviathan et al. (2023), so that sampling follows the dense distribution.
+Self-speculative decoding (Zhang et al. 2024; Elhoushi et al. 2024); drafts are accepted as in Leviathan et al. (2023).
 """
 
 from __future__ import annotations
@@ -60,25 +59,13 @@ class LosslessOutput:
         return cls(sequences, routes, *map(list, zip(*counts, strict=True)))
 
 
-class DraftRoute:
-    """Routing of a pass whose tokens all take one route; nothing is measured."""
-
-    def __init__(self, route: Sequence[bool]) -> None:
-        self._route = route
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        return run() if self._route[index] else skip()
-
-
 @dataclass(frozen=True)
 class LosslessOptions:
     """The generation options that lossless decoding knows."""
 
     max_new_tokens: int
     do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
+    warpers: LogitsProcessorList
     ends: frozenset[int]
     pad: int
     streamer: Any
@@ -104,13 +91,18 @@ class LosslessOptions:
             limit = (value("max_length", prompt_length + 20) - prompt_length) or 1
         if limit < 1:
             raise ValueError(f"max_new_tokens={limit} must be at least 1")
+        warpers = LogitsProcessorList()
+        if (temperature := value("temperature", 1.0)) != 1:
+            warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k := value("top_k", 50):  # transformers' own default
+            warpers.append(TopKLogitsWarper(top_k))
+        if (top_p := value("top_p", 1.0)) < 1:
+            warpers.append(TopPLogitsWarper(top_p))
         ends = frozenset(torch.as_tensor(value("eos_token_id", [])).flatten().tolist())
         return cls(
             max_new_tokens=limit,
             do_sample=drawn,
-            temperature=value("temperature", 1.0),
-            top_k=value("top_k", 50),  # transformers' own default
-            top_p=value("top_p", 1.0),
+            warpers=warpers,
             ends=ends,
             pad=value("pad_token_id", min(ends, default=0)),
             streamer=options.get("streamer"),
@@ -121,21 +113,14 @@ class LosslessOptions:
         logits = logits.float()
         if not self.do_sample:
             return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
-        warpers = LogitsProcessorList()
-        if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers(torch.empty(len(logits), 0, dtype=torch.long), logits).softmax(-1)  # type: ignore[arg-type]
+        ids: Any = torch.empty(len(logits), 0, dtype=torch.long)
+        return self.warpers(ids, logits).softmax(-1)  # type: ignore[arg-type]
 
 
 def expected_speedup(acceptance: float, skip_rate: float, drafted: int) -> float:
-    """Tokens per dense pass's time, when drafts of this length are accepted token by token with this probability.
+    """Tokens per dense pass's time, when each of d drafted tokens is accepted with probability a.
 
-    A draft of d tokens gives (1 - a^(d + 1)) / (1 - a) tokens (Leviathan et al. 2023, equation 1) and costs
-    d · (1 - skip_rate) + 1 dense passes of one token.
+    They give (1 - a^(d + 1)) / (1 - a) tokens (Leviathan et al. 2023, equation 1) for d · (1 - skip_rate) + 1 passes.
     """
     a = min(max(acceptance, 0.0), 1 - 1e-6)
     return (1 - a ** (drafted + 1)) / (1 - a) / (drafted * (1 - skip_rate) + 1)
@@ -161,7 +146,7 @@ class Drafter:
             self.route = model.routers.decision(reading.means, routes.skip_rate)[1][0].cpu()
         else:
             self.route = routes.first(model.num_layers)[0].cpu()
-        self._routing = DraftRoute(self.route.tolist())
+        self._runs: list[bool] = self.route.tolist()
         self._skip_rate = float((~self.route).float().mean())
         # How often the route agrees with the dense model where the prompt shows both.
         self._acceptance = float((self._draft(prompt).argmax(-1) == logits.argmax(-1)).float().mean())
@@ -175,8 +160,11 @@ class Drafter:
             return self._logits(ids, self._cache)
 
     def _draft(self, ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        with routing(self._routing):
+        with routing(self):
             return self._logits(ids, cache)
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        return run() if self._runs[index] else skip()
 
     def _logits(self, ids: Tensor, cache: DynamicCache | None) -> Tensor:
         ids = ids.to(self._model.device)

@@ -1,7 +1,4 @@
-"""Weight-only quantization of the decoder layers through torchao, for decoding alone.
-
-On a CPU torch's kernels replace torchao's products, which expand the weights at every call or do not exist.
-"""
+"""Weight-only quantization of the decoder layers through torchao, on a CPU with torch's own kernels; to decode only."""
 
 from __future__ import annotations
 

@@ -55,20 +55,21 @@ class RouteRouter(nn.Module):
         self.hidden_size = hidden_size
         self.read_layers = read_layers(num_layers)
         features = len(self.read_layers) * hidden_size
+        self.set_fit(length_weight=torch.zeros(features), length_bias=torch.zeros(()), default_rate=torch.zeros(()))
+        self._set_sizes(routes=1, num_layers=num_layers, prices=1)
+
+    def _set_sizes(self, routes: int, num_layers: int, prices: int) -> None:
         self.set_fit(
-            codebook=torch.ones(1, num_layers),
-            harm_weight=torch.zeros(1, features),
-            harm_bias=torch.zeros(1),
-            length_weight=torch.zeros(features),
-            length_bias=torch.zeros(()),
-            rates=torch.zeros(1),
-            prices=torch.zeros(1),
-            default_rate=torch.zeros(()),
+            codebook=torch.ones(routes, num_layers),
+            harm_weight=torch.zeros(routes, len(self.length_weight)),
+            harm_bias=torch.zeros(routes),
+            rates=torch.zeros(prices),
+            prices=torch.zeros(prices),
         )
 
     def set_fit(self, **tensors: Tensor) -> None:
         """Replace buffers by tensors of a fit, kept in fp32 on the router's device."""
-        device = self.codebook.device if "codebook" in self._buffers else None
+        device = next(self.buffers(), torch.empty(0)).device
         for name, value in tensors.items():
             self.register_buffer(name, value.detach().to(device, torch.float32).contiguous())
 
@@ -81,14 +82,7 @@ class RouteRouter(nn.Module):
             raise ValueError("codebook must hold 0 and 1, and begin with the dense route")
         if not len(rates) or (rates.diff() < 0).any():
             raise ValueError("rates must ascend")
-        routes = len(codebook)
-        self.set_fit(
-            codebook=torch.ones(routes, self.num_layers),
-            harm_weight=torch.zeros(routes, self.harm_weight.shape[1]),
-            harm_bias=torch.zeros(routes),
-            rates=torch.zeros(len(rates)),
-            prices=torch.zeros(len(rates)),
-        )
+        self._set_sizes(len(codebook), self.num_layers, len(rates))
 
     @property
     def num_layers(self) -> int:

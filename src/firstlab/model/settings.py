@@ -18,22 +18,16 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """What a set of routers needs to be used as it was trained.
+    """What a set of routers needs to be used as it was trained."""
 
-    Attributes:
-        input_norm: "none" (paper) or "rms"; of routers per layer.
-        threshold: A layer runs when rho >= threshold; 0.5 in the paper.
-        kind: "layers" (the paper: one router per layer) or "routes" (`RouteRouter`: one router over whole routes).
-        price: What a `RouteRouter` pays for time: "length" (per expected token of the response), "tokens" (the same for
-            every prompt), "size" (no price, routes of one size) or "auto" (the better of the first two by the
-            validation score).
-        max_harm: No prompt gets a route whose predicted rise of the loss per token is above it; None is no limit.
-    """
-
-    input_norm: str = "none"
-    threshold: float = 0.5
+    input_norm: str = "none"  # or "rms"; of routers per layer
+    threshold: float = 0.5  # a layer runs when rho >= threshold
+    # "layers" (the paper: one router per layer) or "routes" (`RouteRouter`: one router over whole routes)
     kind: str = field(default="layers", metadata=LATER)
+    # What a `RouteRouter` pays for time: "length" (per expected token of the response), "tokens" (the same for every
+    # prompt), "size" (no price, routes of one size) or "auto" (the better of the first two by the validation score).
     price: str = field(default="auto", metadata=LATER)
+    # No prompt gets a route whose predicted rise of the loss per token is above it; None is no limit.
     max_harm: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:

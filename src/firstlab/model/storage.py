@@ -290,8 +290,8 @@ def save(
     if any(True for _ in lora_layers(lm)):
         adapter_name, *others = lm.peft_config
         if others:
-            names = ", ".join(lm.peft_config)
-            raise ValueError(f"the model has several adapters ({names}), and a folder holds one; merge them first")
+            several = ", ".join(lm.peft_config)
+            raise ValueError(f"the model has several adapters ({several}), and a folder holds one; merge them first")
     if save_base and adapter_name is not None:
         raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
     directory.mkdir(parents=True, exist_ok=True)
