@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     # Python asks here for modules of this package as well, before it imports them.
     if not name.startswith("_") and find_spec(f"{__name__}.{name}") is None:
         public = import_module(f"{__name__}.public")
-        if name in public.__all__:
+        if hasattr(public, name):
             return getattr(public, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

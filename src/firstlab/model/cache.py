@@ -1,7 +1,4 @@
-"""The KV cache that carries the routes: a route belongs to one prompt, so it lives with that prompt's keys and values.
-
-Models stay stateless, beams take their routes along, and interleaved generations never mix (§4.3).
-"""
+"""The KV cache that carries the routes: they belong to a prompt, so they follow its keys and values (§4.3)."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from transformers import DynamicCache, PretrainedConfig
 
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
-from firstlab.model.routes import ExitPass, RoutersDecide, Routes, as_routes, decode_steps, layer_skips
+from firstlab.model.routes import ExitPass, RoutersDecide, Routes, as_routes, decode_steps, layer_skips, with_state
 
 
 class RoutedCache(DynamicCache):
@@ -28,11 +25,6 @@ class RoutedCache(DynamicCache):
         prompt_length: Padded length of a prompt that arrives in several chunks. None: the first pass is all of it.
         routes: Used instead of the routers' decision; rows are repeated when the batch is a multiple of them (beams).
         exit_head: Logits of intermediate states; for `EarlyExit`.
-
-    Attributes:
-        routes: [B, L] boolean, true where the next token may run the layer; None before that is decided.
-        rho: [B, L] fp32, None until then and for forced routes; of a `RouteRouter` 1 where the layer runs, else 0.
-        prompt_continues: The next pass is not the prompt's last: the routes stay undecided behind it.
     """
 
     layers: list[Any]  # one attention cache per decoder layer, which `__init__` makes sure of
@@ -57,12 +49,15 @@ class RoutedCache(DynamicCache):
                 f"{type(config).__name__}: routed decoding needs one attention cache per decoder layer; state-space, "
                 "recurrent and KV-sharing layers are not supported"
             )
-        self.routes: Tensor | None = None
-        self.rho: Tensor | None = None
-        self.prompt_continues = False
         self._routers, self._prompt_length = routers, prompt_length
-        self._seen = self._prompt_seen = self._pass_tokens = 0
+        self._forget()
         self._force(routes, exit_head)
+
+    def _forget(self) -> None:
+        self.routes: Tensor | None = None  # [B, L], the layers that the next token may run; None until decided
+        self.rho: Tensor | None = None  # [B, L] fp32, None until then and for forced routes; 0 or 1 of a `RouteRouter`
+        self.prompt_continues = False  # behind the next pass, whose end then decides nothing
+        self._seen = self._prompt_seen = self._pass_tokens = 0
         self._pass_mask: Tensor | None = None
         self._readings: list[tuple[Tensor, ...]] = []  # of every layer of this pass
         self._sums: Tensor | None = None  # [B, L], of p over the prompt's passes
@@ -133,10 +128,9 @@ class RoutedCache(DynamicCache):
             self._gates = gates.unsqueeze(0)
         elif self._rule.exit_rule is not None:
             assert self._exit_head is not None
+            response = self.routes.new_ones(len(self.routes), self._steps + tokens)
             if attention_mask is not None and attention_mask.ndim == 2:
                 response = attention_mask[:, self._prompt_seen :].bool()
-            else:
-                response = self.routes.new_ones(len(self.routes), self._steps + tokens)
             steps = decode_steps(response)[:, -tokens:]
             self._exits = ExitPass(self._rule.exit_rule, self._exit_head, steps, self._routers.num_layers)
 
@@ -160,9 +154,7 @@ class RoutedCache(DynamicCache):
             return output
         assert self._gates is not None
         keep = self._gates[..., index].to(hidden.device).unsqueeze(-1)
-        if isinstance(output, tuple):
-            return (torch.where(keep, output[0], hidden), *output[1:])
-        return torch.where(keep, output, hidden)
+        return with_state(output, torch.where(keep, output[0] if isinstance(output, tuple) else output, hidden))
 
     def end_pass(self) -> None:
         """Called after the decoder ran: count the tokens and, after the last prompt chunk, fix the routes."""
@@ -204,28 +196,19 @@ class RoutedCache(DynamicCache):
         if self._measures:
             assert self._sums is not None and self._counts is not None
             means = self._sums / self._counts.clamp_min(1).unsqueeze(1)
-            self.rho, routes = self._routers.decision(means, self._wanted_rate(len(means)))
+            assert isinstance(self._rule, RoutersDecide)
+            rate = self._rule.skip_rate
+            if isinstance(rate, Tensor) and rate.ndim:
+                rate = _repeated(rate, len(means), "skip_rate")
+            self.rho, routes = self._routers.decision(means, rate)
             self._set_routes(routes)
         elif self.routes is None:
             self._set_routes(self._forced_rows(self.layers[0].keys.shape[0], self.layers[0].keys.device))
         self._sums = self._counts = self._pass_mask = None
         self._free_skipped()
 
-    def _wanted_rate(self, rows: int) -> float | Tensor | None:
-        """The skip rate of each row; the rows of one prompt (beams) stand together."""
-        assert isinstance(self._rule, RoutersDecide)
-        rate = self._rule.skip_rate
-        if not isinstance(rate, Tensor) or rate.ndim == 0:
-            return rate
-        if rows % len(rate):
-            raise ValueError(f"skip_rate has {len(rate)} values, which do not divide the batch of {rows}")
-        return rate.repeat_interleave(rows // len(rate))
-
     def _forced_rows(self, rows: int, device: torch.device) -> Tensor:
-        routes = self._rule.first(self._routers.num_layers)
-        if rows % len(routes):
-            raise ValueError(f"routes has {len(routes)} rows, which do not divide the batch of {rows}")
-        return routes.to(device).repeat_interleave(rows // len(routes), dim=0)
+        return _repeated(self._rule.first(self._routers.num_layers), rows, "routes").to(device)
 
     def _follow_schedule(self) -> None:
         upcoming, last = (self._rule.window(step, 1) for step in (self._steps, self._steps - self._pass_tokens))
@@ -241,13 +224,11 @@ class RoutedCache(DynamicCache):
         filled: Any = next((layer for layer in self.layers if layer.is_initialized), None)
         for layer, any_row in zip(self.layers, self._any_row, strict=True):
             if not any_row:
-                source = layer
+                source = layer if layer.is_initialized else filled
                 if not layer.is_initialized:  # the prompt passed it by as well
                     layer.lazy_initialization(filled.keys, filled.values)
-                    source = filled
                 # Zero length, not deleted: reordering and selecting rows still work on it.
-                layer.keys = source.keys[..., :0, :].clone()
-                layer.values = source.values[..., :0, :].clone()
+                layer.keys, layer.values = (x[..., :0, :].clone() for x in (source.keys, source.values))
 
     def _set_routes(self, routes: Tensor) -> None:
         self.routes = routes
@@ -269,7 +250,8 @@ class RoutedCache(DynamicCache):
     @property
     def ran(self) -> Tensor:
         """[B, steps, L] boolean, the layers that each row ran at each decode step until now."""
-        routes = self._known_routes()
+        if (routes := self.routes) is None:
+            raise ValueError("the routes are not known before the prompt has been read")
         schedule = self._rule.window(0, self._steps)
         if schedule is not None:
             return schedule.to(routes.device).expand(len(routes), -1, -1)
@@ -280,14 +262,12 @@ class RoutedCache(DynamicCache):
     def layer_skips(self, steps: Tensor | None = None) -> Tensor:
         """[B, L] in [0, 1], how often each layer was skipped; whether it is, for routes fixed by the prompt.
 
-        Args:
-            steps: [B], count only each row's first decode steps (n - 1 for a response of n tokens), as rows that have
-                ended are decoded until the last one ends. Default: all.
+        `steps` [B] counts each row's first decode steps alone (n - 1 for a response of n tokens), as rows that have
+        ended are decoded until the last one ends.
         """
-        routes = self._known_routes()
-        if not self._rule.decides_each_step:
-            return 1 - routes.float()
         ran = self.ran
+        if self.routes is not None and not self._rule.decides_each_step:
+            return 1 - self.routes.float()
         place = torch.arange(ran.shape[1], device=ran.device).expand(len(ran), -1)
         counted = place >= 0 if steps is None else place < steps.to(ran.device).unsqueeze(1)
         return layer_skips(ran, counted)
@@ -296,11 +276,6 @@ class RoutedCache(DynamicCache):
     def skip_rate(self) -> Tensor:
         """[B], skipped layers ÷ L of every row, mean over its decode steps."""
         return self.layer_skips().mean(1)
-
-    def _known_routes(self) -> Tensor:
-        if self.routes is None:
-            raise ValueError("the routes are not known before the prompt has been read")
-        return self.routes
 
     def kv_bytes(self) -> int:
         """Bytes that keys and values hold now."""
@@ -319,11 +294,7 @@ class RoutedCache(DynamicCache):
         return self._seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens (a negative count, as in transformers).
-
-        Raises:
-            ValueError: The step ran layers whose keys and values are freed by now, or the prompt is unfinished.
-        """
+        """Take back the last tokens (a negative count, as in transformers)."""
         seen = max(0, self._seen - abs(tokens_to_remove))
         if self._counts is not None:
             raise ValueError("tokens of a prompt that goes on cannot be taken back: start again with an empty cache")
@@ -347,11 +318,7 @@ class RoutedCache(DynamicCache):
             # Older transformers only zero the states, which further tokens would be appended to.
             layer.keys = layer.values = None
             layer.is_initialized = False
-        self.routes = self.rho = self._sums = self._counts = self._pass_mask = None
-        self._readings, self._any_row, self._all_rows = [], [], []
-        self._seen = self._prompt_seen = 0
-        self.prompt_continues = False
-        self._gates, self._exits, self._exit_record = None, None, []
+        self._forget()
 
     # Routes go with their rows.
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -374,3 +341,10 @@ class RoutedCache(DynamicCache):
             self._set_routes(take(self.routes))
         if self._exit_record:
             self._exit_record = [take(torch.cat(self._exit_record, dim=1))]
+
+
+def _repeated(rows: Tensor, batch: int, name: str) -> Tensor:
+    """One row per row of the batch, where those of one prompt (beams) stand together."""
+    if batch % len(rows):
+        raise ValueError(f"{name} has {len(rows)} rows, which do not divide the batch of {batch}")
+    return rows.repeat_interleave(batch // len(rows), dim=0)

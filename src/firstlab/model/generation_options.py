@@ -42,11 +42,9 @@ def option_value(name: str, options: dict[str, Any], defaults: GenerationConfig)
 
 
 def check_generation_options(options: dict[str, Any], defaults: GenerationConfig) -> None:
-    """Raises ValueError for options of transformers' `generate` that would give silently wrong text.
+    """Raises ValueError for keywords of transformers' `generate` that would give silently wrong text.
 
-    Args:
-        options: Keyword arguments; a `generation_config` in them counts too.
-        defaults: The model's own generation config, in force where neither says anything.
+    `defaults` is the model's own generation config, in force where neither they nor a `generation_config` say anything.
     """
     config = options.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
@@ -85,10 +83,7 @@ _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_score_settings(defaults: GenerationConfig, drawn: bool = False) -> None:
-    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not.
-
-    `drawn`: whether tokens are drawn.
-    """
+    """Raises ValueError if the model's own generation config changes scores, which the decode engine does not."""
     for name, off in (_SCORE_SETTINGS | (_SAMPLING_SETTINGS if drawn else {})).items():
         given = getattr(defaults, name, None)
         if given not in (None, off):

@@ -1,7 +1,4 @@
-"""Check what `RouterAugmentedLM` is given, by name, and complete what is left out.
-
-Shapes: B batch, T tokens.
-"""
+"""Check what `RouterAugmentedLM` is given, by name, and complete what is left out."""
 
 from __future__ import annotations
 
@@ -43,10 +40,7 @@ def check_forward(
 ) -> None:
     """Raises ValueError for arguments of `forward` that do not go together.
 
-    Args:
-        tokens: [B, T] ids or [B, T, D] embeddings.
-        cached: Whether there is a cache.
-        options: The other arguments; those that repeat a default are taken out.
+    `tokens` are ids [B, T] or embeddings [B, T, D]; of the other `options`, those that repeat a default are taken out.
     """
     if not keep_logits and labels is None:
         raise ValueError("keep_logits=False leaves nothing to return without labels=; pass labels, or keep logits")
@@ -103,8 +97,8 @@ def own_cache(cache: Any) -> RoutedCache:
 def check_continuation(cache: RoutedCache, tokens: int, generating: bool) -> None:
     """Warn where tokens that may belong to the prompt come behind a route that is decided.
 
-    Skipping is right for a response or a short follow-up in a chat. More than `FEW_TOKENS` at once are taken for a
-    prompt, and in `generate` several before any decode step (a cached system prompt).
+    Skipping is right for a response or a short follow-up. More than `FEW_TOKENS` at once are taken for a prompt, and in
+    `generate` several before any decode step (a cached system prompt).
     """
     if cache.decided and (tokens > FEW_TOKENS or (generating and tokens > 1 and not cache.has_decoded)):
         warnings.warn(

@@ -1,7 +1,4 @@
-"""Make decoder layers routable: each layer's class becomes a subclass whose `forward` asks the current routing.
-
-Routing comes with the KV cache (inference) or the teacher-forced pass (training); without either nothing changes.
-"""
+"""Make decoder layers routable: the KV cache or the teacher-forced pass, if there is one, decides what a layer does."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _current: ContextVar[Routing | None] = ContextVar("firstlab_routing", default=No
 
 
 @contextmanager
-def routing(value: Routing) -> Iterator[None]:
+def routing(value: Routing | None) -> Iterator[None]:
     """Applies `value` to every routable layer called without a routed cache in this context."""
     token = _current.set(value)
     try:
@@ -74,13 +71,17 @@ class RoutableLayer(nn.Module):
         def skip() -> Any:
             if self.output_length == 0:
                 run_and_note()  # in vain, once; keys and values that it leaves in a cache are freed behind the prompt
-            return hidden if self.output_length is None else (hidden, *[None] * (self.output_length - 1))
+            return _as_output(hidden, self.output_length)
 
         return current.run_layer(self.layer_index, hidden, run_and_note, skip)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass is made at run time: pickle by the dense class and make it again.
         return _rebuild, (self.dense_class,), self.__dict__
+
+
+def _as_output(hidden: Tensor, length: int | None) -> Any:
+    return hidden if length is None else (hidden, *[None] * (length - 1))
 
 
 def _rebuild(dense_class: type[nn.Module]) -> nn.Module:
@@ -93,12 +94,9 @@ _routable_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _routable_class(dense_class: type[nn.Module]) -> type[nn.Module]:
     if dense_class not in _routable_classes:
+        attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
         # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
-        _routable_classes[dense_class] = type(
-            dense_class.__name__,
-            (RoutableLayer, dense_class),
-            {"dense_class": dense_class, "__module__": dense_class.__module__},
-        )
+        _routable_classes[dense_class] = type(dense_class.__name__, (RoutableLayer, dense_class), attributes)
     return _routable_classes[dense_class]
 
 
@@ -110,11 +108,11 @@ def make_routable(layers: nn.ModuleList) -> None:
 
 
 def make_dense(layers: nn.ModuleList) -> None:
-    routable: list[Any] = [layer for layer in layers if isinstance(layer, RoutableLayer)]
-    for layer in routable:
-        _set_class(layer, layer.dense_class)
-        for name in ("layer_index", "output_length"):
-            layer.__dict__.pop(name, None)
+    for layer in layers:
+        if isinstance(layer, RoutableLayer):
+            _set_class(layer, layer.dense_class)
+            for name in ("layer_index", "output_length"):
+                layer.__dict__.pop(name, None)
 
 
 def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
@@ -137,7 +135,7 @@ class IntermediateHead:
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=self._model.device)
-        with routing(_PassOn(states.unsqueeze(1), self._first_layer.output_length)):
+        with routing(_PassOn(_as_output(states.unsqueeze(1), self._first_layer.output_length))):
             return self._model(input_ids=ids, use_cache=False).logits[:, 0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IntermediateHead:
@@ -145,8 +143,8 @@ class IntermediateHead:
 
 
 class _PassOn:
-    def __init__(self, states: Tensor, output_length: int | None) -> None:
-        self._output = states if output_length is None else (states, *[None] * (output_length - 1))
+    def __init__(self, output: Any) -> None:
+        self._output = output
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         return self._output
@@ -186,11 +184,7 @@ def unwatch_passes(decoder: nn.Module) -> None:
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that owns the decoder layers, and the layers.
-
-    Raises:
-        ValueError: Not a decoder-only model with all its layers in one `ModuleList`.
-    """
+    """The module that owns the decoder layers, and the layers; ValueError unless they stand in one `ModuleList`."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; only decoder-only models can be routed")
     expected = model.config.get_text_config(decoder=True).num_hidden_layers
@@ -218,30 +212,25 @@ _POSITIONS = ("embed_positions", "position_embeddings")
 
 def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
     """Raises ValueError for a model whose prompts or layers cannot be told apart as routing needs."""
-    if why := _obstacle(model, decoder):
-        raise ValueError(f"{type(model).__name__} cannot be routed: {why}")
-
-
-def _obstacle(model: PreTrainedModel, decoder: nn.Module) -> str | None:
-    taken = signature(decoder.forward).parameters
+    taken, config = signature(decoder.forward).parameters, model.config.get_text_config(decoder=True)
+    why = None
     if missing := [name for name in ("input_ids", "past_key_values") if name not in taken]:
-        return (
+        why = (
             f"{type(decoder).__name__}, which runs the layers, takes no {' and no '.join(missing)}; only decoder-only "
             "models with a key-value cache can be routed"
         )
-    if any(hasattr(decoder, x) for x in _POSITIONS) and "position_ids" not in signature(model.forward).parameters:
-        return "it has a table of positions and takes no position_ids, so its prompts depend on their padding"
-    config = model.config.get_text_config(decoder=True)
-    for name in _STREAMS:
-        if hasattr(config, name):
-            return (
-                f"its layers pass on {getattr(config, name)} hidden states of every token ({name}); only decoder "
-                "layers from [batch, tokens, hidden size] to the same can be routed"
-            )
-    if getattr(config, "cross_attention_layers", None):
-        return "its layers that attend to an image do not run on a prompt of text alone"
-    if "shared" in (getattr(config, "indexer_types", None) or ()):
-        return "layers with a shared indexer need what the layer below has found, which a route may skip"
-    if any(hasattr(each, "router_states_scale") for each in decoder.modules()):
-        return "its routers of experts need what the layer below has found, which a route may skip"
-    return None
+    elif any(hasattr(decoder, x) for x in _POSITIONS) and "position_ids" not in signature(model.forward).parameters:
+        why = "it has a table of positions and takes no position_ids, so its prompts depend on their padding"
+    elif streams := [name for name in _STREAMS if hasattr(config, name)]:
+        why = (
+            f"its layers pass on {getattr(config, streams[0])} hidden states of every token ({streams[0]}); only "
+            "decoder layers from [batch, tokens, hidden size] to the same can be routed"
+        )
+    elif getattr(config, "cross_attention_layers", None):
+        why = "its layers that attend to an image do not run on a prompt of text alone"
+    elif "shared" in (getattr(config, "indexer_types", None) or ()):
+        why = "layers with a shared indexer need what the layer below has found, which a route may skip"
+    elif any(hasattr(each, "router_states_scale") for each in decoder.modules()):
+        why = "its routers of experts need what the layer below has found, which a route may skip"
+    if why:
+        raise ValueError(f"{type(model).__name__} cannot be routed: {why}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from firstlab.model import inputs, lora, storage
 from firstlab.model.cache import RoutedCache
@@ -29,7 +29,7 @@ from firstlab.model.layers import (
 )
 from firstlab.model.lora import LoraSettings
 from firstlab.model.loss import OutputHead, labelled_losses, predicting
-from firstlab.model.lossless import Drafter, DraftRoute, LosslessOptions, LosslessOutput, warn_if_slower
+from firstlab.model.lossless import generate_lossless
 from firstlab.model.output import RouterAugmentedOutput, known_fields
 from firstlab.model.prompt_cache import Layout, PromptCache, PromptReading
 from firstlab.model.quantization import is_quantized
@@ -44,18 +44,8 @@ LOSS_CHUNK = 1024  # half a GiB of fp32 logits for a vocabulary of 128k
 class RouterAugmentedLM(nn.Module):
     """A causal LM whose prompt decides which layers decode skips.
 
-    Wraps `lm` in place: its parameters, module names and state-dict keys stay as they are.
-
-    Args:
-        lm: A loaded transformers decoder-only model.
-        settings: How the routers read hidden states and decide.
-
-    Attributes:
-        gradient_checkpointing: Recompute layer activations in the backward pass.
-        loss_chunk: Positions whose logits exist at a time with `forward(keep_logits=False)`.
-
-    Raises:
-        ValueError: The model's layers cannot be routed.
+    Wraps `lm`, a loaded decoder-only model of transformers, in place: its parameters, module names and state-dict keys
+    stay as they are. Raises ValueError where its layers cannot be routed.
     """
 
     def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
@@ -76,8 +66,8 @@ class RouterAugmentedLM(nn.Module):
         # A cache that cannot carry routes is refused now, not after training.
         caches = {type(each) for each in RoutedCache(lm.config, self.routers).layers}
         self._reads_prompts_apart = caches <= {DynamicLayer, DynamicSlidingWindowLayer}
-        self.gradient_checkpointing = False
-        self.loss_chunk = LOSS_CHUNK
+        self.gradient_checkpointing = False  # recompute layer activations in the backward pass
+        self.loss_chunk = LOSS_CHUNK  # positions whose logits exist at a time with `forward(keep_logits=False)`
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
         self._decoder_name = next(name for name, module in lm.named_modules() if module is decoder)
         # Merging LoRA takes the name from the config, as no folder holds those weights; the tokenizer stays the same.
@@ -99,10 +89,9 @@ class RouterAugmentedLM(nn.Module):
         merge: bool = False,
         **kwargs: Any,
     ) -> RouterAugmentedLM:
-        """Load a hub id, a local transformers folder, or a folder written by `save_pretrained`.
+        """Load the hub id, local transformers folder, or folder written by `save_pretrained` that `path` names.
 
         Args:
-            path: Hub id or folder.
             settings: Of fresh routers; a folder written by `save_pretrained` brings its own.
             base: Hub id or folder of the base model that such a folder belongs to, if it is not where it was.
             merge: Fold the LoRA of a PEFT folder into the weights, to train another one on top; the base of a folder
@@ -125,9 +114,7 @@ class RouterAugmentedLM(nn.Module):
     def save_pretrained(self, path: str | Path, save_base: bool = False, published: bool = False) -> None:
         """Write config.json, routers.safetensors, the PEFT adapter if any, and, if asked, the base and its tokenizer.
 
-        Raises:
-            ValueError: The base cannot be saved (it is quantized, or LoRA is not merged), is not saved and could not be
-                found again, or there are several adapters.
+        With `published` the adapter gets a folder of its own; see `storage.save`.
         """
         if save_base and is_quantized(self.lm):
             raise ValueError("save_base=True: the base is quantized, for decoding alone; save it before quantizing")
@@ -156,7 +143,7 @@ class RouterAugmentedLM(nn.Module):
 
     @property
     def layer_routers(self) -> Routers:
-        """The paper's routers, one per layer; raises ValueError where one router chooses whole routes."""
+        """The paper's routers, one per layer; ValueError where one router chooses whole routes."""
         if not isinstance(self.routers, Routers):
             raise ValueError("this needs routers per layer, and the model has router.kind=routes")
         return self.routers
@@ -164,8 +151,7 @@ class RouterAugmentedLM(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The model without its head: tokens to the decoder's output."""
-        base = self.lm.base_model
-        return self._decoder if base is self.lm else base
+        return self._decoder if self.lm.base_model is self.lm else self.lm.base_model
 
     @property
     def _decoder(self) -> nn.Module:
@@ -191,8 +177,7 @@ class RouterAugmentedLM(nn.Module):
 
     def unwrap(self) -> PreTrainedModel:
         """Give the transformers model back as it came (LoRA layers stay if there are any)."""
-        _, layers = find_decoder(self.lm)
-        make_dense(layers)
+        make_dense(find_decoder(self.lm)[1])
         unwatch_passes(self._decoder)
         return self.lm
 
@@ -261,9 +246,6 @@ class RouterAugmentedLM(nn.Module):
             past_key_values: A cache from `new_cache`.
             prompt_continues: The tokens are a prompt's beginning, such as a system prompt whose cache is to be copied:
                 the route is decided later, on the whole prompt, by the first call without this option or by `generate`.
-
-        Raises:
-            ValueError: Arguments that do not go together or do not fit the batch.
         """
         self._check_wrapped()
         shape_source = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
@@ -276,12 +258,7 @@ class RouterAugmentedLM(nn.Module):
             cache = inputs.own_cache(past_key_values)
             inputs.check_continuation(cache, shape_source.shape[1], generating=False)
             cache.set_prompt_continues(prompt_continues)
-            if attention_mask is not None:
-                tokens = shape_source.shape[1]
-                kwargs = {name: x[:, -tokens:] for name, x in self._positions(attention_mask).items()} | kwargs
-            out = self.lm(
-                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **kwargs
-            )
+            out = self._run(None, self.lm, input_ids, attention_mask, cache, **kwargs)
             return RouterAugmentedOutput(**known_fields(out), rho=cache.rho)
         if prompt_continues:
             raise ValueError("prompt_continues=True needs past_key_values=model.new_cache(), which the rest comes to")
@@ -294,16 +271,9 @@ class RouterAugmentedLM(nn.Module):
         prompt_mask = prompt_mask.bool() & attended
         routes = self._decided(routes, input_ids, prompt_mask)
         current = TeacherForcedPass(
-            self.routers,
-            attended,
-            prompt_mask,
-            objective,
-            gate,
-            pooled_tokens,
-            routes,
-            self._exit_head(routes),
-            self.gradient_checkpointing,
-        )
+            self.routers, attended, prompt_mask, objective, gate, pooled_tokens, routes, self._exit_head(routes),
+            checkpoint_layers=self.gradient_checkpointing,
+        )  # fmt: skip
         constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
         if constant_prompt and torch.is_grad_enabled() and not any(p.requires_grad for p in self.lm.parameters()):
             assert input_ids is not None and labels is not None
@@ -338,16 +308,18 @@ class RouterAugmentedLM(nn.Module):
         current: Routing | None,
         module: nn.Module,
         ids: Tensor | None,
-        mask: Tensor,
+        mask: Tensor | None,
         cache: Cache | None = None,
         **options: Any,
     ) -> Any:
-        """The module's output for new tokens, with the mask [B, seen + T] of all; routed by `current`, if given."""
-        tokens = mask.shape[1] if ids is None else ids.shape[1]
-        options = {name: value[:, -tokens:] for name, value in self._positions(mask).items()} | options
+        """The module's output for new tokens, with the mask [B, seen + T] of all; routed by `current` or the cache."""
+        if mask is not None and self._takes_positions:
+            tokens = (options["inputs_embeds"] if ids is None else ids).shape[1]
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            options = {"position_ids": positions[:, -tokens:]} | options
         if cache is not None:
             options["past_key_values"] = cache
-        with nullcontext() if current is None else routing(current):
+        with routing(current):
             return module(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **options)
 
     def read_prompts(self, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor) -> PromptReading | None:
@@ -379,22 +351,18 @@ class RouterAugmentedLM(nn.Module):
     ) -> RouterAugmentedOutput:
         """The decode-consistent pass over the responses behind prompts that were read; backward sees responses only.
 
-        The model must be as it was when it read, but for the routers where `routes` are forced.
-
-        Args:
-            labels: [B, T], as the ids that were read; -100 where no loss is wanted.
-            gate: See `TeacherForcedPass`.
-            routes: One decision per prompt or for all, or None for the routers' own.
-            states, known: To share layers with a pass under other routes, see `TeacherForcedPass`.
+        The model must be as it was when it read, but for the routers where `routes` are forced: one decision per prompt
+        or for all. `labels` [B, T] stand as the ids that were read; the rest as in `TeacherForcedPass`.
         """
-        layout, length, rho = reading.layout, reading.layout.prompt_length, reading.rho
-        real = layout.real
+        layout, rho, real = reading.layout, reading.rho, reading.layout.real
+        length = layout.prompt_length
+        attended = real[:, length:]
         responses = TeacherForcedPass(
             self.routers,
-            real[:, length:],
-            torch.zeros_like(real[:, length:]),
-            "decode_consistent",
-            gate,
+            attended,
+            prompt_mask=torch.zeros_like(attended),
+            objective="decode_consistent",
+            gate=gate,
             routes=routes,
             checkpoint_layers=self.gradient_checkpointing,
             prompt_rho=rho,
@@ -433,11 +401,6 @@ class RouterAugmentedLM(nn.Module):
     def _exit_head(self, routes: Routes | None) -> IntermediateHead | None:
         return None if routes is None or routes.exit_rule is None else IntermediateHead(self.lm)
 
-    def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
-        if not self._takes_positions:
-            return {}
-        return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp_min(0)}
-
     # -- routed inference --
 
     def prompt_rho(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -448,10 +411,7 @@ class RouterAugmentedLM(nn.Module):
     def prompt_means(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What the routers read in prompts [B, T]: the means that they decide by, [B, L] or [B, F], fp32."""
         self._check_wrapped()
-        if attention_mask is None:
-            defaults = self.lm.generation_config
-            attention_mask = inputs.assumed_mask(input_ids, defaults.pad_token_id, defaults.eos_token_id)
-        inputs.check_prompt(input_ids, attention_mask)
+        attention_mask = self._prompt_mask(input_ids, attention_mask, {})
         # What stands behind every prompt's last token, such as responses, cannot matter.
         end = int(attention_mask.any(0).nonzero()[-1]) + 1
         input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
@@ -459,20 +419,28 @@ class RouterAugmentedLM(nn.Module):
         self._run(current, self.backbone, input_ids, attention_mask)
         return current.means
 
+    def _prompt_mask(self, prompt: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """The mask of a prompt, checked; without one, what transformers' generate assumes."""
+        if mask is None:
+            defaults = self.lm.generation_config
+            pad, eos = (option_value(name, options, defaults) for name in ("pad_token_id", "eos_token_id"))
+            mask = inputs.assumed_mask(prompt, pad, eos)
+        inputs.check_prompt(prompt, mask)
+        return mask
+
+    def check_routes(self, routes: Routes | None, prompts: int) -> None:
+        """Raises ValueError for routes, or a skip rate, that do not fit the model or the number of prompts."""
+        if routes is not None:
+            routes.check(self.num_layers, prompts)
+        if isinstance(routes, RoutersDecide):
+            self.routers.checked_rate(routes.skip_rate, prompts)
+
     def route(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        skip_rate: float | Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, skip_rate: float | Tensor | None = None
     ) -> Tensor:
         """[B, L] boolean, true where decode runs the layer for these prompts [B, T], padded on any side.
 
-        Args:
-            input_ids, attention_mask: The prompts.
-            skip_rate: Of a model with `router.kind=routes`: the rate over tokens to aim at, one for all prompts or [B].
-
-        Raises:
-            ValueError: The model does not reach the rate, or knows one rate only.
+        `skip_rate` is for `router.kind=routes`: the rate over tokens to aim at, one for all prompts or [B].
         """
         self.routers.checked_rate(skip_rate, len(input_ids))
         return self.routers.decision(self.prompt_means(input_ids, attention_mask), skip_rate)[1]
@@ -505,7 +473,7 @@ class RouterAugmentedLM(nn.Module):
             skip_rate: How much the routers are to skip, over tokens, where they know any rate (`router.kind=routes`):
                 one for all prompts, or [B].
             lossless: The route only drafts tokens, which dense passes verify: the text is the dense model's own. LoRA
-                that is not merged belongs to the draft alone. See `lossless_generate`.
+                that is not merged belongs to the draft alone.
             past_key_values: A cache of an earlier turn, whose routes stay in force; or one that was filled with
                 `prompt_continues=True`, whose tokens are the beginning of this prompt.
             **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
@@ -515,11 +483,11 @@ class RouterAugmentedLM(nn.Module):
         """
         self._check_wrapped()
         check_generation_options(kwargs, self.lm.generation_config)
+        forced = as_asked(routes, skip_rate)
         if lossless:
             if past_key_values is not None:
                 raise ValueError("lossless=True begins with the prompt; drop past_key_values")
-            return self._generate_lossless(input_ids, attention_mask, as_asked(routes, skip_rate), kwargs)
-        routes = as_asked(routes, skip_rate)
+            return generate_lossless(self, input_ids, attention_mask, forced, kwargs)
         if option_value("use_cache", kwargs, self.lm.generation_config) is False:
             kwargs["use_cache"] = True
         embeds = kwargs.get("inputs_embeds")
@@ -533,101 +501,16 @@ class RouterAugmentedLM(nn.Module):
             if CHUNKS_REPEAT_THE_CACHE:
                 kwargs["prefill_chunk_size"] = None
         else:
-            if attention_mask is None:
-                defaults = self.lm.generation_config
-                pad, eos = (option_value(name, kwargs, defaults) for name in ("pad_token_id", "eos_token_id"))
-                attention_mask = inputs.assumed_mask(prompt, pad, eos)
-            inputs.check_prompt(prompt, attention_mask)
+            attention_mask = self._prompt_mask(prompt, attention_mask, kwargs)
             attention_mask, input_ids, embeds = inputs.padded_on_the_left(attention_mask, input_ids, embeds)
             if embeds is not None:
                 kwargs["inputs_embeds"] = embeds
         if not cache.decided:
-            forced = None if routes is None else as_routes(routes)
-            if forced is not None:
-                forced.check(self.num_layers, prompt.shape[0])
-            if isinstance(forced, RoutersDecide):
-                self.routers.checked_rate(forced.skip_rate, prompt.shape[0])
+            self.check_routes(forced, prompt.shape[0])
             cache.expect_prompt(prompt.shape[1], forced, self._exit_head(forced))
-        elif routes is not None:
+        elif forced is not None:
             raise ValueError("routes= cannot be forced on a past_key_values that already carries routes; drop one")
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         generate: Any = self.lm.generate  # transformers types its receiver more narrowly than PreTrainedModel
         return generate(input_ids, past_key_values=cache, **kwargs)
-
-    def _generate_lossless(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        routes: Routes | None,
-        options: dict[str, Any],
-    ) -> Any:
-        """Draft under each prompt's route, verify densely; one prompt after the other."""
-        if input_ids is None:
-            raise ValueError("lossless=True needs input_ids [batch, tokens]")
-        if {type(each) for each in RoutedCache(self.config, self.routers).layers} != {DynamicLayer}:
-            raise ValueError(
-                f"lossless=True takes tokens back, which the sliding windows of {type(self.lm).__name__} do not allow; "
-                "drop it"
-            )
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        inputs.check_prompt(input_ids, mask)
-        mask, input_ids, _ = inputs.padded_on_the_left(mask, input_ids, None)
-        assert input_ids is not None
-        chosen = LosslessOptions.of(options, self.lm.generation_config, input_ids.shape[1])
-        # A draft may miss, so it may skip more than a text.
-        highest = self.routers.highest_rate if isinstance(self.routers, RouteRouter) else None
-        forced = RoutersDecide(highest) if routes is None else routes
-        if isinstance(forced, RoutersDecide):
-            self.routers.checked_rate(forced.skip_rate, len(input_ids))
-        if not isinstance(forced, RoutersDecide | FixedRoutes):
-            raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
-        forced.check(self.num_layers, len(input_ids))
-        texts, drafts = [], []
-        for row, (ids, real) in enumerate(zip(input_ids, mask.bool(), strict=True)):
-            if chosen.streamer is not None:
-                chosen.streamer.put(ids[real].unsqueeze(0).cpu())
-            drafter, first = self._drafter(ids[real].unsqueeze(0), forced.rows([row]), chosen)
-            texts.append(drafter.decode(first))
-            drafts.append(drafter)
-        if chosen.streamer is not None:
-            chosen.streamer.end()
-        new = torch.full((len(texts), max(map(len, texts))), chosen.pad, device=input_ids.device)
-        for row, tokens in enumerate(texts):
-            new[row, : len(tokens)] = torch.tensor(tokens)
-        sequences = torch.cat([input_ids, new], 1)
-        if not option_value("return_dict_in_generate", options, self.lm.generation_config):
-            return sequences
-        return LosslessOutput(
-            sequences,
-            torch.stack([each.route for each in drafts]),
-            [len(tokens) for tokens in texts],
-            [each.drafted for each in drafts],
-            [each.accepted for each in drafts],
-            [each.dense_passes for each in drafts],
-        )
-
-    def _drafter(self, ids: Tensor, routes: Routes, options: LosslessOptions) -> tuple[Drafter, Tensor]:
-        """Read one prompt [1, T] densely: who drafts for it, and the logits [1, V] behind it."""
-        cache, reading = DynamicCache(config=self.config), PromptPass(self.routers, torch.ones_like(ids).bool())
-        with routing(reading), self.lora_disabled():
-            logits = self.lm(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        if isinstance(routes, RoutersDecide):
-            route = self.routers.decision(reading.means, routes.skip_rate)[1][0].cpu()
-        else:
-            route = routes.first(self.num_layers)[0].cpu()
-        with routing(DraftRoute(route.tolist())):
-            drafted = self.lm(input_ids=ids, use_cache=False).logits
-        # How often the route agrees with the dense model where the prompt shows both.
-        agreed = float((drafted.argmax(-1) == logits.argmax(-1)).float().mean())
-        warn_if_slower(agreed, route)
-
-        def forward(tokens: Tensor, cache: DynamicCache, draft: DraftRoute | None) -> Tensor:
-            tokens = tokens.to(self.device)
-            if draft is None:
-                with self.lora_disabled():
-                    return self.lm(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-            with routing(draft):
-                return self.lm(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-
-        return Drafter(forward, route, options, cache, agreed), logits[:, -1]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -21,18 +22,11 @@ from firstlab.model.settings import LoraSettings
 
 
 def check_lora(model: PreTrainedModel | PretrainedConfig, settings: LoraSettings) -> list[str]:
-    """Full names of the linear maps that get LoRA, of a model or, without loading it, of its config.
-
-    Raises:
-        ValueError: A name of `target_modules` matches no linear map of the decoder layers.
-    """
+    """Full names of the linear maps that get LoRA, of a model or, without loading it, of its config."""
+    lm: Any = model
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
-            lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model, trust_remote_code=False, attn_implementation="eager"
-            )
-    else:
-        lm = model
+            lm = AutoModelForCausalLM.from_config(model, trust_remote_code=False, attn_implementation="eager")
     shapes = {name: list(lm.get_parameter(f"{name}.weight").shape) for name in linear_names(lm)}
     known = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
     targets = known if settings.target_modules is None else settings.target_modules
@@ -69,21 +63,8 @@ def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
         return isinstance(linear(linear.weight.new_zeros(1, linear.in_features)), Tensor)
 
 
-def target_pattern(model: PreTrainedModel, names: Sequence[str]) -> str:
-    """The regular expression by which PEFT finds these linear maps of the decoder layers and no others."""
-    _, layers = find_decoder(model)
-    path = next(name for name, module in model.named_modules() if module is layers)
-    inside = sorted({name.removeprefix(f"{path}.").partition(".")[2] for name in names})
-    return rf"{re.escape(path)}\.\d+\.({'|'.join(map(re.escape, inside))})"
-
-
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """Inject fresh LoRA layers.
-
-    Raises:
-        ValueError: As `check_lora`; there are LoRA layers already, the weights are quantized, or PEFT cannot give these
-            experts dropout.
-    """
+    """Inject fresh LoRA layers; ValueError for a model or settings that cannot have them."""
     if any(True for _ in lora_layers(model)):
         raise ValueError("the model already has LoRA layers; merge_and_unload() them first")
     if is_quantized(model):
@@ -91,11 +72,14 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     names = check_lora(model, settings)
     if not names:
         raise ValueError(f"the decoder layers of {type(model).__name__} have no linear map for LoRA")
+    _, layers = find_decoder(model)
+    path = next(name for name, module in model.named_modules() if module is layers)
+    inside = sorted({name.removeprefix(f"{path}.").partition(".")[2] for name in names})
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.dropout,
-        target_modules=target_pattern(model, names),
+        target_modules=rf"{re.escape(path)}\.\d+\.({'|'.join(map(re.escape, inside))})",  # these maps and no others
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
         base_model_name_or_path=model.config._name_or_path or None,
@@ -127,15 +111,14 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 @contextmanager
 def lora_disabled(model: PreTrainedModel) -> Iterator[None]:
-    layers = list(lora_layers(model))
     # PEFT's switch also flips requires_grad; what is trainable is not its business here.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for layer in layers:
+    for layer in lora_layers(model):
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in lora_layers(model):
             layer.enable_adapters(True)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
@@ -154,9 +137,9 @@ def merge_lora(model: PreTrainedModel) -> None:
         # Where transformers itself has loaded the adapter, it would still save the model as one.
         model._hf_peft_config_loaded = False
         model._weight_conversions = [  # type: ignore[assignment]
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any("lora_" in x or x.startswith("base_model.") for x in conversion.source_patterns)
+            each
+            for each in getattr(model, "_weight_conversions", None) or []
+            if not any("lora_" in x or x.startswith("base_model.") for x in each.source_patterns)
         ]
         # No folder or hub id holds these weights any more; saving asks for them.
         model.config._name_or_path = ""

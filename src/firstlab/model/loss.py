@@ -65,11 +65,8 @@ def labelled_losses(
 ) -> dict[str, Tensor | None]:
     """`loss`, `token_losses`, `states` of a `RouterAugmentedOutput`, and the number `count` of label tokens.
 
-    Args:
-        found: [B, T, D] states, or [B, T, V] logits where there is no head.
-        head: Logits of states.
-        labels, attended: [B, T], -100 where no loss is wanted, and false on padding.
-        chunk: Positions whose logits exist at a time.
+    `found` is [B, T, D] states, or [B, T, V] logits where there is no head; the logits of `chunk` positions exist at a
+    time.
     """
     wanted = predicting(labels, attended).to(found.device)
     states = found[:, :-1][wanted]

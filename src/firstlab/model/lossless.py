@@ -1,18 +1,18 @@
 """Lossless decoding: a route drafts tokens, one dense pass verifies them, and the text is the dense model's own.
 
-Self-speculative decoding (Zhang et al. 2024; LayerSkip, Elhoushi et al. 2024) with a route that the prompt chose.
-Drafted tokens are accepted by the rule of Leviathan et al. (2023), so that sampling follows the dense distribution.
+Self-speculative decoding (Zhang et al. 2024; Elhoushi et al. 2024); drafts are accepted as in Leviathan et al. (2023).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -21,8 +21,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from firstlab.model.generation_options import check_score_settings, option_value
+from firstlab.model.inputs import check_prompt, padded_on_the_left
+from firstlab.model.layers import routing
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes
+from firstlab.model.teacher_forcing import PromptPass
 
 #: Longest draft.
 MOST_DRAFTED = 16
@@ -38,36 +43,20 @@ _TAKEN = {
 
 @dataclass
 class LosslessOutput:
-    """What lossless decoding gives.
+    """What lossless decoding gives; the lists have one entry per prompt."""
 
-    Attributes:
-        sequences: [B, T + new], as transformers' `generate` returns them.
-        routes: [B, L], the route that drafted for each prompt.
-        new_tokens: [B], with the token that ended each.
-        drafted, accepted: [B], tokens that the routes proposed, and of these those that stand.
-        dense_passes: [B], passes through all layers behind the prompt.
-    """
+    sequences: Tensor  # [B, T + new], as transformers' `generate` returns them
+    routes: Tensor  # [B, L], the route that drafted for each prompt
+    new_tokens: list[int]  # with the token that ended each
+    drafted: list[int]  # tokens that the route proposed
+    accepted: list[int]  # of these, those that stand
+    dense_passes: list[int]  # passes through all layers behind the prompt
 
-    sequences: Tensor
-    routes: Tensor
-    new_tokens: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    dense_passes: list[int] = field(default_factory=list)
-
-
-class DraftRoute:
-    """Routing of a pass whose tokens all take one route; nothing is measured.
-
-    Args:
-        route: Layers that run.
-    """
-
-    def __init__(self, route: Sequence[bool]) -> None:
-        self._route = route
-
-    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        return run() if self._route[index] else skip()
+    @classmethod
+    def of(cls, sequences: Tensor, drafters: Sequence[Drafter]) -> LosslessOutput:
+        routes = torch.stack([each.route for each in drafters])
+        counts = [(len(each.tokens), each.drafted, each.accepted, each.dense_passes) for each in drafters]
+        return cls(sequences, routes, *map(list, zip(*counts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -76,51 +65,46 @@ class LosslessOptions:
 
     max_new_tokens: int
     do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
+    warpers: LogitsProcessorList
     ends: frozenset[int]
     pad: int
     streamer: Any
 
     @classmethod
     def of(cls, options: dict[str, Any], defaults: GenerationConfig, prompt_length: int) -> LosslessOptions:
-        """From keywords of `generate`, then the model's generation config.
-
-        Raises:
-            ValueError: An option that changes scores or search in another way.
-        """
+        """From keywords of `generate`, then the model's generation config."""
         if unknown := sorted(name for name, value in options.items() if name not in _TAKEN and value is not None):
             raise ValueError(
                 f"{unknown[0]}= cannot be used with lossless=True, which knows {', '.join(sorted(_TAKEN))}; drop one"
             )
-        given = options.get("generation_config") or defaults
-        drawn = bool(option_value("do_sample", options, defaults))
-        check_score_settings(given, drawn)
-        if (beams := option_value("num_beams", options, defaults)) not in (None, 1):
+
+        def value(name: str, default: Any) -> Any:
+            given = option_value(name, options, defaults)
+            return default if given is None else given
+
+        drawn = bool(value("do_sample", False))
+        check_score_settings(options.get("generation_config") or defaults, drawn)
+        if (beams := value("num_beams", 1)) != 1:
             raise ValueError(f"num_beams={beams} cannot be used with lossless=True: drafts follow one text; drop one")
-        limit = option_value("max_new_tokens", options, defaults)
+        limit = value("max_new_tokens", None)
         if limit is None:
-            longest = option_value("max_length", options, defaults)
-            limit = (20 if longest is None else longest - prompt_length) or 1
+            limit = (value("max_length", prompt_length + 20) - prompt_length) or 1
         if limit < 1:
             raise ValueError(f"max_new_tokens={limit} must be at least 1")
-        ends = option_value("eos_token_id", options, defaults)
-        ends = frozenset([ends] if isinstance(ends, int) else torch.as_tensor(ends or []).flatten().tolist())
-        pad = option_value("pad_token_id", options, defaults)
-
-        def number(name: str, off: float) -> float:
-            value = option_value(name, options, defaults)
-            return off if value is None else value
-
+        warpers = LogitsProcessorList()
+        if (temperature := value("temperature", 1.0)) != 1:
+            warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k := value("top_k", 50):  # transformers' own default
+            warpers.append(TopKLogitsWarper(top_k))
+        if (top_p := value("top_p", 1.0)) < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+        ends = frozenset(torch.as_tensor(value("eos_token_id", [])).flatten().tolist())
         return cls(
             max_new_tokens=limit,
             do_sample=drawn,
-            temperature=number("temperature", 1.0),
-            top_k=int(number("top_k", 50)),  # transformers' own default
-            top_p=number("top_p", 1.0),
+            warpers=warpers,
             ends=ends,
-            pad=pad if pad is not None else min(ends, default=0),
+            pad=value("pad_token_id", min(ends, default=0)),
             streamer=options.get("streamer"),
         )
 
@@ -129,21 +113,14 @@ class LosslessOptions:
         logits = logits.float()
         if not self.do_sample:
             return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
-        warpers = LogitsProcessorList()
-        if self.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return warpers(torch.empty(len(logits), 0, dtype=torch.long), logits).softmax(-1)  # type: ignore[arg-type]
+        ids: Any = torch.empty(len(logits), 0, dtype=torch.long)
+        return self.warpers(ids, logits).softmax(-1)  # type: ignore[arg-type]
 
 
 def expected_speedup(acceptance: float, skip_rate: float, drafted: int) -> float:
-    """Tokens per dense pass's time, when drafts of this length are accepted token by token with this probability.
+    """Tokens per dense pass's time, when each of d drafted tokens is accepted with probability a.
 
-    A draft of d tokens gives (1 - a^(d + 1)) / (1 - a) tokens (Leviathan et al. 2023, equation 1) and costs
-    d · (1 - skip_rate) + 1 dense passes of one token.
+    They give (1 - a^(d + 1)) / (1 - a) tokens (Leviathan et al. 2023, equation 1) for d · (1 - skip_rate) + 1 passes.
     """
     a = min(max(acceptance, 0.0), 1 - 1e-6)
     return (1 - a ** (drafted + 1)) / (1 - a) / (drafted * (1 - skip_rate) + 1)
@@ -155,40 +132,54 @@ def best_draft(acceptance: float, skip_rate: float) -> int:
 
 
 class Drafter:
-    """Decodes one prompt: drafts under a route, verifies densely.
+    """Decodes one prompt [1, T] of a `RouterAugmentedLM`: drafts under a route, verifies densely.
 
-    Args:
-        forward: Logits [1, n, V] of token ids [1, n] behind a cache, under a routing or None for all layers.
-        route: [L], who drafts.
-        options: How tokens are chosen.
-        cache: Dense keys and values of the prompt.
+    Of these `routes`, one prompt's, the route is taken that drafts; `tokens` are the new ones.
     """
 
-    def __init__(
-        self,
-        forward: Callable[[Tensor, DynamicCache, DraftRoute | None], Tensor],
-        route: Tensor,
-        options: LosslessOptions,
-        cache: DynamicCache,
-        acceptance: float,
-    ) -> None:
-        self._forward, self._options, self._cache = forward, options, cache
-        self.route = route
-        self._routing = DraftRoute(route.tolist())
-        self._skip_rate = float((~route).float().mean())
-        self._acceptance = acceptance
+    def __init__(self, model: Any, prompt: Tensor, routes: Routes, options: LosslessOptions) -> None:
+        self._model, self._options, self._cache = model, options, DynamicCache(config=model.config)
+        reading = PromptPass(model.routers, torch.ones_like(prompt).bool())
+        with routing(reading):
+            logits = self._dense(prompt)
+        if isinstance(routes, RoutersDecide):
+            self.route = model.routers.decision(reading.means, routes.skip_rate)[1][0].cpu()
+        else:
+            self.route = routes.first(model.num_layers)[0].cpu()
+        self._runs: list[bool] = self.route.tolist()
+        self._skip_rate = float((~self.route).float().mean())
+        # How often the route agrees with the dense model where the prompt shows both.
+        self._acceptance = float((self._draft(prompt).argmax(-1) == logits.argmax(-1)).float().mean())
+        warn_if_slower(self._acceptance, self._skip_rate)
+        self._first = logits[:, -1]
+        self.tokens: list[int] = []
         self.drafted = self.accepted = self.dense_passes = 0
 
-    def decode(self, first: Tensor) -> list[int]:
-        """All new tokens, given the logits [1, V] behind the prompt."""
-        tokens = [self._draw(self._options.probabilities(first))]
-        self._show(tokens)
-        while not self._ended(tokens):
-            new = self._step(tokens[-1], self._options.max_new_tokens - len(tokens))
-            end = next((i + 1 for i, token in enumerate(new) if token in self._options.ends), len(new))
-            tokens += new[:end]
-            self._show(new[:end])
-        return tokens
+    def _dense(self, ids: Tensor) -> Tensor:
+        with self._model.lora_disabled():
+            return self._logits(ids, self._cache)
+
+    def _draft(self, ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        with routing(self):
+            return self._logits(ids, cache)
+
+    def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+        return run() if self._runs[index] else skip()
+
+    def _logits(self, ids: Tensor, cache: DynamicCache | None) -> Tensor:
+        ids = ids.to(self._model.device)
+        return self._model.lm(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+
+    def decode(self) -> None:
+        self._take([self._draw(self._options.probabilities(self._first))])
+        while len(self.tokens) < self._options.max_new_tokens and self.tokens[-1] not in self._options.ends:
+            self._take(self._step(self.tokens[-1], self._options.max_new_tokens - len(self.tokens)))
+
+    def _take(self, new: list[int]) -> None:
+        end = next((i + 1 for i, token in enumerate(new) if token in self._options.ends), len(new))
+        self.tokens += new[:end]
+        if self._options.streamer is not None:
+            self._options.streamer.put(torch.tensor(new[:end]))
 
     def _step(self, last: int, room: int) -> list[int]:
         """The tokens of one draft and one dense pass, at least one."""
@@ -197,21 +188,26 @@ class Drafter:
         if self.dense_passes < _TRIALS:
             length = max(length, _TRIAL_LENGTH)
         length = min(length, room - 1)
-        drafted, shares = self._draft(last, length)
+        drafted: list[int] = []
+        shares: list[Tensor] = []  # [V], what each was drawn from
+        for _ in range(length):
+            ids = torch.tensor([[last, *drafted][-1:]])
+            shares.append(self._options.probabilities(self._draft(ids, self._cache)[:, -1])[0])
+            drafted.append(self._draw(shares[-1]))
         _cut(self._cache, seen)
         ids = torch.tensor([[last, *drafted]])
-        judged = self._options.probabilities(self._forward(ids, self._cache, None)[0])
+        judged = self._options.probabilities(self._dense(ids)[0])
         self.dense_passes += 1
         new: list[int] = []
         for place, (token, share) in enumerate(zip(drafted, shares, strict=True)):
             kept = judged[place, token] / share[token]
             if torch.rand((), device=kept.device) >= kept:
                 # What the draft gave too little of (Leviathan et al. 2023, algorithm 1).
-                new.append(self._draw((judged[place] - share).clamp_min(0).unsqueeze(0)))
+                new.append(self._draw((judged[place] - share).clamp_min(0)))
                 break
             new.append(token)
         else:
-            new.append(self._draw(judged[len(drafted)].unsqueeze(0)))
+            new.append(self._draw(judged[len(drafted)]))
         accepted = len(new) - 1
         _cut(self._cache, seen + len(new))
         self.drafted += length
@@ -221,45 +217,65 @@ class Drafter:
             self._acceptance = _MEMORY * self._acceptance + (1 - _MEMORY) * float(place < accepted)
         return new
 
-    def _draft(self, last: int, length: int) -> tuple[list[int], list[Tensor]]:
-        """Tokens under the route, and the distributions [V] they were drawn from."""
-        drafted, shares, token = [], [], last
-        for _ in range(length):
-            logits = self._forward(torch.tensor([[token]]), self._cache, self._routing)[:, -1]
-            share = self._options.probabilities(logits)
-            token = self._draw(share)
-            drafted.append(token)
-            shares.append(share[0])
-        return drafted, shares
-
     def _draw(self, shares: Tensor) -> int:
         if not self._options.do_sample:
             return int(shares.argmax(-1))
         return int(torch.multinomial(shares, 1))
-
-    def _ended(self, tokens: list[int]) -> bool:
-        return len(tokens) >= self._options.max_new_tokens or tokens[-1] in self._options.ends
-
-    def _show(self, tokens: list[int]) -> None:
-        if self._options.streamer is not None:
-            self._options.streamer.put(torch.tensor(tokens))
 
 
 def _cut(cache: DynamicCache, length: int) -> None:
     """Keep the first tokens' keys and values; layers that a draft skipped hold no others."""
     layers: list[Any] = cache.layers
     for layer in layers:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        layer.keys, layer.values = (x[..., :length, :] for x in (layer.keys, layer.values))
 
 
-def warn_if_slower(acceptance: float, route: Tensor) -> None:
+def warn_if_slower(acceptance: float, skip_rate: float) -> None:
     """Say before decoding begins if drafting will not pay, by how often the route agrees with the dense model."""
-    skip_rate = float((~route).float().mean())
-    length = best_draft(acceptance, skip_rate)
-    if expected_speedup(acceptance, skip_rate, length) <= 1.0 + 1e-9:
+    if expected_speedup(acceptance, skip_rate, best_draft(acceptance, skip_rate)) <= 1.0 + 1e-9:
         warnings.warn(
             f"lossless=True will not be faster than dense decoding here: a route that skips {100 * skip_rate:.0f} % of "
             f"the layers agrees with the dense model on {100 * acceptance:.0f} % of the prompt's tokens; after a few "
             "trials drafts are left out if they fail as often in the response",
             stacklevel=3,
         )
+
+
+def generate_lossless(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, routes: Routes | None, options: dict[str, Any]
+) -> Tensor | LosslessOutput:
+    """What a `RouterAugmentedLM` generates with lossless=True, one prompt after the other."""
+    if input_ids is None:
+        raise ValueError("lossless=True needs input_ids [batch, tokens]")
+    if {type(each) for each in model.new_cache().layers} != {DynamicLayer}:
+        raise ValueError(
+            f"lossless=True takes tokens back, which the sliding windows of {type(model.lm).__name__} do not allow; "
+            "drop it"
+        )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    check_prompt(input_ids, mask)
+    mask, ids, _ = padded_on_the_left(mask, input_ids, None)
+    assert ids is not None
+    defaults = model.lm.generation_config
+    chosen = LosslessOptions.of(options, defaults, ids.shape[1])
+    # A draft may miss, so it may skip more than a text.
+    forced = RoutersDecide(getattr(model.routers, "highest_rate", None)) if routes is None else routes
+    if not isinstance(forced, RoutersDecide | FixedRoutes):
+        raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
+    model.check_routes(forced, len(ids))
+    drafters = []
+    for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
+        prompt = tokens[real].unsqueeze(0)
+        if chosen.streamer is not None:
+            chosen.streamer.put(prompt.cpu())
+        drafter = Drafter(model, prompt, forced.rows([row]), chosen)
+        drafter.decode()
+        drafters.append(drafter)
+    if chosen.streamer is not None:
+        chosen.streamer.end()
+    texts = [torch.tensor(each.tokens) for each in drafters]
+    new = pad_sequence(texts, batch_first=True, padding_value=chosen.pad).to(ids.device)
+    sequences = torch.cat([ids, new], 1)
+    if option_value("return_dict_in_generate", options, defaults):
+        return LosslessOutput.of(sequences, drafters)
+    return sequences

@@ -11,26 +11,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 @dataclass
 class RouterAugmentedOutput(CausalLMOutputWithPast):
-    """The output of the wrapped model plus what routing adds.
+    """The output of the wrapped model plus what routing adds."""
 
-    Attributes:
-        rho: [B, L] fp32, with gradient in a teacher-forced pass.
-        loss_terms: Scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²), `non_skip`
-            (Σ_i batch mean of rho_i), and the label `token_count`; None without labels.
-        token_losses: [B, T] fp32, the cross-entropy of every labelled token and 0 elsewhere; None without labels.
-        states: [N, D], the decoder's output where it predicts a labelled token, row by row; only with
-            `keep_logits=False`.
-        ran: [B, T, L] boolean, the layers each token ran; only for forced routes, teacher-forced.
-        aux_loss, router_logits: Of a mixture of experts that was asked for them.
-    """
-
-    rho: Tensor | None = None
-    # ModelOutput leaves out fields that are None; with labels it is always there.
+    rho: Tensor | None = None  # [B, L] fp32, with gradient in a teacher-forced pass
+    # With labels always there: scalars `cross_entropy` (mean over label tokens), `regularization` (Σ ||r_i||²),
+    # `non_skip` (Σ_i batch mean of rho_i), and the label `token_count`.
     loss_terms: dict[str, Tensor] = None  # type: ignore[assignment]
-    token_losses: Tensor | None = None
-    states: Tensor | None = None
-    ran: Tensor | None = None
-    aux_loss: Tensor | None = None
+    token_losses: Tensor | None = None  # [B, T] fp32, of every labelled token and 0 elsewhere; with labels
+    states: Tensor | None = None  # [N, D], the decoder's output where it predicts labels; with `keep_logits=False`
+    ran: Tensor | None = None  # [B, T, L] boolean, the layers each token ran; teacher-forced, for forced routes
+    aux_loss: Tensor | None = None  # of a mixture of experts that was asked for it, as are
     router_logits: tuple[Tensor, ...] | None = None
 
 

@@ -12,24 +12,15 @@ from transformers import DynamicCache
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of each row go: prompts padded on the left, responses right behind them, padded on the right.
+    """Where the tokens of each row go: prompts padded on the left, responses right behind them, padded on the right."""
 
-    Attributes:
-        columns: [B, P + R], the column each token comes from.
-        real: [B, P + R] boolean, false on padding.
-        prompt_length: P.
-    """
-
-    columns: Tensor
-    real: Tensor
-    prompt_length: int
+    columns: Tensor  # [B, P + R], the column each token comes from
+    real: Tensor  # [B, P + R] boolean, false on padding
+    prompt_length: int  # P
 
     @classmethod
     def of(cls, prompt: Tensor, response: Tensor) -> Layout | None:
-        """The layout of prompt and response tokens, [B, T] boolean each.
-
-        None if one side is empty or a prompt token stands behind one of the response.
-        """
+        """Of tokens [B, T] boolean each; None if one side is empty or a prompt token stands behind a response."""
         longest, room = int(prompt.sum(1).max()), int(response.sum(1).max())
         if 0 in (longest, room) or (prompt & (response.cumsum(1) > 0)).any():
             return None
@@ -70,20 +61,13 @@ class PromptCache(DynamicCache):
 
 @dataclass(frozen=True)
 class PromptReading:
-    """All that responses need of their prompts: reading it once serves any number of passes over the responses.
-
-    Attributes:
-        ids: [B, P + R].
-        cache: Frozen, with the prompts' keys and values of every layer.
-        states: [B, P, D], the decoder's output on the prompts.
-        rho: [B, L], with the routers' gradient where there is one.
-    """
+    """All that responses need of their prompts: reading it once serves any number of passes over the responses."""
 
     layout: Layout
-    ids: Tensor
-    cache: PromptCache
-    states: Tensor
-    rho: Tensor
+    ids: Tensor  # [B, P + R]
+    cache: PromptCache  # frozen
+    states: Tensor  # [B, P, D], the decoder's output on the prompts
+    rho: Tensor  # [B, L], with the routers' gradient where there is one
 
     @property
     def num_bytes(self) -> int:

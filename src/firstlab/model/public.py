@@ -1,4 +1,5 @@
 """What `firstlab.model` offers."""
+# ruff: noqa: F401
 
 from firstlab.model.cache import RoutedCache
 from firstlab.model.generation_options import stop_tokens
@@ -20,27 +21,3 @@ from firstlab.model.routes import (
 )
 from firstlab.model.settings import LoraSettings, RouterSettings
 from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer
-
-__all__ = [
-    "EarlyExit",
-    "FixedRoutes",
-    "LoraSettings",
-    "ModelUnavailableError",
-    "PromptReading",
-    "PrunedRoutes",
-    "RoutedCache",
-    "RouterAugmentedLM",
-    "RouterAugmentedOutput",
-    "RouterSettings",
-    "Routers",
-    "Routes",
-    "StepRoutes",
-    "as_routes",
-    "check_lora",
-    "layer_skips",
-    "load_base_config",
-    "load_tokenizer",
-    "routes_from_json",
-    "routes_to_json",
-    "stop_tokens",
-]

@@ -1,7 +1,4 @@
-"""Weight-only quantization of the decoder layers through torchao, for decoding alone.
-
-On a CPU torch's kernels replace torchao's products, which expand the weights at every call or do not exist.
-"""
+"""Weight-only quantization of the decoder layers through torchao, on a CPU with torch's own kernels; to decode only."""
 
 from __future__ import annotations
 
@@ -27,22 +24,14 @@ _GROUP = 32
 
 def check_quantization(name: str | None) -> None:
     """Raises ValueError if `name` is neither None nor known, or torchao is not installed."""
-    if name is None:
-        return
-    if name not in QUANTIZATIONS:
+    if name not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization={name!r} is unknown: choose one of {', '.join(QUANTIZATIONS)}, or null")
-    if find_spec("torchao") is None:
+    if name is not None and find_spec("torchao") is None:
         raise ValueError(f"quantization={name!r} needs torchao: pip install 'firstlab[quantization]'")
 
 
 def quantize(lm: PreTrainedModel, name: str | None) -> None:
-    """Quantize every `nn.Linear` of the decoder layers in place; None leaves everything as it is.
-
-    The stacked weights of experts stay as they are, with a warning.
-
-    Raises:
-        ValueError: As `check_quantization`, unmerged LoRA, or layers without `nn.Linear`.
-    """
+    """Quantize every `nn.Linear` of the decoder layers in place; stacked weights of experts stay, with a warning."""
     check_quantization(name)
     if name is None:
         return

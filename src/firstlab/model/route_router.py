@@ -38,23 +38,16 @@ class RouteRouter(nn.Module):
     is a text encoder of its own.
 
     `firstlab.training.route_fit` fits it. A fresh one knows the dense route alone.
-
-    Attributes:
-        codebook: [K, L], 1 where the layer runs; the first route is dense.
-        harm_weight, harm_bias: w [K, F] and b [K].
-        length_weight, length_bias: v [F] and c [].
-        rates, prices: [M], ascending: the skip rate over tokens and the μ that makes it.
-        default_rate: [], the skip rate where none is named.
     """
 
-    codebook: Tensor
-    harm_weight: Tensor
-    harm_bias: Tensor
-    length_weight: Tensor
-    length_bias: Tensor
-    rates: Tensor
-    prices: Tensor
-    default_rate: Tensor
+    codebook: Tensor  # [K, L], 1 where the layer runs; the first route is dense
+    harm_weight: Tensor  # w, [K, F]
+    harm_bias: Tensor  # b, [K]
+    length_weight: Tensor  # v, [F]
+    length_bias: Tensor  # c, []
+    rates: Tensor  # [M], ascending: skip rates over tokens
+    prices: Tensor  # [M], the μ that makes each
+    default_rate: Tensor  # [], where no rate is named
 
     def __init__(self, num_layers: int, hidden_size: int, settings: RouterSettings | None = None) -> None:
         super().__init__()
@@ -62,29 +55,26 @@ class RouteRouter(nn.Module):
         self.hidden_size = hidden_size
         self.read_layers = read_layers(num_layers)
         features = len(self.read_layers) * hidden_size
+        self.set_fit(length_weight=torch.zeros(features), length_bias=torch.zeros(()), default_rate=torch.zeros(()))
+        self._set_sizes(routes=1, num_layers=num_layers, prices=1)
+
+    def _set_sizes(self, routes: int, num_layers: int, prices: int) -> None:
         self.set_fit(
-            codebook=torch.ones(1, num_layers),
-            harm_weight=torch.zeros(1, features),
-            harm_bias=torch.zeros(1),
-            length_weight=torch.zeros(features),
-            length_bias=torch.zeros(()),
-            rates=torch.zeros(1),
-            prices=torch.zeros(1),
-            default_rate=torch.zeros(()),
+            codebook=torch.ones(routes, num_layers),
+            harm_weight=torch.zeros(routes, len(self.length_weight)),
+            harm_bias=torch.zeros(routes),
+            rates=torch.zeros(prices),
+            prices=torch.zeros(prices),
         )
 
     def set_fit(self, **tensors: Tensor) -> None:
         """Replace buffers by tensors of a fit, kept in fp32 on the router's device."""
-        device = self.codebook.device if "codebook" in self._buffers else None
+        device = next(self.buffers(), torch.empty(0)).device
         for name, value in tensors.items():
             self.register_buffer(name, value.detach().to(device, torch.float32).contiguous())
 
     def make_room(self, found: Mapping[str, Tensor]) -> None:
-        """Take the number of routes and of prices from saved tensors, whose values are copied afterwards.
-
-        Raises:
-            ValueError: They are no fit of this model's size.
-        """
+        """Take the number of routes and of prices from saved tensors, whose values are copied afterwards."""
         codebook, rates = found.get("codebook"), found.get("rates")
         if codebook is None or rates is None or codebook.ndim != 2 or rates.ndim != 1 or not len(codebook):
             raise ValueError("holds no codebook [routes, layers] and no rates [prices]")
@@ -92,18 +82,10 @@ class RouteRouter(nn.Module):
             raise ValueError("codebook must hold 0 and 1, and begin with the dense route")
         if not len(rates) or (rates.diff() < 0).any():
             raise ValueError("rates must ascend")
-        routes = len(codebook)
-        self.set_fit(
-            codebook=torch.ones(routes, self.num_layers),
-            harm_weight=torch.zeros(routes, self.harm_weight.shape[1]),
-            harm_bias=torch.zeros(routes),
-            rates=torch.zeros(len(rates)),
-            prices=torch.zeros(len(rates)),
-        )
+        self._set_sizes(len(codebook), self.num_layers, len(rates))
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers L."""
         return self.codebook.shape[1]
 
     @property
@@ -117,7 +99,7 @@ class RouteRouter(nn.Module):
 
     @property
     def highest_rate(self) -> float:
-        """The highest skip rate that can be asked for."""
+        """The highest that can be asked for."""
         return float(self.rates[-1])
 
     # -- what the cache and the passes ask, as of `Routers` --
@@ -163,25 +145,14 @@ class RouteRouter(nn.Module):
         return (means.float() @ self.length_weight + self.length_bias).clamp_max(_LONGEST_LOG_LENGTH).exp()
 
     def choose(self, means: Tensor, skip_rate: float | Tensor | None = None) -> Tensor:
-        """[B], the place in the codebook of each prompt's route.
-
-        Args:
-            means: [B, F], z of each prompt.
-            skip_rate: One for all prompts or [B]; None is the default rate.
-
-        Raises:
-            ValueError: A rate outside of what the codebook reaches.
-        """
+        """[B], the place in the codebook of each prompt's route; z [B, F], one rate or [B], None for the default."""
         rate = self.checked_rate(skip_rate).to(means.device)
         return self.cheapest(self.predicted_harm(means), self.predicted_length(means), rate, self.price(rate))
 
     def cheapest(self, harm: Tensor, length: Tensor, rate: Tensor, price: Tensor) -> Tensor:
         """[B], the place of each prompt's route, from what is predicted: harm [B, K] and length [B].
 
-        Args:
-            harm, length: The predictions.
-            rate: [] or [B], the wanted skip rate, by which `price="size"` chooses.
-            price: [] or [B], μ, by which the others do.
+        `price="size"` chooses by the wanted rate, [] or [B]; the others by the price μ, [] or [B].
         """
         if self.settings.max_harm is not None:
             too_much = harm > self.settings.max_harm
@@ -208,32 +179,27 @@ class RouteRouter(nn.Module):
         return torch.lerp(prices[above - 1], prices[above], share.clamp(0, 1))
 
     def checked_rate(self, skip_rate: float | Tensor | None, rows: int | None = None) -> Tensor:
-        """The wanted rate as a tensor, [] or [B].
-
-        Raises:
-            ValueError: It is no number, out of range, or not one per row.
-        """
+        """The wanted rate as a tensor, [] or [B]; ValueError for one out of range, or not one per row."""
         if skip_rate is None:
             return self.default_rate
         rate = torch.as_tensor(skip_rate, dtype=torch.float32, device=self.device)
-        if rate.ndim > 1 or (rows is not None and rate.ndim == 1 and rows % max(1, len(rate))):
+        if rate.ndim > 1 or (rows is not None and rate.ndim == 1 and len(rate) != rows):
             raise ValueError(
                 f"skip_rate has shape {list(rate.shape)} for {rows} prompts; give one rate, or one per prompt"
             )
         highest = self.highest_rate
         if not bool(((rate >= 0) & (rate <= highest + 1e-6)).all()):
             raise ValueError(
-                f"skip_rate={skip_rate if rate.ndim == 0 else rate.tolist()} must lie between 0 and {highest:.3g}, the "
+                f"skip_rate={rate.tolist() if rate.ndim else skip_rate} must lie between 0 and {highest:.3g}, the "
                 "highest rate that this model's codebook of routes reaches"
             )
         return rate
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouteRouter:
         # Follow the model to its device, never to its dtype.
-        before = dict(self._buffers)
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self._buffers[name]
-            if value is not None and after is not None:
-                self._buffers[name] = value.to(after.device) if after.dtype != torch.float32 else after
+        for name, after in list(self.named_buffers()):
+            if after.dtype != torch.float32:
+                self._buffers[name] = before[name].to(after.device)
         return self

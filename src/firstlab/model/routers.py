@@ -59,10 +59,7 @@ def straight_through(rho: Tensor, decision: Tensor) -> Tensor:
 
 
 def mix(hidden: Tensor, output: Tensor, gate: Tensor) -> Tensor:
-    """h_i = h_{i-1} + g · phi_i(h_{i-1}), exact at g = 0 and g = 1.
-
-    `hidden` [B, T, D] is the layer's input, `output` is F_i(hidden) = hidden + phi_i(hidden), `gate` is [B, T].
-    """
+    """h + g · phi(h), exact at g = 0 and g = 1, of a layer's input h and output h + phi(h) [B, T, D]; gate [B, T]."""
     return torch.lerp(hidden, output, gate.to(output.dtype).unsqueeze(-1).expand_as(output))
 
 
@@ -77,15 +74,12 @@ def float32_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 class Routers(nn.Module):
-    """One router r_i in R^D per layer, without bias, kept in fp32 on whatever device the model is.
-
-    Starts as a standard linear layer does (uniform within 1/sqrt(D)), which puts every rho near 0.5.
-    """
+    """One router r_i in R^D per layer, without bias, kept in fp32 on whatever device the model is."""
 
     def __init__(self, num_layers: int, hidden_size: int, settings: RouterSettings | None = None) -> None:
         super().__init__()
         self.settings = settings or RouterSettings()
-        bound = hidden_size**-0.5
+        bound = hidden_size**-0.5  # as a standard linear layer, which puts every rho near 0.5
         self.weight = nn.Parameter(torch.empty(num_layers, hidden_size).uniform_(-bound, bound))
 
     @property
@@ -138,8 +132,7 @@ class Routers(nn.Module):
         """Raises ValueError if a rate is asked for: it was fixed in training."""
         if skip_rate is not None:
             raise ValueError(
-                f"skip_rate={skip_rate} needs a model with router.kind=routes; routers per layer skip at the rate that "
-                "they were trained for"
+                f"skip_rate={skip_rate} needs router.kind=routes; routers per layer skip at the rate they learned"
             )
 
     def decide(self, rho: Tensor) -> Tensor:

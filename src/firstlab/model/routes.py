@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from firstlab.model.settings import check_choice
+
 CONFIDENCES = ("softmax", "gap", "cosine")
 
 
@@ -31,13 +33,13 @@ class Routes(ABC):
     def check(self, num_layers: int, prompts: int | None = None) -> None:
         """Raises ValueError if the routes do not fit the number of layers or of prompts."""
 
-    @abstractmethod
     def first(self, num_layers: int) -> Tensor:
         """[R, L], the layers that the first decode step may run; R is 1 where all rows share them."""
+        return torch.ones(1, num_layers, dtype=torch.bool)
 
-    @abstractmethod
     def gates(self, steps: Tensor) -> Tensor | None:
         """Layers of tokens at steps [B, T] (-1: no response), as [B or 1, T or 1, L]; None where states decide."""
+        return None
 
     def window(self, start: int, steps: int) -> Tensor | None:
         """[steps, L], what all rows run at steps start … start + steps - 1; None where no schedule says it."""
@@ -67,27 +69,12 @@ class Routes(ABC):
 
 @dataclass(frozen=True, eq=False)
 class RoutersDecide(Routes):
-    """The routers read each prompt and decide, which they also do where no routes are given.
+    """The routers read each prompt and decide, which they also do where no routes are given."""
 
-    Attributes:
-        skip_rate: The rate over tokens that a `RouteRouter` aims at: a number, or [B] with one per prompt; None is its
-            default.
-    """
-
-    skip_rate: float | Tensor | None = None
+    skip_rate: float | Tensor | None = None  # that a `RouteRouter` aims at: one for all prompts or [B]; None: its own
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
-        rate = self.skip_rate
-        if isinstance(rate, Tensor) and rate.ndim and prompts is not None and len(rate) != prompts:
-            raise ValueError(
-                f"skip_rate has {len(rate)} values for {prompts} prompts; give one rate, or one per prompt"
-            )
-
-    def first(self, num_layers: int) -> Tensor:
-        return torch.ones(1, num_layers, dtype=torch.bool)
-
-    def gates(self, steps: Tensor) -> None:
-        return None
+        """Routes that are still to be decided fit; the routers check the rate (`checked_rate`)."""
 
     def rows(self, index: Sequence[int]) -> Routes:
         rate = self.skip_rate
@@ -204,34 +191,24 @@ class StepRoutes(Routes):
 class EarlyExit(Routes):
     """Early exit with state propagation (CALM, Schuster et al. 2022): each row, each token by itself.
 
-    A token leaves at the first layer whose confidence passes the threshold; its state goes unchanged to the final norm
-    and the LM head. The layers above keep keys and values of that exit state, so that a later token may go deeper.
-    `generate` runs every layer in full, so it shows the quality of early exit and not its speed; the decode engine
-    computes only keys and values above the exit.
+    A token leaves at the first layer whose confidence reaches the threshold; its state goes unchanged to the final norm
+    and the LM head. The layers above keep keys and values of that state, so that a later token may go deeper.
+    `generate` computes those layers in full and shows only the quality; the decode engine also saves the time.
 
-    Attributes:
-        threshold: A token exits at the first layer whose confidence is at least this.
-        confidence: "softmax" (top-1 probability of the LM head on the layer's output), "gap" (top-1 minus top-2
-            probability, CALM's softmax response) or "cosine" (of the layer's input and output, CALM's state
-            saturation).
-        min_layers: Layers that every token runs.
-        decay: τ of CALM's decaying threshold clip(0.9 · threshold + 0.1 · exp(-τ · t / horizon), 0, 1) at decode step
-            t; None keeps it constant.
-        horizon: N of that formula, the maximal response length.
+    `confidence` is "softmax" (top-1 probability of the LM head on the layer's output), "gap" (top-1 minus top-2
+    probability, CALM's softmax response) or "cosine" (of the layer's input and output, CALM's state saturation).
+    With `decay` τ the threshold at decode step t is CALM's clip(0.9 · threshold + 0.1 · exp(-τ · t / horizon), 0, 1).
     """
 
     threshold: float
     confidence: str = "softmax"
-    min_layers: int = 1
+    min_layers: int = 1  # that every token runs
     decay: float | None = None
-    horizon: int | None = None
+    horizon: int | None = None  # the maximal response length
     decides_each_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.confidence not in CONFIDENCES:
-            raise ValueError(
-                f"EarlyExit: confidence={self.confidence!r} is unknown; choose one of {', '.join(CONFIDENCES)}"
-            )
+        check_choice("EarlyExit: confidence", self.confidence, CONFIDENCES)
         if not math.isfinite(self.threshold):
             raise ValueError(f"EarlyExit: threshold={self.threshold} must be a finite number")
         if self.min_layers < 1:
@@ -245,12 +222,6 @@ class EarlyExit(Routes):
     def check(self, num_layers: int, prompts: int | None = None) -> None:
         if self.min_layers > num_layers:
             raise ValueError(f"EarlyExit: min_layers={self.min_layers} but the model has {num_layers} layers")
-
-    def first(self, num_layers: int) -> Tensor:
-        return torch.ones(1, num_layers, dtype=torch.bool)
-
-    def gates(self, steps: Tensor) -> None:
-        return None
 
     @property
     def exit_rule(self) -> EarlyExit:
@@ -278,11 +249,7 @@ class EarlyExit(Routes):
 class ExitPass:
     """Which tokens of one forward pass have not left yet.
 
-    Args:
-        rule: When to exit.
-        head: Logits [N, V] of intermediate states [N, D].
-        steps: [B, T] decode steps, -1 on tokens that run every layer (prompt and padding).
-        num_layers: L.
+    `head` gives logits [N, V] of states [N, D]; `steps` [B, T] is -1 on tokens that run every layer (prompt, padding).
     """
 
     def __init__(self, rule: EarlyExit, head: Callable[[Tensor], Tensor], steps: Tensor, num_layers: int) -> None:
@@ -298,22 +265,22 @@ class ExitPass:
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any]) -> Any:
         """Run the layer for everyone, keep its output for the tokens that have not left, and let some of them leave."""
         output = run()
-        state = output[0] if isinstance(output, tuple) else output
-        active = self._active.to(state.device)
-        state = torch.where(active.unsqueeze(-1), state, hidden)
+        computed = output[0] if isinstance(output, tuple) else output
+        active, steps = self._active.to(computed.device), self._steps.to(computed.device)
+        state = torch.where(active.unsqueeze(-1), computed, hidden)
         self._ran.append(active)
-        if self._rule.min_layers <= index + 1 <= self._last:
-            self._active = active & ~self._leaves(active, hidden.detach(), state.detach())
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
-    def _leaves(self, active: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        steps = self._steps.to(after.device)
         asked = active & (steps >= 0)
-        leaves = torch.zeros_like(asked)
-        if asked.any():
-            confidence = self._rule.confidence_of(before[asked], after[asked], self._head).to(after.device)
-            leaves[asked] = confidence >= self._rule.thresholds(steps[asked])
-        return leaves
+        if self._rule.min_layers <= index + 1 <= self._last and asked.any():
+            before, after = hidden.detach()[asked], state.detach()[asked]
+            confidence = self._rule.confidence_of(before, after, self._head).to(after.device)
+            active = active.masked_scatter(asked, ~(confidence >= self._rule.thresholds(steps[asked])))
+        self._active = active
+        return with_state(output, state)
+
+
+def with_state(output: Any, state: Tensor) -> Any:
+    """A layer's output, which older architectures give as a tuple, with another hidden state."""
+    return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
 def as_routes(given: Routes | Tensor) -> Routes:
@@ -328,11 +295,7 @@ def as_routes(given: Routes | Tensor) -> Routes:
 
 
 def as_asked(routes: Routes | Tensor | None, skip_rate: float | Tensor | None) -> Routes | None:
-    """What the arguments `routes` and `skip_rate` of a decoder say together; None leaves all to the routers.
-
-    Raises:
-        ValueError: Both are given.
-    """
+    """What the arguments `routes` and `skip_rate` of a decoder say together; None leaves all to the routers."""
     if skip_rate is None:
         return None if routes is None else as_routes(routes)
     if routes is not None:

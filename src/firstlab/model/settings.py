@@ -11,36 +11,29 @@ PRICES = ("auto", "length", "tokens", "size")
 LATER = {"later": True}
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
 @dataclass(frozen=True)
 class RouterSettings:
-    """What a set of routers needs to be used as it was trained.
+    """What a set of routers needs to be used as it was trained."""
 
-    Attributes:
-        input_norm: "none" (paper) or "rms"; of routers per layer.
-        threshold: A layer runs when rho >= threshold; 0.5 in the paper.
-        kind: "layers" (the paper: one router per layer) or "routes" (`RouteRouter`: one router over whole routes).
-        price: What a `RouteRouter` pays for time: "length" (per expected token of the response), "tokens" (the same for
-            every prompt), "size" (no price, routes of one size) or "auto" (the better of the first two by the
-            validation score).
-        max_harm: No prompt gets a route whose predicted rise of the loss per token is above it; None is no limit.
-    """
-
-    input_norm: str = "none"
-    threshold: float = 0.5
+    input_norm: str = "none"  # or "rms"; of routers per layer
+    threshold: float = 0.5  # a layer runs when rho >= threshold
+    # "layers" (the paper: one router per layer) or "routes" (`RouteRouter`: one router over whole routes)
     kind: str = field(default="layers", metadata=LATER)
+    # What a `RouteRouter` pays for time: "length" (per expected token of the response), "tokens" (the same for every
+    # prompt), "size" (no price, routes of one size) or "auto" (the better of the first two by the validation score).
     price: str = field(default="auto", metadata=LATER)
+    # No prompt gets a route whose predicted rise of the loss per token is above it; None is no limit.
     max_harm: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
-        if self.input_norm not in INPUT_NORMS:
-            raise ValueError(
-                f"router.input_norm={self.input_norm!r} is unknown; choose one of {', '.join(INPUT_NORMS)}"
-            )
-        for name, allowed in (("kind", KINDS), ("price", PRICES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"router.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
-                )
+        check_choice("router.input_norm", self.input_norm, INPUT_NORMS)
+        check_choice("router.kind", self.kind, KINDS)
+        check_choice("router.price", self.price, PRICES)
         if self.max_harm is not None and not self.max_harm > 0:
             raise ValueError(f"router.max_harm={self.max_harm} must be above 0, or null for no limit")
         if not 0 < self.threshold < 1:
@@ -49,19 +42,12 @@ class RouterSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA hyper-parameters; the defaults are the paper's (A.4).
-
-    Attributes:
-        rank: r.
-        lora_alpha: Scaling; the update is multiplied by lora_alpha / rank.
-        dropout: On the input of the adapter.
-        target_modules: Module names, or None for every linear map of the decoder layers (q, k, v, o, gate, up, down,
-            or the architecture's equivalents).
-    """
+    """LoRA hyper-parameters; the defaults are the paper's (A.4)."""
 
     rank: int = 8
-    lora_alpha: int = 32
-    dropout: float = 0.1
+    lora_alpha: int = 32  # the update is multiplied by lora_alpha / rank
+    dropout: float = 0.1  # on the adapter's input
+    # Names of linear maps; None for all of the decoder layers (q, k, v, o, gate, up, down, or what stands for them).
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:

@@ -47,17 +47,12 @@ class ModelUnavailableError(ValueError):
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What config.json of a folder written by firstlab says.
-
-    Attributes:
-        base: Hub id or folder of the base model.
-        files: The other files that belong to it, with their SHA-256; None if it was saved before there were any.
-    """
+    """What config.json of a folder written by firstlab says."""
 
     folder: Path
-    base: str
+    base: str  # hub id or folder of the base model
     router: RouterSettings
-    files: Mapping[str, str] | None
+    files: Mapping[str, str] | None  # the others, with their SHA-256; None if it was saved before there were any
 
     @property
     def adapter(self) -> str:
@@ -101,12 +96,9 @@ def _unavailable(path: str, error: Exception, what: str = "") -> ModelUnavailabl
 
 
 def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """A causal LM from a hub id or folder, from safetensors, without remote code.
+    """A causal LM from a hub id or folder, from safetensors, without remote code; ModelUnavailableError if it fails.
 
     With `merge`, the adapter of a PEFT folder becomes part of the weights, and the folder stays the model's name.
-
-    Raises:
-        ModelUnavailableError: It cannot be loaded, or lacks weights that its config asks for.
     """
     path = expanded(path)
     # Without trust_remote_code=False transformers would ask at the terminal.
@@ -124,17 +116,15 @@ def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTraine
                     f"model.path={path!r} is DoRA, of which transformers loses the magnitudes: load it with merge=True"
                 )
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-        model, info = loaded
     except Exception as error:  # a damaged folder breaks its readers in many ways
         machine = isinstance(error, RuntimeError | MemoryError) and not isinstance(error, RecursionError)
         if machine or isinstance(error, ModelUnavailableError):
             raise
         raise _unavailable(path, error) from error
+    model, info = loaded
     # transformers would draw these at random and go on.
-    absent = sorted(info["missing_keys"])
-    misfits = sorted(name for name, *_ in info["mismatched_keys"])
-    if absent or misfits:
-        faults = [f"{len(x)} {what} ({x[0]}, ...)" for x, what in ((absent, "missing"), (misfits, "misshapen")) if x]
+    misfits = {"missing": info["missing_keys"], "misshapen": [name for name, *_ in info["mismatched_keys"]]}
+    if faults := [f"{len(names)} {what} ({min(names)}, ...)" for what, names in misfits.items() if names]:
         raise ModelUnavailableError(
             f"model.path={path!r}: the weights do not fit config.json: {' and '.join(faults)}; copy or download the "
             "whole model again"
@@ -151,9 +141,8 @@ def _merged(path: str, found: dict[str, Any], hub: dict[str, Any], options: dict
         raise ModelUnavailableError(f"{path} has no {_ADAPTER_WEIGHTS}, the one format read; save the adapter again")
     config = _adapter_config(found)
     base = load_base(str(config.base_model_name_or_path), **options)
-    model: PreTrainedModel = PeftModel.from_pretrained(base, path, config=config, **hub).merge_and_unload(
-        safe_merge=True
-    )
+    adapted: Any = PeftModel.from_pretrained(base, path, config=config, **hub)
+    model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     model.config._name_or_path = path
     return model.requires_grad_(True)
 
@@ -161,9 +150,8 @@ def _merged(path: str, found: dict[str, Any], hub: dict[str, Any], options: dict
 def _check_folder(path: str, options: Mapping[str, Any]) -> None:
     """Look into the files that transformers believes, before it does.
 
-    Raises:
-        ModelUnavailableError: The generation config is damaged, which transformers would replace in silence; or a file
-            names code to import: a package of PEFT's, or attention kernels of the hub.
+    Refused are a damaged generation config, which transformers would replace in silence, and files that name code to
+    import: a package of PEFT's, or attention kernels of the hub.
     """
     file = Path(path) / "generation_config.json"
     if file.is_file():
@@ -178,15 +166,14 @@ def _check_folder(path: str, options: Mapping[str, Any]) -> None:
         configs.append((str(found.get("base_model_name_or_path")), {}))
     if "attn_implementation" not in options:
         for place, where in configs:
-            config = None
-            with suppress(Exception):  # what cannot be read asks for nothing
+            try:
                 config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
-            if config is not None:
-                _refuse_kernels(path, config)
+            except Exception:  # what cannot be read asks for nothing
+                continue
+            _refuse_kernels(path, config)
 
 
 def _refuse_kernels(path: str, config: PretrainedConfig) -> None:
-    """Raises ModelUnavailableError for a config that asks for attention code of the hub."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if "/" in (name := str(getattr(part, "_attn_implementation", ""))):
             raise ModelUnavailableError(
@@ -206,14 +193,10 @@ def load_base_config(
     attn_implementation: str | None = None,
     gguf_file: str | None = None,
 ) -> PretrainedConfig:
-    """The config of a base model, without its weights; of a folder written by firstlab, that of its base.
-
-    Raises:
-        ModelUnavailableError: It cannot be loaded, or asks for attention code of the hub, and no other is given.
-    """
+    """The config of a base model, without its weights; of a folder written by firstlab, that of its base."""
     location = _base_of(path)
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
         config = AutoConfig.from_pretrained(location, trust_remote_code=False, revision=revision, **gguf)
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
@@ -227,9 +210,6 @@ def load_tokenizer(path: str | Path, revision: str | None = None, gguf_file: str
     """The tokenizer of a hub id or folder; of a folder of firstlab or PEFT without one, that of its base.
 
     That of a GGUF file counts where its folder has none.
-
-    Raises:
-        ModelUnavailableError: It cannot be loaded.
     """
     own = (Path(expanded(path)) / "tokenizer_config.json").is_file()
     location = expanded(path) if own else _base_of(path)
@@ -251,23 +231,17 @@ def _base_of(path: str | Path) -> str:
 
 
 def read_config(path: str | Path) -> SavedModel | None:
-    """What a folder's config.json says, or None if `save_pretrained` did not write it.
-
-    Raises:
-        ModelUnavailableError: It did, and the file is damaged.
-    """
+    """What a folder's config.json says, or None if `save_pretrained` did not write it."""
     folder = Path(expanded(path))
     file = folder / "config.json"
-    if not file.is_file():
-        if (folder / _ROUTER_WEIGHTS).is_file():
-            # transformers would load the base and its adapter, and the routers would be fresh ones.
+    config = _read_object(file) if file.is_file() else None
+    if config is None or config.get("model_type") != FORMAT:
+        if not (folder / _ROUTER_WEIGHTS).is_file():
+            return None
+        # transformers would load the base and its adapter, and the routers would be fresh ones.
+        if config is None:
             raise ModelUnavailableError(f"{path} has {_ROUTER_WEIGHTS} but no config.json; {_AGAIN}")
-        return None
-    config = _read_object(file)
-    if config.get("model_type") != FORMAT:
-        if (folder / _ROUTER_WEIGHTS).is_file():
-            raise ModelUnavailableError(f"{file} beside {_ROUTER_WEIGHTS} must have model_type={FORMAT!r}; {_AGAIN}")
-        return None
+        raise ModelUnavailableError(f"{file} beside {_ROUTER_WEIGHTS} must have model_type={FORMAT!r}; {_AGAIN}")
     if missing := [key for key in ("base_model_name_or_path", "router") if key not in config]:
         raise ModelUnavailableError(f"{file} has no key {' and no key '.join(missing)}; {_AGAIN}")
     base, files = config["base_model_name_or_path"], config.get("files")
@@ -304,9 +278,6 @@ def save(
         tokenizer: Hub id or folder that has the base's tokenizer; where there is none, the folder gets none.
         published: Put the adapter into a folder of its own: beside config.json, transformers would take a repository of
             the hub for an adapter, and leave out its routers.
-
-    Raises:
-        ValueError: The base has no name to find it by and is not saved along, or there are several adapters.
     """
     directory = Path(expanded(path))
     base = lm.config._name_or_path
@@ -315,7 +286,12 @@ def save(
             "the base weights could not be found again: the model was not loaded from a path or hub id, or LoRA was "
             "merged into it; use save_pretrained(dir, save_base=True)"
         )
-    adapter_name = _adapter_name(lm)
+    adapter_name: str | None = None
+    if any(True for _ in lora_layers(lm)):
+        adapter_name, *others = lm.peft_config
+        if others:
+            several = ", ".join(lm.peft_config)
+            raise ValueError(f"the model has several adapters ({several}), and a folder holds one; merge them first")
     if save_base and adapter_name is not None:
         raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
     directory.mkdir(parents=True, exist_ok=True)
@@ -358,23 +334,8 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _adapter_name(lm: PreTrainedModel) -> str | None:
-    if not any(True for _ in lora_layers(lm)):
-        return None
-    names = list(lm.peft_config)
-    if len(names) > 1:
-        raise ValueError(
-            f"the model has several adapters ({', '.join(names)}), and a folder holds one; merge them first"
-        )
-    return names[0]
-
-
 def load_trained(lm: PreTrainedModel, routers: Routers | RouteRouter, saved: SavedModel) -> None:
-    """Put saved routers and adapter into a freshly wrapped base.
-
-    Raises:
-        ValueError: A file is missing or damaged, is not the one that was saved, or does not fit the base.
-    """
+    """Put saved routers and adapter into a freshly wrapped base."""
     adapter = [f"{saved.adapter}{name}" for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG)]
     names = [_ROUTER_WEIGHTS, *(adapter if saved.has_adapter else [])]
     for name in names:
@@ -411,13 +372,15 @@ def _adapter_config(found: dict[str, Any]) -> LoraConfig:
     # A newer PEFT's keys may be there, as long as they are off.
     if unknown := sorted(key for key in found.keys() - known if found[key]):
         raise ValueError(f"the installed PEFT knows no {unknown[0]!r}")
-    if not isinstance(base := found.get("base_model_name_or_path"), str | None):
-        raise ValueError(f"base_model_name_or_path={base!r} must be text")
-    for key, kind in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
+    for key, kind, wanted in (
+        ("base_model_name_or_path", str | None, "text"),
+        ("r", int, "a number"),
+        ("lora_alpha", int | float, "a number"),
+        ("lora_dropout", int | float, "a number"),
+        ("target_modules", str | list, "names of modules"),
+    ):
         if isinstance(found.get(key), bool) or not isinstance(found.get(key), kind):
-            raise ValueError(f"{key}={found.get(key)!r} must be a number")
-    if not isinstance(found.get("target_modules"), str | list):
-        raise ValueError(f"target_modules={found.get('target_modules')!r} must be names of modules")
+            raise ValueError(f"{key}={found.get(key)!r} must be {wanted}")
     return LoraConfig(**{key: value for key, value in found.items() if key in known})
 
 

@@ -1,13 +1,9 @@
-"""Teacher-forced passes: the paper's soft forward (§4.1) and the decode-consistent forward.
-
-`soft` mixes every token with rho. `decode_consistent` does in one pass what inference does in many: prompt tokens run
-all layers unmixed, response tokens pass through the gates that the prompt's rho sets, so that at a kept layer they
-attend to the prompt's keys and values of that layer, exactly as with a KV cache.
-"""
+"""Teacher-forced passes: the paper's soft forward (§4.1) and the decode-consistent forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,24 +13,23 @@ from torch.utils.checkpoint import checkpoint
 
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, mix, pool, straight_through
-from firstlab.model.routes import ExitPass, Routes, as_routes, decode_steps
+from firstlab.model.routes import ExitPass, Routes, as_routes, decode_steps, with_state
+from firstlab.model.settings import check_choice
 
 OBJECTIVES = ("soft", "decode_consistent")
 GATES = ("soft", "hard", "bernoulli")
 POOLED_TOKENS = ("sequence", "prompt")
 
 
+@dataclass(eq=False)
 class PromptPass:
-    """Measures on the unskipped path, as prefill does, what the routers decide by.
+    """Measures on the unskipped path, as prefill does, what the routers decide by."""
 
-    Args:
-        routers: The routers.
-        prompt_mask: [B, T] boolean, true on prompt tokens.
-        constant: The hidden states need no gradient: no graph but that from rho to the per-layer routers.
-    """
+    routers: Routers | RouteRouter
+    prompt_mask: Tensor  # [B, T] boolean, true on prompt tokens
+    constant: bool = False  # hidden states without a gradient: no graph but that from rho to the per-layer routers
 
-    def __init__(self, routers: Routers | RouteRouter, prompt_mask: Tensor, constant: bool = False) -> None:
-        self.routers, self.prompt_mask, self.constant = routers, prompt_mask, constant
+    def __post_init__(self) -> None:
         self._readings: list[tuple[Tensor, ...]] = []
         self._rho: list[Tensor] = []
 
@@ -58,77 +53,56 @@ class PromptPass:
         return run()
 
 
+@dataclass(eq=False)
 class TeacherForcedPass:
     """Routing of one forward pass over whole sequences.
 
-    Args:
-        routers: The routers.
-        attention_mask: [B, T] boolean, false on padding.
-        prompt_mask: [B, T] boolean, true on prompt tokens.
-        objective: "soft" or "decode_consistent".
-        gate: "soft" (g = rho), "hard" (g = rho >= threshold, gradient of rho) or "bernoulli" (g drawn with
-            probability rho, gradient of rho).
-        pooled_tokens: "sequence" (paper) or "prompt" (what inference sees); decode_consistent always pools the prompt.
-        routes: Gates to use instead of the routers'. Those that change from token to token, or that the prompt follows
-            too, need decode_consistent.
-        exit_head: Logits of intermediate states; for `EarlyExit`.
-        checkpoint_layers: Recompute each layer in the backward pass instead of keeping its activations.
-        prompt_rho: [B, L] of prompts that were read before: the tokens are their responses alone.
-        states: Where the input of every layer is kept, [L], to be shared with a pass under other routes.
-        known: So many of `states` hold already what this pass would compute: it goes on from the last of them.
+    The objective "soft" mixes every token with rho. "decode_consistent" does in one pass what inference does in many:
+    prompt tokens run all layers unmixed, and response tokens pass through the gates that the prompt's rho sets, so that
+    at a kept layer they attend to the prompt's keys and values, exactly as with a KV cache.
     """
 
-    def __init__(
-        self,
-        routers: Routers | RouteRouter,
-        attention_mask: Tensor,
-        prompt_mask: Tensor,
-        objective: str = "soft",
-        gate: str = "soft",
-        pooled_tokens: str = "sequence",
-        routes: Routes | Tensor | None = None,
-        exit_head: Callable[[Tensor], Tensor] | None = None,
-        checkpoint_layers: bool = False,
-        prompt_rho: Tensor | None = None,
-        states: list[Tensor | None] | None = None,
-        known: int = 0,
-    ) -> None:
-        self.routers = routers
+    routers: Routers | RouteRouter
+    attention_mask: Tensor  # [B, T] boolean, false on padding
+    prompt_mask: Tensor  # [B, T] boolean, true on prompt tokens
+    objective: str = "soft"
+    # "soft" (g = rho), "hard" (g = rho >= threshold) or "bernoulli" (drawn with probability rho), with rho's gradient.
+    gate: str = "soft"
+    pooled_tokens: str = "sequence"  # (paper) or "prompt" (what inference sees, and decode_consistent always)
+    # Used instead of the routers' gates. Routes that change from token to token, or that the prompt follows too, need
+    # decode_consistent.
+    routes: Routes | Tensor | None = None
+    exit_head: Callable[[Tensor], Tensor] | None = None  # logits of intermediate states; for `EarlyExit`
+    checkpoint_layers: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    prompt_rho: Tensor | None = None  # [B, L] of prompts that were read before: the tokens are their responses alone
+    states: list[Tensor | None] | None = None  # [L], each layer's input, to be shared with a pass under other routes
+    known: int = 0  # so many of `states` are already what this pass would compute: it goes on from the last of them
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("gate", self.gate, GATES)
+        check_choice("pooled_tokens", self.pooled_tokens, POOLED_TOKENS)
+        self.decode_consistent = self.objective == "decode_consistent"
+        pools_prompt = self.decode_consistent or self.pooled_tokens == "prompt"
+        self._pooled = self.prompt_mask if pools_prompt else self.attention_mask
         self._rho: list[Tensor] = []
-        for name, value, allowed in (
-            ("objective", objective, OBJECTIVES),
-            ("gate", gate, GATES),
-            ("pooled_tokens", pooled_tokens, POOLED_TOKENS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
-        self.decode_consistent = objective == "decode_consistent"
-        self.gate = gate
-        self.prompt_mask = prompt_mask
-        self.pooled = prompt_mask if self.decode_consistent or pooled_tokens == "prompt" else attention_mask
         self._gates: Tensor | None = None
         self._exits: ExitPass | None = None
-        if routes is not None:
-            self._follow(as_routes(routes), objective, attention_mask, exit_head)
-        self.checkpoint_layers = checkpoint_layers
-        self._prompt_rho = prompt_rho
-        self._states, self._known = states, known
+        if self.routes is not None:
+            self._follow(as_routes(self.routes))
 
-    def _follow(
-        self, routes: Routes, objective: str, attention_mask: Tensor, head: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        routes.check(self.routers.num_layers, len(attention_mask))
+    def _follow(self, routes: Routes) -> None:
+        routes.check(self.routers.num_layers, len(self.attention_mask))
         if not self.decode_consistent and (routes.decides_each_step or routes.skips_prompt):
             raise ValueError(
-                f"objective={objective!r} mixes prompt and response tokens alike and cannot follow "
+                f"objective={self.objective!r} mixes prompt and response tokens alike and cannot follow "
                 f"{type(routes).__name__}; use objective='decode_consistent'"
             )
-        steps = decode_steps(attention_mask & ~self.prompt_mask)
+        steps = decode_steps(self.attention_mask & ~self.prompt_mask)
         if routes.exit_rule is not None:
-            assert head is not None
-            self._exits = ExitPass(routes.exit_rule, head, steps, self.routers.num_layers)
-        gates = routes.gates(steps)
-        if gates is not None:
+            assert self.exit_head is not None
+            self._exits = ExitPass(routes.exit_rule, self.exit_head, steps, self.routers.num_layers)
+        if (gates := routes.gates(steps)) is not None:
             gates = gates.expand(*steps.shape, -1)
             unmixed_prompt = self.decode_consistent and not routes.skips_prompt
             self._gates = gates | self.prompt_mask.unsqueeze(-1) if unmixed_prompt else gates
@@ -148,17 +122,18 @@ class TeacherForcedPass:
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """Run the layer and mix its output with its input by the gate."""
-        if self._states is not None:
-            if index < self._known - 1:
-                output, state = skip(), self._states[index + 1]
-                return (state, *output[1:]) if isinstance(output, tuple) else state
-            self._states[index] = hidden
-        if self._prompt_rho is not None:
-            self._rho.append(self._prompt_rho[:, index].to(hidden.device))
+        if self.states is not None:
+            if index < self.known - 1:
+                state = self.states[index + 1]
+                assert state is not None
+                return with_state(skip(), state)
+            self.states[index] = hidden
+        if self.prompt_rho is not None:
+            self._rho.append(self.prompt_rho[:, index].to(hidden.device))
             if self._gates is not None and not self._gates[..., index].any():
                 return skip()  # forced routes leave it out for every row
         elif isinstance(self.routers, Routers):
-            self._rho.append(pool(self.routers.probabilities(hidden, index), self.pooled.to(hidden.device)))
+            self._rho.append(pool(self.routers.probabilities(hidden, index), self._pooled.to(hidden.device)))
         if self.checkpoint_layers and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         if self._exits is not None:
@@ -170,9 +145,7 @@ class TeacherForcedPass:
             if self.decode_consistent:
                 gate = torch.where(self.prompt_mask.to(hidden.device), 1.0, gate)
         output = run()
-        if isinstance(output, tuple):
-            return (mix(hidden, output[0], gate), *output[1:])
-        return mix(hidden, output, gate)
+        return with_state(output, mix(hidden, output[0] if isinstance(output, tuple) else output, gate))
 
     def _gate(self, rho: Tensor) -> Tensor:
         if self.gate == "hard":
