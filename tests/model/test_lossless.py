@@ -92,6 +92,14 @@ def test_drawn_tokens_follow_the_dense_distribution(options):
     assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
 
 
+@pytest.mark.filterwarnings("ignore:lossless")
+def test_padding_is_no_part_of_a_prompt_without_a_mask():
+    _, model = pair("llama")
+    ids, mask = prompts((5, 9, 12))
+    common = {"routes": SKIPPING, "lossless": True, "max_new_tokens": 8, "do_sample": False, "eos_token_id": 2}
+    assert torch.equal(model.generate(ids, **common), model.generate(ids, mask, **common))
+
+
 def test_drafts_are_as_long_as_pays():
     assert [best_draft(0.3, 0.25), best_draft(1.0, 0.25)] == [0, lossless.MOST_DRAFTED]
     assert expected_speedup(0.8, 0.5, 2) == pytest.approx((1 + 0.8 + 0.64) / (2 * 0.5 + 1))

@@ -17,15 +17,13 @@ from firstlab.training.drawn_routes import DrawnRoutes
 from firstlab.training.route_fit import (
     Measured,
     Ridge,
-    find_codebook,
     fit_router,
-    grown,
     measure,
     rate_over_tokens,
     static_losses,
     use_static,
-    wanted_sizes,
 )
+from firstlab.training.route_search import find_codebook, grown, wanted_sizes
 
 LAYERS, HIDDEN = 8, 4
 FIT = RouteFit(

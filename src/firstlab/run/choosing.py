@@ -25,16 +25,8 @@ from firstlab.store.ranks import barrier, rank
 from firstlab.training.calibration import fit_to_decisions
 from firstlab.training.drawn_routes import DrawnRoutes
 from firstlab.training.prompt_set import PromptSet
-from firstlab.training.route_fit import (
-    Measured,
-    extend,
-    fit_router,
-    grown,
-    measure,
-    read_means,
-    saved_codebook,
-    use_static,
-)
+from firstlab.training.route_fit import Measured, extend, fit_router, measure, read_means, use_static
+from firstlab.training.route_search import grown, saved_codebook
 
 # The best price by the validation score is looked for on so many prompts.
 _SCORED = 128
@@ -61,7 +53,7 @@ def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
         more = _grown(run, turn, measured, router, prompts, fit)
         if len(more):
             measured = extend(measured, measure(prompts, more, folder / f"{name}-grown{turn}"))
-    price, scores = _best_price(run, measured, fit) if wanted == "auto" else (wanted, {})
+    price, scores = _best_price(run, router, measured, fit) if wanted == "auto" else (wanted, {})
     record = fit_router(router, measured, fit, price) | ({"validation_scores": scores} if scores else {})
     if not record["worth"]:
         use_static(router, measured, fit)
@@ -78,16 +70,16 @@ def _grown(run: Run, turn: int, measured: Measured, router: RouteRouter, prompts
     def parse(saved: Any) -> Tensor:
         found = torch.tensor(saved, dtype=torch.bool).reshape(-1, prompts.num_layers)
         known = {tuple(route) for route in measured.routes.tolist()}
-        return torch.stack([each for each in found if tuple(each.tolist()) not in known]) if len(found) else found
+        return found[[tuple(each) not in known for each in found.tolist()]]
 
     return read_own(file, parse)
 
 
-def _best_price(run: Run, measured: Measured, fit: RouteFit) -> tuple[str, dict[str, float]]:
+def _best_price(run: Run, router: RouteRouter, measured: Measured, fit: RouteFit) -> tuple[str, dict[str, float]]:
     """The price whose routes score best when validation prompts are decoded."""
     scores = {}
     for price in ("length", "tokens"):
-        fit_router(run.model.routers, measured, fit, price)  # type: ignore[arg-type]
+        fit_router(router, measured, fit, price)
         scores[price] = validation_score(run)
     return max(scores, key=scores.__getitem__), scores
 

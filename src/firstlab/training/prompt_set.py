@@ -104,8 +104,8 @@ class PromptSet:
         Each prompt is read once, and layers that routes share from the bottom up are run once.
         """
         order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
-        passes = tqdm(total=len(self._by_length) * len(routes), desc=title, unit="pass", leave=False)
-        passes.disable = passes.disable or not self.progress_bar
+        total, quiet = len(self._by_length) * len(routes), not self.progress_bar
+        passes = tqdm(total=total, desc=title, unit="pass", leave=False, disable=quiet)
         rows = []
         with self.model.lora_disabled(), passes as bar:
             for batch, reading in zip(self._by_length, self._read(), strict=True):
