@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from recipe import world
+from recipe.generated import COLOURS, DAYS, MEN, MONTHS, NUMBER_WORDS, SURNAMES, TOWNS, WOMEN, with_article
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Entity:
 
 
 JOBS = tuple(
-    Value(world.with_article(noun), (noun,), doing=doing)
+    Value(with_article(noun), (noun,), doing=doing)
     for noun, doing in (
         ("clockmaker", "repairs clocks"), ("baker", "bakes bread"), ("nurse", "cares for the sick"),
         ("teacher", "gives lessons to children"), ("farmer", "works in the fields"), ("tailor", "sews coats"),
@@ -130,22 +130,22 @@ FIRMS = ("{} and Sons", "{} Works", "{} Brothers", "{} Trading", "{} Supplies", 
 
 
 def _town(rng: random.Random) -> Value:
-    return Value(rng.choice(world.TOWNS))
+    return Value(rng.choice(TOWNS))
 
 
 def _person(rng: random.Random) -> Value:
-    given, surname = rng.choice(rng.choice((world.WOMEN, world.MEN))), rng.choice(world.SURNAMES)
+    given, surname = rng.choice(rng.choice((WOMEN, MEN))), rng.choice(SURNAMES)
     return Value(f"{given} {surname}", (surname,))
 
 
 def _firm_name(rng: random.Random) -> str:
-    return rng.choice(FIRMS).format(rng.choice(world.SURNAMES))
+    return rng.choice(FIRMS).format(rng.choice(SURNAMES))
 
 
 def _coloured(things: tuple[str, ...]) -> Callable[[random.Random], Value]:
     def value(rng: random.Random) -> Value:
-        phrase = f"{rng.choice(world.COLOURS)} {rng.choice(things)}"
-        return Value(world.with_article(phrase), (phrase,))
+        phrase = f"{rng.choice(COLOURS)} {rng.choice(things)}"
+        return Value(with_article(phrase), (phrase,))
 
     return value
 
@@ -165,7 +165,7 @@ def _number(low: int, high: int, unit: str = "") -> Callable[[random.Random], Va
         size = rng.randint(low, high)
         digits = f"{size} {unit}".strip()
         if unit and size <= 20 and rng.random() < 0.5:
-            return Value(f"{world.NUMBER_WORDS[size - 2]} {unit}", (digits, str(size)), size)
+            return Value(f"{NUMBER_WORDS[size - 2]} {unit}", (digits, str(size)), size)
         return Value(digits, (str(size),) if unit else (), size)
 
     return value
@@ -279,7 +279,7 @@ JOURNEY = (
         "travelled {v}", "did not travel {v}",
     ),
     Relation(
-        "day", _one_of(world.DAYS, "on "),
+        "day", _one_of(DAYS, "on "),
         (("{s} left {v}", "When did {s} leave?"), ("{s} left home {v}", "When did {s} leave home?")),
         ("{s} set out {v}", "{s} said goodbye {v}", "{v} the journey of {s} began",
          "{s} locked {his} door {v} and was gone"),
@@ -338,7 +338,7 @@ MARKET = (
         "bought from {v}", "", names_person=True,
     ),
     Relation(
-        "month", _one_of(world.MONTHS, "in "),
+        "month", _one_of(MONTHS, "in "),
         (("{s} came to the market {v}", "When did {s} come to the market?"),),
         ("{s} went shopping {v}", "{v} {s} looked around the stalls", "{s} visited the market {v}"),
         ("In which month did {s} go shopping?", "In what month was {s} at the market?"),
@@ -459,13 +459,13 @@ def say(template: str, entity: Entity, relation: Relation, subject: str) -> str:
 def draw_entities(rng: random.Random, kind: tuple[Relation, ...], count: int, mixed: bool = False) -> list[Entity]:
     """Entities without facts, no two of which share a name; `mixed` alternates women and men."""
     if kind is FIRM:
-        names = [rng.choice(FIRMS).format(surname) for surname in rng.sample(world.SURNAMES, count)]
+        names = [rng.choice(FIRMS).format(surname) for surname in rng.sample(SURNAMES, count)]
         return [Entity(name, name, "firm", "it", "its") for name in names]
     if kind is LANDMARK:
         names = [f"the {name} {rng.choice(LANDMARKS)}" for name in rng.sample(LANDMARK_NAMES, count)]
         return [Entity(name, name, "landmark", "it", "its") for name in names]
-    women, men = rng.sample(world.WOMEN, count), rng.sample(world.MEN, count)
-    surnames = rng.sample(world.SURNAMES, count)
+    women, men = rng.sample(WOMEN, count), rng.sample(MEN, count)
+    surnames = rng.sample(SURNAMES, count)
     first = rng.randrange(2)
     people = []
     for i in range(count):

@@ -17,9 +17,8 @@ import random
 from typing import NamedTuple
 
 from firstlab.data.mini_qa import MiniQA
-from recipe import world
 from recipe.facts import FIRM, KINDS, LIFE, Entity, Relation, Value, draw_entities, say, settle
-from recipe.generated import Built, GeneratedTask, Split
+from recipe.generated import Built, GeneratedTask, Split, capitalized
 
 OPENINGS = (
     "it was a quiet spring in the valley", "the old notebook tells us a good deal",
@@ -107,7 +106,7 @@ def _passage(rng: random.Random, paragraphs: list[list[str]], fillers: int) -> s
         rng.choice(paragraphs).append(filler)
     if rng.random() < 0.6:
         paragraphs[0].insert(0, rng.choice(OPENINGS))
-    return "\n".join(" ".join(f"{world.sentence(text)}." for text in sentences) for sentences in paragraphs)
+    return "\n".join(" ".join(f"{capitalized(text)}." for text in sentences) for sentences in paragraphs)
 
 
 def _who(entities: list[Entity], clause: str) -> str:
@@ -125,7 +124,7 @@ def _accepted(value: Value) -> tuple[str, ...]:
 
 
 def _names(entity: Entity, source: str) -> tuple[str, ...]:
-    name = world.sentence(entity.name) if entity.name not in source else entity.name
+    name = capitalized(entity.name) if entity.name not in source else entity.name
     others = (entity.full_name, entity.name.removeprefix("the "))
     return tuple(dict.fromkeys((name, *others)))
 
@@ -315,7 +314,7 @@ _LEVELS = (_one_subject, _two_subjects, _paraphrase, _pronoun, _reasoning)
 
 def _as_written(source: str, references: tuple[str, ...]) -> tuple[str, ...]:
     """The accepted answers, the first as it stands in the passage: a value may open its sentence."""
-    return references if references[0] in source else (world.sentence(references[0]), *references)
+    return references if references[0] in source else (capitalized(references[0]), *references)
 
 
 def _another_question(rng: random.Random, source: str, entities: list[Entity]) -> tuple[str, str]:

@@ -18,9 +18,8 @@ from collections.abc import Sequence
 
 from firstlab.data.prompts import qa_prompt
 from firstlab.data.task import Example
-from recipe import world
 from recipe.facts import KINDS, Entity, draw_entities, say, settle
-from recipe.generated import Built, GeneratedTask, Split
+from recipe.generated import Built, GeneratedTask, Split, capitalized
 
 
 class Recall(GeneratedTask):
@@ -90,12 +89,12 @@ class Recall(GeneratedTask):
             statement, _ = rng.choice(relation.direct)
             between = statement.partition("{s}")[2].partition("{v}")[0].split()
             kept = rng.randint(0, min(words, len(between)))
-            return world.sentence(" ".join((entity.name, *between[len(between) - kept :])))
+            return capitalized(" ".join((entity.name, *between[len(between) - kept :])))
 
         asked = rng.choices(entities, k=self.questions)
         if self.whole:
             statement, question = rng.choice(relation.direct)
-            told = [world.sentence(say(statement, entity, relation, entity.name)) + "." for entity in entities]
+            told = [capitalized(say(statement, entity, relation, entity.name)) + "." for entity in entities]
             turns = [(question.format(s=entity.name), value(entity)) for entity in asked]
         else:
             told = [f"{begin(entity, self.words)} {value(entity)}." for entity in entities]

@@ -17,8 +17,7 @@ import random
 from dataclasses import dataclass
 
 from firstlab.data.mini_summarization import MiniSummarization
-from recipe import world
-from recipe.generated import Built, GeneratedTask, Split
+from recipe.generated import DAYS, MEN, SURNAMES, TOWNS, WOMEN, Built, GeneratedTask, Split, capitalized, with_article
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,18 +302,18 @@ def _build(rng: random.Random, level: int) -> Built:
     """An article of one difficulty and its highlights."""
     event = rng.choice(EVENTS)
     title, office = rng.choice(event.roles)
-    given, surname = rng.choice(rng.choice((world.WOMEN, world.MEN))), rng.choice(world.SURNAMES)
+    given, surname = rng.choice(rng.choice((WOMEN, MEN))), rng.choice(SURNAMES)
     full = f"{title} {given} {surname}"
     if rng.random() < 0.2 * level - 0.1:
         full += f" {office}"
     noun = rng.choice(event.things)
     adjectives = rng.sample(event.adjectives, min(2, rng.randint(level // 2, (level + 1) // 2)))
-    words = {"town": rng.choice(world.TOWNS), "day": rng.choice(world.DAYS)}
+    words = {"town": rng.choice(TOWNS), "day": rng.choice(DAYS)}
     step = 100 if event.high > 1000 else 1
     number, wrong, past = rng.sample(range(event.low, event.high + 1, step), 3)
 
     thing = f"{', '.join(adjectives)} {noun}" if adjectives else noun
-    lead = rng.choice(event.leads).format(who=full, thing=world.with_article(thing), **words)
+    lead = rng.choice(event.leads).format(who=full, thing=with_article(thing), **words)
     figure = rng.choice(event.figures).format(n=number)
     told, outcome = rng.choice(event.outcomes)
     joined = level >= 4 or (level == 3 and rng.random() < 0.3)
@@ -326,7 +325,7 @@ def _build(rng: random.Random, level: int) -> Built:
     else:
         figures = [rng.choice(("", "", "officials said that ", "it was reported that ")) + figure]
     count = (1, 2, 2, 3, 3)[level - 1]
-    quote = rng.choice(QUOTES).format(other=f"{rng.choice(world.WOMEN)} {rng.choice(world.SURNAMES)}")
+    quote = rng.choice(QUOTES).format(other=f"{rng.choice(WOMEN)} {rng.choice(SURNAMES)}")
     noise = [quote, *rng.sample(FILLERS, count)][:count]
     if level >= 3:
         noise[-1] = rng.choice(event.past).format(m=past)
@@ -342,12 +341,12 @@ def _build(rng: random.Random, level: int) -> Built:
         facts[min(gap, 1)].insert(0, text) if gap < 2 else facts[1].append(text)
     body += [text for part in facts for text in part]
     cut = rng.randint(2, len(body) - 1)
-    article = "\n".join(" ".join(f"{world.sentence(s)}." for s in part) for part in (body[:cut], body[cut:]))
+    article = "\n".join(" ".join(f"{capitalized(s)}." for s in part) for part in (body[:cut], body[cut:]))
 
     short = f"{ABBREVIATIONS[title]} {surname}"
-    first = world.sentence(event.lead.format(who=short, thing=world.with_article(noun), **words))
-    second = world.sentence(event.figure.format(n=number))
-    rest = [f"{second} and {outcome}."] if joined else [f"{second}.", f"{world.sentence(outcome)}."]
+    first = capitalized(event.lead.format(who=short, thing=with_article(noun), **words))
+    second = capitalized(event.figure.format(n=number))
+    rest = [f"{second} and {outcome}."] if joined else [f"{second}.", f"{capitalized(outcome)}."]
     return Built(article, "", ("\n".join([first, *rest]),))
 
 

@@ -1,8 +1,9 @@
-"""The recipes on disk, their checks, and the model that the bundled one made."""
+"""The recipes on disk, their checks, and the bundled model and tasks that they made."""
 
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from firstlab.data.bundled import FOLDER
 from firstlab.data.mini_translation import MiniTranslation
-from recipe.scoring import greedy_responses
+from freeze import TASKS, frozen
+from recipe.finish import greedy_responses
+from recipe.generated import GeneratedTask
 from recipe.settings import EvaluationConfig, RecipeConfig, check, weight_settings
 
 HERE = Path(__file__).resolve().parents[1]
@@ -92,3 +95,12 @@ def test_bundled_model_translates() -> None:
     config = EvaluationConfig(examples=0, batch_size=40, max_new_tokens=40)
     answers = greedy_responses(model, tokenizer, [task.prompt(example) for example in easy], config)
     assert np.mean([answer in e.references for answer, e in zip(answers, easy, strict=True)]) > 0.5
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_the_generator_still_gives_the_frozen_file(task: GeneratedTask) -> None:
+    assert lzma.decompress((FOLDER / f"{task.name}.jsonl.xz").read_bytes()) == frozen(task)
+
+
+def test_every_frozen_file_has_a_generator() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"{task.name}.jsonl.xz" for task in TASKS}

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from firstlab.data.task import Example
-from recipe import summarization, world
-from recipe.generated import is_held_out
+from recipe import summarization
+from recipe.generated import capitalized, is_held_out, with_article
 from recipe.summarization import ABBREVIATIONS, EVENTS, GeneratedSummarization
 
 TASK = GeneratedSummarization(pool_size=400, test_size=100)
@@ -80,12 +80,12 @@ def summarize(article: str) -> set[str]:
             if ending is None:
                 continue
             who = f"{ABBREVIATIONS[lead['title']]} {lead['surname']}"
-            thing = world.with_article(lead["thing"])
+            thing = with_article(lead["thing"])
             first = event.lead.format(who=who, thing=thing, town=lead["town"], day=lead["day"])
-            second = world.sentence(event.figure.format(n=figures[-1]))
+            second = capitalized(event.figure.format(n=figures[-1]))
             joined = ending.lower().startswith(summarization.RESULT)
-            rest = [f"{second} and {outcome}."] if joined else [f"{second}.", f"{world.sentence(outcome)}."]
-            found.add("\n".join([world.sentence(first), *rest]))
+            rest = [f"{second} and {outcome}."] if joined else [f"{second}.", f"{capitalized(outcome)}."]
+            found.add("\n".join([capitalized(first), *rest]))
     return found
 
 

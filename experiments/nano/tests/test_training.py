@@ -18,13 +18,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import recipe.training as training
 from firstlab.data.squad import Squad
 from firstlab.data.task import Task
-from recipe.batches import collate, cut_by_tokens, plan_steps
-from recipe.corpus import Corpus, encode_corpus, frame_lines, prepare, train_tokenizer, training_examples
-from recipe.finish import finish
-from recipe.muon import Muon, orthogonalized
+from recipe.corpus import (
+    Corpus,
+    collate,
+    cut_by_tokens,
+    encode_corpus,
+    frame_lines,
+    plan_steps,
+    prepare,
+    train_tokenizer,
+    training_examples,
+)
+from recipe.finish import finish, greedy_responses
 from recipe.qa import GeneratedQA
 from recipe.recall import Recall
-from recipe.scoring import greedy_responses
 from recipe.settings import (
     EvaluationConfig,
     ModelConfig,
@@ -33,7 +40,7 @@ from recipe.settings import (
     TaskConfig,
     TrainingConfig,
 )
-from recipe.training import build_model, lr_scale, train, train_in_processes, weighted_loss
+from recipe.training import Muon, build_model, lr_scale, orthogonalized, train, train_in_processes, weighted_loss
 from recipe.translation import GeneratedTranslation
 
 TASKS: dict[str, Task] = {
