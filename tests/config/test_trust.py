@@ -19,7 +19,7 @@ from firstlab import evaluate, train
 from firstlab.config import instantiate
 from firstlab.config.compose import conf_dir, load_dict, register
 from firstlab.config.grid import Run
-from firstlab.metrics.settings import CometConfig
+from firstlab.metrics.comet import CometConfig
 from firstlab.run import stream
 from firstlab.run.directory import check_directory
 from firstlab.run.experiment import Experiment

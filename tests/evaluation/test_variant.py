@@ -17,7 +17,7 @@ from firstlab.config.build import build_data, load_model
 from firstlab.config.schema import ExperimentConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows
-from firstlab.evaluation.decoding import Decoder, Decoding
+from firstlab.evaluation.decoding import Decoder
 from firstlab.evaluation.predictions import Prediction, generate_predictions, source_of
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.model.lm import RouterAugmentedLM
@@ -51,8 +51,8 @@ def setting(tiny_model_dir: Path, tmp_path_factory) -> tuple[ExperimentConfig, P
 
 def predict(setting, file: Path, routes: Routes | None, **evaluation: object) -> list[Prediction]:
     config, data, model = setting
-    decoding = Decoding.of(model, data, replace(config.evaluation, **{"batch_size": 3, **evaluation}), seed=5)
-    decoder = Decoder(model, data, decoding, routes)
+    options = replace(config.evaluation, **{"batch_size": 3, **evaluation})
+    decoder = Decoder(model, data, options, seed=5, routes=routes)
     return generate_predictions(decoder, file=file, source=source_of(model, routes), progress_bar=False)
 
 
@@ -268,7 +268,9 @@ def test_every_stop_token_of_the_model_ends_a_response(setting, tmp_path: Path, 
     stop = said[3]
     own, model.lm.generation_config = model.lm.generation_config, GenerationConfig(eos_token_id=[stop])
     try:
-        assert Decoding.of(model, data, config.evaluation, seed=0).stop_tokens == sorted({stop, eos})
+        assert Decoder(model, data, config.evaluation, seed=0, routes=None).settings["stop_tokens"] == sorted(
+            {stop, eos}
+        )
         after = predict(setting, tmp_path / "after.jsonl", None, decoder=decoder)[longest.index]
     finally:
         model.lm.generation_config = own

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from firstlab.metrics.comet import comet
+from firstlab.metrics.comet import CometConfig, comet
 from firstlab.metrics.scores import MetricUnavailableError
-from firstlab.metrics.settings import CometConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 COMET_BIN = ROOT / ".venv-comet" / "bin"

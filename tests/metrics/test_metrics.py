@@ -5,8 +5,9 @@ import json
 import pytest
 
 from firstlab.metrics import PRIMARY_METRIC, evaluate_predictions, from_rows
+from firstlab.metrics.comet import CometConfig
 from firstlab.metrics.scores import MetricUnavailableError
-from firstlab.metrics.settings import BertScoreConfig, CometConfig
+from firstlab.metrics.summarization import BertScoreConfig
 
 PREDICTIONS = ["The cat sat on the mat .", "", "x \u0301 \n two\r\nlines \u200f", "Good morning everybody here"]
 REFERENCES = [("The cat sat on a mat .",), ("nothing",), ("two lines", "x"), ("Good morning everybody here",)]

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from firstlab.metrics.scores import MetricUnavailableError
-from firstlab.metrics.settings import BertScoreConfig
-from firstlab.metrics.summarization import bertscore, rouge
+from firstlab.metrics.summarization import BertScoreConfig, bertscore, rouge
 
 KEYS = ["rouge1", "rougeL", "rougeLsum"]
 TEXT = st.text(alphabet="abc AB1-.\n é猫\u2028", max_size=25)

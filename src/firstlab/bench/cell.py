@@ -14,10 +14,10 @@ from transformers import CompileConfig, LogitsProcessorList, StaticCache
 
 from firstlab.bench.energy import joules_counter
 from firstlab.bench.models import Models
-from firstlab.bench.workload import Workload, in_turn, read_bytes
+from firstlab.bench.workload import Workload, in_turn, read_bytes, seconds_of
 from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.graphs import Graphs
-from firstlab.evaluation.timing import Stopwatch, synchronize
+from firstlab.evaluation.timing import Stopwatch
 from firstlab.store import machine
 
 #: Decoders of the plain model: no layer can be skipped.
@@ -38,8 +38,8 @@ class Variant:
     steps_s: list[np.ndarray] = field(default_factory=list)  # of each decode step
     # CPU time of the main thread ÷ wall time; well below 1 where other processes had the CPU.
     cpu_share: list[float] = field(default_factory=list)
-    kv_bytes: int = 0  # keys and values kept at the end
-    peak_memory_bytes: int = 0  # of the device, without the keys and values of other engines; on a CPU, of the process
+    kv_bytes: int = 0  # kept at the end
+    peak_memory_bytes: int = 0  # of the device, without what other engines hold; on a CPU, of the process
     joules: list[float] = field(default_factory=list)  # of prefill and decode; empty where the device reports none
 
     @property
@@ -100,7 +100,7 @@ class Cell:
         for static in self.static.values():
             static.reset()
         machine.reset_peak_memory(device)
-        joules = None if self.joules is None else self.joules()
+        joules = self.joules() if self.joules else 0.0
         watch = Stopwatch(device)
         start, cpu = time.perf_counter(), time.thread_time()
         if engine is not None:
@@ -109,18 +109,19 @@ class Cell:
             kv_bytes = engine.generate(*given, eos=(), on_step=on_step, sampling=sampling).kv_bytes
         else:
             kv_bytes = self._generate(variant, watch)
-        if keep:
-            times = watch.times
-            variant.ttft_s.append(times[0])
-            variant.steps_s.append(np.diff(times))
-            variant.cpu_share.append((time.thread_time() - cpu) / (time.perf_counter() - start))
-            if self.joules is not None and joules is not None:
-                variant.joules.append(self.joules() - joules)
-            variant.kv_bytes = kv_bytes
-            peak = machine.peak_memory_bytes(device)
-            if device.type == "cuda":
-                peak -= sum(each.step.allocated_bytes() for each in self.engines.values() if each is not engine)
-            variant.peak_memory_bytes = max(variant.peak_memory_bytes, peak)
+        if not keep:
+            return
+        times = watch.times
+        variant.ttft_s.append(times[0])
+        variant.steps_s.append(np.diff(times))
+        variant.cpu_share.append((time.thread_time() - cpu) / (time.perf_counter() - start))
+        if self.joules:
+            variant.joules.append(self.joules() - joules)
+        variant.kv_bytes = kv_bytes
+        peak = machine.peak_memory_bytes(device)
+        if device.type == "cuda":
+            peak -= sum(each.step.allocated_bytes() for each in self.engines.values() if each is not engine)
+        variant.peak_memory_bytes = max(variant.peak_memory_bytes, peak)
 
     def _generate(self, variant: Variant, watch: Stopwatch) -> int:
         """Bytes of keys and values in the cache at the end."""
@@ -133,14 +134,8 @@ class Cell:
                 length = self.workload.prompt_length + self.workload.config.tokens - 1  # the last token is not read
                 self.static[variant.quantization] = StaticCache(config=models.plain.config, max_cache_len=length)
             given = {"past_key_values": self.static[variant.quantization], "compile_config": compile_everywhere()}
-        out = model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            logits_processor=LogitsProcessorList([watch]),
-            return_dict_in_generate=True,
-            **self.workload.options,
-            **given,
-        )
+        given |= {"logits_processor": LogitsProcessorList([watch]), "return_dict_in_generate": True}
+        out = model.generate(self.ids, attention_mask=torch.ones_like(self.ids), **given, **self.workload.options)
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
 
     @torch.no_grad()
@@ -158,11 +153,7 @@ class Cell:
         # On a GPU as one graph: in a prefill, the work of the layers hides how long the host takes to start these.
         replay = Graphs(hidden.device)("routers", route)
         replay()
-        synchronize(hidden.device)
-        start = time.perf_counter()
-        replay()
-        synchronize(hidden.device)
-        return time.perf_counter() - start
+        return seconds_of(replay, hidden.device)
 
     def summary(self, bandwidth: float) -> dict[str, Any]:
         """Everything measured, with the limits at `bandwidth` bytes per second.
@@ -173,13 +164,12 @@ class Cell:
         dense = {variant.way: variant for variant in self.variants if variant.route.all()}
         unquantized = {(each.decoder, each.skip_rate): each for each in self.variants if each.quantization is None}
         batch_size, length = self.workload.batch_size, self.workload.attended
-        rows = []
+        new_tokens, rows = batch_size * self.workload.config.tokens, []
         for each in self.variants:
             steps, whole, lm = np.concatenate(each.steps_s), dense[each.way], self.models[each.quantization].plain
             needed, least = (read_bytes(lm, route, batch_size, length) for route in (each.route, whole.route))
             transformers = dense.get(("transformers", each.quantization))
             larger = unquantized.get((each.decoder, each.skip_rate))
-            joules = float(np.median(each.joules)) / (batch_size * self.workload.config.tokens) if each.joules else None
             rows.append(
                 {
                     "decoder": each.decoder,
@@ -203,7 +193,7 @@ class Cell:
                     "kv_bytes": each.kv_bytes,
                     "kv_bytes_saved": whole.kv_bytes - each.kv_bytes,
                     "peak_memory_bytes": each.peak_memory_bytes,
-                    "joules_per_token": joules,
+                    "joules_per_token": float(np.median(each.joules)) / new_tokens if each.joules else None,
                     "cpu_share": float(np.median(each.cpu_share)),
                 }
             )

@@ -17,10 +17,7 @@ from firstlab.store import machine
 
 
 def measure(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measure every variant at every batch size and prompt length; the record of benchmark.json.
-
-    Raises ValueError for a setting that this model or device does not fit.
-    """
+    """Measure every variant at every batch size and prompt length; the record of benchmark.json."""
     lengths = f"prompt_lengths={config.prompt_lengths} with tokens={config.tokens}"
     loaded = load_models(config, max(config.prompt_lengths) + config.tokens, lengths)
     device = loaded.routed.device

@@ -13,7 +13,7 @@ POWERCAP = Path("/sys/class/powercap")  # the kernel's RAPL counters; often only
 
 
 def joules_counter(device: torch.device, powercap: Path = POWERCAP) -> Callable[[], float] | None:
-    """Reads joules since some fixed moment, on a CPU of all its packages; None where the device does not report it."""
+    """Reads joules since some moment, on a CPU of all its packages; None where the device does not report them."""
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
 
 

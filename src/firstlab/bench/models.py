@@ -1,4 +1,4 @@
-"""Load the model to measure, once as transformers has it and once wrapped, with the same weights."""
+"""Load the model to measure, once as transformers has it and once wrapped."""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ class Models:
     def load(
         cls, path: str, settings: RouterSettings, *, random_init: bool, device: torch.device, **options: Any
     ) -> Models:
-        """Load, or with `random_init` make from the config alone.
-
-        Raises ValueError if nothing can be loaded, or random weights do not fit into the device's memory.
-        """
+        """Load, or with `random_init` make from the config alone."""
         if random_init:
             config = load_base_config(path, options.pop("revision", None), options.get("attn_implementation"))
             if options.get("dtype") == "auto":
@@ -52,9 +49,7 @@ class Models:
     @cached_property
     def for_engine(self) -> RouterAugmentedLM:
         """`routed`, with weights of its own where the engine orders them anew: the ways beside it keep theirs."""
-        if not orders_anew(self.plain):
-            return self.routed
-        return RouterAugmentedLM(deepcopy(self.plain), self.routed.routers.settings)
+        return self._wrap(deepcopy(self.plain)) if orders_anew(self.plain) else self.routed
 
     @property
     def vocabulary(self) -> int:
@@ -67,31 +62,32 @@ class Models:
             return self
         lm = twin(self.plain)
         quantize(lm, name)
-        return Models(twin(lm), RouterAugmentedLM(lm, self.routed.routers.settings))
+        return Models(twin(lm), self._wrap(lm))
+
+    def _wrap(self, lm: PreTrainedModel) -> RouterAugmentedLM:
+        return RouterAugmentedLM(lm, self.routed.routers.settings)
 
 
 def load_models(config: SpeedConfig, length: int, lengths: str) -> Models:
     """The model of a configuration on its device, with the seed set.
 
-    Raises ValueError if the device is not there, the model cannot be loaded, or its positions are too few for the
-    longest sequence, whose `length` the options in the text `lengths` make.
+    Raises ValueError if its positions are too few for `length`, which the options in the text `lengths` make.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     given = config.model
-    path, random_init = model_path(given.path, given.random_init), given.random_init
-    if random_init and given.gguf_file is not None:
+    if given.random_init and given.gguf_file is not None:
         raise ValueError(f"model.gguf_file={given.gguf_file!r} holds weights, which model.random_init=true leaves out")
-    options = {name: getattr(given, name) for name in ("dtype", "revision", "attn_implementation", "gguf_file")}
-    options = {name: value for name, value in options.items() if value is not None}
+    names = ("dtype", "revision", "attn_implementation", "gguf_file")
+    options = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     settings = RouterSettings(input_norm=config.router.input_norm, threshold=config.router.threshold)
-    models = Models.load(path, settings, random_init=random_init, device=device, **options)
-    allowed = getattr(models.plain.config.get_text_config(decoder=True), "max_position_embeddings", length)
-    if length > allowed:
-        shorten = f"needs {length} positions, and model={given.name} has {allowed}; shorten one of them"
-        raise ValueError(f"{lengths} {shorten}")
+    path = model_path(given.path, given.random_init)
+    models = Models.load(path, settings, random_init=given.random_init, device=device, **options)
+    most = getattr(models.plain.config.get_text_config(decoder=True), "max_position_embeddings", length)
+    if length > most:
+        raise ValueError(f"{lengths} needs {length} positions, and model={given.name} has {most}; shorten one of them")
     return models
 
 

@@ -20,10 +20,7 @@ from firstlab.bench.config import BenchmarkConfig, SpeedConfig, TrainingSpeedCon
 from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
 
-LOOKS = {
-    "generate": ("#0072b2", "s"), "engine": ("#d55e00", "o"),
-    "engine_eager": ("#cc79a7", "v"),
-}  # fmt: skip
+LOOKS = {"generate": ("#0072b2", "s"), "engine": ("#d55e00", "o"), "engine_eager": ("#cc79a7", "v")}
 TRAINERS = {
     "plain": "transformers Trainer + PEFT LoRA",
     "phase_1": "firstlab phase 1 (routers)",
@@ -35,14 +32,12 @@ def run(config: SpeedConfig) -> None:
     """Measure what the configuration is about; print it and write it to its folder."""
     check_writable(Path(config.out), "out")
     if isinstance(config, TrainingSpeedConfig):
-        record = training.measure(config)
+        file, record = Path(config.out) / "training_speed.json", training.measure(config)
         print_training(record)
-        file = Path(config.out) / "training_speed.json"
     else:
         assert isinstance(config, BenchmarkConfig)
-        record = decoding.measure(config)
+        file, record = Path(config.out) / "benchmark.json", decoding.measure(config)
         print_decoding(record)
-        file = Path(config.out) / "benchmark.json"
         picture = file.with_suffix(".png")
         tpot_against_skip(record, paper.read()["tpot"]["5"]["tasks"]["wmt_ende"], picture)
         print(f"picture: {picture}")
@@ -67,7 +62,7 @@ def print_decoding(record: dict[str, Any]) -> None:
         title = f"{record['model']}, batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens"
         _print_table(title, [_decoding_row(row) for row in cell["variants"]])
         least = {row["quantization"]: row["limit_tpot_s"] for row in cell["variants"] if row["skip_rate"] == 0}
-        limits = (f"{1000 * seconds:.2f} ms" + (f" ({name})" if name else "") for name, seconds in least.items())
+        limits = [f"{1000 * seconds:.2f} ms" + (f" ({name})" if name else "") for name, seconds in least.items()]
         print(
             f"routers: {1000 * cell['router_s']:.2f} ms, {100 * cell['router_share_of_prefill']:.2f} % of prefill; "
             f"TPOT of the bytes read without skipping: {', '.join(limits)} "
@@ -82,11 +77,10 @@ def print_decoding(record: dict[str, Any]) -> None:
             f"by the bytes read {100 * row['limit_ratio']:.0f} %)"
         )
     for row in record["queues"]:
-        weights = f", {row['quantization']}" if row["quantization"] else ""
+        batch = ", ".join(filter(None, (f"batch {row['batch_size']}", row["quantization"])))
         print(
-            f"queue of {row['prompts']} prompts of up to {row['prompt_length']} tokens, "
-            f"batch {row['batch_size']}{weights}, {100 * row['skip_rate']:.1f} % skipped: "
-            f"{row['tokens_per_s']:.0f} tokens/s, "
+            f"queue of {row['prompts']} prompts of up to {row['prompt_length']} tokens, {batch}, "
+            f"{100 * row['skip_rate']:.1f} % skipped: {row['tokens_per_s']:.0f} tokens/s, "
             f"{row['speedup_over_generate']:.2f} times those of generate, batch by batch "
             f"({row['tokens_per_s_generate']:.0f})"
         )
@@ -144,10 +138,7 @@ def print_training(record: dict[str, Any]) -> None:
 
 
 def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: Path) -> None:
-    """Write a PNG: TPOT ratios of each decoder and quantization, a panel per batch size and prompt length.
-
-    `paper` maps skip rates in percent to the paper's ratios.
-    """
+    """Write a PNG: TPOT ratios, a panel per batch size and prompt length, and the `paper`'s by skip rate in percent."""
     cells = record["cells"]
     across = min(2, len(cells))
     down = -(-len(cells) // across)
@@ -156,16 +147,16 @@ def tpot_against_skip(record: dict[str, Any], paper: Mapping[int, float], file: 
         rows = sorted(cell["variants"], key=lambda row: row["skip_rate"])
         for quantization in dict.fromkeys(row["quantization"] for row in rows):
             alike = [row for row in rows if row["quantization"] == quantization]
-            after, fill = (f", {quantization}", "none") if quantization else ("", "full")
+            after, fill, line = (f", {quantization}", "none", ":") if quantization else ("", "full", "-")
             limits = [100 * row["skip_rate"] for row in alike], [row["limit_ratio"] for row in alike]
-            line = ":" if quantization else "--"
-            axis.plot(*limits, color="black", linestyle=line, label=f"limit: bytes read{after}")
+            limit = ":" if quantization else "--"
+            axis.plot(*limits, color="black", linestyle=limit, label=f"limit: bytes read{after}")
             for decoder, (colour, marker) in LOOKS.items():
                 own = [row for row in alike if row["decoder"] == decoder]
                 points = [100 * row["skip_rate"] for row in own], [row["tpot_ratio"] for row in own]
                 if own:
-                    style = {"color": colour, "marker": marker, "linestyle": ":" if quantization else "-"}
-                    axis.plot(*points, **style, fillstyle=fill, label=decoder + after)
+                    style = {"color": colour, "marker": marker, "linestyle": line, "fillstyle": fill}
+                    axis.plot(*points, **style, label=decoder + after)
         axis.scatter(list(paper), list(paper.values()), c="#555555", marker="x", label="paper, Llama-3-8B", zorder=3)
         axis.set_title(f"batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens", fontsize=10, loc="left")
         axis.set_xlabel("layers skipped (%)")

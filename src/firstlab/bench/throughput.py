@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from firstlab.bench.cell import Cell, Variant
 from firstlab.bench.config import BenchmarkConfig
 from firstlab.bench.models import Models
-from firstlab.bench.workload import Workload, distinct_routes, in_turn, read_bytes, spread_route
+from firstlab.bench.workload import Workload, distinct_routes, in_turn, read_bytes, seconds_of, spread_route
 from firstlab.engine.engine import DecodeEngine
-from firstlab.evaluation.timing import synchronize
 
 
 class MixedRoutes:
@@ -28,40 +27,34 @@ class MixedRoutes:
         workload = Workload(config, config.mixed_batch_size, prompt_length)
         layers, rows = models.routed.num_layers, torch.arange(workload.batch_size)
         self.pairs: list[tuple[int, Variant, Variant]] = []
-        variants = []
         skipping = sorted({rate for rate in config.skip_rates if round(rate * layers)})
         if not skipping:
-            rates = list(config.skip_rates)
-            raise ValueError(f"mixed_routes: skip_rates={rates} skip none of {layers} layers; give larger ones")
+            given = f"skip_rates={list(config.skip_rates)}"
+            raise ValueError(f"mixed_routes: {given} skip none of {layers} layers; give larger ones")
         for rate in skipping:
             shared = Variant("engine", rate, spread_route(layers, rate), quantization)
-            variants.append(shared)
             for count in config.mixed_routes:
-                routes = distinct_routes(layers, rate, count, workload.config.seed)[rows % count]
-                variants.append(Variant("engine", rate, routes, quantization))
-                self.pairs.append((count, variants[-1], shared))
-        self.cell = Cell({quantization: models}, variants, workload)
+                routes = distinct_routes(layers, rate, count, config.seed)[rows % count]
+                self.pairs.append((count, Variant("engine", rate, routes, quantization), shared))
+        variants = dict.fromkeys(each for _, mixed, shared in self.pairs for each in (shared, mixed))
+        self.cell = Cell({quantization: models}, list(variants), workload)
 
     def measure(self, warmup: int, repetitions: int) -> list[dict[str, Any]]:
         """A record per skip rate and number of routes. Rows of different routes read the weights of more layers."""
-        cell, lm, workload = self.cell, self.cell.some.plain, self.cell.workload
-        cell.measure(warmup, repetitions)
-
-        def needed(variant: Variant) -> float:
-            return read_bytes(lm, variant.route, workload.batch_size, workload.attended)
-
+        lm, size, length = self.cell.some.plain, self.cell.workload.batch_size, self.cell.workload.attended
+        self.cell.measure(warmup, repetitions)
         return [
             {
-                "batch_size": workload.batch_size,
-                "prompt_length": workload.prompt_length,
+                "batch_size": size,
+                "prompt_length": self.cell.workload.prompt_length,
                 "routes": count,
                 "quantization": mixed.quantization,
                 "skip_rate_asked": mixed.skip_rate,
                 "skip_rate": 1 - mixed.route.float().mean().item(),
-                "tokens_per_s": workload.batch_size / float(np.median(mixed.tpot_s)),
-                "tokens_per_s_shared": workload.batch_size / float(np.median(shared.tpot_s)),
+                "tokens_per_s": size / float(np.median(mixed.tpot_s)),
+                "tokens_per_s_shared": size / float(np.median(shared.tpot_s)),
                 "throughput_ratio": float(np.median(shared.tpot_s / mixed.tpot_s)),
-                "limit_ratio": needed(shared) / needed(mixed),
+                "limit_ratio": read_bytes(lm, shared.route, size, length) / read_bytes(lm, mixed.route, size, length),
                 "throughput_ratio_of_repetitions": (shared.tpot_s / mixed.tpot_s).tolist(),
                 "cpu_share": float(np.median([*mixed.cpu_share, *shared.cpu_share])),
             }
@@ -105,11 +98,7 @@ class Queue:
         for repetition in range(-warmup, repetitions):
             for of_route, route in zip(seconds, self.routes.values(), strict=True):
                 for way in in_turn(range(len(ways)), repetition):
-                    synchronize(device)
-                    start = time.perf_counter()
-                    ways[way](route)
-                    synchronize(device)
-                    of_route[way, warmup + repetition] = time.perf_counter() - start
+                    of_route[way, warmup + repetition] = seconds_of(partial(ways[way], route), device)
         return [
             {
                 "prompts": len(self.prompts),
@@ -136,9 +125,7 @@ class Queue:
         for start in range(0, len(self.prompts), size):
             batch, limits = self.prompts[start : start + size], self.limits[start : start + size]
             rows = [torch.tensor(prompt) for prompt in batch]
-            ids, mask = (
-                pad_sequence(each, batch_first=True, padding_side="left")
-                for each in (rows, list(map(torch.ones_like, rows)))
-            )
+            padded = partial(pad_sequence, batch_first=True, padding_side="left")
+            ids, mask = padded(rows), padded([torch.ones_like(row) for row in rows])
             options = self.workload.options | {"max_new_tokens": max(limits)}
             model.generate(ids.to(model.device), mask.to(model.device), routes=route.to(model.device), **options)

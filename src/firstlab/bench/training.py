@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from firstlab.bench.config import TrainingSpeedConfig
 from firstlab.bench.models import Models, load_models, twin
-from firstlab.bench.steps import Row, firstlab_steps, transformers_steps
 from firstlab.bench.workload import in_turn
 from firstlab.config.schema import PhaseConfig
+from firstlab.evaluation.timing import synchronize
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.store import machine
 from firstlab.training.modules import LoRACompensationModule, Phase, RouterModule, RoutingObjective
 
+Row = dict[str, Tensor]
 Steps = Callable[[Sequence[Row]], list[float]]
 
 
 def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     """Measure all variants, in turn and in one process; the record of training_speed.json.
 
-    Frozen weights are there once. Peak memory is measured on CUDA only: a process on a CPU gives memory back to the
-    system as it pleases. Raises ValueError for a setting that this model or device does not fit.
+    Peak memory is measured on CUDA only: a process on a CPU gives memory back to the system as it pleases.
     """
     length = config.prompt_length + config.response_length
     lengths = f"prompt_length={config.prompt_length} with response_length={config.response_length}"
@@ -120,3 +127,88 @@ def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[St
 
 def _trained(module: torch.nn.Module) -> int:
     return sum(each.numel() for each in module.parameters() if each.requires_grad)
+
+
+class Watch(Callback, TrainerCallback):
+    """Seconds of each step, from a loaded batch to updated weights, of Lightning's trainer or transformers'."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.steps: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self.device)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize(self.device)
+        self.steps.append(time.perf_counter() - self._start)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Take what either trainer passes."""
+
+    on_train_batch_start, on_train_batch_end = on_step_begin, on_step_end
+
+
+def firstlab_steps(module: Phase, config: TrainingSpeedConfig, rows: Sequence[Row]) -> list[float]:
+    """Seconds of each step of one phase over `rows`, on the device where its model is."""
+    device = module.model.device
+    watch = Watch(device)
+    trainer = L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        max_steps=len(rows) // config.batch_size,
+        gradient_clip_val=config.gradient_clip,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    # Lists are datasets to torch, whatever its types say.
+    loader: Any = DataLoader(rows, config.batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
+        trainer.fit(module.train(), loader)
+    module.to(device)
+    return watch.steps
+
+
+def transformers_steps(model: torch.nn.Module, config: TrainingSpeedConfig, rows: Sequence[Row]) -> list[float]:
+    """Seconds of each step of transformers' own trainer over `rows`, on the device where the model is."""
+    device = next(model.parameters()).device
+    watch = Watch(device)
+    names = ("input_ids", "attention_mask", "labels")
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        # The options' newer names are unknown to the oldest transformers we run with.
+        warnings.simplefilter("ignore", FutureWarning)
+        arguments = TrainingArguments(
+            directory,
+            per_device_train_batch_size=config.batch_size,
+            num_train_epochs=1,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="cosine",
+            max_grad_norm=config.gradient_clip,
+            optim="adamw_torch",
+            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            use_cpu=device.type == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        arguments._n_gpu = 1  # else a step takes a batch on every GPU there is
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=[{name: row[name] for name in names} for row in rows],  # type: ignore[arg-type]
+            data_collator=default_data_collator,
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return watch.steps

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,9 +36,7 @@ class Workload:
     def sampling(self) -> Sampling | None:
         """How tokens are drawn; None for greedy decoding."""
         given = self.config
-        if not given.do_sample:
-            return None
-        return Sampling(temperature=given.temperature, top_k=given.top_k, seed=given.seed)
+        return Sampling(temperature=given.temperature, top_k=given.top_k, seed=given.seed) if given.do_sample else None
 
     @property
     def attended(self) -> float:
@@ -48,15 +46,22 @@ class Workload:
     @property
     def options(self) -> dict[str, Any]:
         """For transformers' `generate`: exactly as many tokens of each row."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.config.tokens, "do_sample": self.config.do_sample}
-        if self.sampling is not None:
-            chosen |= {name: getattr(self.sampling, name) for name in ("temperature", "top_k", "top_p")}
-        return chosen | {"pad_token_id": 0}
+        drawn = {name: getattr(self.sampling, name) for name in ("temperature", "top_k", "top_p") if self.sampling}
+        return {"max_new_tokens": self.config.tokens, "do_sample": self.config.do_sample, "pad_token_id": 0, **drawn}
 
 
 def in_turn(items: Iterable[T], repetition: int) -> list[T]:
     """Forwards and backwards in turn, so that drift hits all alike."""
     return list(items)[:: 1 if repetition % 2 == 0 else -1]
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a device needs for some work, alone."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def spread_route(num_layers: int, skip_rate: float) -> Tensor:
@@ -73,10 +78,7 @@ def spread_route(num_layers: int, skip_rate: float) -> Tensor:
 
 
 def distinct_routes(num_layers: int, skip_rate: float, count: int, seed: int) -> Tensor:
-    """[count, L] boolean: different routes of round(skip rate · L) random skipped layers, the first and last kept.
-
-    Raises ValueError where there are fewer.
-    """
+    """[count, L] boolean: different routes of round(skip rate · L) random skipped layers, the first and last kept."""
     skipped = int((~spread_route(num_layers, skip_rate)).sum())
     possible = math.comb(num_layers - 2, skipped)
     if possible < count:
@@ -85,14 +87,12 @@ def distinct_routes(num_layers: int, skip_rate: float, count: int, seed: int) ->
             f"{num_layers} layers and keep the first and the last; give at most {possible}, or another skip rate"
         )
     generator = torch.Generator().manual_seed(seed)
-    found: dict[tuple[int, ...], None] = {}  # in the order drawn
+    found: dict[tuple[bool, ...], None] = {}  # in the order drawn
     while len(found) < count:
-        drawn = 1 + torch.randperm(num_layers - 2, generator=generator)[:skipped]
-        found[tuple(sorted(drawn.tolist()))] = None
-    routes = torch.ones(count, num_layers, dtype=torch.bool)
-    for route, layers in zip(routes, found, strict=True):
-        route[list(layers)] = False
-    return routes
+        route = torch.ones(num_layers, dtype=torch.bool)
+        route[1 + torch.randperm(num_layers - 2, generator=generator)[:skipped]] = False
+        found[tuple(route.tolist())] = None
+    return torch.tensor(list(found))
 
 
 def chosen_routes(config: BenchmarkConfig, num_layers: int) -> dict[float, Tensor]:
@@ -120,16 +120,11 @@ def read_bytes(lm: PreTrainedModel, route: Tensor, batch_size: int, length: floa
     layers that each row runs. The input embedding is left out: one row of it per row.
     """
     config: Any = lm.config.get_text_config(decoder=True)
-    layers = find_decoder(lm)[1]
     embedding: Any = lm.get_input_embeddings()
     head: Any = lm.get_output_embeddings()
     routes = route.expand(batch_size, -1)
-    unread = {
-        id(weight)
-        for layer, runs in zip(layers, routes.any(0).tolist(), strict=True)
-        if not runs
-        for weight in layer.parameters()
-    }
+    skipped = [layer for layer, runs in zip(find_decoder(lm)[1], routes.any(0), strict=True) if not runs]
+    unread = {id(weight) for layer in skipped for weight in layer.parameters()}
     if head.weight is not embedding.weight:
         unread.add(id(embedding.weight))
     weights = sum(stored_bytes(each) for each in lm.parameters() if id(each) not in unread)
@@ -145,12 +140,5 @@ def copy_bandwidth(device: torch.device, size: int, repetitions: int = 5) -> flo
     target = torch.zeros_like(source)
     # A GPU needs microseconds to start and to report, and a copy not many more: several, one right behind the other.
     copies = 10 if device.type == "cuda" else 1
-    times = []
-    for _ in range(repetitions + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(copies):
-            target.copy_(source)
-        synchronize(device)
-        times.append((time.perf_counter() - start) / copies)
-    return 2 * size / min(times[1:])
+    times = [seconds_of(lambda: [target.copy_(source) for _ in range(copies)], device) for _ in range(repetitions + 1)]
+    return 2 * size * copies / min(times[1:])

@@ -17,7 +17,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from firstlab.config import instantiate
-from firstlab.metrics.settings import BertScoreConfig, CometConfig
+from firstlab.metrics.comet import CometConfig
+from firstlab.metrics.summarization import BertScoreConfig
 from firstlab.model.settings import LATER, LoraSettings, RouterSettings
 
 #: The steps of a run, in their order; `phases` says which of them.

@@ -46,41 +46,38 @@ class Prediction:
 
 
 def generate_predictions(decoder: Decoder, *, file: Path, source: str, progress_bar: bool) -> list[Prediction]:
-    """Generate a response to every test prompt.
+    """Generate a response to every test prompt; each process collects its part of them beside `file`.
 
-    Args:
-        file: Every process collects its part of the predictions beside this file.
-        source: `source_of` the model and its routes; predictions of another source are made again.
+    Predictions that are there, but of another `source` (`source_of` the model and its routes), are made again.
     """
-    data, settings, routes, examples = decoder.data, decoder.settings, decoder.routes, decoder.data.test
+    config, examples = decoder.config, decoder.data.test
+    each_step = decoder.routes is not None and decoder.routes.decides_each_step
     my_rank, world = rank()
-    key = digest([file.stem, fingerprint(examples), asdict(settings), data.max_prompt_length, source])
+    key = digest([file.stem, fingerprint(examples), decoder.settings, decoder.data.max_prompt_length, source])
     part = file.with_name(f"{file.stem}.{my_rank}.part")
     done = _read_parts(file, key, complain=True)
     own = _read_lines(part, key)[0] if part.is_file() else {}
     write_atomically(part, "".join(_line(each, key) for each in own.values()))  # without what is torn or foreign
     # Batches are cut before finished ones are left out, so that a resumed run pads and samples as an uninterrupted one.
     # What the engine says, greedy, does not depend on the batch.
-    whole = settings.decoder == "generate" or settings.do_sample
+    whole = config.decoder == "generate" or config.do_sample
     batches = [
         batch if whole else [i for i in batch if i not in done]
-        for batch in shard_batches(len(examples), settings.batch_size, my_rank, world)
+        for batch in shard_batches(len(examples), config.batch_size, my_rank, world)
         if not all(i in done for i in batch)
     ]
     with part.open("a", encoding="utf-8") as out:
         quiet, count = not progress_bar or my_rank > 0, sum(map(len, batches))
         responses, title = decoder.responses(batches), f"generate ({file.stem})"
         for i, tokens, shares in tqdm(responses, desc=title, unit="prompt", total=count, disable=quiet):
-            spoken = tokens[:-1] if tokens and tokens[-1] in settings.stop_tokens else tokens
-            text: Any = data.tokenizer.decode(spoken, skip_special_tokens=True)
             done[i] = Prediction(
                 index=i,
                 id=examples[i].id,
-                text=text.strip(),
+                text=decoder.text(tokens),
                 new_tokens=len(tokens),
                 skipped=[layer for layer, share in enumerate(shares) if share == 1],
                 difficulty=examples[i].difficulty,
-                shares=shares if routes is not None and routes.decides_each_step else None,
+                shares=shares if each_step else None,
                 part=examples[i].part,
             )
             out.write(_line(done[i], key))
@@ -109,9 +106,8 @@ def source_of(model: RouterAugmentedLM, routes: Routes | None) -> str:
     Take it before LoRA is merged, which may round otherwise on another machine. Of large tensors only every n-th number
     is read: it costs little, and no training leaves all of those as they were.
     """
-    config = model.lm.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
+    own = ("_name_or_path", "transformers_version")  # of the machine
+    config = {key: value for key, value in model.lm.config.to_dict().items() if key not in own}
     forced = None if routes is None else routes.to_json()
     scales = [layer.scaling for layer in lora_layers(model.lm)]
     settings = [config, model.lm.generation_config.eos_token_id, asdict(model.routers.settings), scales, forced]
@@ -119,8 +115,7 @@ def source_of(model: RouterAugmentedLM, routes: Routes | None) -> str:
     for name, parameter in model.named_parameters():
         found.update(name.encode())
         for tensor in stored_tensors(parameter):
-            numbers = tensor.reshape(-1)
-            some = numbers[:: max(1, -(-len(numbers) // _SAMPLE))].cpu().contiguous()
+            some = tensor.reshape(-1)[:: max(1, -(-tensor.numel() // _SAMPLE))].cpu().contiguous()
             found.update(some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 

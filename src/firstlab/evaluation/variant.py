@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from firstlab.config.schema import EvaluationConfig
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import TrainingRows, collate_training, response_ids
-from firstlab.evaluation.decoding import Decoder, Decoding, check_engine
+from firstlab.evaluation.decoding import Decoder, check_engine
 from firstlab.evaluation.predictions import fingerprint, generate_predictions, write_predictions
 from firstlab.evaluation.scoring import primary_metric, score_texts
 from firstlab.evaluation.skips import skip_statistics
@@ -42,7 +43,7 @@ def evaluate_variant(
     progress_bar: bool,
     static: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Everything `result.json` says about one variant.
+    """Everything `result.json` says about one variant; `rates` in it, about each of `config.skip_rates`.
 
     Args:
         directory: Predictions are collected here as NAME.jsonl.
@@ -50,15 +51,12 @@ def evaluate_variant(
         routes: The method's routes of the test prompts, or None to let the routers decide.
         source: `source_of` the model, before its LoRA was merged, and the routes.
         static: See `skip_statistics`.
-
-    Returns:
-        The record; where routers know any rate, `rates` in it holds one for each of `config.skip_rates`.
     """
     check_engine(model, "evaluation.decoder", config.decoder)
     highest = _highest_rate(model) if config.skip_rates and routes is None else 0.0
     model.eval()
-    decoder, file = Decoder(model, data, Decoding.of(model, data, config, seed), routes), directory / f"{name}.jsonl"
-    record: dict[str, Any] = {"n": len(data.test), "source": source, "decoding": decoder.settings.record(model)}
+    decoder, file = Decoder(model, data, config, seed, routes), directory / f"{name}.jsonl"
+    record: dict[str, Any] = {"n": len(data.test), "source": source, "decoding": decoder.record()}
     with pinned_generation(model.lm):
         predictions = generate_predictions(decoder, file=file, source=source, progress_bar=progress_bar)
         if config.tpot_prompts and rank()[0] == 0:
@@ -66,10 +64,10 @@ def evaluate_variant(
             got = own if routes is None else [routes.rows([p.index]) for p in predictions]
             record["timing"] = measure_tpot(decoder, got, config)
     nll = _response_nll(model, data, routes, config.batch_size) if config.perplexity else None
-    if nll is None:
-        tokens = [len(response_ids(data.tokenizer, example.references[0])) for example in data.test]
-    else:
+    if nll is not None:
         tokens = nll[:, 1].astype(int).tolist()
+    else:
+        tokens = [len(response_ids(data.tokenizer, example.references[0])) for example in data.test]
     record["skip"] = skip_statistics(predictions, tokens, model.num_layers, static)
     record["new_tokens"] = float(np.mean([p.new_tokens for p in predictions]))
     rows = decoder.rows
@@ -94,20 +92,13 @@ def evaluate_variant(
         record["examples"] = examples
         write_predictions(file, predictions)
     if config.skip_rates and routes is None:
+        again = partial(evaluate_variant, model, data, replace(config, skip_rates=[]), directory, seed=seed)
+        rates = {f"{rate:.4g}": rate for rate in sorted({min(rate, highest) for rate in config.skip_rates})}
         record["rates"] = {
-            f"{rate:.4g}": evaluate_variant(
-                model,
-                data,
-                replace(config, skip_rates=[]),
-                directory,
-                f"{name}-skip{rate:.4g}",
-                RoutersDecide(rate),
-                f"{source}-{rate:.4g}",
-                seed,
-                progress_bar,
-                static,
+            text: again(
+                f"{name}-skip{text}", RoutersDecide(rate), f"{source}-{text}", progress_bar=progress_bar, static=static
             )
-            for rate in sorted({min(rate, highest) for rate in config.skip_rates})
+            for text, rate in rates.items()
         }
     return record
 

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from firstlab.metrics import qa, summarization, translation
+from firstlab.metrics.comet import CometConfig
 from firstlab.metrics.comet import comet as comet_scores
 from firstlab.metrics.scores import FloatArray, Scores
-from firstlab.metrics.settings import BertScoreConfig, CometConfig
 from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test, perplexity
+from firstlab.metrics.summarization import BertScoreConfig
 
 __all__ = ["PRIMARY_METRIC", "MetricResult", "evaluate_predictions", "from_rows"]
 __all__ += ["PairedTest", "Scores", "bootstrap_interval", "paired_test", "perplexity"]
@@ -60,12 +61,7 @@ def evaluate_predictions(
         references: The texts that are accepted for each example.
         sources: Only COMET reads them.
         target_language: Code or tag; decides the tokenizer of BLEU.
-        confidence, resamples, seed: Of the bootstrap.
         bertscore, comet: The metric is left out unless it has a model.
-
-    Raises:
-        ValueError: Unknown kind, or empty or unpaired inputs.
-        MetricUnavailableError: A metric's model, program or tokenizer is not there.
     """
     match kind:
         case "translation":
@@ -93,9 +89,7 @@ def evaluate_predictions(
     return results
 
 
-def from_rows(name: str, rows: FloatArray, signature: str | None = None) -> Scores:
+def from_rows(name: str, rows: FloatArray) -> Scores:
     """A metric, NAME or (of a part of a mixture) PART/NAME, from the rows [n, K] that a result record keeps."""
     aggregate = translation.SCORES_OF_SUMS.get(name.rpartition("/")[2])
-    if aggregate is None:
-        return Scores.mean(rows[:, 0].tolist(), signature)
-    return Scores.corpus(rows, aggregate, signature)
+    return Scores.corpus(rows, aggregate) if aggregate else Scores.mean(rows[:, 0].tolist())

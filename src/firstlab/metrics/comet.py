@@ -1,6 +1,5 @@
-"""COMET scores from the separate COMET environment, whose older transformers and numpy must not be imported here.
-
-Texts go to its command-line program as files with one segment per line, scores come back as JSON.
+"""COMET scores from its own environment, whose older transformers and numpy must not be imported here: texts go to its
+command-line program as files with one segment per line, scores come back as JSON.
 """
 
 from __future__ import annotations
@@ -11,19 +10,32 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from firstlab.metrics.scores import MetricUnavailableError, References, Scores, Texts, check_pairs
-from firstlab.metrics.settings import CometConfig
+
+
+@dataclass(frozen=True)
+class CometConfig:
+    """Which COMET model scores translations, and where its program is (`make comet`)."""
+
+    #: Hub id, `.ckpt` file, or a folder that holds `checkpoints/model.ckpt`; None leaves the metric out.
+    model: str | None = None
+    command: str = ".venv-comet/bin/comet-score"  # a relative path starts at the working directory
+    batch_size: int = 8
+    gpus: int = 0  # 0 is the CPU
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("gpus", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.comet.{name}={getattr(self, name)} is not allowed: at least {least}")
 
 
 def comet(sources: Texts, predictions: Texts, references: References, config: CometConfig) -> Scores:
     """Mean COMET (Rei et al. 2020; XCOMET: Guerreiro et al. 2024) times 100, against the first reference.
 
     An empty prediction scores 0 without being sent: models give silence undeserved credit.
-
-    Raises:
-        MetricUnavailableError: The program is absent, the model cannot be had, or the program failed.
     """
     check_pairs(predictions, references)
     if len(sources) != len(predictions):
@@ -34,27 +46,25 @@ def comet(sources: Texts, predictions: Texts, references: References, config: Co
             f"COMET is not installed: evaluation.comet.command={config.command!r} is not a program; run 'make comet', "
             "or give the path of comet-score in another environment"
         )
-    model = config.model
-    assert model is not None
+    assert config.model is not None
     triples = zip(sources, predictions, (accepted[0] for accepted in references), strict=True)
-    lines = {index: [_one_line(text) for text in triple] for index, triple in enumerate(triples)}
-    spoken = {index: texts for index, texts in lines.items() if texts[1]}
-    found = _run(program, model, list(spoken.values()), config) if spoken else []
-    scores = dict.fromkeys(lines, 0.0) | {index: 100.0 * score for index, score in zip(spoken, found, strict=True)}
-    return Scores.mean(list(scores.values()), f"model:{_model_name(model)}|refs:first|empty:0")
+    lines = [[_one_line(text) for text in triple] for triple in triples]
+    spoken = [texts for texts in lines if texts[1]]
+    found = iter(_run(program, config.model, spoken, config) if spoken else [])
+    scores = [100.0 * next(found) if texts[1] else 0.0 for texts in lines]
+    return Scores.mean(scores, f"model:{_model_name(config.model)}|refs:first|empty:0")
 
 
 def _run(program: str, model: str, lines: list[list[str]], config: CometConfig) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="firstlab-comet-") as folder:
-        paths = [Path(folder, name) for name in ("sources.txt", "predictions.txt", "references.txt")]
-        for path, segments in zip(paths, zip(*lines, strict=True), strict=True):
-            path.write_text("".join(f"{segment}\n" for segment in segments), encoding="utf-8")
         output = Path(folder, "scores.json")
-        sources, predictions, references = map(str, paths)
-        command = [program, "-s", sources, "-t", predictions, "-r", references, "--only_system", "--quiet"]
         checkpoint = str(Path(model, "checkpoints", "model.ckpt")) if Path(model).is_dir() else model
-        command += ["--model", checkpoint, "--to_json", str(output)]
+        command = [program, "--only_system", "--quiet", "--model", checkpoint, "--to_json", str(output)]
         command += ["--batch_size", str(config.batch_size), "--gpus", str(config.gpus)]
+        for option, segments in zip(("-s", "-t", "-r"), zip(*lines, strict=True), strict=True):
+            path = Path(folder, f"texts{option}.txt")
+            path.write_text("".join(f"{segment}\n" for segment in segments), encoding="utf-8")
+            command += [option, str(path)]
         # The other environment must not find our packages.
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
@@ -82,9 +92,8 @@ def _failure(done: subprocess.CompletedProcess[str], config: CometConfig) -> str
     advice = ""
     if "not supported by COMET" in done.stderr or "Invalid checkpoint path" in done.stderr:
         advice = (
-            f"\nevaluation.comet.model={config.model!r} could not be had. Either it is not in the hub cache and there "
-            "is no network, or it is gated (accept its licence on its hub page, then `hf auth login`); "
-            "otherwise give the path of a .ckpt file"
+            f"\nevaluation.comet.model={config.model!r} is not in the hub cache and there is no network, or it is "
+            "gated: accept its licence on its hub page, then `hf auth login`; or give the path of a .ckpt file"
         )
     return f"{config.command} failed with exit status {done.returncode}:{advice}\n{last}"
 

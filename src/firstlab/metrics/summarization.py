@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from firstlab.metrics.scores import MetricUnavailableError, References, Scores, Texts, check_pairs
-from firstlab.metrics.settings import BertScoreConfig
 
 if TYPE_CHECKING:
     from bert_score import BERTScorer
+
+
+@dataclass(frozen=True)
+class BertScoreConfig:
+    """Which encoder BERTScore of summaries compares with."""
+
+    path: str | None = None  # hub id or folder; None leaves the metric out
+    num_layers: int | None = None  # whose states are compared; None: bert-score's choice for the encoder, else the last
+
+    def __post_init__(self) -> None:
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ValueError(f"evaluation.bertscore.num_layers={self.num_layers} is not allowed: at least 1, or null")
 
 
 def rouge(predictions: Texts, references: References) -> dict[str, Scores]:
@@ -44,10 +56,6 @@ def bertscore(predictions: Texts, references: References, config: BertScoreConfi
     """Mean BERTScore F1 (Zhang et al. 2020), 0..100, best reference; no idf weights, no rescaling.
 
     A blank text has no tokens to match: its F1 is 0 and the encoder never sees it.
-
-    Raises:
-        ValueError: `num_layers` is beyond the encoder's depth.
-        MetricUnavailableError: The encoder is not there.
     """
     check_pairs(predictions, references)
     pairs = [
@@ -62,8 +70,7 @@ def bertscore(predictions: Texts, references: References, config: BertScoreConfi
     best: dict[int, float] = {}
     if pairs:
         indices, candidates, targets = map(list, zip(*pairs, strict=True))
-        _, _, found = scorer.score(candidates, targets)
-        for index, value in zip(indices, found.tolist(), strict=True):
+        for index, value in zip(indices, scorer.score(candidates, targets)[2].tolist(), strict=True):
             best[index] = max(value, best.get(index, -1.0))
     name = Path(path).name if Path(path).is_dir() else path
     signature = f"f1|encoder:{name}|layer:{num_layers}|idf:no|rescale:no|refs:max|bert-score:{version('bert-score')}"
@@ -102,9 +109,8 @@ def _load_scorer(path: str, wanted: int | None) -> tuple[BERTScorer, int]:
         scorer = BERTScorer(model_type=name, num_layers=num_layers)
     except OSError as error:
         raise MetricUnavailableError(
-            f"evaluation.bertscore.path={path!r} is no local encoder directory, is not in the hub cache and "
-            "cannot be downloaded from here; give the directory of an encoder, or fetch it first with "
-            f"`hf download {path}`"
+            f"evaluation.bertscore.path={path!r} is neither an encoder's directory nor in the hub cache, and cannot be "
+            f"downloaded from here; give a directory, or fetch it first with `hf download {path}`"
         ) from error
     tokenizer = scorer._tokenizer
     positions = getattr(encoder, "max_position_embeddings", None)

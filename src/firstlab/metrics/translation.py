@@ -25,7 +25,7 @@ _TOKENIZERS = {
     "zh": ("zh", "zho", "chi", "cmn", "yue"),
     "ja-mecab": ("ja", "jpn"),
     "ko-mecab": ("ko", "kor"),
-    "char": tuple(["bo", "bod", "tib", "dz", "dzo", "km", "khm", "lo", "lao", "my", "mya", "bur", "th", "tha"]),
+    "char": ("bo", "bod", "tib", "dz", "dzo", "km", "khm", "lo", "lao", "my", "mya", "bur", "th", "tha"),
 }
 
 
@@ -101,12 +101,10 @@ def _sacrebleu(metric: Metric, aggregate: Aggregate, predictions: Texts, referen
 
 def _nltk_bleu(sums: FloatArray) -> FloatArray:
     """BLEU [R] in 0..100 of sums [R, 2 + 2 · order]: lengths of hypotheses and references, matches, n-grams."""
-    order = sums.shape[1] // 2 - 1
-    matches, totals = sums[:, 2 : 2 + order], sums[:, 2 + order :]
-    precisions = np.where(matches > 0, matches / np.maximum(totals, 1), sys.float_info.min)
     hypotheses, references = sums[:, 0], sums[:, 1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        brevity = np.where(hypotheses < references, np.exp(1 - references / hypotheses), 1.0)
+    matches, totals = np.split(sums[:, 2:], 2, axis=1)
+    precisions = np.where(matches > 0, matches / np.maximum(totals, 1), sys.float_info.min)
+    brevity = np.exp(np.minimum(0, 1 - references / np.maximum(hypotheses, 1)))
     scores = 100.0 * brevity * np.exp(np.log(precisions).mean(1))
     return np.where(matches[:, 0] > 0, scores, 0.0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.evaluation.decoding import Decoder, Decoding
+from firstlab.evaluation.decoding import Decoder
 from firstlab.evaluation.scoring import primary_metric, score_texts
 from firstlab.methods.objective import RouteFit
 from firstlab.model.generation_options import pinned_generation
@@ -89,15 +89,13 @@ def validation_score(run: Run, routes: Routes | None = None) -> float:
     data: PromptDataModule = copy(run.data)
     data.__dict__["test"] = run.data.val[:_SCORED]
     config = replace(run.config.evaluation, resamples=100, do_sample=False)
-    decoding = Decoding.of(run.model, data, config, run.config.seed)
-    decoder = Decoder(run.model, data, decoding, routes)
+    decoder = Decoder(run.model, data, config, run.config.seed, routes)
     texts = [""] * len(data.test)
     run.model.eval()
     with pinned_generation(run.model.lm), torch.no_grad():
         batches = shard_batches(len(data.test), config.batch_size, 0, 1)
         for place, tokens, _ in decoder.responses(batches):
-            kept = tokens[:-1] if tokens and tokens[-1] in decoding.stop_tokens else tokens
-            texts[place] = str(data.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+            texts[place] = decoder.text(tokens)
     return score_texts(data.task, data.test, texts, config)[primary_metric(data.task)].value
 
 

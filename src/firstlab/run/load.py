@@ -27,7 +27,7 @@ from firstlab.config.schema import PAPER_ORDER, ExperimentConfig, PhaseConfig, t
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
-from firstlab.metrics.settings import CometConfig
+from firstlab.metrics.comet import CometConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.storage import ModelUnavailableError
 from firstlab.run.directory import variant_names

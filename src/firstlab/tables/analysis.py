@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 
 from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_of
 from firstlab.store.results import ROW_NAMES
 from firstlab.tables import pictures
-from firstlab.tables.cells import BETTER, WORSE, Cells, Match, Score, column
+from firstlab.tables.cells import Cells, Match, Score, column
 from firstlab.tables.quality import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
 from firstlab.tables.table import LORA, Cell, Column, Table, columns, interval, number, percent
 
@@ -59,15 +60,12 @@ def equal_rates(cells: Cells) -> Table:
     for group in ("rate over prompts", "rate over tokens"):
         heads += columns("both skip", "other method", "difference", "p", group=group)
     heads += columns("sets of the other method")
-    rows = []
+    rows, methods = [], [each for each in STATIC if each in scale.methods]
     for task, ours in scale.tasks.items():
-        for level in planned[task, reference]:
-            run = cells.run(task, reference, level)
-            for lora in (False, True):
-                for method in (each for each in STATIC if each in scale.methods):
-                    other = cells.run(task, method, level)
-                    row = [Cell(ours), percent(scale.levels[level], "g"), LORA[lora], Cell(method_title(method))]
-                    rows.append([*row, *_compared(cells, task, run, other, lora)])
+        for level, lora, method in product(planned[task, reference], (False, True), methods):
+            run, other = cells.run(task, reference, level), cells.run(task, method, level)
+            row = [Cell(ours), percent(scale.levels[level], "g"), LORA[lora], Cell(method_title(method))]
+            rows.append([*row, *_compared(cells, task, run, other, lora)])
     caption = (
         "A static set skips whole layers for every prompt, so it meets a rate in between by taking one layer more for "
         f"a share of the prompts: that is what {method_title(reference)} is compared with here, by its measured rate. "
@@ -88,9 +86,7 @@ def _compared(cells: Cells, task: str, run: Run, other: Run, lora: bool) -> list
             continue
         seeds = "" if found.seeds == 1 else f"{found.seeds} seeds"
         value = Cell(f"{found.value:.1f}", found.value, seeds, kind="ours")
-        test = found.test
-        certain = test.p_value < cells.config.significance
-        mark = "" if not certain else BETTER if test.difference > 0 else WORSE
+        test, mark = found.test, cells.mark(found.test)
         difference = Cell(f"{test.difference:+.1f}", test.difference, interval(test.low, test.high, "+.1f"), mark)
         groups += [percent(found.skip_rate), number(found.other), difference, number(test.p_value, ".3f", "")]
         made_of |= dict.fromkeys(each.skip_rate for each in sets if each is not None)
@@ -131,11 +127,9 @@ def ablations(cells: Cells) -> Table:
         for lora in (False, True):
             match, _ = cells.find(run, lora)
             perplexity = match.mean("perplexity") if match else None
-            row += [
-                rate_cell(cells, run, lora),
-                score_cell(*cells.score(run, lora, metric, None if run.level is None else runs[0][2]), run),
-                Cell() if perplexity is None else number(perplexity, ".3f", "rate"),
-            ]
+            score = cells.score(run, lora, metric, None if run.level is None else runs[0][2])
+            row += [rate_cell(cells, run, lora), score_cell(*score, run)]
+            row.append(Cell() if perplexity is None else number(perplexity, ".3f", "rate"))
         rows.append(row)
     caption = (
         f"{scale.tasks[task]}, {100 * scale.levels[config.ablation_level]:g} % of the layers: the default method "
@@ -154,13 +148,13 @@ def adaptivity(cells: Cells) -> Table:
     methods = [name for name in ("first_soft", "first", "static_first", "sleb", "oracle") if name in scale.methods]
     rows = []
     for task, ours in scale.tasks.items():
-        for level in sorted({level for method in methods for level in planned[task, method]}):
-            for method in (each for each in methods if level in planned[task, each]):
+        levels = sorted({level for method in methods for level in planned[task, method]})
+        for level, method, lora in product(levels, methods, (False, True)):
+            if level in planned[task, method]:
                 run = cells.run(task, method, level)
                 ceiling = cells.run(task, "oracle", level) if "oracle" in methods else None
-                for lora in (False, True):
-                    row = [Cell(ours), percent(scale.levels[level], "g"), Cell(method_title(method)), LORA[lora]]
-                    rows.append([*row, *_adapted(cells, task, run, ceiling, lora)])
+                row = [Cell(ours), percent(scale.levels[level], "g"), Cell(method_title(method)), LORA[lora]]
+                rows.append([*row, *_adapted(cells, task, run, ceiling, lora)])
     caption = (
         "Skip rates are means over prompts; over tokens, prompts with long references weigh more. "
         "Agreement: share of layers decided alike, mean over prompts; the static set is the greedily calibrated one. "
@@ -175,7 +169,7 @@ def _adapted(cells: Cells, task: str, run: Run, ceiling: Run | None, lora: bool)
         return [rate_cell(cells, run, lora), missing_cell(reason, run), *[Cell()] * 6]
     row = [rate_cell(cells, run, lora), percent(match.rate_by_token)]
     shown = {"unique_routes": ".0f", "route_entropy_bits": ".2f", "mode_agreement": ".3f", "static_agreement": ".3f"}
-    row += [number(match.mean("skip", key), form) for key, form in shown.items()]
+    row += [number(match.mean(key, "skip"), form) for key, form in shown.items()]
     score, reason = cells.score(run, lora, HEADLINE[task])
     best, _ = cells.score(ceiling, lora, HEADLINE[task]) if ceiling else (None, "")
     same = ceiling is not None and run.method != "oracle" and cells.on_same_prompts(run, ceiling, lora)
@@ -198,7 +192,7 @@ def by_group(cells: Cells, key: str, axis: str, name: str) -> Table:
                 points: list[tuple[float, float, float | None, float | None]] = []
                 for label, where, count, rate, *perplexities in [] if match is None else _groups(match, dense, name):
                     row = [Cell(ours), Cell(method_title(method)), LORA[lora], Cell(label, where)]
-                    row += [Cell(str(count), count), Cell(f"{100 * rate:.1f} %", 100 * rate, kind="ours")]
+                    row += [number(count, "d", ""), number(100 * rate, unit=" %")]
                     rows.append([*row, *(number(each, ".3f") for each in perplexities)])
                     points.append((where, 100 * rate, None, None))
                 if points and lora:
@@ -249,23 +243,21 @@ def _perplexity_of(match: Match, members: np.ndarray) -> float | None:
 
 def every_run(cells: Cells) -> Table:
     """All recorded runs of the scale's models, also those that stand for no cell: other tasks, other settings."""
-    models = set(cells.scale.models.values())
     heads = columns("Model", "Task", "Method", "Variant", "Level asked for", "Seed", "skip", "Metric", "Value")
     heads += columns("Perplexity", "TPOT ratio", "In the tables above")
     rows = []
-    records = [each for each in cells.library.records if each.node["model"] in models]
-    for record in sorted(records, key=lambda each: (each.node["model"], each.node["data"], str(each.file))):
+    for record in sorted(cells.records, key=lambda each: (each.node["model"], each.node["data"], str(each.file))):
         node = record.node
         for name, part in node["variants"].items():
             metric = part["primary_metric"]
             found, ratio = part["metrics"][metric], part.get("timing", {}).get("tpot_ratio")
             perplexity, detail = part.get("perplexity"), interval(found["low"], found["high"])
             names = node["model"], node["data"], method_title(node["method"]), ROW_NAMES.get(name, name)
-            row = [*map(Cell, (*names, record.level)), Cell(str(record.seed), record.seed)]
+            row = [*map(Cell, (*names, record.level)), number(record.seed, "d", "")]
             row += [percent(part["skip"]["skip_rate"]), Cell(METRICS.get(metric, metric))]
             row.append(Cell(f"{found['value']:.1f}", found["value"], detail, kind="ours"))
             row.append(Cell() if perplexity is None else number(perplexity, ".3f", ""))
-            row.append(Cell() if ratio is None else Cell(f"{ratio:.2f}x", ratio))
+            row.append(Cell() if ratio is None else number(ratio, ".2f", "", "x"))
             rows.append([*row, Cell("yes" if record in cells.used else "no", note=str(record.file))])
     return Table("runs", "Every recorded run", heads, rows, "One row per variant of a run.", section="Analysis")
 
@@ -273,11 +265,8 @@ def every_run(cells: Cells) -> Table:
 def _planned(cells: Cells) -> dict[tuple[str, str], list[int]]:
     """The levels of which the grid plans runs of the first model, by task and method, one per skip rate; or all."""
     scale, plan = cells.scale, planned_runs(cells.scale)
-    first = {rate: level for level, rate in sorted(scale.levels.items(), reverse=True)}
-    levels = [first[rate] for rate in sorted(first)]
     found = {}
-    for task in scale.tasks:
-        for method in scale.methods:
-            wanted = [level for level in levels if run_of(scale, task, cells.model, method, level) in plan]
-            found[task, method] = wanted or levels
+    for task, method in product(scale.tasks, scale.methods):
+        wanted = [level for level in cells.levels if run_of(scale, task, cells.model, method, level) in plan]
+        found[task, method] = wanted or cells.levels
     return found

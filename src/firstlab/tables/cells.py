@@ -39,10 +39,9 @@ class Match:
     @functools.cached_property
     def rate_by_token(self) -> float | None:
         """As `skip_rate`, over the tokens of the references; None where a record does not know them."""
-        rates, tokens = ([column(each, self.variant, name) for each in self.records] for name in _BY_TOKEN)
-        if any(each is None for each in (*rates, *tokens)):
-            return None
-        return fmean(map(results.rate_by_token, rates, tokens))
+        pairs = [[column(each, self.variant, name) for name in _BY_TOKEN] for each in self.records]
+        known = all(numbers is not None for pair in pairs for numbers in pair)
+        return fmean(results.rate_by_token(*pair) for pair in pairs) if known else None
 
     def of(self, seeds: Collection[int]) -> Match:
         """With these seeds only."""
@@ -58,17 +57,10 @@ class Match:
         """The variant's part of each record."""
         return [record.node["variants"][self.variant] for record in self.records]
 
-    def mean(self, *path: str) -> float | None:
-        """Mean over seeds of a number inside the variant, None where a record lacks it."""
-        found = []
-        for part in self.parts:
-            value: Any = part
-            for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            if value is None:
-                return None
-            found.append(float(value))
-        return fmean(found)
+    def mean(self, key: str, section: str | None = None) -> float | None:
+        """Mean over seeds of a number of the variant, or of a section of it; None where a record lacks it."""
+        found = [(part.get(section, {}) if section else part).get(key) for part in self.parts]
+        return None if None in found else fmean(found)
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,10 @@ class Cells:
     def __init__(self, config: TablesConfig, library: Library) -> None:
         self.config, self.library = config, library
         self.scale, self.model = config.scale, next(iter(config.scale.models))  # the first model of the scale
-        self._records = functools.cache(lambda run: library.of(run, config.scale))
+        self.records = [each for each in library.records if each.node["model"] in config.scale.models.values()]
+        first = {rate: level for level, rate in sorted(config.scale.levels.items(), reverse=True)}
+        self.levels = [first[rate] for rate in sorted(first)]  # one of each skip rate, by rate
+        self._runs = functools.cache(lambda run: library.of(run, config.scale))
         self._tested = functools.cache(self._test)
         self._draws: Any = {"confidence": config.confidence, "resamples": config.resamples}
         self.used: set[Record] = set()
@@ -149,7 +144,7 @@ class Cells:
         if match is None:
             return None, reason
         found = [part["metrics"].get(metric) for part in match.parts]
-        if any(each is None for each in found):
+        if None in found:
             return None, "not measured"
         values = [each["value"] for each in found]
         low, high = (found[0]["low"], found[0]["high"]) if len(found) == 1 else (None, None)
@@ -162,20 +157,26 @@ class Cells:
             return score, ""
         against, _ = self.find(reference, lora)
         tested = self._tested(match.records, against.records, match.variant, metric) if against else None
-        if tested is None:
+        if against is None or tested is None:
             return score, ""
-        assert against is not None
-        difference, p_value = tested
-        mark = "" if p_value >= self.config.significance else BETTER if difference > 0 else WORSE
+        mark = self.mark(tested)
         tested_seeds = tuple(sorted(match.seeds & against.seeds)) if match.seeds != against.seeds else ()
         # Over seeds of which the test has a part, the means that are shown may lie the other way round.
         shown = [part["metrics"].get(metric) for part in against.parts]
-        if tested_seeds and all(shown) and (score.value - fmean(each["value"] for each in shown)) * difference <= 0:
+        if (
+            tested_seeds
+            and all(shown)
+            and (score.value - fmean(each["value"] for each in shown)) * tested.difference <= 0
+        ):
             mark = ""
         more_skipped = match.skip_rate - against.skip_rate
         if mark and abs(more_skipped) > self.config.rate_gap + 1e-9 and (more_skipped > 0) == (mark == WORSE):
             mark = f"({mark})"
-        return replace(score, difference=difference, p_value=p_value, mark=mark, tested=tested_seeds), ""
+        return replace(score, difference=tested.difference, p_value=tested.p_value, mark=mark, tested=tested_seeds), ""
+
+    def mark(self, test: PairedTest) -> str:
+        """Of a test that is certain, whether the first of the two is better."""
+        return "" if test.p_value >= self.config.significance else BETTER if test.difference > 0 else WORSE
 
     def on_same_prompts(self, run: Run, other: Run, lora: bool) -> bool:
         """Whether two cells are filled, by runs that were evaluated on the same prompts."""
@@ -201,11 +202,9 @@ class Cells:
             own = ours.of(shared)
             rate = own.rate_by_token if by_token else own.skip_rate
             below, above = (None, None) if rate is None else self._around(rate, matches, own)
-            if rate is None or below is None or above is None:
-                return None, (below, above)
             # What is compared is the seeds that all have, and so is the rate; which may need other sets.
-            common = shared & below.seeds & above.seeds
-            if not common:
+            common = shared & below.seeds & above.seeds if below and above else set()
+            if rate is None or below is None or above is None or not common:
                 return None, (below, above)
             if common == shared:
                 break
@@ -221,8 +220,8 @@ class Cells:
         mean = Scores.average(scores[:count])
         pairs = zip(scores[count : 2 * count], scores[2 * count :], strict=True)
         theirs = Scores.average([Scores.blend(a, b, share) for a, b in pairs])
-        test = paired_test(mean, theirs, **self._draws)
         self.used.update(records)
+        test = paired_test(mean, theirs, **self._draws)
         return EqualRate(rate, mean.value, theirs.value, count, test), (below, above)
 
     @staticmethod
@@ -236,7 +235,7 @@ class Cells:
     def _matches(self, run: Run, variant: str) -> list[Match]:
         """Every level that the run's method was recorded at."""
         groups: dict[str, dict[int, Record]] = defaultdict(dict)
-        for record in self._records(run):
+        for record in self._runs(run):
             if record.variant(variant) is not None:
                 # A seed counts once, however often it was run (on other processors, say).
                 groups[record.level].setdefault(record.seed, record)
@@ -250,38 +249,35 @@ class Cells:
 
     def _test(
         self, ours: tuple[Record, ...], theirs: tuple[Record, ...], variant: str, metric: str
-    ) -> tuple[float, float] | None:
-        """(difference, p) over the seeds that both have; None without per-prompt scores of one test set."""
+    ) -> PairedTest | None:
+        """Over the seeds that both have; None without per-prompt scores of one test set."""
         a, b = ({record.seed: record for record in each} for each in (ours, theirs))
         seeds = sorted(a.keys() & b.keys())
         scores = _comparable([each[seed] for each in (a, b) for seed in seeds], variant, metric)
         if not scores:
             return None
-        means = Scores.average(scores[: len(seeds)]), Scores.average(scores[len(seeds) :])
-        test = paired_test(*means, **self._draws)
-        return test.difference, test.p_value
+        return paired_test(Scores.average(scores[: len(seeds)]), Scores.average(scores[len(seeds) :]), **self._draws)
 
 
 def _comparable(records: Sequence[Record], variant: str, metric: str) -> list[Scores] | None:
     """Per-prompt scores of each record, or None if one has none, or the test sets differ."""
-    scores = [each for each in (_scores(record, variant, metric) for record in records) if each is not None]
+    scores = [each for record in records if (each := _scores(record, variant, metric)) is not None]
     one_set = len({_test_set(record, variant) for record in records}) <= 1
     return scores if one_set and len(scores) == len(records) else None
 
 
 def column(record: Record, variant: str, name: str) -> Any:
     """[N] numbers per test prompt (`firstlab.evaluation.variant.evaluate_variant`), or None in older records."""
-    numbers = (record.variant(variant) or {}).get("examples", {}).get(name)
+    numbers = record.examples(variant).get(name)
     return None if numbers is None else results.unpack(numbers)
 
 
 @functools.cache
 def _scores(record: Record, variant: str, metric: str) -> Scores | None:
-    part = record.variant(variant) or {}
-    packed = part.get("examples", {}).get("scores", {}).get(metric)
-    if packed is None or metric not in part["metrics"]:
+    packed = record.examples(variant).get("scores", {}).get(metric)
+    if packed is None or metric not in record.node["variants"][variant]["metrics"]:
         return None
-    return from_rows(metric, results.unpack(packed), part["metrics"][metric].get("signature"))
+    return from_rows(metric, results.unpack(packed))
 
 
 def _of_one_test_set(records: list[Record], variant: str) -> Match:
@@ -294,4 +290,4 @@ def _of_one_test_set(records: list[Record], variant: str) -> Match:
 
 
 def _test_set(record: Record, variant: str) -> str:
-    return str((record.variant(variant) or {}).get("examples", {}).get("test_set"))
+    return str(record.examples(variant).get("test_set"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 
 from firstlab.config.grid import Run, methods_of, run_of
 from firstlab.store import paper
 from firstlab.store.paper import Printed, QualityTable
 from firstlab.tables.cells import OFF_LEVEL, Cells, Score
-from firstlab.tables.table import LORA, Cell, Column, Table, columns, interval, percent
+from firstlab.tables.table import LORA, Cell, Column, Table, columns, interval, number, percent
 
 METRICS = {
     "bleu1": "BLEU-1", "bleu2": "BLEU-2", "bleu": "BLEU", "comet": "COMET",
@@ -108,29 +110,27 @@ def quality_table(cells: Cells, printed: QualityTable) -> Table:
         for method in methods_of(printed.number, scale):
             if (method == "none") == (level == 0):
                 rows += [_row(cells, printed, shown, level, method, lora) for lora in (True, False)]
-    number = printed.number
+    name = printed.number
 
     def about(where: str) -> bool:
         words = where.replace(",", " ").split()
-        return words[0] in ("Table", "Tables") and bool({number, number.rstrip("ab")} & set(words))
+        return words[0] in ("Table", "Tables") and bool({name, name.rstrip("ab")} & set(words))
 
-    section = "Quality" if len(number.rstrip("ab")) == 1 and number != "9" else "Quality in detail"
-    title = f"Table {number}. {printed.title}"
-    return Table(f"table{number}", title, heads, rows, _caption(cells, printed), errata(about), section)
+    section = "Quality" if len(name.rstrip("ab")) == 1 and name != "9" else "Quality in detail"
+    title = f"Table {name}. {printed.title}"
+    return Table(f"table{name}", title, heads, rows, _caption(cells, printed), errata(about), section)
 
 
 def _row(
     cells: Cells, printed: QualityTable, shown: list[tuple[str, str, bool]], level: int, method: str, lora: bool
 ) -> list[Cell]:
     scale, theirs = cells.scale, printed.rows.get((level, method, lora), {})
-    row = [Cell(f"{level} %", level), Cell(method_title(method)), LORA[lora]]
-    last = ""
-    for task, metric, measured in shown:
+    row = [number(level, "d", "", " %"), Cell(method_title(method)), LORA[lora]]
+    for place, (task, metric, measured) in enumerate(shown):
         run = run_of(scale, task, printed.model, method, level)
         reference = None if method == "none" else run_of(scale, task, printed.model, cells.config.reference, level)
-        if task != last:
+        if place == 0 or task != shown[place - 1][0]:
             row.append(rate_cell(cells, run, lora))
-            last = task
         if measured:
             row.append(score_cell(*cells.score(run, lora, metric, reference), run))
         if metric in printed.metrics:
@@ -141,26 +141,23 @@ def _row(
 def overview(cells: Cells) -> Table:
     """Headline metric of every task and level with LoRA, and what it keeps of Base + LoRA."""
     scale = cells.scale
-    wanted = sorted({scale.levels[level]: level for level in sorted(scale.levels, reverse=True)}.items())
     heads, rows = columns("Method"), []
     for task in scale.tasks:
         group = f"{scale.tasks[task]}: {METRICS[HEADLINE[task]]}"
-        heads += columns(*(f"{100 * rate:g} % skip" for rate, _ in wanted), group=group)
+        heads += columns(*(f"{100 * scale.levels[level]:g} % skip" for level in cells.levels), group=group)
     for method in scale.methods:
         row = [Cell(method_title(method) + " + LoRA")]
-        for task in scale.tasks:
-            base = cells.run(task, "none", 0)
+        for task, level in product(scale.tasks, cells.levels):
+            base, run = cells.run(task, "none", 0), cells.run(task, method, level)
             dense, _ = cells.score(base, True, HEADLINE[task])
-            for _, level in wanted:
-                run = cells.run(task, method, level)
-                reference = None if method == "none" else cells.run(task, cells.config.reference, level)
-                score, reason = cells.score(run, True, HEADLINE[task], reference)
-                cell = score_cell(score, reason, run)
-                same = method != "none" and cells.on_same_prompts(run, base, True)
-                if score and dense and dense.value and same:
-                    kept = f"{100 * score.value / dense.value:.1f} % kept at {100 * score.skip_rate:.1f} %"
-                    cell = Cell(cell.text, cell.value, kept, cell.mark, f"{cell.detail}; {cell.note}", "", "ours")
-                row.append(cell)
+            reference = None if method == "none" else cells.run(task, cells.config.reference, level)
+            score, reason = cells.score(run, True, HEADLINE[task], reference)
+            cell = score_cell(score, reason, run)
+            same = method != "none" and cells.on_same_prompts(run, base, True)
+            if score and dense and dense.value and same:
+                kept = f"{100 * score.value / dense.value:.1f} % kept at {100 * score.skip_rate:.1f} %"
+                cell = replace(cell, detail=kept, note=f"{cell.detail}; {cell.note}")
+            row.append(cell)
         rows.append(row)
     caption = (
         "Headline metric with LoRA at matched skip rates; behind it the share of Base + LoRA's score that is kept, and "

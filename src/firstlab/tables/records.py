@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from firstlab.config.grid import Run, level_keys
 from firstlab.store import results
 from firstlab.tables.config import ScaleConfig
 
-#: Settings that decide what a run is, beside its level; where one ran and what else was measured does not.
-_SECTIONS = ("method", "router", "lora", "router_phase", "lora_phase")
-_EVALUATION = ("limit", "decoder", "do_sample", "temperature", "top_k", "num_beams")
-_MODEL = ("path", "dtype", "revision", "quantization")
-_DATA = (
-    "task", "train_size", "val_size", "test_size", "split_seed", "bucket",
-    "max_length_router", "max_length_lora", "max_prompt_length", "max_new_tokens",
-)  # fmt: skip
+#: Settings that decide what a run is, by section, all where none is named; where it ran and what else it measured do not.
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("method", "router", "lora", "router_phase", "lora_phase"), ()),
+    "evaluation": ("limit", "decoder", "do_sample", "temperature", "top_k", "num_beams"),
+    "model": ("path", "dtype", "revision", "quantization"),
+    "data": (
+        "task", "train_size", "val_size", "test_size", "split_seed", "bucket",
+        "max_length_router", "max_length_lora", "max_prompt_length", "max_new_tokens",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,7 @@ class Record:
 
     file: Path
     node: dict[str, Any]  # what it says, see `firstlab.store.results.RECORD`
-    settings: dict[str, Any]  # dotted keys of the settings that decide what the run is
+    settings: dict[str, Any]  # by dotted key, those of `_SETTINGS`
     # False for an evaluation on other data, or with another seed, than the run was trained with: it fills no cell.
     as_trained: bool = True
 
@@ -50,6 +53,11 @@ class Record:
         variant: dict[str, Any] | None = self.node["variants"].get(name)
         return variant
 
+    def examples(self, name: str) -> dict[str, Any]:
+        """Numbers per test prompt of a variant, as they are packed; older records lack some, or all."""
+        found: dict[str, Any] = (self.variant(name) or {}).get("examples", {})
+        return found
+
 
 @dataclass
 class Library:
@@ -61,15 +69,14 @@ class Library:
 
     def of(self, run: Run, scale: ScaleConfig) -> list[Record]:
         """Runs of the same task, model, method and settings, at any seed and, where a level is asked for, any level."""
-        trained = [each for each in self.records if each.as_trained]
-        near = [each for each in trained if (each.node["data"], each.node["model"]) == (run.task, run.model)]
+        asked = run.task, run.model
+        near = [each for each in self.records if each.as_trained and (each.node["data"], each.node["model"]) == asked]
         if not near:
             return []
         levels = set() if run.level is None else level_keys(scale)
         expected = expected_settings(tuple(each for each in run.overrides if each.partition("=")[0] not in levels))
-        unused = ("router.", "router_phase.") if run.method == "none" else ()
-        free = {*levels, "method.seed"}
-        wanted = {key: value for key, value in expected.items() if key not in free and not key.startswith(unused)}
+        unused = ("method.seed", *(("router.", "router_phase.") if run.method == "none" else ()))
+        wanted = {key: value for key, value in expected.items() if key not in levels and not key.startswith(unused)}
         return [
             record
             for record in near
@@ -92,7 +99,7 @@ def read(folders: Sequence[str]) -> Library:
             if "cells" in node:
                 library.benchmarks.append(node)
                 continue
-            record = Record(file, node, _training(node["config"]) | _place(node["config"]), _as_trained(file, node))
+            record = Record(file, node, _settings(node["config"]), _as_trained(file, node))
             first = seen.setdefault((node["config_hash"], record.seed), record)
             if first is record:
                 library.records.append(record)
@@ -102,29 +109,21 @@ def read(folders: Sequence[str]) -> Library:
 
 
 def _as_trained(file: Path, node: dict[str, Any]) -> bool:
-    if results.EVALUATIONS not in file.parts[-3:-2]:
-        return True
-    try:
-        run = results.read(file.parents[2])
-    except ValueError:
-        run = None
+    run = None
+    if results.EVALUATIONS in file.parts[-3:-2]:
+        with suppress(ValueError):  # a damaged record has its own warning
+            run = results.read(file.parents[2])
     return run is None or (run["data"], run["seed"]) == (node["data"], node["seed"])
 
 
-def _training(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the method, of training and of evaluation."""
-    unused = ("temperature", "top_k") if config["evaluation"].get("do_sample") is False else ()
-    kept = [key for key in _EVALUATION if key not in unused]
-    evaluation = {key: value for key, value in config["evaluation"].items() if key in kept}
-    return dict(_flat({**{section: config[section] for section in _SECTIONS}, "evaluation": evaluation}))
-
-
-def _place(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the model and of the data, wherever the latter's files lie."""
-    model = {key: value for key, value in config["model"].items() if key in _MODEL}
-    data = {key: value for key, value in config["data"].items() if key in _DATA}
-    placed = {key: value for key, value in _flat({"model": model, "data": data}) if not key.endswith(".root")}
-    return placed | {"init_from": config.get("init_from")}
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    greedy = config["evaluation"].get("do_sample") is False
+    unused = (".root", *(("evaluation.temperature", "evaluation.top_k") if greedy else ()))
+    found = {"init_from": config.get("init_from")}
+    for section, names in _SETTINGS.items():
+        chosen = {key: value for key, value in config[section].items() if not names or key in names}
+        found |= {key: value for key, value in _flat(chosen, section) if not key.endswith(unused)}
+    return found
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -139,16 +138,14 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def expected_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
     """Settings that `python -m firstlab.train` makes of the overrides."""
     # Composing is slow: what says nothing of model and data is composed once for all of them, and the other way round.
-    ours = (*_SECTIONS, "evaluation", "note")
+    ours = {*_SETTINGS, "note"} - {"model", "data"}
     place = tuple(each for each in overrides if each.lstrip("+~").partition("=")[0].split(".")[0] not in ours)
     rest = tuple(each for each in overrides if not each.startswith(("data=", "data.", "model=", "model.")))
-    said = _composed(rest)
+    said, placed = _composed(rest), _composed(place)
     # What the file of a method leaves out is the class's default; the target is the command line's own.
     unsaid = {each.name: each.default for each in fields(get_object(said["method"]["_target_"]))}
     method = {key: value for key, value in (unsaid | said["method"]).items() if value is not MISSING}
-    return _training({**said, "method": method}) | _place(_composed(place))
+    return _settings({**said, "method": method, **{key: placed.get(key) for key in ("model", "data", "init_from")}})
 
 
-@functools.cache
-def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
-    return composed_config(overrides)
+_composed = functools.cache(composed_config)

@@ -2,51 +2,54 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from firstlab.config.grid import FIRST, run_of
 from firstlab.store import paper
 from firstlab.tables import pictures
-from firstlab.tables.cells import Cells
+from firstlab.tables.cells import Cells, Match
 from firstlab.tables.quality import TASKS, errata, method_title, missing_cell, rate_cell
 from firstlab.tables.records import expected_settings
-from firstlab.tables.table import Cell, Column, Table, columns, interval
+from firstlab.tables.table import Cell, Column, Table, columns, interval, number
 
 
-def tpot_table(cells: Cells, number: str, node: dict[str, Any]) -> Table:
+def tpot_table(cells: Cells, name: str, node: dict[str, Any]) -> Table:
     """Tables 5 to 7: time per output token of Router + LoRA, routed ÷ dense."""
     scale = cells.scale
     heads, rows = columns("Method", "Level"), []
     for task in node["tasks"]:
         names = ("Skip (paper)", "skip", "TPOT ratio", "TPOT ratio, paper")
         heads += columns(*names, group=f"{TASKS[task]}, {scale.tasks[task]}")
-    for method in (name for name in FIRST if name in scale.methods):
-        for step in range(max(len(ratios) for ratios in node["tasks"].values())):
-            row = [Cell(method_title(method) + " + LoRA"), Cell(str(step + 1), step + 1)]
-            for task, ratios in node["tasks"].items():
-                if step >= len(ratios):
-                    row += [Cell() for _ in range(4)]
-                    continue
-                level = sorted(ratios)[step]
-                run = run_of(scale, task, node["model"], method, level)
-                match, reason = cells.find(run, True)
-                ours = missing_cell(reason, run)
-                if match is not None:
-                    ratio = match.mean("timing", "tpot_ratio")
-                    ours = _ratio_cell(ratio, match.parts) if ratio is not None else Cell(note="not measured")
-                theirs = Cell(f"{ratios[level]:.2f}x", ratios[level], kind="paper")
-                shown = theirs if method == "first_soft" else Cell()
-                row += [Cell(f"{level} %", level), rate_cell(cells, run, True), ours, shown]
-            rows.append(row)
+    for method, step in product(_first(cells), range(max(map(len, node["tasks"].values())))):
+        row = [Cell(method_title(method) + " + LoRA"), Cell(str(step + 1), step + 1)]
+        for task, ratios in node["tasks"].items():
+            if step >= len(ratios):
+                row += [Cell() for _ in range(4)]
+                continue
+            level = sorted(ratios)[step]
+            run = run_of(scale, task, node["model"], method, level)
+            match, reason = cells.find(run, True)
+            ours = missing_cell(reason, run) if match is None else _ratio_cell(match)
+            theirs = number(ratios[level], ".2f", "paper", "x") if method == "first_soft" else Cell()
+            row += [number(level, "d", "", " %"), rate_cell(cells, run, True), ours, theirs]
+        rows.append(row)
     caption = (
         "Routed ÷ dense time per output token of one model, batch size 1, both timed in turn in one process; brackets: "
         "quartiles over prompts. The paper's ratios are relative to its LoRA fine-tuned base model."
     )
-    notes = errata(lambda where: number.startswith("7") and where.startswith("Table 7"))
-    return Table(f"table{number}", f"Table {number}. {node['title']}", heads, rows, caption, notes, "Speed")
+    notes = errata(lambda where: name.startswith("7") and where.startswith("Table 7"))
+    return Table(f"table{name}", f"Table {name}. {node['title']}", heads, rows, caption, notes, "Speed")
 
 
-def _ratio_cell(ratio: float, parts: list[dict[str, Any]]) -> Cell:
+def _first(cells: Cells) -> list[str]:
+    return [name for name in FIRST if name in cells.scale.methods]
+
+
+def _ratio_cell(match: Match) -> Cell:
+    ratio, parts = match.mean("tpot_ratio", "timing"), match.parts
+    if ratio is None:
+        return Cell(note="not measured")
     quartiles = parts[0]["timing"].get("tpot_ratio_quartiles") if len(parts) == 1 else None
     detail = interval(quartiles[0], quartiles[1], ".2f") if quartiles else f"{len(parts)} seeds"
     return Cell(f"{ratio:.2f}x", ratio, detail, kind="ours")
@@ -68,7 +71,7 @@ def splits_table(cells: Cells) -> Table:
         for size in (settings["data.train_size"], settings["data.val_size"]):
             row.append(Cell("all others" if size is None else str(size), size))
         row.append(Cell(", ".join(map(str, sizes)), sizes[-1]) if sizes else Cell(note="no run"))
-        rows.append([*row, *(Cell(str(theirs[part]), theirs[part], kind="paper") for part in theirs)])
+        rows.append([*row, *(number(count, "d", "paper") for count in theirs.values())])
     notes = errata(lambda where: where.startswith("Table 8"))
     caption = "Examples. The test column is what recorded runs were evaluated on."
     return Table("table8", "Table 8. Training, validation and test examples", heads, rows, caption, notes, "Setting")
@@ -82,24 +85,21 @@ def per_layer_table(cells: Cells) -> Table:
         which = "R + L" if column["variant"] == "router_lora" else "R"
         heads.append(Column(which, f"paper, α = {column['alpha']:g}"))
         data.append([*paper.per_layer_shares(column, node["layers"]), column["average"]])
-    theirs = len(data)
+    kinds = ["paper"] * len(data)
     ours = node["model"] in scale.models and node["task"] in scale.tasks
-    for method in (name for name in FIRST if name in scale.methods):
-        for level in (each for each in (15, 25, 35) if ours and each in scale.levels):
-            for lora in (False, True):
-                match, _ = cells.find(run_of(scale, node["task"], node["model"], method, level), lora)
-                if match is not None:
-                    skip, asked = match.parts[0]["skip"], match.records[0].level
-                    heads.append(Column("R + L" if lora else "R", f"{method_title(method)}, {asked}"))
-                    data.append([100 * share for share in (*skip["per_layer"], skip["skip_rate"])])
+    levels = [each for each in (15, 25, 35) if ours and each in scale.levels]
+    for method, level, lora in product(_first(cells), levels, (False, True)):
+        match, _ = cells.find(run_of(scale, node["task"], node["model"], method, level), lora)
+        if match is not None:
+            skip, asked = match.parts[0]["skip"], match.records[0].level
+            heads.append(Column("R + L" if lora else "R", f"{method_title(method)}, {asked}"))
+            data.append([100 * share for share in (*skip["per_layer"], skip["skip_rate"])])
+            kinds.append("ours")
     rows = []
-    layers = max(len(values) for values in data) - 1
-    for layer in range(layers + 1):
-        row = [Cell(str(layer), layer) if layer < layers else Cell("Avg")]
-        for i, values in enumerate(data):
-            value = values[-1] if layer == layers else values[layer] if layer < len(values) - 1 else None
-            kind = "paper" if i < theirs else "ours"
-            row.append(Cell() if value is None else Cell(f"{value:.2f}", value, kind=kind))
+    for layer in [*range(max(map(len, data)) - 1), -1]:
+        row = [Cell("Avg") if layer < 0 else Cell(str(layer), layer)]
+        for values, kind in zip(data, kinds, strict=True):
+            row.append(number(values[layer], ".2f", kind) if layer < len(values) - 1 else Cell())
         rows.append(row)
     caption = (
         "Percent of prompts that skip a layer; R: routers, R + L: after LoRA. Paper: LLaMA-3-8B, 32 layers, en-de."
@@ -114,32 +114,31 @@ def figures(cells: Cells) -> list[Table]:
     """Figures 3 to 6: bars of skipped layers at 15 %; the table beside says the same in words."""
     found: list[Table] = []
     scale, level = cells.scale, 15
-    for number, node in paper.read()["figures"].items():
+    for figure, node in paper.read()["figures"].items():
         if level not in scale.levels or node["task"] not in scale.tasks:
             continue
-        panels, rows = [], []
+        panels = []
         if node["task"] == paper.read()["per_layer"]["task"]:
             column = paper.read()["per_layer"]["columns"][1]
             panels.append(("Paper, LLaMA-3-8B, Table 15", paper.per_layer_shares(column, 32)))
-        rows.append([Cell("paper, LLaMA-3-8B (text)"), _layers(node["fully"]), _layers(node["partly"])])
-        for method in (name for name in FIRST if name in scale.methods):
+        rows = [[Cell("paper, LLaMA-3-8B (text)"), _layers(node["fully"]), _layers(node["partly"])]]
+        for method, lora in product(_first(cells), (False, True)):
+            name = f"{method_title(method)}{' + LoRA' if lora else ''}, {scale.tasks[node['task']]}"
             run = cells.run(node["task"], method, level)
-            for lora in (False, True):
-                name = f"{method_title(method)}{' + LoRA' if lora else ''}, {scale.tasks[node['task']]}"
-                match, reason = cells.find(run, lora)
-                if match is None:
-                    rows.append([Cell(name), missing_cell(reason, run), Cell()])
-                    continue
-                shares = [100 * share for share in match.parts[0]["skip"]["per_layer"]]
-                panels.append((f"{name}: {100 * match.skip_rate:.1f} % skipped", shares))
-                fully = [layer for layer, share in enumerate(shares) if share > 95]
-                partly = [layer for layer, share in enumerate(shares) if 0 < share <= 95]
-                rows.append([Cell(name), _layers(fully, "ours"), _layers(partly)])
+            match, reason = cells.find(run, lora)
+            if match is None:
+                rows.append([Cell(name), missing_cell(reason, run), Cell()])
+                continue
+            shares = [100 * share for share in match.parts[0]["skip"]["per_layer"]]
+            panels.append((f"{name}: {100 * match.skip_rate:.1f} % skipped", shares))
+            fully = [layer for layer, share in enumerate(shares) if share > 95]
+            partly = [layer for layer, share in enumerate(shares) if 0 < share <= 95]
+            rows.append([Cell(name), _layers(fully, "ours"), _layers(partly)])
         heads = columns("Run", "skipped by all prompts (over 95 %)", "by some")
         picture = pictures.layer_bars(panels) if panels else ""
-        title = f"Figure {number}. {node['title']} at 15 %"
+        title = f"Figure {figure}. {node['title']} at 15 %"
         caption = "Bars: percent of prompts that skip the layer. The paper's bars carry no numbers; its text does."
-        found.append(Table(f"figure{number}", title, heads, rows, caption, section="Routing", picture=picture))
+        found.append(Table(f"figure{figure}", title, heads, rows, caption, section="Routing", picture=picture))
     return found
 
 
@@ -155,9 +154,8 @@ def overhead_table(cells: Cells) -> Table:
     for name, node in paper.read()["routers"].items():
         size, layers, stated, time = (node[key] for key in ("hidden_size", "layers", "stated_share", "share_of_time"))
         share = 100 * size * layers / node["total_parameters"]
-        row = [Cell(name), Cell(str(size), size), Cell(str(layers), layers)]
-        row += [Cell(f"{size * layers:,}", size * layers, kind="ours"), Cell(f"{share:.4f} %", share, kind="ours")]
-        row += [Cell(f"{stated:.4f} %", stated, kind="paper"), Cell(f"{time:g} %", time, kind="paper")]
+        row = [Cell(name), number(size, "d", ""), number(layers, "d", ""), number(size * layers, ",d")]
+        row += [number(share, ".4f", unit=" %"), number(stated, ".4f", "paper", " %"), number(time, "g", "paper", " %")]
         rows.append([*row, _router_time(cells, name)])
     for name in sorted({each["model"] for each in cells.library.benchmarks} - set(paper.read()["routers"])):
         rows.append([Cell(name), *[Cell() for _ in heads[2:]], _router_time(cells, name)])

@@ -45,14 +45,14 @@ class Cell:
 LORA = {False: Cell("–"), True: Cell("+ LoRA")}
 
 
-def number(value: float | None, form: str = ".1f", kind: str = "ours") -> Cell:
+def number(value: float | None, form: str = ".1f", kind: str = "ours", unit: str = "") -> Cell:
     """A number, or that it was not measured."""
-    return Cell(note="not measured") if value is None else Cell(f"{value:{form}}", value, kind=kind)
+    return Cell(note="not measured") if value is None else Cell(f"{value:{form}}{unit}", value, kind=kind)
 
 
 def percent(rate: float | None, form: str = ".1f") -> Cell:
     """A skip rate in percent, or that it was not measured."""
-    return Cell(note="not measured") if rate is None else Cell(f"{100 * rate:{form}} %", 100 * rate, kind="rate")
+    return number(None if rate is None else 100 * rate, form, "rate", " %")
 
 
 def interval(low: float | None, high: float | None, form: str = ".1f") -> str:
@@ -93,7 +93,7 @@ class Table:
 
     @property
     def missing(self) -> list[Cell]:
-        """Cells with no run."""
+        """Cells without a run."""
         return [cell for row in self.rows for cell in row if cell.kind == "missing"]
 
     @property
@@ -120,8 +120,8 @@ class Table:
             "text": all(each.value is None and each.kind != "missing" and each.text for each in cells),
             "start": index > 0 and groups[index] != groups[index - 1],
         }
-        chosen = [name for name, holds in names.items() if holds] + ([cell.kind] if cell and cell.kind else [])
-        return {"class": " ".join(chosen) or None}
+        chosen = [name for name, holds in names.items() if holds] + [cell.kind if cell else ""]
+        return {"class": " ".join(chosen).strip() or None}
 
 
 def markdown(table: Table) -> str:
@@ -147,12 +147,11 @@ def csv_text(table: Table) -> str:
     """One line per row; beside each column of ours: what stands behind the number, and what fills an empty cell."""
     wide = {i for row in table.rows for i, cell in enumerate(row) if cell.kind in ("ours", "missing") or cell.detail}
     suffixes = ("", ": detail", ": test", ": note", ": command")
-    names = [[column.full_name + suffix for suffix in suffixes] for column in table.columns]
-    lines = [names]
+    lines = [[[column.full_name + suffix for suffix in suffixes] for column in table.columns]]
     for row in table.rows:
-        numbers = [cell.text if cell.value is None else f"{cell.value:.10g}" for cell in row]
+        values = [cell.text if cell.value is None else f"{cell.value:.10g}" for cell in row]
         behind = [[cell.detail, cell.mark, cell.note, cell.command] for cell in row]
-        lines.append([[value, *rest] for value, rest in zip(numbers, behind, strict=True)])
+        lines.append([[value, *rest] for value, rest in zip(values, behind, strict=True)])
     out = io.StringIO()
     shown = [[text for i, each in enumerate(line) for text in (each if i in wide else each[:1])] for line in lines]
     csv.writer(out, lineterminator="\n").writerows(shown)
@@ -167,11 +166,9 @@ def latex(table: Table) -> str:
     if any(group for group, _ in table.groups):
         heads = [rf"\multicolumn{{{span}}}{{c}}{{{escape(group)}}}" for group, span in table.groups]
         lines.append(" & ".join(heads) + r" \\")
-    lines.append(" & ".join(escape(column.name) for column in table.columns) + r" \\")
-    lines.append(r"\midrule")
+    lines += [" & ".join(escape(column.name) for column in table.columns) + r" \\", r"\midrule"]
     lines += [" & ".join(escape(cell.plain) for cell in row) + r" \\" for row in table.rows]
-    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
 def escape(text: str) -> str:
