@@ -88,8 +88,8 @@ class Decoder:
 
     def _by_generate(self, batches: Sequence[Sequence[int]]) -> Iterator[Response]:
         model, data, rows, stops = self.model, self.data, self.rows, self.settings["stop_tokens"]
-        names = ("max_new_tokens", "num_beams", "do_sample")
-        names += ("temperature", "top_k", "top_p") if self.config.do_sample else ()
+        names = ["max_new_tokens", "num_beams", "do_sample"]
+        names += ["temperature", "top_k", "top_p"] if self.config.do_sample else []
         options = {name: self.settings[name] for name in names}
         options |= {"pad_token_id": data.pad, "eos_token_id": stops or None, "return_dict_in_generate": True}
         for indices in batches:

@@ -162,13 +162,10 @@ class Cells:
         mark = self.mark(tested)
         tested_seeds = tuple(sorted(match.seeds & against.seeds)) if match.seeds != against.seeds else ()
         # Over seeds of which the test has a part, the means that are shown may lie the other way round.
-        shown = [part["metrics"].get(metric) for part in against.parts]
-        if (
-            tested_seeds
-            and all(shown)
-            and (score.value - fmean(each["value"] for each in shown)) * tested.difference <= 0
-        ):
-            mark = ""
+        other = [part["metrics"].get(metric) for part in against.parts]
+        if tested_seeds and all(other):
+            ahead = score.value - fmean(each["value"] for each in other)
+            mark = mark if ahead * tested.difference > 0 else ""
         more_skipped = match.skip_rate - against.skip_rate
         if mark and abs(more_skipped) > self.config.rate_gap + 1e-9 and (more_skipped > 0) == (mark == WORSE):
             mark = f"({mark})"

@@ -38,9 +38,8 @@ class TablesConfig:
             known = ", ".join(self.scale.methods)
             raise ValueError(f"reference={self.reference!r} is not a method of the scale: choose one of {known}")
         if self.ablation_level not in self.scale.levels:
-            raise ValueError(
-                f"ablation_level={self.ablation_level} is not one of scale.levels {list(self.scale.levels)}"
-            )
+            known = ", ".join(map(str, self.scale.levels))
+            raise ValueError(f"ablation_level={self.ablation_level} is not one of scale.levels: {known}")
 
 
 store_schema("tables_schema", TablesConfig)

@@ -16,7 +16,7 @@ from firstlab.config.grid import Run, level_keys
 from firstlab.store import results
 from firstlab.tables.config import ScaleConfig
 
-#: Settings that decide what a run is, by section, all where none is named; where it ran and what else it measured do not.
+#: Settings that decide what a run is, by section; all of it where none is named. Where it ran does not decide.
 _SETTINGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("method", "router", "lora", "router_phase", "lora_phase"), ()),
     "evaluation": ("limit", "decoder", "do_sample", "temperature", "top_k", "num_beams"),
