@@ -23,7 +23,7 @@ from transformers import (
 
 from firstlab.bench.cell import Variant
 from firstlab.bench.config import BenchmarkConfig, load
-from firstlab.bench.decoding import measure
+from firstlab.bench.decoding import Queue, measure
 from firstlab.bench.models import Models, check_memory
 from firstlab.bench.report import print_decoding, run
 from firstlab.bench.workload import chosen_routes, copy_bandwidth, distinct_routes, read_bytes, spread_route
@@ -380,3 +380,37 @@ def test_ratio_when_other_processes_take_turns() -> None:
     )
     assert routed.tpot_s[0] / dense.tpot_s[0] == pytest.approx(2 / 3, rel=0.02)
     assert abs(np.median(routed.steps_s[0]) / np.median(dense.steps_s[0]) - 2 / 3) > 0.05
+
+
+def test_both_ways_of_a_queue_decode_every_prompt_to_its_length(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Models.load(str(folder), RouterSettings(), random_init=False, device=torch.device("cpu"))
+    config = BenchmarkConfig(queue=11, queue_batch_size=4, tokens=8, skip_rates=[0.33], seed=3)
+    queue = Queue(config, models, quantization=None, prompt_length=20)
+    assert min(map(len, queue.prompts)) >= 5 and max(map(len, queue.prompts)) <= 20
+    assert min(queue.limits) >= 2 and max(queue.limits) <= 8
+    assert len(set(map(len, queue.prompts))) > 3 and len(set(queue.limits)) > 3
+    slow, fast = [], []
+    generate, decode = models.routed.generate, queue.engine.generate
+
+    def generate_and_keep(ids, mask, **options):
+        out = generate(ids, mask, **options)
+        slow.extend(out[:, ids.shape[1] :].tolist())
+        return out
+
+    def decode_and_keep(*arguments, **options):
+        out = decode(*arguments, **options)
+        fast.append(out.tokens)
+        return out
+
+    monkeypatch.setattr(models.routed, "generate", generate_and_keep)
+    monkeypatch.setattr(queue.engine, "generate", decode_and_keep)
+    records = queue.measure(warmup=0, repetitions=1)
+    dense, skipping = records
+    assert dense["skip_rate"] == 0 and skipping["skip_rate"] == pytest.approx(2 / 6)
+    for record in records:
+        assert record["new_tokens"] == sum(queue.limits) and record["prompt_tokens"] == sum(map(len, queue.prompts))
+        assert record["speedup_over_generate"] > 0
+    # The same tokens; generate goes on to the longest of its batch, which does not count.
+    assert len(fast) == 2 and len(slow) == 2 * 11
+    for place, tokens in enumerate(sum(fast, [])):
+        assert len(tokens) == queue.limits[place % 11] and tokens == slow[place][: len(tokens)]

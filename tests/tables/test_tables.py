@@ -28,9 +28,8 @@ from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
 from firstlab.tables.cells import WORSE, Cells
 from firstlab.tables.config import TablesConfig, load
-from firstlab.tables.quality import missing_cell, score_cell
+from firstlab.tables.printed import missing_cell, overhead_table, score_cell, tpot_table
 from firstlab.tables.records import Library, read
-from firstlab.tables.speed import overhead_table, tpot_table
 from firstlab.tables.table import Cell, Column, Table, csv_text, latex, markdown
 from support.made_records import record, save
 from support.tiny_run import started_with

@@ -17,9 +17,8 @@ from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import TrainingRows, collate_training, response_ids
 from firstlab.evaluation.decoding import Decoder, check_engine
-from firstlab.evaluation.predictions import fingerprint, generate_predictions, write_predictions
+from firstlab.evaluation.predictions import fingerprint, generate_predictions, skip_statistics, write_predictions
 from firstlab.evaluation.scoring import primary_metric, score_texts
-from firstlab.evaluation.skips import skip_statistics
 from firstlab.evaluation.timing import measure_tpot
 from firstlab.methods.base import routes_without, rows_of
 from firstlab.metrics import perplexity

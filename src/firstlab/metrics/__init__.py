@@ -1,11 +1,4 @@
-"""Quality metrics: pure functions of predictions and references, on a scale of 0 to 100, higher is better.
-
-| kind | metrics |
-|---|---|
-| translation | bleu1, bleu2 (NLTK), bleu, chrf (sacreBLEU), comet |
-| summarization | rouge1, rougeL, rougeLsum, bertscore |
-| qa | em, f1 (SQuAD v1.1) |
-"""
+"""Quality metrics: pure functions of predictions and references, on a scale of 0 to 100, higher is better."""
 
 from __future__ import annotations
 

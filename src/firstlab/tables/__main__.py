@@ -14,7 +14,7 @@ from firstlab.config.command_line import command
 from firstlab.config.grid import quality_of, tpot_of
 from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
-from firstlab.tables import analysis, pictures, quality, speed
+from firstlab.tables import analysis, pictures, printed
 from firstlab.tables.cells import BETTER, WORSE, Cells
 from firstlab.tables.config import TablesConfig, load
 from firstlab.tables.records import Library, read
@@ -26,18 +26,16 @@ FORMATS: dict[str, Callable[[Table], str]] = {"md": markdown, "csv": csv_text, "
 def build(config: TablesConfig, library: Library) -> list[Table]:
     """Every table, in reading order."""
     cells = Cells(config, library)
-    tables = [quality.overview(cells), analysis.equal_rates(cells), analysis.pareto(cells)]
-    tables += [
-        *(quality.quality_table(cells, each) for each in quality_of(config.scale)),
-        *(speed.tpot_table(cells, *each) for each in tpot_of(config.scale).items()),
-    ]
-    tables += [speed.overhead_table(cells), speed.per_layer_table(cells), *speed.figures(cells)]
+    tables = [printed.overview(cells), analysis.equal_rates(cells), analysis.pareto(cells)]
+    tables += [printed.quality_table(cells, each) for each in quality_of(config.scale)]
+    tables += [printed.tpot_table(cells, *each) for each in tpot_of(config.scale).items()]
+    tables += [printed.overhead_table(cells), printed.per_layer_table(cells), *printed.figures(cells)]
     if config.scale.ablation_model is not None:
         tables.append(analysis.ablations(cells))
     tables.append(analysis.adaptivity(cells))
     tables.append(analysis.by_group(cells, "difficulty", "difficulty level", "difficulty"))
     tables.append(analysis.by_group(cells, "length", "prompt tokens", "prompt_tokens"))
-    tables += [speed.splits_table(cells), analysis.every_run(cells)]
+    tables += [printed.splits_table(cells), analysis.every_run(cells)]
     order = ("Overview", "Quality", "Speed", "Routing", "Analysis", "Setting", "Quality in detail")
     return sorted(tables, key=lambda table: order.index(table.section))
 
@@ -45,19 +43,17 @@ def build(config: TablesConfig, library: Library) -> list[Table]:
 def write(config: TablesConfig, tables: list[Table], library: Library) -> Path:
     """Write all forms of all tables; return the page."""
     out = Path(config.out)
-    for ending, form in FORMATS.items():
-        for table in tables:
-            write_atomically(out / ending / f"{table.key}.{ending}", form(table))
     for table in tables:
+        for ending, form in FORMATS.items():
+            write_atomically(out / ending / f"{table.key}.{ending}", form(table))
         picture = out / "svg" / f"{table.key}.svg"
-        if table.picture.startswith("<svg"):
+        if table.picture:
             write_atomically(picture, pictures.standalone(table.picture))
         else:
             picture.unlink(missing_ok=True)  # of other results
-    index = out / "index.html"
     shown = [table for table in tables if table.key != "runs"]  # as large as all others together; its files have it
-    write_atomically(index, page(config, shown, library))
-    return index
+    write_atomically(out / "index.html", page(config, shown, library))
+    return out / "index.html"
 
 
 def page(config: TablesConfig, tables: Sequence[Table], library: Library) -> str:
@@ -75,7 +71,7 @@ def page(config: TablesConfig, tables: Sequence[Table], library: Library) -> str
         records=sum(each.node["model"] in config.scale.models.values() for each in library.records),
         filled=sum(table.filled for table in tables),
         missing=sum(len(table.missing) for table in tables),
-        reference=quality.method_title(config.reference),
+        reference=printed.method_title(config.reference),
         better=BETTER,
         worse=WORSE,
     )

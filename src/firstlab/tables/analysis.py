@@ -11,7 +11,7 @@ from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_
 from firstlab.store.results import ROW_NAMES
 from firstlab.tables import pictures
 from firstlab.tables.cells import Cells, Match, Score, column
-from firstlab.tables.quality import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
+from firstlab.tables.printed import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
 from firstlab.tables.table import LORA, Cell, Column, Table, columns, interval, number, percent
 
 #: Methods that skip one set of layers whatever the prompt.
