@@ -44,7 +44,6 @@ class Variant:
 
     @property
     def way(self) -> tuple[str, str | None]:
-        """Decoder and quantization."""
         return self.decoder, self.quantization
 
     @property
@@ -61,10 +60,7 @@ def compile_everywhere() -> Any:
 
 
 class Cell:
-    """All variants on one workload, by models of each quantization.
-
-    Raises ValueError if the engine does not know the model.
-    """
+    """All variants on one workload, by models of each quantization."""
 
     def __init__(self, models: Mapping[str | None, Models], variants: Sequence[Variant], workload: Workload) -> None:
         self.models, self.variants, self.workload = models, variants, workload
@@ -158,8 +154,7 @@ class Cell:
     def summary(self, bandwidth: float) -> dict[str, Any]:
         """Everything measured, with the limits at `bandwidth` bytes per second.
 
-        Ratios are medians over repetitions of ratios of mean decode steps. `tpot_ratio` is to the same weights without
-        skipping, `speedup_over_unquantized` over the same route with plain weights.
+        Ratios are medians over repetitions of ratios of mean decode steps, to the same weights without skipping.
         """
         dense = {variant.way: variant for variant in self.variants if variant.route.all()}
         unquantized = {(each.decoder, each.skip_rate): each for each in self.variants if each.quantization is None}

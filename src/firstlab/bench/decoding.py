@@ -1,6 +1,4 @@
-"""Speed of decoding at several skip rates, beside transformers and the memory's limit; and of batches and queues whose
-prompts differ in their routes or lengths.
-"""
+"""Speed of decoding at several skip rates, also of batches and queues whose prompts differ in routes or lengths."""
 
 from __future__ import annotations
 
@@ -66,10 +64,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
 
 
 class MixedRoutes:
-    """Rows of different routes in one batch of the engine, beside the same rows with one route of as many layers.
-
-    Raises ValueError if too few different routes exist, no rate skips a layer, or the engine does not know the model.
-    """
+    """Rows of different routes in one batch of the engine, beside the same rows with one route of as many layers."""
 
     def __init__(self, config: BenchmarkConfig, models: Models, quantization: str | None, prompt_length: int) -> None:
         workload = Workload(config, config.mixed_batch_size, prompt_length)
@@ -115,26 +110,23 @@ class Queue:
 
     `generate` takes them batch by batch, padded to the longest; in the engine a prompt that waits takes the place of
     one that has ended. Lengths are drawn evenly from a quarter of the longest up to it.
-    Raises ValueError if the engine does not know the model.
     """
 
     def __init__(self, config: BenchmarkConfig, models: Models, quantization: str | None, prompt_length: int) -> None:
         workload = Workload(config, config.queue_batch_size, prompt_length)
-        generator = torch.Generator().manual_seed(workload.config.seed)
+        generator = torch.Generator().manual_seed(config.seed)
 
         def lengths(longest: int) -> list[int]:
             return torch.randint(-(-longest // 4), longest + 1, (config.queue,), generator=generator).tolist()
 
         self.models, self.quantization, self.workload = models, quantization, workload
-        self.prompts = [
-            torch.randint(0, models.vocabulary, (length,), generator=generator).tolist()
-            for length in lengths(workload.prompt_length)
-        ]
-        self.limits = lengths(workload.config.tokens)
-        layers = models.routed.num_layers
-        self.routes = {rate: spread_route(layers, rate) for rate in sorted({0.0, *config.skip_rates})}
+        drawn = (torch.randint(0, models.vocabulary, (size,), generator=generator) for size in lengths(prompt_length))
+        self.prompts: list[list[int]] = [each.tolist() for each in drawn]
+        self.limits = lengths(config.tokens)
+        rates = sorted({0.0, *config.skip_rates})
+        self.routes = {rate: spread_route(models.routed.num_layers, rate) for rate in rates}
         try:
-            longest = workload.prompt_length + workload.config.tokens
+            longest = prompt_length + config.tokens
             self.engine = DecodeEngine(models.for_engine, longest, workload.batch_size)
         except ValueError as error:
             raise ValueError(f"queue: {error}, so set queue=0") from error

@@ -53,7 +53,6 @@ class Models:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens to draw from."""
         return self.plain.config.get_text_config(decoder=True).vocab_size
 
     def quantized(self, name: str | None) -> Models:
@@ -69,10 +68,7 @@ class Models:
 
 
 def load_models(config: SpeedConfig, length: int, lengths: str) -> Models:
-    """The model of a configuration on its device, with the seed set.
-
-    Raises ValueError if its positions are too few for `length`, which the options in the text `lengths` make.
-    """
+    """The model of a configuration; the options in the text `lengths` make its longest sequence, `length` tokens."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not allowed: torch finds no CUDA device; use device=cpu")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")

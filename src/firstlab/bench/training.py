@@ -34,10 +34,7 @@ Steps = Callable[[Sequence[Row]], list[float]]
 
 
 def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
-    """Measure all variants, in turn and in one process; the record of training_speed.json.
-
-    Peak memory is measured on CUDA only: a process on a CPU gives memory back to the system as it pleases.
-    """
+    """Measure all variants, in turn and in one process; the record of training_speed.json."""
     length = config.prompt_length + config.response_length
     lengths = f"prompt_length={config.prompt_length} with response_length={config.response_length}"
     models = load_models(config, length, lengths)
@@ -45,6 +42,7 @@ def measure(config: TrainingSpeedConfig) -> dict[str, Any]:
     rows = random_rows(config, models.vocabulary)
     variants = _variants(config, models)
     seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
+    # On CUDA only: a process on a CPU gives memory back to the system as it pleases.
     peaks: dict[str, int | None] = dict.fromkeys(variants)
     for repetition in range(config.repetitions):
         for name in in_turn(variants, repetition):

@@ -1,6 +1,4 @@
-"""Make the prompts and routes that a benchmark decodes, and compute the limit that memory bandwidth sets:
-at small batches no decoder is faster than the bytes of weights, keys and values that a step reads allow.
-"""
+"""Make the prompts and routes that a benchmark decodes, and count the bytes that a step must read: the limit."""
 
 from __future__ import annotations
 

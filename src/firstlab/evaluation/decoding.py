@@ -73,7 +73,6 @@ class Decoder:
 
     @property
     def rows(self) -> PromptRows:
-        """The test prompts."""
         return PromptRows(self.data.task, self.data.test, self.data.tokenizer, self.data.max_prompt_length)
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -53,7 +53,7 @@ class Prediction:
 def generate_predictions(decoder: Decoder, *, file: Path, source: str, progress_bar: bool) -> list[Prediction]:
     """Generate a response to every test prompt; each process collects its part of them beside `file`.
 
-    Predictions that are there, but of another `source` (`source_of` the model and its routes), are made again.
+    Predictions of another `source` (`source_of` the model and its routes) are made again.
     """
     config, examples = decoder.config, decoder.data.test
     each_step = decoder.routes is not None and decoder.routes.decides_each_step
@@ -212,11 +212,7 @@ def _by_group(skipped: np.ndarray, groups: Sequence[int | str]) -> dict[str, dic
 
 
 def _adaptivity(predictions: Sequence[Prediction], skipped: np.ndarray, static: Tensor | None) -> dict[str, Any]:
-    """How the routes differ between prompts; nulls where each decode step decides.
-
-    The number of different routes, the entropy of their distribution, and the agreement (share of layers decided alike,
-    mean over prompts) with the most frequent route and with the static set.
-    """
+    """How the routes differ between prompts; nulls where each decode step decides. Agreement: share of layers alike."""
     names = ("unique_routes", "route_entropy_bits", "mode_agreement", "static_agreement")
     if predictions[0].shares is not None:
         return dict.fromkeys(names)

@@ -78,10 +78,7 @@ def time_generation(
 
 
 def measure_tpot(decoder: Decoder, routes: Sequence[Routes], config: EvaluationConfig) -> dict[str, Any]:
-    """Times (TTFT, TPOT) at batch size 1: medians in seconds, the median ratio routed ÷ dense, and its quartiles.
-
-    Test prompts, evenly spread, are decoded with every layer and with their routes, one right after the other.
-    """
+    """Times (TTFT, TPOT) at batch size 1 of evenly spread test prompts, dense and routed: medians, ratio, quartiles."""
     model, rows, tokens = decoder.model, decoder.rows, config.tpot_tokens
     indices = np.unique(np.linspace(0, len(routes) - 1, min(config.tpot_prompts, len(routes))).astype(int))
     chosen = [rows[int(index)].prompt for index in indices]

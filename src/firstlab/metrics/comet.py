@@ -1,6 +1,4 @@
-"""COMET scores from its own environment, whose older transformers and numpy must not be imported here: texts go to its
-command-line program as files with one segment per line, scores come back as JSON.
-"""
+"""COMET through the command-line program of its own environment, whose older transformers must not be imported here."""
 
 from __future__ import annotations
 
@@ -33,10 +31,7 @@ class CometConfig:
 
 
 def comet(sources: Texts, predictions: Texts, references: References, config: CometConfig) -> Scores:
-    """Mean COMET (Rei et al. 2020; XCOMET: Guerreiro et al. 2024) times 100, against the first reference.
-
-    An empty prediction scores 0 without being sent: models give silence undeserved credit.
-    """
+    """Mean COMET (Rei et al. 2020; XCOMET: Guerreiro et al. 2024) times 100, against the first reference."""
     check_pairs(predictions, references)
     if len(sources) != len(predictions):
         raise ValueError(f"{len(sources)} sources but {len(predictions)} predictions: COMET needs each source")
@@ -49,7 +44,7 @@ def comet(sources: Texts, predictions: Texts, references: References, config: Co
     assert config.model is not None
     triples = zip(sources, predictions, (accepted[0] for accepted in references), strict=True)
     lines = [[_one_line(text) for text in triple] for triple in triples]
-    spoken = [texts for texts in lines if texts[1]]
+    spoken = [texts for texts in lines if texts[1]]  # others score 0: models give silence undeserved credit
     found = iter(_run(program, config.model, spoken, config) if spoken else [])
     scores = [100.0 * next(found) if texts[1] else 0.0 for texts in lines]
     return Scores.mean(scores, f"model:{_model_name(config.model)}|refs:first|empty:0")

@@ -53,10 +53,7 @@ def rouge(predictions: Texts, references: References) -> dict[str, Scores]:
 
 
 def bertscore(predictions: Texts, references: References, config: BertScoreConfig) -> Scores:
-    """Mean BERTScore F1 (Zhang et al. 2020), 0..100, best reference; no idf weights, no rescaling.
-
-    A blank text has no tokens to match: its F1 is 0 and the encoder never sees it.
-    """
+    """Mean BERTScore F1 (Zhang et al. 2020), 0..100, best reference, no idf, no rescaling; 0 for blank texts."""
     check_pairs(predictions, references)
     pairs = [
         (index, *texts)

@@ -24,32 +24,30 @@ def pareto(cells: Cells) -> Table:
     """Quality against measured skip rate: one picture per task, with LoRA and without, and its numbers."""
     scale, planned = cells.scale, _planned(cells)
     panels, rows = [], []
-    for task, ours in scale.tasks.items():
-        metric = HEADLINE[task]
-        for lora in (False, True):
-            curves: list[pictures.Curve] = []
-            base, _ = cells.score(cells.run(task, "none", 0), lora, metric)
-            for method in scale.methods:
-                points = [] if base is None or method == "none" else [_point(base)]
-                runs = dict.fromkeys(cells.run(task, method, level) for level in planned[task, method])
-                # A run that stands for two levels is one point.
-                for score in dict.fromkeys(cells.score(run, lora, metric)[0] for run in runs):
-                    if score is not None:
-                        points.append(_point(score))
-                        row = [Cell(ours), Cell(method_title(method)), LORA[lora], percent(score.skip_rate)]
-                        detail = interval(score.low, score.high)
-                        rows.append([*row, Cell(f"{score.value:.1f}", score.value, detail, kind="ours")])
-                if len(points) > 1 or (method == "none" and points):
-                    curves.append((method, method_title(method), sorted(points)))
-            if curves:
-                panels.append((f"{ours}, {'with' if lora else 'without'} LoRA", METRICS[metric], curves))
+    for task, lora in product(scale.tasks, (False, True)):
+        ours, metric = scale.tasks[task], HEADLINE[task]
+        curves: list[pictures.Curve] = []
+        base, _ = cells.score(cells.run(task, "none", 0), lora, metric)
+        for method in scale.methods:
+            points = [] if base is None or method == "none" else [_point(base)]
+            runs = dict.fromkeys(cells.run(task, method, level) for level in planned[task, method])
+            # A run that stands for two levels is one point.
+            for score in filter(None, dict.fromkeys(cells.score(run, lora, metric)[0] for run in runs)):
+                points.append(_point(score))
+                row = [Cell(ours), Cell(method_title(method)), LORA[lora], percent(score.skip_rate)]
+                detail = interval(score.low, score.high)
+                rows.append([*row, Cell(f"{score.value:.1f}", score.value, detail, kind="ours")])
+            if len(points) > 1 or (method == "none" and points):
+                curves.append((method, method_title(method), sorted(points)))
+        if curves:
+            panels.append((f"{ours}, {'with' if lora else 'without'} LoRA", METRICS[metric], curves))
     caption = "Bars are bootstrap intervals. Lines start at the dense model. Skip rates are measured."
     heads = columns("Task", "Method", "LoRA", "skip", "headline metric")
     picture = pictures.quality_against_skip(panels) if panels else ""
     return Table("pareto", "Quality against skip rate", heads, rows, caption, section="Overview", picture=picture)
 
 
-def _point(score: Score) -> tuple[float, float, float | None, float | None]:
+def _point(score: Score) -> pictures.Point:
     return 100 * score.skip_rate, score.value, score.low, score.high
 
 
@@ -78,7 +76,7 @@ def equal_rates(cells: Cells) -> Table:
 
 def _compared(cells: Cells, task: str, run: Run, other: Run, lora: bool) -> list[Cell]:
     """The reference's value, the comparison at either of its rates, and the sets that the other method needed."""
-    value, groups, made_of = Cell(), [], dict[float, None]()
+    value, groups, made_of = Cell(), [], set[float]()
     for by_token in (False, True):
         found, sets = cells.at_rate_of(run, other, lora, HEADLINE[task], by_token)
         if found is None:
@@ -89,7 +87,7 @@ def _compared(cells: Cells, task: str, run: Run, other: Run, lora: bool) -> list
         test, mark = found.test, cells.mark(found.test)
         difference = Cell(f"{test.difference:+.1f}", test.difference, interval(test.low, test.high, "+.1f"), mark)
         groups += [percent(found.skip_rate), number(found.other), difference, number(test.p_value, ".3f", "")]
-        made_of |= dict.fromkeys(each.skip_rate for each in sets if each is not None)
+        made_of |= {each.skip_rate for each in sets if each is not None}
     return [value, *groups, Cell(" and ".join(dict.fromkeys(f"{100 * rate:.1f} %" for rate in sorted(made_of))))]
 
 
@@ -182,21 +180,21 @@ def by_group(cells: Cells, key: str, axis: str, name: str) -> Table:
     scale, level = cells.scale, cells.config.ablation_level
     rows: list[list[Cell]] = []
     panels = []
+    methods = [each for each in ("first_soft", "first", "sleb") if each in scale.methods]
     for task, ours in scale.tasks.items():
         curves: list[pictures.Curve] = []
-        for method in (each for each in ("first_soft", "first", "sleb") if each in scale.methods):
-            for lora in (False, True):
-                run, base_run = cells.run(task, method, level), cells.run(task, "none", 0)
-                match, _ = cells.find(run, lora)
-                dense = cells.find(base_run, lora)[0] if cells.on_same_prompts(run, base_run, lora) else None
-                points: list[tuple[float, float, float | None, float | None]] = []
-                for label, where, count, rate, *perplexities in [] if match is None else _groups(match, dense, name):
-                    row = [Cell(ours), Cell(method_title(method)), LORA[lora], Cell(label, where)]
-                    row += [number(count, "d", ""), number(100 * rate, unit=" %")]
-                    rows.append([*row, *(number(each, ".3f") for each in perplexities)])
-                    points.append((where, 100 * rate, None, None))
-                if points and lora:
-                    curves.append((method, method_title(method) + " + LoRA", points))
+        for method, lora in product(methods, (False, True)):
+            run, base_run = cells.run(task, method, level), cells.run(task, "none", 0)
+            match, _ = cells.find(run, lora)
+            dense = cells.find(base_run, lora)[0] if cells.on_same_prompts(run, base_run, lora) else None
+            points: list[pictures.Point] = []
+            for label, where, count, rate, *perplexities in [] if match is None else _groups(match, dense, name):
+                row = [Cell(ours), Cell(method_title(method)), LORA[lora], Cell(label, where)]
+                row += [number(count, "d", ""), number(100 * rate, unit=" %")]
+                rows.append([*row, *(number(each, ".3f") for each in perplexities)])
+                points.append((where, 100 * rate, None, None))
+            if points and lora:
+                curves.append((method, method_title(method) + " + LoRA", points))
         if curves:
             panels.append((ours, axis, "skip rate (%)", curves))
     caption = (
@@ -228,14 +226,13 @@ def _groups(
         chosen = [np.isin(np.arange(len(keys)), each) for each in order if len(each)]
         groups = [(f"{keys[each].min():g}–{keys[each].max():g}", each) for each in chosen]
     for label, members in groups:
-        base = None if dense is None else _perplexity_of(dense, members)
-        place = float(keys[members].mean())
-        yield label, place, int(members.sum()), float(rates[members].mean()), _perplexity_of(match, members), base
+        both = _perplexity_of(match, members), _perplexity_of(dense, members)
+        yield label, float(keys[members].mean()), int(members.sum()), float(rates[members].mean()), *both
 
 
-def _perplexity_of(match: Match, members: np.ndarray) -> float | None:
-    record = match.records[0]
-    nll, tokens = column(record, match.variant, "nll"), column(record, match.variant, "response_tokens")
+def _perplexity_of(match: Match | None, members: np.ndarray) -> float | None:
+    names = ("nll", "response_tokens")
+    nll, tokens = (match and column(match.records[0], match.variant, name) for name in names)
     if nll is None or tokens is None or len(nll) != len(members) or not tokens[members].sum():
         return None
     return float(np.exp(nll[members].sum() / tokens[members].sum()))

@@ -49,7 +49,6 @@ class Match:
 
     @property
     def seeds(self) -> set[int]:
-        """The records' seeds."""
         return {record.seed for record in self.records}
 
     @property
@@ -185,10 +184,8 @@ class Cells:
     ) -> tuple[EqualRate | None, tuple[Match | None, Match | None]]:
         """The method of `run` at exactly the rate that the reference skips, beside the reference.
 
-        A static set meets a rate in between by taking one layer more for a share of the prompts. `by_token` takes the
-        rate over the references' tokens instead of prompts.
-
-        Returns the comparison, None where one of the two sets has no run, and the two sets, the smaller one first.
+        A static set meets a rate, over prompts or over the references' tokens, by taking one layer more for a share of
+        the prompts. Returns the comparison, None where one of the two sets has no run, and the sets, the smaller first.
         """
         ours, _ = self.find(reference, lora)
         if ours is None:

@@ -65,8 +65,10 @@ def heatmap(columns: Sequence[Column], data: Sequence[Sequence[float]]) -> str:
         return _svg(fig, "Share of prompts that skip each layer, by run")
 
 
-#: method, title, [(skip rate %, value, low, high)] by rate
-Curve = tuple[str, str, list[tuple[float, float, float | None, float | None]]]
+#: skip rate in percent (or what else lies on the x axis), value, low, high
+Point = tuple[float, float, float | None, float | None]
+#: method, title, points by rate
+Curve = tuple[str, str, list[Point]]
 
 
 def quality_against_skip(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> str:
@@ -78,12 +80,11 @@ def quality_against_skip(panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> 
         labels: dict[str, Any] = {}
         for axis, (title, metric, curves) in zip(axes.flat, panels, strict=False):
             for method, name, points in curves:
-                rates, values = [p[0] for p in points], [p[1] for p in points]
-                bars = [[v - (v if p[2] is None else p[2]) for v, p in zip(values, points, strict=True)],
-                        [(v if p[3] is None else p[3]) - v for v, p in zip(values, points, strict=True)]]  # fmt: skip
+                bars = [(0.0 if low is None else max(0.0, y - low), 0.0 if high is None else max(0.0, high - y))
+                        for _, y, low, high in points]  # fmt: skip
                 strong = method in ("first", "none")
                 line = axis.errorbar(
-                    rates, values, yerr=[[max(0.0, x) for x in side] for side in bars],
+                    [p[0] for p in points], [p[1] for p in points], yerr=list(zip(*bars, strict=True)),
                     linewidth=1.8 if strong else 1, elinewidth=0.7, color=COLOURS.get(method, "#777777"),
                     marker=MARKERS.get(method, "o"), markersize=5 if strong else 4, zorder=3 if strong else 2,
                 )  # fmt: skip
@@ -103,11 +104,8 @@ def lines(panels: Sequence[tuple[str, str, str, Sequence[Curve]]]) -> str:
         labels: dict[str, Any] = {}
         for axis, (title, x_name, y_name, curves) in zip(axes.flat, panels, strict=True):
             for method, name, points in curves:
-                colour = COLOURS.get(method, "#777777")
-                (line,) = axis.plot(
-                    [p[0] for p in points], [p[1] for p in points], color=colour, marker="o", markersize=4
-                )
-                labels.setdefault(name, line)
+                style = {"color": COLOURS.get(method, "#777777"), "marker": "o", "markersize": 4}
+                labels.setdefault(name, axis.plot([p[0] for p in points], [p[1] for p in points], **style)[0])
             axis.set(title=title, xlabel=x_name, ylabel=y_name)
         fig.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=3, fontsize=8.5)
         return _svg(fig, panels[0][0])
@@ -132,9 +130,5 @@ def _svg(fig: Figure, label: str) -> str:
     salt = f"{label[:1].lower()}{zlib.crc32(text.encode()):08x}"
     text = re.sub(r'( id="|url\(#|href="#)', rf"\1{salt}-", text)
     text = re.sub(r'(<svg[^>]*?) height="[^"]+"', r"\1", text, count=1)
-    return re.sub(
-        r'<svg ([^>]*?)width="([\d.]+)pt"',
-        rf'<svg role="img" aria-label="{label}" style="width:\2pt" \1',
-        text,
-        count=1,
-    )
+    start = rf'<svg role="img" aria-label="{label}" style="width:\2pt" \1'
+    return re.sub(r'<svg ([^>]*?)width="([\d.]+)pt"', start, text, count=1)

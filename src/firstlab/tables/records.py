@@ -40,7 +40,6 @@ class Record:
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
         return int(self.node["seed"])
 
     @property
@@ -86,10 +85,7 @@ class Library:
 
 
 def read(folders: Sequence[str]) -> Library:
-    """Every result below the folders; what is damaged is left out and named in `warnings`.
-
-    Raises ValueError if none of the folders exists.
-    """
+    """Every result below the folders; what is damaged is left out and named in `warnings`."""
     library = Library()
     if not any(Path(folder).is_dir() for folder in folders):
         raise ValueError(f"results={list(folders)}: no such folder; name folders with result files, e.g. [experiments]")

@@ -69,7 +69,6 @@ class Column:
 
     @property
     def full_name(self) -> str:
-        """The name with the group."""
         return f"{self.group} {self.name}".strip()
 
 
