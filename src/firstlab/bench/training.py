@@ -83,17 +83,10 @@ def random_rows(config: TrainingSpeedConfig, vocabulary: int) -> list[Row]:
     generator = torch.Generator().manual_seed(config.seed)
     count, length = config.batch_size * (config.warmup + config.steps), config.prompt_length + config.response_length
     ids = torch.randint(0, vocabulary, (count, length), generator=generator)
-    prompt = torch.arange(length) < config.prompt_length
-    return [
-        {
-            "input_ids": row,
-            "attention_mask": torch.ones_like(row),
-            "labels": row.masked_fill(prompt, -100),
-            "prompt_mask": prompt.long(),
-            "index": torch.tensor(index),
-        }
-        for index, row in enumerate(ids)
-    ]
+    prompt = torch.arange(length).expand(count, -1) < config.prompt_length
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(prompt, -100)}
+    rows |= {"prompt_mask": prompt.long(), "index": torch.arange(count)}
+    return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 
 
 def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[Steps, int]]:
@@ -112,14 +105,16 @@ def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[St
     objective = RoutingObjective(objective=config.objective, gate=config.gate, pooled_tokens="prompt", multiplier=0.01)
     held = config.hold_routes if config.objective == "decode_consistent" else 0.0
     phase = PhaseConfig(learning_rate=config.learning_rate, warmup_fraction=0.0, gradient_clip=config.gradient_clip)
-    holding = replace(objective, hold_routes=held)
-    first = RouterModule(models.routed, objective=objective, phase=phase, seed=config.seed)
-    phases: list[Phase] = [first, LoRACompensationModule(second, objective=holding, phase=phase, seed=config.seed)]
+    given: dict[str, Any] = {"phase": phase, "seed": config.seed}
+    phases: dict[str, Phase] = {
+        "phase_1": RouterModule(models.routed, objective=objective, **given),
+        "phase_2": LoRACompensationModule(second, objective=replace(objective, hold_routes=held), **given),
+    }
     found: dict[str, tuple[Steps, int]] = {"plain": (partial(transformers_steps, plain, config), _trained(plain))}
-    for number, module in enumerate(phases, 1):
+    for name, module in phases.items():
         module.model.gradient_checkpointing = config.gradient_checkpointing
         module.model.loss_chunk = config.loss_chunk
-        found[f"phase_{number}"] = partial(firstlab_steps, module, config), _trained(module)
+        found[name] = partial(firstlab_steps, module, config), _trained(module)
     return found
 
 
