@@ -54,7 +54,6 @@ class Stopwatch(LogitsProcessor):
 
     @property
     def times(self) -> list[float]:
-        """Seconds since the start."""
         if self._events:
             synchronize(self._device)
         return self._host + [self._began.elapsed_time(event) / 1000 for event in self._events]

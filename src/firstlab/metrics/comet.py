@@ -94,7 +94,6 @@ def _failure(done: subprocess.CompletedProcess[str], config: CometConfig) -> str
 
 
 def _model_name(model: str) -> str:
-    """A hub id as it is, or of a local path the last telling part."""
     path = Path(model)
     if path.suffix == ".ckpt":
         return path.parents[1].name if path.parent.name == "checkpoints" else path.name
@@ -102,5 +101,4 @@ def _model_name(model: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """The text with single blanks for white space, line breaks of any kind included."""
     return " ".join(text.encode("utf-8", errors="replace").decode("utf-8").split())

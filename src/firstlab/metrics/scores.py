@@ -42,7 +42,6 @@ class Scores:
 
     @property
     def value(self) -> float:
-        """The metric over all examples, 0..100."""
         return float(self.aggregate(self.rows.sum(axis=0, keepdims=True))[0])
 
     @classmethod

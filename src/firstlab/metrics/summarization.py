@@ -89,7 +89,6 @@ class _NotT5(str):
 
 
 def _load_scorer(path: str, wanted: int | None) -> tuple[BERTScorer, int]:
-    """The scorer and the layer it uses."""
     from bert_score import BERTScorer
     from bert_score.utils import model2layers
     from transformers import AutoConfig

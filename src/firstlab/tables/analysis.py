@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs, run_of
+from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs
 from firstlab.store.results import ROW_NAMES
 from firstlab.tables import pictures
 from firstlab.tables.cells import Cells, Match, Score, column
@@ -260,10 +260,9 @@ def every_run(cells: Cells) -> Table:
 
 
 def _planned(cells: Cells) -> dict[tuple[str, str], list[int]]:
-    """The levels of which the grid plans runs of the first model, by task and method, one per skip rate; or all."""
+    """The levels of which the grid plans runs of the first model, by task and method; or all."""
     scale, plan = cells.scale, planned_runs(cells.scale)
-    found = {}
-    for task, method in product(scale.tasks, scale.methods):
-        wanted = [level for level in cells.levels if run_of(scale, task, cells.model, method, level) in plan]
-        found[task, method] = wanted or cells.levels
-    return found
+    return {
+        (task, method): [each for each in cells.levels if cells.run(task, method, each) in plan] or cells.levels
+        for task, method in product(scale.tasks, scale.methods)
+    }

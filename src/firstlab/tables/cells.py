@@ -53,7 +53,6 @@ class Match:
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """The variant's part of each record."""
         return [record.node["variants"][self.variant] for record in self.records]
 
     def mean(self, key: str, section: str | None = None) -> float | None:
@@ -227,7 +226,6 @@ class Cells:
         return below, above
 
     def _matches(self, run: Run, variant: str) -> list[Match]:
-        """Every level that the run's method was recorded at."""
         groups: dict[str, dict[int, Record]] = defaultdict(dict)
         for record in self._runs(run):
             if record.variant(variant) is not None:
@@ -236,7 +234,6 @@ class Cells:
         return [_of_one_test_set([of_seed[seed] for seed in sorted(of_seed)], variant) for of_seed in groups.values()]
 
     def _asked_for(self, record: Record, run: Run) -> bool:
-        """Whether the record is this very run, however much it skipped."""
         keys = level_keys(self.config.scale)
         asked = dict(each.split("=", 1) for each in run.overrides if each.partition("=")[0] in keys)
         return all(record.settings.get(key) == float(value) for key, value in asked.items())
@@ -254,7 +251,6 @@ class Cells:
 
 
 def _comparable(records: Sequence[Record], variant: str, metric: str) -> list[Scores] | None:
-    """Per-prompt scores of each record, or None if one has none, or the test sets differ."""
     scores = [each for record in records if (each := _scores(record, variant, metric)) is not None]
     one_set = len({_test_set(record, variant) for record in records}) <= 1
     return scores if one_set and len(scores) == len(records) else None

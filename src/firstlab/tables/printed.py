@@ -181,7 +181,6 @@ def _caption(cells: Cells, printed: QualityTable) -> str:
 
 
 def _is_measured(cells: Cells, task: str, metric: str) -> bool:
-    """False only where runs of the task exist and none has the metric."""
     nodes = [record.node for record in cells.library.records if record.node["data"] == task]
     return not nodes or any(metric in part["metrics"] for node in nodes for part in node["variants"].values())
 

@@ -32,12 +32,10 @@ class Cell:
 
     @property
     def hint(self) -> str:
-        """What a pointer held on the cell shows."""
         return " — ".join(part for part in (self.note, self.command) if part)
 
     @property
     def plain(self) -> str:
-        """Everything on one line."""
         return " ".join(part for part in (self.text or "–", self.mark, self.detail) if part)
 
 
@@ -92,7 +90,6 @@ class Table:
 
     @property
     def missing(self) -> list[Cell]:
-        """Cells without a run."""
         return [cell for row in self.rows for cell in row if cell.kind == "missing"]
 
     @property
@@ -102,7 +99,6 @@ class Table:
 
     @property
     def commands(self) -> list[str]:
-        """What fills the empty cells, each command once."""
         return list(dict.fromkeys(cell.command for cell in self.missing if cell.command))
 
     @property
