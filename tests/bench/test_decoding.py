@@ -332,7 +332,7 @@ def test_weights_larger_than_the_memory_are_refused() -> None:
 )
 def test_settings_out_of_range(folder: Path, given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings(folder, **given).check()
+        settings(folder, **given)
 
 
 @pytest.mark.parametrize(

@@ -294,11 +294,11 @@ def test_models_share_what_is_not_quantized(name: str) -> None:
 def test_benchmark_settings_for_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match=r"quantizations=\[\] is not allowed"):
-        benchmark_settings(tmp_path, quantizations=[]).check()
+        benchmark_settings(tmp_path, quantizations=[])
     with pytest.raises(ValueError, match="quantization='int3' is unknown"):
-        benchmark_settings(tmp_path, quantizations=[None, "int3"]).check()
+        benchmark_settings(tmp_path, quantizations=[None, "int3"])
     with pytest.raises(ValueError, match=r"model.quantization='int8'.*use quantizations=\[null,int8\]"):
-        benchmark_settings(tmp_path, quantization="int8").check()
+        benchmark_settings(tmp_path, quantization="int8")
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         assert load(compose("benchmark", ["quantizations=[null,int8]"])).quantizations == [None, "int8"]
 

@@ -26,8 +26,7 @@ class SpeedConfig:
     seed: int = 0  # of all that is drawn: tokens, routes, weights
     out: str = "runs/benchmark"  # folder of the record
 
-    def check(self) -> None:
-        """Raises ValueError with the option, its value and what is allowed."""
+    def __post_init__(self) -> None:
         check_options(self)
 
 
@@ -60,11 +59,10 @@ class BenchmarkConfig(SpeedConfig):
     least_cpu_share: float = option(0.9, least=0, most=1)
     copy_mib: int = option(256, least=1)  # size of the copy that measures the memory's bandwidth; above any cache's
 
-    def check(self) -> None:
-        """See `SpeedConfig.check`."""
+    def __post_init__(self) -> None:
         from firstlab.model.quantization import check_quantization
 
-        super().check()
+        super().__post_init__()
         for name in filter(None, self.quantizations):
             check_quantization(name)
         if self.model.quantization is not None:
@@ -106,11 +104,10 @@ class TrainingSpeedConfig(SpeedConfig):
     repetitions: int = option(3, least=1)
     out: str = "runs/training_speed"
 
-    def check(self) -> None:
-        """See `SpeedConfig.check`."""
+    def __post_init__(self) -> None:
         from firstlab.model.teacher_forcing import GATES, OBJECTIVES
 
-        super().check()
+        super().__post_init__()
         self.model.check_trainable()
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("gate", self.gate, GATES)
@@ -121,7 +118,5 @@ store_schema("training_speed_schema", TrainingSpeedConfig)
 
 
 def load(composed: DictConfig) -> SpeedConfig:
-    """The checked settings of either measurement. Raises ValueError with the option, its value and what is allowed."""
-    config = settings(composed, SpeedConfig)
-    config.check()
-    return config
+    """The settings of either measurement. Raises ValueError with the option, its value and what is allowed."""
+    return settings(composed, SpeedConfig)

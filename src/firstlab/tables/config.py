@@ -28,8 +28,7 @@ class TablesConfig:
     reference: str = "first"  # method that the others are tested against, at the same level and with the same LoRA
     ablation_level: int = 15  # the paper's level (percent) of the ablations, whose rows stand in conf/scale
 
-    def check(self) -> None:
-        """Raises ValueError with the option's name."""
+    def __post_init__(self) -> None:
         self.scale.check()
         check_options(self)
         if not self.results:
@@ -46,7 +45,5 @@ store_schema("tables_schema", TablesConfig)
 
 
 def load(config: DictConfig) -> TablesConfig:
-    """The checked settings. Raises ValueError with the option, its value and what is allowed."""
-    checked = settings(config, TablesConfig)
-    checked.check()
-    return checked
+    """The settings. Raises ValueError with the option, its value and what is allowed."""
+    return settings(config, TablesConfig)
