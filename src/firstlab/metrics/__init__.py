@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from firstlab.metrics import qa, summarization, translation
 from firstlab.metrics.comet import CometConfig
 from firstlab.metrics.comet import comet as comet_scores
-from firstlab.metrics.scores import FloatArray, Scores
-from firstlab.metrics.statistics import PairedTest, bootstrap_interval, paired_test, perplexity
+from firstlab.metrics.scores import FloatArray, PairedTest, Scores, bootstrap_interval, paired_test, perplexity
 from firstlab.metrics.summarization import BertScoreConfig
 
 __all__ = ["PRIMARY_METRIC", "MetricResult", "evaluate_predictions", "from_rows"]

@@ -228,7 +228,7 @@ class Cells:
     def _matches(self, run: Run, variant: str) -> list[Match]:
         groups: dict[str, dict[int, Record]] = defaultdict(dict)
         for record in self._runs(run):
-            if record.variant(variant) is not None:
+            if variant in record.node["variants"]:
                 # A seed counts once, however often it was run (on other processors, say).
                 groups[record.level].setdefault(record.seed, record)
         return [_of_one_test_set([of_seed[seed] for seed in sorted(of_seed)], variant) for of_seed in groups.values()]

@@ -34,27 +34,14 @@ class Record:
 
     file: Path
     node: dict[str, Any]  # what it says, see `firstlab.store.results.RECORD`
+    seed: int
+    level: str  # that was asked for; runs of one method and level differ in their seeds only
     settings: dict[str, Any]  # by dotted key, those of `_SETTINGS`
-    # False for an evaluation on other data, or with another seed, than the run was trained with: it fills no cell.
-    as_trained: bool = True
+    as_trained: bool  # False for an evaluation on other data, or with another seed, than in training: it fills no cell
 
-    @property
-    def seed(self) -> int:
-        return int(self.node["seed"])
-
-    @property
-    def level(self) -> str:
-        """The level that was asked for; runs of one method and level differ in their seeds only."""
-        return str(self.node.get("level", ""))
-
-    def variant(self, name: str) -> dict[str, Any] | None:
-        """Part of the record: base, base_lora, router or router_lora."""
-        variant: dict[str, Any] | None = self.node["variants"].get(name)
-        return variant
-
-    def examples(self, name: str) -> dict[str, Any]:
-        """Numbers per test prompt of a variant, as they are packed; older records lack some, or all."""
-        found: dict[str, Any] = (self.variant(name) or {}).get("examples", {})
+    def examples(self, variant: str) -> dict[str, Any]:
+        """Numbers per test prompt, as they are packed; older records lack some, or all."""
+        found: dict[str, Any] = self.node["variants"].get(variant, {}).get("examples", {})
         return found
 
 
@@ -95,7 +82,8 @@ def read(folders: Sequence[str]) -> Library:
             if "cells" in node:
                 library.benchmarks.append(node)
                 continue
-            record = Record(file, node, _settings(node["config"]), _as_trained(file, node))
+            made = _settings(node["config"]), _as_trained(file, node)
+            record = Record(file, node, node["seed"], node.get("level", ""), *made)
             first = seen.setdefault((node["config_hash"], record.seed), record)
             if first is record:
                 library.records.append(record)

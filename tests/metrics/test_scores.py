@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firstlab.metrics.scores import Scores
-from firstlab.metrics.statistics import bootstrap_interval, paired_test, perplexity
+from firstlab.metrics.scores import Scores, bootstrap_interval, paired_test, perplexity
 from firstlab.metrics.translation import bleu, chrf
 
 VALUES = st.lists(st.floats(0, 100), min_size=1, max_size=8)
@@ -53,7 +52,7 @@ def test_interval_lies_within_the_data_and_repeats(values, seed):
 def test_chunks_do_not_change_the_interval(monkeypatch):
     scores = normal_scores(20, 50, seed=0)
     whole = bootstrap_interval(scores, resamples=30)
-    monkeypatch.setattr("firstlab.metrics.statistics._CHUNK", 7 * 20)
+    monkeypatch.setattr("firstlab.metrics.scores._CHUNK", 7 * 20)
     assert bootstrap_interval(scores, resamples=30) == pytest.approx(whole)
 
 
