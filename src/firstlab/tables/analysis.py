@@ -215,9 +215,6 @@ def _groups(
     record = match.records[0]
     keys, rates = column(record, match.variant, name), column(record, match.variant, "skip_rate")
     if keys is None or rates is None:
-        if name == "difficulty":
-            for label, group in match.parts[0]["skip"].get("by_difficulty", {}).items():
-                yield label, float(label), group["n"], group["skip_rate"], None, None
         return
     if name == "difficulty":
         groups = [(f"{value:g}", keys == value) for value in np.unique(keys)]
