@@ -104,7 +104,8 @@ def _nltk_bleu(sums: FloatArray) -> FloatArray:
     hypotheses, references = sums[:, 0], sums[:, 1]
     matches, totals = np.split(sums[:, 2:], 2, axis=1)
     precisions = np.where(matches > 0, matches / np.maximum(totals, 1), sys.float_info.min)
-    brevity = np.exp(np.minimum(0, 1 - references / np.maximum(hypotheses, 1)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        brevity = np.where(hypotheses < references, np.exp(1 - references / hypotheses), 1.0)
     scores = 100.0 * brevity * np.exp(np.log(precisions).mean(1))
     return np.where(matches[:, 0] > 0, scores, 0.0)
 
