@@ -11,9 +11,14 @@ from firstlab.model.routers import (
     decide,
     mix,
     pool,
+    probabilities_of,
     straight_through,
-    token_probabilities,
+    token_readings,
 )
+
+
+def token_probabilities(hidden: torch.Tensor, weight: torch.Tensor, input_norm: str = "none") -> torch.Tensor:
+    return probabilities_of(token_readings(hidden, weight, input_norm), hidden.shape[-1])
 
 
 def sigmoid(x: float) -> float:

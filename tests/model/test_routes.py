@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import (
     EarlyExit,
+    FixedRoutes,
     PrunedRoutes,
     StepRoutes,
     decode_steps,
     layer_skips,
     routes_from_json,
-    routes_to_json,
 )
 from support.models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model, tiny_model
 from support.reference import decoder_layers, slow_early_exit, slow_scheduled, without_layers
@@ -393,11 +393,11 @@ def test_steps_are_counted_per_row():
 
 def test_routes_survive_json():
     rule = EarlyExit(0.7, "gap", 2, 4.0, 80)
-    assert routes_from_json(routes_to_json(rule)) == rule
-    assert torch.equal(routes_from_json(routes_to_json(SCHEDULE)).schedule, SCHEDULE.schedule)
+    assert routes_from_json(rule.to_json()) == rule
+    assert torch.equal(routes_from_json(SCHEDULE.to_json()).schedule, SCHEDULE.schedule)
     fixed = random_routes(2)
-    assert torch.equal(routes_from_json(routes_to_json(fixed)).ran, fixed)
-    pruned = routes_from_json(routes_to_json(PRUNED))
+    assert torch.equal(routes_from_json(FixedRoutes(fixed).to_json()).ran, fixed)
+    pruned = routes_from_json(PRUNED.to_json())
     assert isinstance(pruned, PrunedRoutes) and torch.equal(pruned.ran, PRUNED.ran)
 
 

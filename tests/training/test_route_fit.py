@@ -26,10 +26,7 @@ from firstlab.training.route_fit import (
 from firstlab.training.route_search import find_codebook, grown, wanted_sizes
 
 LAYERS, HIDDEN = 8, 4
-FIT = RouteFit(
-    skip_rate=0.25, highest_skip=0.5, sizes=2, swaps=2, calibration_prompts=8, fit_prompts=400, grow_rounds=1,
-    any_speed=True,
-)  # fmt: skip
+FIT = RouteFit(target_skip=0.25, highest_skip=0.5, sizes=2, swaps=2, calibration_prompts=8, fit_prompts=400)
 
 
 @dataclass
@@ -59,6 +56,9 @@ class KnownPrompts:
         self.measured.append(len(self) * len(routes))
         costs = torch.tensor([self.costs[example.part] for example in self.examples])
         return 1.0 + costs @ (~routes).float().T
+
+    def mean_losses(self, routes, title=""):
+        return self.losses_each(routes).mean(0).tolist()
 
 
 def known(count: int = 12) -> KnownPrompts:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from inspect import signature
 from types import MethodType
 from typing import Any, Protocol
@@ -47,8 +48,7 @@ class RoutableLayer(nn.Module):
 
     dense_class: type[nn.Module]
     layer_index: int
-    # Older architectures return (hidden, attention weights), newer ones a bare tensor: None. Learned from the first
-    # call, 0 until then.
+    # Of a tuple, as older architectures return it; None of a bare tensor. Learned from the first call, 0 until then.
     output_length: int | None = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,15 +89,11 @@ def _rebuild(dense_class: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-_routable_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
+@cache
 def _routable_class(dense_class: type[nn.Module]) -> type[nn.Module]:
-    if dense_class not in _routable_classes:
-        attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
-        # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
-        _routable_classes[dense_class] = type(dense_class.__name__, (RoutableLayer, dense_class), attributes)
-    return _routable_classes[dense_class]
+    attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
+    # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
+    return type(dense_class.__name__, (RoutableLayer, dense_class), attributes)
 
 
 def make_routable(layers: nn.ModuleList) -> None:
@@ -142,12 +138,12 @@ class IntermediateHead:
         return self  # a copied cache serves the same model
 
 
+@dataclass
 class _PassOn:
-    def __init__(self, output: Any) -> None:
-        self._output = output
+    output: Any
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        return self._output
+        return self.output
 
 
 def watch_passes(decoder: nn.Module) -> None:
