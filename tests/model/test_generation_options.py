@@ -20,19 +20,13 @@ from transformers import (
 
 from firstlab.model.cache import RoutedCache
 from firstlab.model.generation_options import stop_tokens
-from support.models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model
+from support.models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model, with_logits
 from support.reference import prompt_rho, slow_generate, step_logits
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 GREEDY = {"do_sample": False, "max_new_tokens": 7}
 ALL_TRUE = torch.ones(LAYERS, dtype=torch.bool)
 ALL_FALSE = torch.zeros(LAYERS, dtype=torch.bool)
-
-
-def with_logits(model, ids, mask, **options):
-    options = {**GREEDY, **options}
-    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
-    return out.sequences, torch.stack(out.logits, dim=1), out.past_key_values
 
 
 @every_architecture
@@ -640,11 +634,6 @@ def test_the_wrapped_model_alone_stays_dense():
         model.lm.generate(ids, attention_mask=mask, **GREEDY), base.generate(ids, attention_mask=mask, **GREEDY)
     )
     assert not isinstance(model.lm(ids).past_key_values, RoutedCache)
-
-
-def test_hidden_size_of_the_models_is_the_routers():
-    for architecture in ARCHITECTURES:
-        assert pair(architecture)[1].routers.weight.shape == (LAYERS, HIDDEN)
 
 
 def test_padding_is_recognised_without_a_mask_as_transformers_does():
