@@ -24,15 +24,6 @@ def labelled():
     return ids, mask, labels
 
 
-def test_properties():
-    model = routed_model()
-    assert model.num_layers == LAYERS
-    assert model.config is model.lm.config
-    assert model.device == torch.device("cpu")
-    assert not model.has_lora
-    assert not model.training
-
-
 @every_architecture
 def test_manual_steps_with_left_padding_equal_generate(architecture):
     base, model = pair(architecture)
@@ -151,15 +142,7 @@ def test_phase_one_regularisation_gradient_is_twice_the_weight():
     torch.testing.assert_close(model.routers.weight.grad, 2 * model.routers.weight.detach())
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.half(),
-        lambda m: m.bfloat16(),
-        lambda m: m.to("cpu", torch.float16),
-    ],
-)
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float16)])
 def test_routers_stay_fp32_whatever_the_model_becomes(convert):
     model = routed_model()
     before = model.routers.weight.detach().clone()

@@ -20,6 +20,7 @@ class MiniTranslation(Translation, BundledTask):
         if pair not in _LANGUAGES:
             raise ValueError(f"pair={pair!r} is unknown; choose one of {', '.join(_LANGUAGES)}")
         super().__init__(pool_size, test_size)
+        self.pair = pair
         self.name = f"mini-{pair.replace('-', '')}"
         self.target_language = pair.split("-")[1]
         self.language_names = ("English", _LANGUAGES[pair])

@@ -19,28 +19,22 @@ Observer = Callable[[dict[str, Tensor], int, Tensor, Tensor], None]
 
 
 class Prompts(Protocol):
-    """N prompts with their references and the model that reads them: all that a method may look at."""
+    """N prompts with their references and the model that reads them: all that a method may look at.
+
+    Losses are response cross-entropy per token.
+    """
 
     texts: Sequence[str]
     progress_bar: bool
     num_layers: int
-    #: The longest response there will be.
-    max_new_tokens: int
+    max_new_tokens: int  # of the longest response there will be
 
-    def __len__(self) -> int:
-        """N."""
-
-    def take(self, count: int) -> Prompts:
-        """The first `count` of them."""
-
-    def losses(self, routes: Tensor) -> Tensor:
-        """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
-
-    def loss(self, routes: Tensor | Routes) -> float:
-        """Response cross-entropy per token over all prompts under `routes` ([L])."""
-
-    def new_tokens(self) -> list[int]:
-        """[N] lengths of the references in tokens, as far as generation goes."""
+    def __len__(self) -> int: ...
+    def take(self, count: int) -> Prompts: ...  # the first of them
+    def losses(self, routes: Tensor) -> Tensor: ...  # [N], of every prompt when decode runs routes [L] or [N, L]
+    def loss(self, routes: Tensor | Routes) -> float: ...  # over the tokens of all prompts, under routes [L]
+    def new_tokens(self) -> list[int]: ...  # [N] lengths of the references in tokens, as far as generation goes
+    def routed(self) -> Tensor: ...  # [N, L], the decisions of the model's own routers
 
     def skip_rate(self, rule: EarlyExit) -> float:
         """Mean skip rate when the references' tokens, as far as generation goes, are decoded under the rule.
@@ -50,9 +44,6 @@ class Prompts(Protocol):
 
     def observe(self, see: Observer, title: str) -> None:
         """Show every layer's input and output when all layers run, batch by batch."""
-
-    def routed(self) -> Tensor:
-        """[N, L], the decisions of the model's own routers."""
 
 
 @dataclass
