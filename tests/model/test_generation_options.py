@@ -219,16 +219,9 @@ def test_forced_routes_go_with_every_sample_of_their_prompt():
     _, model = pair("llama")
     ids, mask = prompts()
     routes = random_routes(3)
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        routes=routes,
-        do_sample=True,
-        num_return_sequences=2,
-        max_new_tokens=2,
-        return_dict_in_generate=True,
-    )
-    assert torch.equal(out.past_key_values.routes, routes.repeat_interleave(2, dim=0))
+    options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 2}
+    _, _, cache = with_logits(model, ids, mask, routes=routes, **options)
+    assert torch.equal(cache.routes, routes.repeat_interleave(2, dim=0))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma"])

@@ -260,17 +260,9 @@ def test_attentions_have_one_entry_per_layer(architecture):
     model = RouterAugmentedLM(lm)
     ids, mask = prompts()
     routes = torch.tensor([False, True, True, False, True, False])
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        routes=routes,
-        max_new_tokens=3,
-        do_sample=False,
-        eos_token_id=None,
-        output_attentions=True,
-        output_hidden_states=True,
-        return_dict_in_generate=True,
-    )
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    options |= {"output_attentions": True, "output_hidden_states": True}
+    out = model.generate(ids, attention_mask=mask, routes=routes, **options)
     assert [x is not None for x in out.attentions[0]] == [True] * LAYERS
     for step, hidden in zip(out.attentions[1:], out.hidden_states[1:], strict=True):
         assert [x is not None for x in step] == routes.tolist()

@@ -158,15 +158,8 @@ def test_beams_take_their_history_along(kind):
     routes = SCHEDULE if kind == "schedule" else exit_rule(model, "softmax")
     ids, mask = prompts()
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        routes=routes,
-        output_scores=True,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        **options,
-    )
+    options |= {"output_scores": True, "length_penalty": 0.0, "return_dict_in_generate": True}
+    out = model.generate(ids, attention_mask=mask, routes=routes, **options)
     forced = teacher_forced(model, out.sequences, mask.repeat_interleave(3, 0), routes)
     steps = forced.logits[:, 11:-1].log_softmax(-1).gather(2, out.sequences[:, 12:, None]).sum((1, 2))
     torch.testing.assert_close(out.sequences_scores, steps, atol=1e-4, rtol=0)

@@ -19,14 +19,10 @@ from firstlab.training.prompt_set import Batch, PromptSet, check_finite, losses_
 _BISECTIONS = 12
 
 
-def rms_normed(states: Tensor) -> Tensor:
-    """States [..., D] scaled to a root mean square of 1, as routers with `input_norm="rms"` read them."""
-    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
-
-
 def router_input(states: Tensor, input_norm: str) -> Tensor:
-    """Hidden states [..., D] as a router sees them, fp32."""
-    return rms_normed(states.float()) if input_norm == "rms" else states.float()
+    """Hidden states [..., D] as a router sees them, fp32: with "rms" scaled to a root mean square of 1."""
+    states = states.float()
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6) if input_norm == "rms" else states
 
 
 @torch.no_grad()

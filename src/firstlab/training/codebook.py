@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from firstlab.methods.base import check_count, routes_without
 from firstlab.methods.sleb import elimination
-from firstlab.training.calibration import rms_normed, router_input
+from firstlab.training.calibration import router_input
 from firstlab.training.prompt_set import Batch, PromptSet, check_finite
 
 _KMEANS_ROUNDS = 20
@@ -98,7 +98,7 @@ def pooled_states(prompts: PromptSet) -> Tensor:
 
     def pool(batch: Batch, index: int, hidden: Tensor, output: Tensor) -> None:
         mask = batch["prompt_mask"].bool().to(hidden.device)
-        states = rms_normed(hidden.float()).masked_fill(~mask.unsqueeze(-1), 0)
+        states = router_input(hidden, "rms").masked_fill(~mask.unsqueeze(-1), 0)
         found[index].append((states.sum(1) / mask.sum(1, keepdim=True)).cpu())
 
     prompts.observe(pool, "read prompts")
