@@ -197,9 +197,9 @@ def test_a_fitted_prompt_is_whole_and_maximal(text, room):
 
 
 def test_the_question_stays_behind_a_shortened_passage():
-    example = Example("e", "the red house " * 50, ("r",), question="who sleeps?")
-    prompt = fit_prompt(MiniQA(), example, TOKENIZER, 120)
-    assert prompt.endswith("### Question:\nwho sleeps?\n\n### Response:\n") and len(prompt) < 600
+    task, example = MiniQA(), Example("e", "the red house " * 50, ("r",), question="who sleeps?")
+    prompt = fit_prompt(task, example, TOKENIZER, 120)
+    assert prompt.endswith("### Question:\nwho sleeps?\n\n### Response:\n") and len(prompt) < len(task.prompt(example))
 
 
 def test_one_endless_word_is_cut_too():
