@@ -107,9 +107,7 @@ def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTraine
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     try:
-        _check_folder(path, kwargs)
-        if (adapter := find_adapter_config_file(path, **hub)) is not None:
-            found = _read_object(Path(adapter))
+        if (found := _checked_adapter(path, hub, "attn_implementation" in kwargs)) is not None:
             if merge and not (Path(path) / "config.json").is_file():
                 return _merged(path, found, hub, {k: v for k, v in kwargs.items() if k not in hub})
             if found.get("use_dora"):
@@ -148,26 +146,28 @@ def _merged(path: str, found: dict[str, Any], hub: dict[str, Any], options: dict
     return model.requires_grad_(True)
 
 
-def _check_folder(path: str, options: Mapping[str, Any]) -> None:
-    """Refuse a damaged generation config, which transformers would replace in silence, and names of code to import."""
+def _checked_adapter(path: str, hub: dict[str, Any], attention_is_named: bool) -> dict[str, Any] | None:
+    """What the config of a folder's PEFT adapter says, if there is one, as the files are looked into first.
+
+    Refused are a damaged generation config, which transformers would replace in silence, and names of code to import.
+    """
     file = Path(path) / "generation_config.json"
     if file.is_file():
         ends = _read_object(file).get("eos_token_id")
         if not all(isinstance(each, int | None) for each in (ends if isinstance(ends, list) else [ends])):
             raise ModelUnavailableError(f"{file}: eos_token_id={ends!r} must be a token id or a list of them")
-    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-    configs = [(path, hub)]
+    configs, found = [(path, hub)], None
     if (adapter := find_adapter_config_file(path, **hub)) is not None:
         found = _read_object(Path(adapter))
         _refuse_packages(adapter, found)
         configs.append((str(found.get("base_model_name_or_path")), {}))
-    if "attn_implementation" not in options:
-        for place, where in configs:
-            try:
-                config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
-            except Exception:  # what cannot be read asks for nothing
-                continue
-            _refuse_kernels(path, config)
+    for place, where in [] if attention_is_named else configs:
+        try:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
+        except Exception:  # what cannot be read asks for nothing
+            continue
+        _refuse_kernels(path, config)
+    return found
 
 
 def _refuse_kernels(path: str, config: PretrainedConfig) -> None:
