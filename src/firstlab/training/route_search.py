@@ -47,7 +47,7 @@ def find_codebook(prompts: PromptSet, fit: RouteFit) -> Tensor:
         order = elimination(layers, max(sizes), group.mean_losses)
         # Of all prompts sets of every size, to fall back on.
         routes += [routes_without(layers, order[:n]) for n in (range(max(sizes) + 1) if group is prompts else sizes)]
-        swaps = math.ceil(fit.swaps * len(group) / len(prompts))
+        swaps = math.ceil(fit.swaps * (len(group) / len(prompts)))
         routes += [swapped for size in sizes for swapped in _best_swaps(group, order[:size], swaps)]
     found = {tuple(route.tolist()) for route in routes}
     return torch.tensor(sorted(found, key=lambda route: (-sum(route), route)))
