@@ -222,10 +222,11 @@ def _losses_of_batch(
     previous = None
     # In this order neighbours have most layers in common.
     for place in sorted(range(len(routes)), key=lambda k: routes[k].tolist()):
-        route = routes[place].to(batch["labels"].device)
+        route = routes[place]
         # The input of the first layer that differs is the same, too.
         known = 0 if previous is None else 1 + int((route == previous)[:-1].cumprod(0).sum())
-        sums, counts = _sums_of_batch(model, batch, reading, route, states=states, known=known)
+        forced = route.to(batch["labels"].device)
+        sums, counts = _sums_of_batch(model, batch, reading, forced, states=states, known=known)
         losses[place], previous = sums / counts, route
         bar.update()
     return torch.stack(losses, 1)
