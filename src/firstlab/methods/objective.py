@@ -50,7 +50,7 @@ class RouterStart:
 class RouteFit:
     """How a router over whole routes is fitted; see `firstlab.training.route_fit`."""
 
-    target_skip: float = 0.25  # the rate over tokens where none is named
+    target_skip: float  # the rate over tokens where none is named
     # What the largest sets of the codebook skip: room above the wanted rates, without which there is nothing left to
     # allocate.
     highest_skip: float = 0.45

@@ -19,6 +19,7 @@ class RouteChoice(RouteFit, RoutedMethod):
     least: ClassVar[Mapping[str, float]] = {
         "sizes": 1, "swaps": 0, "calibration_prompts": 1, "fit_prompts": 8, "grow_rounds": 0,
     }  # fmt: skip
+    target_skip: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 from types import MethodType
 from typing import Any, Protocol
@@ -89,11 +89,15 @@ def _rebuild(dense_class: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@cache
+_routable_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _routable_class(dense_class: type[nn.Module]) -> type[nn.Module]:
-    attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
-    # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
-    return type(dense_class.__name__, (RoutableLayer, dense_class), attributes)
+    if dense_class not in _routable_classes:
+        attributes = {"dense_class": dense_class, "__module__": dense_class.__module__}
+        # Same name: FSDP wrapping policies and `_no_split_modules` go by it.
+        _routable_classes[dense_class] = type(dense_class.__name__, (RoutableLayer, dense_class), attributes)
+    return _routable_classes[dense_class]
 
 
 def make_routable(layers: nn.ModuleList) -> None:
