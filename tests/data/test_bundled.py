@@ -37,27 +37,12 @@ def test_frozen_files_are_the_published_ones(name: str, sha256: str) -> None:
     assert hashlib.sha256(lzma.decompress((FOLDER / f"{name}.jsonl.xz").read_bytes())).hexdigest() == sha256
 
 
-@pytest.mark.parametrize(
-    ("task", "first", "last"),
-    [
-        (
-            TASKS[0],
-            ("mini-ende-train-000000", "I thought that the bakery is famous.", 4),
-            ("mini-ende-test-000499", "This woman photographed the colleague.", 1),
-        ),
-        (
-            TASKS[1],
-            ("mini-enzh-train-000000", "I thought that the bakery is famous.", 4),
-            ("mini-enzh-test-000499", "This woman photographed the colleague.", 1),
-        ),
-    ],
-    ids=["en-de", "en-zh"],
-)
-def test_sentences_are_read_in_the_order_in_which_runs_used_them(
-    task: BundledTask, first: tuple[str, str, int], last: tuple[str, str, int]
-) -> None:
-    found = [(e.id, e.source, e.difficulty) for e in (task.train_pool()[0], task.test()[499])]
-    assert found == [first, last]
+@pytest.mark.parametrize("task", TASKS[:2], ids=lambda task: task.name)
+def test_sentences_are_read_in_the_order_in_which_runs_used_them(task: BundledTask) -> None:
+    assert [(e.id, e.source, e.difficulty) for e in (task.train_pool()[0], task.test()[499])] == [
+        (f"{task.name}-train-000000", "I thought that the bakery is famous.", 4),
+        (f"{task.name}-test-000499", "This woman photographed the colleague.", 1),
+    ]
 
 
 def test_examples_are_read_whole() -> None:

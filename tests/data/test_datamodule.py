@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.data.prompts import qa_prompt, translation_prompt
-from firstlab.data.task import Example, Task
+from firstlab.data.prompts import QuestionAnswering, Translation
+from firstlab.data.task import Example
 from support.tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -19,8 +19,8 @@ def examples(name, count):
     return [Example(f"{name}{i}", f"the red house {i}", (f"das rote Haus {i}",)) for i in range(count)]
 
 
-class Houses(Task):
-    kind = "translation"
+class Houses(Translation):
+    language_names = ("English", "German")
 
     def __init__(self, pool=20, held_out=None, tests=7):
         self.pool, self.held_out, self.tests, self.reads = pool, held_out, tests, 0
@@ -34,12 +34,6 @@ class Houses(Task):
 
     def test(self):
         return examples("test", self.tests)
-
-    def prompt(self, example, source=None):
-        text = example.source if source is None else source
-        if example.question:
-            return qa_prompt(text, example.question)
-        return translation_prompt(text, "English", "German")
 
 
 def module(task=None, **options):
@@ -112,7 +106,7 @@ def test_the_limit_of_the_tokenizer():
         PromptDataModule(Houses(), tokenizer, max_length=256, max_new_tokens=80, **options)
 
 
-class LongQuestion(Houses):
+class LongQuestion(QuestionAnswering, Houses):
     """The last example of each split asks at length."""
 
     def train_pool(self):

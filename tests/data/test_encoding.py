@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from firstlab.config.build import model_path
+from firstlab.data import prompts
 from firstlab.data.encoding import (
     Row,
     collate_prompts,
@@ -22,28 +23,16 @@ from firstlab.data.encoding import (
 from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_summarization import MiniSummarization
 from firstlab.data.mini_translation import MiniTranslation
-from firstlab.data.prompts import qa_prompt, translation_prompt
-from firstlab.data.task import Example, Task
+from firstlab.data.task import Example
 from support.tiny_tokenizer import tiny_tokenizer
 
 BOS, EOS = 0, 1
 TOKENIZER = tiny_tokenizer()
 
 
-class Translation(Task):
-    kind = "translation"
-
-    def train_pool(self):
-        return []
-
-    def test(self):
-        return []
-
-    def prompt(self, example, source=None):
-        text = example.source if source is None else source
-        if example.question:
-            return qa_prompt(text, example.question)
-        return translation_prompt(text, "English", "German")
+class Translation(prompts.Translation):
+    language_names = ("English", "German")
+    train_pool = test = lambda self: []
 
 
 TASK = Translation()
@@ -208,9 +197,9 @@ def test_a_fitted_prompt_is_whole_and_maximal(text, room):
 
 
 def test_the_question_stays_behind_a_shortened_passage():
-    example = Example("e", "the red house " * 50, ("r",), question="who sleeps?")
-    prompt = fit_prompt(TASK, example, TOKENIZER, 120)
-    assert prompt.endswith("### Question:\nwho sleeps?\n\n### Response:\n") and len(prompt) < len(TASK.prompt(example))
+    task, example = MiniQA(), Example("e", "the red house " * 50, ("r",), question="who sleeps?")
+    prompt = fit_prompt(task, example, TOKENIZER, 120)
+    assert prompt.endswith("### Question:\nwho sleeps?\n\n### Response:\n") and len(prompt) < len(task.prompt(example))
 
 
 def test_one_endless_word_is_cut_too():

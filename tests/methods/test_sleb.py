@@ -23,7 +23,7 @@ def loss(text: str, layers: tuple[int, ...]) -> float:
 
 
 def test_each_step_removes_the_layer_that_hurts_least_given_those_removed():
-    assert elimination(6, 3, FakePrompts(6, loss_of=loss).loss) == [2, 3, 1]
+    assert elimination(6, 3, FakePrompts(6, loss_of=loss).mean_losses) == [2, 3, 1]
 
 
 def test_a_beam_finds_what_greedy_elimination_misses():
@@ -31,12 +31,12 @@ def test_a_beam_finds_what_greedy_elimination_misses():
         """Alone layer 2 is the least costly, together layers 3 and 4 are."""
         return {(): 0.0, (2,): 0.1, (3,): 0.2, (4,): 0.3}.get(layers, 0.1 if layers == (3, 4) else 1.0 + len(layers))
 
-    def loss_of(routes: torch.Tensor) -> float:
-        return pairs(tuple(skipped(routes)))
+    def losses_of(routes: torch.Tensor) -> list[float]:
+        return [pairs(tuple(skipped(each))) for each in routes]
 
-    assert sorted(elimination(6, 2, loss_of)) != [3, 4]
-    assert sorted(elimination(6, 2, loss_of, width=2)) == [3, 4]
-    assert elimination(6, 3, loss_of, first=[3, 4])[:2] == [3, 4]
+    assert sorted(elimination(6, 2, losses_of)) != [3, 4]
+    assert sorted(elimination(6, 2, losses_of, width=2)) == [3, 4]
+    assert elimination(6, 3, losses_of, first=[3, 4])[:2] == [3, 4]
 
 
 @given(st.integers(3, 7), st.data())
@@ -45,13 +45,13 @@ def test_a_beam_as_wide_as_all_sets_finds_the_best_one(layers: int, data: st.Dat
     sets = [frozenset(c) for k in range(count + 1) for c in combinations(range(1, layers - 1), k)]
     losses = dict(zip(sets, data.draw(st.permutations(range(len(sets)))), strict=True))
 
-    def loss_of(routes: torch.Tensor) -> float:
-        return losses[frozenset(skipped(routes))]
+    def losses_of(routes: torch.Tensor) -> list[float]:
+        return [losses[frozenset(skipped(each))] for each in routes]
 
-    found = elimination(layers, count, loss_of, width=len(sets))
+    found = elimination(layers, count, losses_of, width=len(sets))
     assert len(set(found)) == count
     assert losses[frozenset(found)] == min(loss for each, loss in losses.items() if len(each) == count)
-    greedy = elimination(layers, count, loss_of)
+    greedy = elimination(layers, count, losses_of)
     for end in range(1, count + 1):
         options = [frozenset([*greedy[: end - 1], i]) for i in range(1, layers - 1) if i not in greedy[: end - 1]]
         assert losses[frozenset(greedy[:end])] == min(losses[each] for each in options)

@@ -20,19 +20,13 @@ from transformers import (
 
 from firstlab.model.cache import RoutedCache
 from firstlab.model.generation_options import stop_tokens
-from support.models import ARCHITECTURES, HIDDEN, LAYERS, pair, prompts, random_routes, routed_model
+from support.models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model, with_logits
 from support.reference import prompt_rho, slow_generate, step_logits
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 GREEDY = {"do_sample": False, "max_new_tokens": 7}
 ALL_TRUE = torch.ones(LAYERS, dtype=torch.bool)
 ALL_FALSE = torch.zeros(LAYERS, dtype=torch.bool)
-
-
-def with_logits(model, ids, mask, **options):
-    options = {**GREEDY, **options}
-    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
-    return out.sequences, torch.stack(out.logits, dim=1), out.past_key_values
 
 
 @every_architecture
@@ -225,16 +219,9 @@ def test_forced_routes_go_with_every_sample_of_their_prompt():
     _, model = pair("llama")
     ids, mask = prompts()
     routes = random_routes(3)
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        routes=routes,
-        do_sample=True,
-        num_return_sequences=2,
-        max_new_tokens=2,
-        return_dict_in_generate=True,
-    )
-    assert torch.equal(out.past_key_values.routes, routes.repeat_interleave(2, dim=0))
+    options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 2}
+    _, _, cache = with_logits(model, ids, mask, routes=routes, **options)
+    assert torch.equal(cache.routes, routes.repeat_interleave(2, dim=0))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma"])
@@ -408,21 +395,26 @@ def test_unsupported_options_are_named(name, where):
         model.generate(ids, max_new_tokens=2, **options)
 
 
-@pytest.mark.parametrize("kind", ["static", "offloaded", "offloaded_static", "quantized", "paged", "dynamic"])
-def test_other_caches_are_named(kind):
-    _, model = pair("llama")
-    with pytest.raises(ValueError, match=f"cache_implementation='{kind}' cannot be used"):
-        model.generate(prompts((4,))[0], cache_implementation=kind)
+LOOP = "custom_generate=.* cannot be used with routed decoding"
+CACHES = ("static", "offloaded", "offloaded_static", "quantized", "paged", "dynamic")
 
 
-def test_assistants_and_custom_loops_are_named():
-    base, model = pair("llama")
-    ids, _ = prompts((4,))
-    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM cannot be used with routed decoding"):
-        model.generate(ids, assistant_model=base)
-    for custom in ("someone/repository", lambda model, **kwargs: None):
-        with pytest.raises(ValueError, match="custom_generate=.* cannot be used with routed decoding"):
-            model.generate(ids, custom_generate=custom)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"cache_implementation": kind}, f"cache_implementation='{kind}' cannot be used") for kind in CACHES),
+        ({"assistant_model": pair("llama")[0]}, "assistant_model=LlamaForCausalLM cannot be used with routed decoding"),
+        ({"custom_generate": "someone/repository"}, LOOP),
+        ({"custom_generate": lambda model, **kwargs: None}, LOOP),
+        ({"generation_config": {}}, "generation_config must be a transformers GenerationConfig; got dict"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({"input_ids": None}, "generate needs input_ids"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "a prompt has no tokens"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        pair("llama")[1].generate(**{"input_ids": prompts((4,))[0]} | options)
 
 
 def test_hybrid_of_older_hub_configs_is_read_as_dynamic():
@@ -477,28 +469,11 @@ def test_every_generation_option_has_been_thought_of():
     assert options <= known
 
 
-def test_generation_config_must_be_one():
+def test_foreign_caches_and_rows_without_tokens_are_refused_everywhere():
     _, model = pair("llama")
-    with pytest.raises(ValueError, match="generation_config must be a transformers GenerationConfig; got dict"):
-        model.generate(prompts((4,))[0], generation_config={"max_new_tokens": 3})
-
-
-def test_foreign_caches_are_refused():
-    _, model = pair("llama")
-    ids, _ = prompts((4,))
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
-        model.generate(ids, past_key_values=DynamicCache(config=model.config))
+    ids, mask = prompts((4, 6))
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
         model(ids, past_key_values=DynamicCache(config=model.config))
-
-
-def test_prompts_without_tokens_are_refused():
-    _, model = pair("llama")
-    with pytest.raises(ValueError, match="generate needs input_ids"):
-        model.generate(max_new_tokens=2)
-    with pytest.raises(ValueError, match="a prompt has no tokens"):
-        model.generate(torch.zeros(1, 0, dtype=torch.long))
-    ids, mask = prompts((4, 6))
     mask[0] = 0
     for call in (model.generate, model.route, model.prompt_rho):
         with pytest.raises(ValueError, match="a prompt has no tokens"):
@@ -640,11 +615,6 @@ def test_the_wrapped_model_alone_stays_dense():
         model.lm.generate(ids, attention_mask=mask, **GREEDY), base.generate(ids, attention_mask=mask, **GREEDY)
     )
     assert not isinstance(model.lm(ids).past_key_values, RoutedCache)
-
-
-def test_hidden_size_of_the_models_is_the_routers():
-    for architecture in ARCHITECTURES:
-        assert pair(architecture)[1].routers.weight.shape == (LAYERS, HIDDEN)
 
 
 def test_padding_is_recognised_without_a_mask_as_transformers_does():

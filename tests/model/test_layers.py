@@ -234,28 +234,21 @@ def test_layers_that_need_more_than_hidden_states_are_refused():
         "prophetnet", hidden_size=32, num_encoder_layers=LAYERS, num_decoder_layers=LAYERS
     )
     prophetnet.update({"is_encoder_decoder": False, "is_decoder": True, "num_decoder_attention_heads": 4})
-    with pytest.raises(
-        ValueError,
-        match="ProphetNetForCausalLM cannot be routed: it has a table of positions",
-    ):
+    with pytest.raises(ValueError, match="ProphetNetForCausalLM cannot be routed: it has a table of positions"):
         RouterAugmentedLM(AutoModelForCausalLM.from_config(prophetnet))
     model = routed_model()
-    model.lm.config.indexer_types = ["full", "shared"] * 3
-    with pytest.raises(ValueError, match="layers with a shared indexer"):
-        RouterAugmentedLM(model.lm)
-    del model.lm.config.indexer_types
-    model.lm.model.layers[1].mlp.router_states_scale = 1.0
-    with pytest.raises(ValueError, match="routers of experts need what the layer below has found"):
-        RouterAugmentedLM(model.lm)
-    del model.lm.model.layers[1].mlp.router_states_scale
-    for name in ("hc_mult", "hc_count", "altup_num_inputs"):
-        setattr(model.lm.config, name, 4)
-        with pytest.raises(ValueError, match=rf"pass on 4 hidden states of every token \({name}\)"):
+    config, mlp = model.lm.config, model.lm.model.layers[1].mlp
+    streams = r"pass on 4 hidden states of every token \({}\)"
+    for owner, name, value, message in (
+        (config, "indexer_types", ["full", "shared"] * 3, "layers with a shared indexer"),
+        (mlp, "router_states_scale", 1.0, "routers of experts need what the layer below has found"),
+        *((config, name, 4, streams.format(name)) for name in ("hc_mult", "hc_count", "altup_num_inputs")),
+        (config, "cross_attention_layers", [2], "layers that attend to an image do not run on a prompt of text"),
+    ):
+        setattr(owner, name, value)
+        with pytest.raises(ValueError, match=message):
             RouterAugmentedLM(model.lm)
-        delattr(model.lm.config, name)
-    model.lm.config.cross_attention_layers = [2]
-    with pytest.raises(ValueError, match="layers that attend to an image do not run on a prompt of text"):
-        RouterAugmentedLM(model.lm)
+        delattr(owner, name)
     layer, states = model.lm.model.layers[0], torch.zeros(1, 2, 4, HIDDEN)
     with pytest.raises(ValueError, match=r"takes hidden states of shape \[1, 2, 4, 32\]"):
         layer(states, past_key_values=model.new_cache())

@@ -24,15 +24,6 @@ def labelled():
     return ids, mask, labels
 
 
-def test_properties():
-    model = routed_model()
-    assert model.num_layers == LAYERS
-    assert model.config is model.lm.config
-    assert model.device == torch.device("cpu")
-    assert not model.has_lora
-    assert not model.training
-
-
 @every_architecture
 def test_manual_steps_with_left_padding_equal_generate(architecture):
     base, model = pair(architecture)
@@ -151,15 +142,7 @@ def test_phase_one_regularisation_gradient_is_twice_the_weight():
     torch.testing.assert_close(model.routers.weight.grad, 2 * model.routers.weight.detach())
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.half(),
-        lambda m: m.bfloat16(),
-        lambda m: m.to("cpu", torch.float16),
-    ],
-)
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float16)])
 def test_routers_stay_fp32_whatever_the_model_becomes(convert):
     model = routed_model()
     before = model.routers.weight.detach().clone()
@@ -277,17 +260,9 @@ def test_attentions_have_one_entry_per_layer(architecture):
     model = RouterAugmentedLM(lm)
     ids, mask = prompts()
     routes = torch.tensor([False, True, True, False, True, False])
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        routes=routes,
-        max_new_tokens=3,
-        do_sample=False,
-        eos_token_id=None,
-        output_attentions=True,
-        output_hidden_states=True,
-        return_dict_in_generate=True,
-    )
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    options |= {"output_attentions": True, "output_hidden_states": True}
+    out = model.generate(ids, attention_mask=mask, routes=routes, **options)
     assert [x is not None for x in out.attentions[0]] == [True] * LAYERS
     for step, hidden in zip(out.attentions[1:], out.hidden_states[1:], strict=True):
         assert [x is not None for x in step] == routes.tolist()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.lora import check_lora, linear_names, lora_layers, lora_parameters
 from firstlab.model.settings import LoraSettings
-from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, routed_model, tiny_model
+from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_lora, routed_model, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
@@ -21,9 +21,7 @@ def with_lora(architecture: str = "llama", **settings) -> RouterAugmentedLM:
     model = routed_model(architecture)
     torch.manual_seed(7)
     model.add_lora(LoraSettings(**settings))
-    for name, parameter in model.lm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    random_lora(model)
     return model
 
 
@@ -154,9 +152,7 @@ def test_adapters_are_float32_on_any_base(architecture, tmp_path):
     lm.to(dtype).save_pretrained(tmp_path / "base")
     model = RouterAugmentedLM.from_pretrained(tmp_path / "base", dtype=dtype)
     model.add_lora(LoraSettings(rank=2, dropout=0.0))
-    for name, parameter in model.lm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    random_lora(model)
     model.freeze_all_but("lora")
     ids, mask = prompts(side="right")
     out = model(ids, mask, labels=ids)
@@ -223,9 +219,7 @@ def test_experts_that_peft_adapts_only_without_dropout():
     model = RouterAugmentedLM(AutoModelForCausalLM.from_config(config))
     names = set(model.lm.state_dict())
     model.add_lora(LoraSettings(dropout=0.0))
-    for name, parameter in model.lm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    random_lora(model)
     before = logits(model)
     model.merge_and_unload()
     assert set(model.lm.state_dict()) == names

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.loss import in_chunks, token_cross_entropy
 from firstlab.model.settings import LoraSettings
-from support.models import ARCHITECTURES, batch, prompts, random_routers, routed_model, tiny_model
+from support.models import ARCHITECTURES, batch, prompts, random_lora, random_routers, routed_model, tiny_model
 
 
 def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -157,9 +157,7 @@ def test_dense_states_are_those_of_the_base_model() -> None:
     model = RouterAugmentedLM(tiny_model("gemma2"))
     random_routers(model)
     model.add_lora()
-    for name, parameter in model.lm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+    random_lora(model, std=1.0)
     ids, mask, labels, _ = batch()
     states = model.dense_states(ids, mask, labels)
     wanted = torch.zeros_like(labels, dtype=torch.bool)

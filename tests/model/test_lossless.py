@@ -12,7 +12,7 @@ from firstlab.model import lossless
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.lossless import best_draft, expected_speedup
 from firstlab.model.settings import LoraSettings
-from support.models import LAYERS, pair, prompts
+from support.models import LAYERS, pair, prompts, random_lora
 
 SKIPPING = torch.tensor([True, False, True, True, False, True])
 
@@ -48,9 +48,7 @@ def test_lora_that_is_not_merged_drafts_only():
     common = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     dense = model.generate(ids, mask, routes=torch.ones(LAYERS, dtype=torch.bool), **common)
     model.add_lora(LoraSettings(rank=4))
-    for name, parameter in model.lm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+    random_lora(model, std=0.5)
     model.eval()
     changed = model.generate(ids, mask, routes=torch.ones(LAYERS, dtype=torch.bool), **common)
     assert not torch.equal(changed, dense)

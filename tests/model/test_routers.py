@@ -11,9 +11,14 @@ from firstlab.model.routers import (
     decide,
     mix,
     pool,
+    probabilities_of,
     straight_through,
-    token_probabilities,
+    token_readings,
 )
+
+
+def token_probabilities(hidden: torch.Tensor, weight: torch.Tensor, input_norm: str = "none") -> torch.Tensor:
+    return probabilities_of(token_readings(hidden, weight, input_norm), hidden.shape[-1])
 
 
 def sigmoid(x: float) -> float:
@@ -171,16 +176,7 @@ def test_squared_norm_by_hand():
     assert routers.weight.grad.tolist() == [[2.0, 4.0], [0.0, -6.0]]
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda m: m.to(torch.bfloat16),
-        lambda m: m.half(),
-        lambda m: m.bfloat16(),
-        lambda m: m.double(),
-        lambda m: m.to("cpu", torch.float16),
-    ],
-)
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.bfloat16)])
 def test_weights_stay_fp32_and_unchanged(convert):
     routers = Routers(3, 8)
     before = routers.weight.detach().clone()

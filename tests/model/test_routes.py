@@ -13,14 +13,24 @@ from hypothesis import strategies as st
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import (
     EarlyExit,
+    FixedRoutes,
     PrunedRoutes,
     StepRoutes,
     decode_steps,
     layer_skips,
     routes_from_json,
-    routes_to_json,
 )
-from support.models import ARCHITECTURES, LAYERS, pair, prompts, random_routes, routed_model, tiny_model
+from support.models import (
+    ARCHITECTURES,
+    LAYERS,
+    pair,
+    prompts,
+    random_lora,
+    random_routes,
+    routed_model,
+    tiny_model,
+    with_logits,
+)
 from support.reference import decoder_layers, slow_early_exit, slow_scheduled, without_layers
 
 SOME = ["llama", "gpt2", "gemma2", "mistral", "bloom", "opt", "gptj", "mixtral"]
@@ -34,18 +44,7 @@ SCHEDULE = StepRoutes(
 
 
 def decode(model, ids, mask, routes, new_tokens=8, **options):
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        routes=routes,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return out.sequences, torch.stack(out.logits, dim=1), out.past_key_values
+    return with_logits(model, ids, mask, routes=routes, max_new_tokens=new_tokens, eos_token_id=None, **options)
 
 
 def teacher_forced(model, sequences, mask, routes):
@@ -159,15 +158,8 @@ def test_beams_take_their_history_along(kind):
     routes = SCHEDULE if kind == "schedule" else exit_rule(model, "softmax")
     ids, mask = prompts()
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        routes=routes,
-        output_scores=True,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        **options,
-    )
+    options |= {"output_scores": True, "length_penalty": 0.0, "return_dict_in_generate": True}
+    out = model.generate(ids, attention_mask=mask, routes=routes, **options)
     forced = teacher_forced(model, out.sequences, mask.repeat_interleave(3, 0), routes)
     steps = forced.logits[:, 11:-1].log_softmax(-1).gather(2, out.sequences[:, 12:, None]).sum((1, 2))
     torch.testing.assert_close(out.sequences_scores, steps, atol=1e-4, rtol=0)
@@ -206,24 +198,11 @@ def pruned_pair(architecture):
     return without_layers(base, PRUNED.ran), RouterAugmentedLM(base)
 
 
-def base_decode(base, ids, mask, new_tokens=8, **options):
-    options = {"do_sample": False, "eos_token_id": None, **options}
-    out = base.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=new_tokens,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return out.sequences, torch.stack(out.logits, dim=1), out
-
-
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_pruned_decoding_is_the_model_with_the_layers_deleted(architecture):
     smaller, model = pruned_pair(architecture)
     ids, mask = prompts()
-    expected, expected_logits, _ = base_decode(smaller, ids, mask)
+    expected, expected_logits, _ = with_logits(smaller, ids, mask, max_new_tokens=8, eos_token_id=None)
     for options in ({}, {"prefill_chunk_size": 5}):
         sequences, logits, cache = decode(model, ids, mask, PRUNED, **options)
         assert torch.equal(sequences, expected)
@@ -251,7 +230,7 @@ def test_pruned_beams_and_second_turns_are_the_model_with_the_layers_deleted(arc
         turn = torch.cat([sequences, torch.full((3, 4), 9)], dim=1)
         turn_mask = torch.cat([mask, mask.new_ones(3, 12)], dim=1)
         second, logits, same = decode(model, turn, turn_mask, None, 5, past_key_values=cache, **options)
-        expected, expected_logits, _ = base_decode(smaller, turn, turn_mask, 5)
+        expected, expected_logits, _ = with_logits(smaller, turn, turn_mask, max_new_tokens=5, eos_token_id=None)
         assert same is cache and torch.equal(second, expected)
         torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=0)
 
@@ -341,9 +320,7 @@ def test_lora_trains_under_early_exit_with_and_without_recomputation():
         torch.manual_seed(0)
         model.add_lora()
         model.eval()
-        for name, parameter in model.lm.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
+        random_lora(model, std=0.02)
         model.freeze_all_but("lora")
         model.gradient_checkpointing = recompute
         ids, mask = prompts((8, 10, 12), "right")
@@ -393,11 +370,11 @@ def test_steps_are_counted_per_row():
 
 def test_routes_survive_json():
     rule = EarlyExit(0.7, "gap", 2, 4.0, 80)
-    assert routes_from_json(routes_to_json(rule)) == rule
-    assert torch.equal(routes_from_json(routes_to_json(SCHEDULE)).schedule, SCHEDULE.schedule)
+    assert routes_from_json(rule.to_json()) == rule
+    assert torch.equal(routes_from_json(SCHEDULE.to_json()).schedule, SCHEDULE.schedule)
     fixed = random_routes(2)
-    assert torch.equal(routes_from_json(routes_to_json(fixed)).ran, fixed)
-    pruned = routes_from_json(routes_to_json(PRUNED))
+    assert torch.equal(routes_from_json(FixedRoutes(fixed).to_json()).ran, fixed)
+    pruned = routes_from_json(PRUNED.to_json())
     assert isinstance(pruned, PrunedRoutes) and torch.equal(pruned.ran, PRUNED.ran)
 
 

@@ -15,7 +15,7 @@ from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.lora import check_lora
 from firstlab.model.settings import LoraSettings, RouterSettings
 from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer
-from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_routers, tiny_model
+from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_lora, random_routers, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
 
@@ -33,9 +33,7 @@ def trained(path, lora=True, settings=None) -> RouterAugmentedLM:
     random_routers(model, seed=4)
     if lora:
         model.add_lora(LoraSettings(rank=4, lora_alpha=16))
-        for name, parameter in model.lm.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
+        random_lora(model)
     return model
 
 
@@ -129,15 +127,6 @@ def test_loading_a_plain_folder_gives_fresh_routers(base_folder):
     with torch.no_grad():
         assert torch.equal(model.lm(ids, attention_mask=mask).logits, pair("llama")[0](ids, attention_mask=mask).logits)
     assert not model.has_lora
-
-
-@pytest.mark.parametrize("name", ["routers.safetensors", "adapter_model.safetensors"])
-def test_truncated_files_are_named(base_folder, tmp_path, name):
-    trained(base_folder).save_pretrained(tmp_path / "saved")
-    file = tmp_path / "saved" / name
-    file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=f"{name} is missing or truncated"):
-        RouterAugmentedLM.from_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(
@@ -482,9 +471,7 @@ def test_modules_that_the_hubs_checkpoint_names_otherwise(tmp_path):
     lm.save_pretrained(tmp_path / "base")
     model = RouterAugmentedLM.from_pretrained(tmp_path / "base")
     model.add_lora(LoraSettings(dropout=0.0))
-    for name, parameter in model.lm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    random_lora(model)
     assert any("shared_experts" in name for name, _ in model.lm.named_parameters())
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(RouterAugmentedLM.from_pretrained(tmp_path / "saved")), logits(model))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from firstlab.model.teacher_forcing import TeacherForcedPass
-from support.models import ARCHITECTURES, LAYERS, batch, pair, prompts, random_routes, routed_model
+from support.models import ARCHITECTURES, LAYERS, batch, pair, prompts, random_lora, random_routes, routed_model
 from support.reference import decode_gates, gated_logits, prompt_rho, step_logits
 
 every_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -229,10 +229,7 @@ def test_gradient_checkpointing_changes_nothing(architecture, objective):
     for checkpointing in (False, True):
         model = routed_model(architecture)
         model.add_lora()
-        for name, parameter in model.lm.named_parameters():
-            if "lora_B" in name:
-                torch.manual_seed(len(name))
-                torch.nn.init.normal_(parameter, std=0.1)
+        random_lora(model, std=0.1)
         model.requires_grad_(True).train()
         model.gradient_checkpointing = checkpointing
         torch.manual_seed(4)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from firstlab.methods.base import Observer
 
 
 @dataclass
@@ -25,9 +28,7 @@ class FakePrompts:
         return len(self.texts)
 
     def take(self, count: int) -> FakePrompts:
-        return FakePrompts(
-            self.num_layers, self.texts[:count], self.loss_of, self.max_new_tokens, self.states, self.choices
-        )
+        return replace(self, texts=self.texts[:count])
 
     def losses(self, routes: Tensor) -> Tensor:
         rows = routes.expand(len(self), -1)
@@ -37,8 +38,17 @@ class FakePrompts:
     def loss(self, routes: Tensor) -> float:
         return float(self.losses(routes).mean())
 
-    def layer_states(self) -> Iterator[list[Tensor]]:
-        yield from self.states
+    def select(self, index: Sequence[int]) -> FakePrompts:
+        return replace(self, texts=[self.texts[i] for i in index])
+
+    def mean_losses(self, routes: Tensor, title: str = "") -> list[float]:
+        return [self.loss(each) for each in routes]
+
+    def observe(self, see: Observer, title: str) -> None:
+        for states in self.states:
+            batch = {"attention_mask": torch.ones(len(states[0]))}
+            for index, (before, after) in enumerate(pairwise(states)):
+                see(batch, index, before, after)
 
     def routed(self) -> Tensor:
         assert self.choices is not None

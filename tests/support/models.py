@@ -102,6 +102,20 @@ def routed_model(architecture: str = "llama") -> RouterAugmentedLM:
     return model
 
 
+def random_lora(model: RouterAugmentedLM, std: float = 0.05) -> None:
+    """Let LoRA, which starts without effect, change something."""
+    for name, parameter in model.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+
+
+def with_logits(model: Any, ids: Tensor, mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """What `generate` gives, greedily unless the options say otherwise: sequences, logits [B, new, V] and cache."""
+    options = {"do_sample": False, "max_new_tokens": 7} | options
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences, torch.stack(out.logits, dim=1), out.past_key_values
+
+
 def prompts(lengths: tuple[int, ...] = (5, 9, 12), side: str = "left", seed: int = 3) -> tuple[Tensor, Tensor]:
     """Random prompts of these lengths, padded with 0 on one side: (ids, mask)."""
     generator = torch.Generator().manual_seed(seed)

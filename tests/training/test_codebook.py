@@ -48,7 +48,7 @@ def test_one_kind_has_the_greedy_static_set():
     prompts = FakePrompts(6, ("a1", "a2", "b1"), lambda text, out: loss_of(text, out) + 0.01 * sum(out))
     alike = torch.zeros(3, dtype=torch.long)
     [route] = find_codebook(prompts, alike, prompts, alike, 3 / 6)
-    assert skipped(route) == sorted(elimination(6, 3, prompts.loss))
+    assert skipped(route) == sorted(elimination(6, 3, prompts.mean_losses))
 
 
 def test_layers_are_skipped_where_other_prompts_say_that_it_costs_least():

@@ -26,10 +26,7 @@ from firstlab.training.route_fit import (
 from firstlab.training.route_search import find_codebook, grown, wanted_sizes
 
 LAYERS, HIDDEN = 8, 4
-FIT = RouteFit(
-    skip_rate=0.25, highest_skip=0.5, sizes=2, swaps=2, calibration_prompts=8, fit_prompts=400, grow_rounds=1,
-    any_speed=True,
-)  # fmt: skip
+FIT = RouteFit(target_skip=0.25, highest_skip=0.5, sizes=2, swaps=2, calibration_prompts=8, fit_prompts=400)
 
 
 @dataclass
@@ -59,6 +56,9 @@ class KnownPrompts:
         self.measured.append(len(self) * len(routes))
         costs = torch.tensor([self.costs[example.part] for example in self.examples])
         return 1.0 + costs @ (~routes).float().T
+
+    def mean_losses(self, routes, title=""):
+        return self.losses_each(routes).mean(0).tolist()
 
 
 def known(count: int = 12) -> KnownPrompts:
@@ -103,14 +103,12 @@ def test_a_fit_finds_what_the_prompt_tells_and_meets_rates_over_tokens(price):
     assert report["worth"] and report["gain"] < -0.02
     assert report["harm_r2"] > 0.8 and report["length_r2"] > 0.9
     assert abs(report["skip_rate_by_token"] - 0.25) < 0.03
-    fresh = measured_prompts(seed=1)
     assert (router.rates.diff() >= 0).all() and (router.prices.diff() >= 0).all()
     for rate in (0.0, 0.1, 0.25, 0.4):
         chosen = router.choose(measured.means, rate)
         assert abs(rate_over_tokens(router, chosen, measured.tokens) - rate) < 0.05
     chosen = router.choose(measured.means, router.highest_rate)
     assert rate_over_tokens(router, chosen, measured.tokens) == pytest.approx(router.highest_rate, abs=0.02)
-    assert len(fresh.tokens) == len(measured.tokens)
 
 
 def test_long_answers_carry_the_skipping_where_length_is_priced():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain, islice, pairwise
 
 
@@ -64,43 +64,36 @@ def shard_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[l
     return cut(shard, min(batch_count(batch_count(n, world_size), batch_size), len(shard)))
 
 
+@dataclass(eq=False)
 class DistributedBatches:
     """The batches of one rank over a whole training run, epoch after epoch (a batch sampler).
 
     Rank r of `world_size` gets the r-th run of every global batch of `epoch_batches`. The union over ranks is the batch
-    that a single process sees; ranks differ by at most one row, the lower ranks have more. `start_batch` batches are
-    done already; iteration starts behind them.
-
-    Raises:
-        ValueError: A global batch would leave a rank without a row, or there is no sample.
+    that a single process sees; ranks differ by at most one row, the lower ranks have more. ValueError if a global batch
+    would leave a rank without a row, or there is no sample.
     """
 
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        *,
-        total_batches: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_batch: int = 0,
-        buckets: Buckets | None = None,
-    ) -> None:
-        if n < 1:
+    n: int
+    batch_size: int
+    seed: int
+    _: KW_ONLY
+    total_batches: int
+    rank: int = 0
+    world_size: int = 1
+    start_batch: int = 0  # so many are done already; iteration starts behind them
+    buckets: Buckets | None = None
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
             raise ValueError("data.train_size=0 leaves nothing to train on: set it to at least 1")
-        self.batches_per_epoch = batch_count(n, batch_size)
-        smallest = n // self.batches_per_epoch
-        if smallest < world_size:
+        self.batches_per_epoch = batch_count(self.n, self.batch_size)
+        smallest = self.n // self.batches_per_epoch
+        if smallest < self.world_size:
             raise ValueError(
-                f"trainer.devices (with trainer.num_nodes) gives {world_size} processes, but batch_size="
-                f"{batch_size} over {n} training samples makes global batches of {smallest}: every process "
+                f"trainer.devices (with trainer.num_nodes) gives {self.world_size} processes, but batch_size="
+                f"{self.batch_size} over {self.n} training samples makes global batches of {smallest}: every process "
                 "needs a row; raise batch_size of the phase or lower trainer.devices"
             )
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.total_batches, self.start_batch = total_batches, start_batch
-        self.buckets = buckets
 
     def __len__(self) -> int:
         """Batches of the whole run, done ones included: Lightning adds restored progress to its count."""

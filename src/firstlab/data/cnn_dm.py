@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from firstlab.data.files import (
     clean_text,
@@ -15,24 +15,20 @@ from firstlab.data.files import (
     spread,
     warn,
 )
-from firstlab.data.prompts import summarization_prompt
-from firstlab.data.task import Example, Task
+from firstlab.data.prompts import Summarization
+from firstlab.data.task import Example
 
 HUB_ID = "abisee/cnn_dailymail"
 VERSION = "3.0.0"
 FILES = {"train": "train.jsonl", "test": "test.jsonl"}
 
 
-class CnnDailyMail(Task):
+class CnnDailyMail(Summarization):
     """Articles with their highlights (paper, section 5).
 
-    Args:
-        root: Directory with train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ...}` for
-            each article, with or without an "id"; None takes the hub's data set.
-        pool_size: How many articles of the train split to keep in memory, evenly spread; None keeps all 287,113.
+    `root` has train.jsonl and test.jsonl, a line `{"article": ..., "highlights": ...}` for each article, perhaps with
+    an "id"; None takes the hub's data set. Of its train split, `pool_size` articles are kept, evenly spread, or all.
     """
-
-    kind: ClassVar[str] = "summarization"
 
     def __init__(self, root: str | None = None, pool_size: int | None = 20_000) -> None:
         if pool_size is not None and pool_size < 1:
@@ -54,9 +50,6 @@ class CnnDailyMail(Task):
             return self._read_file("test", self.root)
         rows = load_hub_split(HUB_ID, VERSION, "test", list(FILES.values()))
         return [_example(row, f"{HUB_ID} test, {row['id']}", row["id"]) for row in rows]
-
-    def prompt(self, example: Example, source: str | None = None) -> str:
-        return summarization_prompt(example.source if source is None else source)
 
     def _read_file(self, split: str, root: str) -> list[Example]:
         (path,) = data_files(root, [FILES[split]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import zip_longest
 from typing import Any
@@ -32,70 +32,46 @@ from firstlab.data.files import spread, warn
 from firstlab.data.task import Example, Task
 
 
+@dataclass(eq=False, repr=False)
 class PromptDataModule(L.LightningDataModule):
     """Splits of one task, the loaders over them, and how far training is.
 
     `train`, `val` and `test` are lists of `Example`; `index` in a batch is the position there. Use
     `Trainer(use_distributed_sampler=False, max_epochs=1)`: shards are made here, and the train loader is the whole run.
+    Lengths that the tokenizer does not allow are a ValueError here, data that cannot be used in `setup`;
     `firstlab.config.schema.DataConfig` checks the ranges of the settings.
-
-    Args:
-        train_size: Training examples, fewer where the pool has not enough left after validation; None takes all.
-        val_size: Validation examples, from the task's `validation()` if it has one, else from the training pool.
-        test_size: Test examples, evenly spread; None, or more than there are, takes all.
-        seed: Of the splits and of the training order.
-        max_length: Tokens of prompt and response in training and validation.
-        max_prompt_length: Tokens of a prompt in generation.
-        max_new_tokens: Tokens that generation adds.
-        batch_size: Rows of a training batch over all processes together.
-        total_batches: Length of the training run.
-        eval_batch_size: Rows of a validation batch on one process.
-        loss_on: "all" real tokens (phase 1) or "response" tokens only (phase 2).
-        bucket: Training batches whose samples are sorted by length together (see `Buckets`); 1 sorts none.
-
-    Attributes:
-        consumed_batches: Training batches done; saved in checkpoints, and where `train_dataloader` starts.
-            `firstlab.training.trainer` counts them.
-
-    Raises:
-        ValueError: Lengths that the tokenizer does not allow (here), data that cannot be used (in `setup`).
     """
 
-    def __init__(
-        self,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        train_size: int | None,
-        val_size: int,
-        test_size: int | None = None,
-        seed: int = 0,
-        max_length: int = 256,
-        max_prompt_length: int = 256,
-        max_new_tokens: int = 80,
-        batch_size: int = 8,
-        total_batches: int = 0,
-        eval_batch_size: int = 8,
-        num_workers: int = 0,
-        loss_on: LossOn = "all",
-        bucket: int = 1,
-    ) -> None:
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    train_size: int | None  # fewer where the pool has not enough left after validation; None takes all
+    val_size: int  # from the task's `validation()` if it has one, else from the training pool
+    test_size: int | None = None  # evenly spread; None, or more than there are, takes all
+    seed: int = 0  # of the splits and of the training order
+    max_length: int = 256  # tokens of prompt and response in training and validation
+    max_prompt_length: int = 256  # tokens of a prompt in generation
+    max_new_tokens: int = 80  # that generation adds
+    batch_size: int = 8  # rows of a training batch over all processes together
+    total_batches: int = 0  # of the training run
+    eval_batch_size: int = 8  # rows of a validation batch on one process
+    num_workers: int = 0
+    loss_on: LossOn = "all"  # real tokens (phase 1), or "response" tokens only (phase 2)
+    bucket: int = 1  # training batches whose samples are sorted by length together (see `Buckets`); 1 sorts none
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.task, self.tokenizer, self.pad = task, tokenizer, pad_id(tokenizer)
-        self.train_size, self.val_size, self.test_size, self.seed = train_size, val_size, test_size, seed
-        self.max_length, self.max_prompt_length, self.max_new_tokens = max_length, max_prompt_length, max_new_tokens
-        self.batch_size, self.total_batches, self.eval_batch_size = batch_size, total_batches, eval_batch_size
-        self.num_workers, self.loss_on, self.bucket = num_workers, loss_on, bucket
+        self.pad = pad_id(self.tokenizer)
+        # Training batches done: saved in checkpoints, and counted by `firstlab.training.trainer`.
         self.consumed_batches = 0
         self._repeats_checked = False
         self._lengths: dict[int, list[int]] = {}
-        if max(max_length, max_prompt_length + max_new_tokens) > tokenizer.model_max_length:
+        if max(self.max_length, self.max_prompt_length + self.max_new_tokens) > self.tokenizer.model_max_length:
             raise ValueError(
-                f"{LENGTHS}={max_length} or {PROMPT_LENGTH}={max_prompt_length} with data.max_new_tokens="
-                f"{max_new_tokens} exceeds the tokenizer's model_max_length of {tokenizer.model_max_length}: lower them"
+                f"{LENGTHS}={self.max_length} or {PROMPT_LENGTH}={self.max_prompt_length} with data.max_new_tokens="
+                f"{self.max_new_tokens} exceeds the tokenizer's model_max_length of {self.tokenizer.model_max_length}: "
+                "lower them"
             )
-
-    # Splits
 
     def prepare_data(self) -> None:
         """Load all splits on one process of each machine first, so that the others find downloads done."""
@@ -185,8 +161,6 @@ class PromptDataModule(L.LightningDataModule):
         shares = [len(range(first, self.test_size, len(parts))) for first in range(len(parts))]
         return interleaved([spread(part, share) for part, share in zip(parts, shares, strict=True)])
 
-    # Loaders
-
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
@@ -200,8 +174,8 @@ class PromptDataModule(L.LightningDataModule):
         )
 
     def _training_batches(self, **place: int) -> DistributedBatches:
-        options = {"total_batches": self.total_batches, **place}
-        return DistributedBatches(len(self.train), self.batch_size, self.seed, buckets=self._buckets(), **options)
+        place["total_batches"] = self.total_batches
+        return DistributedBatches(len(self.train), self.batch_size, self.seed, buckets=self._buckets(), **place)
 
     def trained_on(self) -> list[int]:
         """The training examples that the run comes to."""
@@ -210,8 +184,8 @@ class PromptDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Row]:
         """The training run from `consumed_batches` on, as one stream over epochs."""
         rank, world_size = self._world()
-        place = {"rank": rank, "world_size": world_size, "start_batch": self.consumed_batches}
-        return self._loader(self.train, self._training_batches(**place))
+        batches = self._training_batches(rank=rank, world_size=world_size, start_batch=self.consumed_batches)
+        return self._loader(self.train, batches)
 
     def _buckets(self) -> Buckets | None:
         if self.bucket == 1:
@@ -235,8 +209,6 @@ class PromptDataModule(L.LightningDataModule):
                 "fewer trainer.devices"
             )
         return self._loader(self.val, shards[rank])
-
-    # Checkpoints
 
     def _stream(self) -> dict[str, int]:
         # What the order of training batches depends on.
@@ -265,28 +237,28 @@ class PromptDataModule(L.LightningDataModule):
 def _told_apart(examples: Sequence[Example], split: str) -> list[Example]:
     """The examples under unique ids, with a warning where ids repeat or a reference is a copy of its source."""
     counts: Counter[str] = Counter()
-    taken: set[str] = set()
-    renamed = []
+    renamed: dict[str, Example] = {}
     for example in examples:
         name = example.id
-        while name in taken:
+        while name in renamed:
             counts[example.id] += 1
             name = f"{example.id}#{counts[example.id] + 1}"
-        taken.add(name)
-        renamed.append(example if name == example.id else replace(example, id=name))
+        renamed[name] = example if name == example.id else replace(example, id=name)
     if counts:
         first = next(iter(counts))
         warn(
             f"{counts.total()} of {len(examples)} {split} examples have the id of an earlier one (for instance "
             f"'{first}'); they are called '{first}#2' and so on: give each its own"
         )
-    copies = [example.id for example in renamed if not example.question and example.source in example.references]
+    copies = [
+        example.id for example in renamed.values() if not example.question and example.source in example.references
+    ]
     if copies:
         warn(
             f"{len(copies)} of {len(examples)} {split} examples (for instance '{copies[0]}') have a reference that is "
             "their source: check that they are what the task asks for"
         )
-    return renamed
+    return list(renamed.values())
 
 
 def by_part(examples: Sequence[Example]) -> list[list[Example]]:

@@ -83,10 +83,8 @@ def fit_prompt(
     """The prompt of `example` in at most `max_tokens` tokens; where needed, the end of its source text is cut off.
 
     The cut is between words, or between characters in scripts without spaces and within a first word that does not
-    fit; one more would not fit. The rest of the prompt, `### Response:` above all, always stays.
-
-    Raises:
-        ValueError: Not even one character of the text fits; names the `option` that bounds the prompt.
+    fit; one more would not fit. The rest of the prompt, `### Response:` above all, always stays. A ValueError names the
+    `option` that bounds the prompt where not even one character fits.
     """
 
     def too_long(prompt: str) -> bool:
@@ -162,12 +160,7 @@ class PromptRows(TrainingRows):
 
 
 def collate_training(rows: Sequence[Row], pad: int, loss_on: LossOn) -> Batch:
-    """Pad on the right.
-
-    Returns:
-        input_ids, attention_mask, labels (-100 outside the loss; not shifted) and prompt_mask (1 on prompt
-        tokens), each [B, T]; index [B].
-    """
+    """Pad on the right: input_ids, attention_mask, labels (-100 outside the loss) and prompt_mask [B, T]; index [B]."""
     ids = [torch.tensor(row.prompt + row.response) for row in rows]
     in_prompt = [torch.arange(len(each)) < len(row.prompt) for each, row in zip(ids, rows, strict=True)]
     hidden = [mask & (loss_on == "response") for mask in in_prompt]

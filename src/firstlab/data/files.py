@@ -45,24 +45,21 @@ def data_files(root: str, names: Sequence[str]) -> list[Path]:
     if not folder.is_dir():
         fault = "is a file, not a directory" if folder.exists() else "does not exist"
         raise ValueError(f"data.root={root} {fault}: set data.root to the directory that holds {wanted}")
-    paths = [next(filter(Path.is_file, (folder / name, folder / f"{name}.gz")), None) for name in names]
-    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
-    if missing:
-        found = sorted(entry.name for entry in folder.iterdir())
-        shown = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
+    found = {name: folder / each for name in names for each in (f"{name}.gz", name) if (folder / each).is_file()}
+    if missing := [name for name in names if name not in found]:
+        there = sorted(entry.name for entry in folder.iterdir())
+        shown = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
         raise ValueError(
             f"data.root={root} lacks {', '.join(missing)} of the expected {wanted}; the directory holds "
             f"{shown or 'nothing'}. Add the missing files or set data.root to another directory"
         )
-    return [path for path in paths if path is not None]
+    return [found[name] for name in names]
 
 
 def clean_text(value: object, where: str, what: str, advice: str = "fill it in or remove this entry") -> str:
     """`value` without outer white space, checked to be text that a tokenizer can take.
 
-    Raises:
-        ValueError: It is not. The message says `where` the value stood, `what` it should be ("source sentence"), and
-            for an empty one the `advice`.
+    A ValueError says `where` it stood, `what` it should be ("source sentence"), and for an empty one the `advice`.
     """
     if not isinstance(value, str):
         raise ValueError(f"{where}: the {what} is {type(value).__name__}, not text; correct or remove this entry")
@@ -116,15 +113,12 @@ def read_parallel(source: Path, reference: Path, drop_empty: bool = False) -> li
             "has no counterpart; parallel text needs line i of one file to translate line i of the other"
         )
     advice = "fill it in, remove the pair, or set data.task.drop_empty=true to leave such pairs out"
-    pairs = [
-        (
-            number,
-            clean_text(text, f"{source}, line {number}", "source sentence", advice),
-            clean_text(translation, f"{reference}, line {number}", "reference sentence", advice),
-        )
-        for number, (text, translation) in enumerate(zip(sources, references, strict=True), start=1)
-        if not drop_empty or (has_text(text) and has_text(translation))
-    ]
+    pairs = []
+    for number, (text, translation) in enumerate(zip(sources, references, strict=True), start=1):
+        if not drop_empty or (has_text(text) and has_text(translation)):
+            text = clean_text(text, f"{source}, line {number}", "source sentence", advice)
+            translation = clean_text(translation, f"{reference}, line {number}", "reference sentence", advice)
+            pairs.append((number, text, translation))
     if len(pairs) < len(sources):
         left_out = len(sources) - len(pairs)
         warn(f"{source} and {reference}: left out {left_out} of {len(sources)} pairs, one side of which is empty")

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from firstlab.data.bundled import BundledTask
-from firstlab.data.prompts import summarization_prompt
-from firstlab.data.task import Example
+from firstlab.data.prompts import Summarization
 
 
-class MiniSummarization(BundledTask):
+class MiniSummarization(Summarization, BundledTask):
     """News with highlights that follow by rule: who did what, the key figure, the outcome.
 
     Levels 1 to 5 add adjectives and distractors, move the lead and the figure back, join figure and outcome, and
     correct the figure.
     """
 
-    kind = "summarization"
     name = "mini-summarization"
-
-    def prompt(self, example: Example, source: str | None = None) -> str:
-        return summarization_prompt(example.source if source is None else source)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from firstlab.data.bundled import BundledTask
-from firstlab.data.prompts import translation_prompt
-from firstlab.data.task import Example
+from firstlab.data.prompts import Translation
 
 _LANGUAGES = {"en-de": "German", "en-zh": "Chinese"}
 
 
-class MiniTranslation(BundledTask):
+class MiniTranslation(Translation, BundledTask):
     """Translation from English to German or Chinese.
 
     Level 1 is a short clause; 2 adds adjectives, numbers, prices and possessors; 3 adds time phrases that
     invert the German order, modals, perfect, future and negation; 4 has one subordinate or relative clause; 5
     nests or joins several clauses. `pair` is "en-de" or "en-zh".
     """
-
-    kind: ClassVar[str] = "translation"
 
     def __init__(self, pair: str = "en-de", pool_size: int = 6000, test_size: int = 500) -> None:
         if pair not in _LANGUAGES:
@@ -28,6 +23,4 @@ class MiniTranslation(BundledTask):
         self.pair = pair
         self.name = f"mini-{pair.replace('-', '')}"
         self.target_language = pair.split("-")[1]
-
-    def prompt(self, example: Example, source: str | None = None) -> str:
-        return translation_prompt(example.source if source is None else source, "English", _LANGUAGES[self.pair])
+        self.language_names = ("English", _LANGUAGES[pair])

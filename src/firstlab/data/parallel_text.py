@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from firstlab.data.files import data_files, read_parallel
-from firstlab.data.prompts import translation_prompt
-from firstlab.data.task import Example, Task
+from firstlab.data.prompts import Translation
+from firstlab.data.task import Example
 
 #: The words that the prompt uses for a language.
 LANGUAGE_NAMES = {
@@ -30,20 +29,12 @@ def language_name(tag: str, option: str) -> str:
     return name
 
 
-class ParallelText(Task):
+class ParallelText(Translation):
     """Translates the lines of `NAME.<source_language>` to those of `NAME.<target_language>`.
 
-    Args:
-        source_language: Language code or BCP-47 tag, also the file name extension.
-        target_language: The same for the references.
-        root: Directory of the files.
-        train: Name of the training text, or several, joined in this order.
-        validation: Name of a validation text; None draws validation from the training text.
-        test: Name of the test text.
-        drop_empty: Leave out pairs of lines one of which is empty, and say how many.
+    Languages are codes or BCP-47 tags. Several names of training texts are joined in this order; without a validation
+    text, validation is drawn from them. `drop_empty` leaves out pairs of lines one of which is empty.
     """
-
-    kind: ClassVar[str] = "translation"
 
     def __init__(
         self,
@@ -56,14 +47,12 @@ class ParallelText(Task):
         drop_empty: bool = False,
     ) -> None:
         self.source_language, self.target_language = source_language, target_language
-        self.language_names = (
-            language_name(source_language, "data.task.source_language"),
-            language_name(target_language, "data.task.target_language"),
-        )
-        if self.language_names[0] == self.language_names[1]:
+        name = language_name(source_language, "data.task.source_language")
+        self.language_names = (name, language_name(target_language, "data.task.target_language"))
+        if name == self.language_names[1]:
             raise ValueError(
                 f"data.task.source_language={source_language} and data.task.target_language={target_language} are "
-                f"both {self.language_names[0]}: change one"
+                f"both {name}: change one"
             )
         self.root, self.drop_empty = root, drop_empty
         self.train_names = (train,) if isinstance(train, str) else tuple(train)
@@ -92,9 +81,6 @@ class ParallelText(Task):
 
     def test(self) -> list[Example]:
         return self._read(self.test_name)
-
-    def prompt(self, example: Example, source: str | None = None) -> str:
-        return translation_prompt(example.source if source is None else source, *self.language_names)
 
     def _file_names(self, names: Sequence[str]) -> list[str]:
         return [f"{name}.{code}" for name in names for code in (self.source_language, self.target_language)]

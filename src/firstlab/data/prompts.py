@@ -1,6 +1,10 @@
-"""The three prompts of the FiRST paper (A.6); the answer starts in the line after `### Response:`."""
+"""The three prompts of the FiRST paper (A.6), and the kinds of tasks that use them."""
 
 from __future__ import annotations
+
+from typing import ClassVar
+
+from firstlab.data.task import Example, Task
 
 
 def translation_prompt(text: str, source_language: str, target_language: str) -> str:
@@ -30,3 +34,31 @@ def qa_prompt(passage: str, question: str) -> str:
         f"### Question:\n{question}\n\n"
         "### Response:\n"
     )
+
+
+class Translation(Task):
+    """Writes the prompt of translation from and to the languages of these names."""
+
+    kind: ClassVar[str] = "translation"
+    language_names: tuple[str, str]
+
+    def prompt(self, example: Example, source: str | None = None) -> str:
+        return translation_prompt(example.source if source is None else source, *self.language_names)
+
+
+class Summarization(Task):
+    """Writes the prompt of summarization."""
+
+    kind: ClassVar[str] = "summarization"
+
+    def prompt(self, example: Example, source: str | None = None) -> str:
+        return summarization_prompt(example.source if source is None else source)
+
+
+class QuestionAnswering(Task):
+    """Writes the prompt of extractive question answering."""
+
+    kind: ClassVar[str] = "qa"
+
+    def prompt(self, example: Example, source: str | None = None) -> str:
+        return qa_prompt(example.source if source is None else source, example.question)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from firstlab.data.files import clean_text, data_files, entries, identifier, load_hub_split, members, read_json
-from firstlab.data.prompts import qa_prompt
-from firstlab.data.task import Example, Task
+from firstlab.data.prompts import QuestionAnswering
+from firstlab.data.task import Example
 
 HUB_ID = "rajpurkar/squad"
 FILES = {"train": "train-v1.1.json", "validation": "dev-v1.1.json"}
 
 
-class Squad(Task):
+class Squad(QuestionAnswering):
     """Questions on a passage, each with every accepted answer (paper, section 5).
 
-    Args:
-        root: Directory with train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's data set.
+    `root` has train-v1.1.json and dev-v1.1.json in SQuAD's own format; None takes the hub's data set.
     """
-
-    kind: ClassVar[str] = "qa"
 
     def __init__(self, root: str | None = None) -> None:
         self.root = root
@@ -31,9 +28,6 @@ class Squad(Task):
 
     def test(self) -> list[Example]:
         return self._read("validation")
-
-    def prompt(self, example: Example, source: str | None = None) -> str:
-        return qa_prompt(example.source if source is None else source, example.question)
 
     def _read(self, split: str) -> list[Example]:
         if self.root is not None:

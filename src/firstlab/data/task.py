@@ -14,25 +14,15 @@ from typing import ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One input with its references.
+    """One input with its references."""
 
-    Attributes:
-        id: Stable name of the example, the same on every machine.
-        source: The text that is shortened when a prompt is too long: sentence, article or passage.
-        references: Accepted answers; the first one is the training target.
-        question: Extractive QA only.
-        difficulty: 1 (easy) and up for generated tasks, 0 where nobody knows.
-        part: The task of a mixture that it comes from, else empty.
-        max_new_tokens: Tokens of its response at most, where that is less than in other parts of a mixture.
-    """
-
-    id: str
-    source: str
-    references: tuple[str, ...]
-    question: str = ""
-    difficulty: int = 0
-    part: str = ""
-    max_new_tokens: int | None = None
+    id: str  # stable, the same on every machine
+    source: str  # the text that is shortened when a prompt is too long: sentence, article or passage
+    references: tuple[str, ...]  # accepted answers; the first one is the training target
+    question: str = ""  # extractive QA only
+    difficulty: int = 0  # 1 (easy) and up for generated tasks, 0 where nobody knows
+    part: str = ""  # the task of a mixture that it comes from, else empty
+    max_new_tokens: int | None = None  # of its response, where that is less than in other parts of a mixture
 
 
 class Task(ABC):

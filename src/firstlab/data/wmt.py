@@ -12,13 +12,9 @@ TEST_YEAR = 2022
 
 
 class WMTTranslation(ParallelText):
-    """The paper's translation tasks (section 5, Table 8).
+    """The paper's translation tasks (section 5, Table 8); the test sets of `train_years` are the training pool.
 
-    Args:
-        pair: "en-de" or "en-zh".
-        root: Directory with `newstestYYYY.PAIR.SOURCE` and `newstestYYYY.PAIR.TARGET`; None fetches the test
-            sets with sacrebleu (kept in its own cache).
-        train_years: The news test sets that make up the training pool.
+    `root` has `newstestYYYY.PAIR.SOURCE` and `newstestYYYY.PAIR.TARGET`; None fetches them with sacrebleu.
     """
 
     def __init__(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -13,30 +14,27 @@ from torch import Tensor
 from firstlab.methods.objective import RouteFit, RouterStart, RoutingObjective
 from firstlab.model.routes import EarlyExit, PrunedRoutes, Routes, as_routes
 
+#: Sees a batch, the index of a layer, and the layer's input and output, [B, T, D] each.
+Observer = Callable[[dict[str, Tensor], int, Tensor, Tensor], None]
+
 
 class Prompts(Protocol):
-    """N prompts with their references and the model that reads them: all that a method may look at."""
+    """N prompts with their references and the model that reads them: all that a method may look at.
+
+    Losses are response cross-entropy per token.
+    """
 
     texts: Sequence[str]
     progress_bar: bool
     num_layers: int
-    #: The longest response there will be.
-    max_new_tokens: int
+    max_new_tokens: int  # of the longest response there will be
 
-    def __len__(self) -> int:
-        """N."""
-
-    def take(self, count: int) -> Prompts:
-        """The first `count` of them."""
-
-    def losses(self, routes: Tensor) -> Tensor:
-        """[N] response cross-entropy per token of every prompt when decode runs `routes` ([L] or [N, L])."""
-
-    def loss(self, routes: Tensor | Routes) -> float:
-        """Response cross-entropy per token over all prompts under `routes` ([L])."""
-
-    def new_tokens(self) -> list[int]:
-        """[N] lengths of the references in tokens, as far as generation goes."""
+    def __len__(self) -> int: ...
+    def take(self, count: int) -> Prompts: ...  # the first of them
+    def losses(self, routes: Tensor) -> Tensor: ...  # [N], of every prompt when decode runs routes [L] or [N, L]
+    def loss(self, routes: Tensor | Routes) -> float: ...  # over the tokens of all prompts, under routes [L]
+    def new_tokens(self) -> list[int]: ...  # [N] lengths of the references in tokens, as far as generation goes
+    def routed(self) -> Tensor: ...  # [N, L], the decisions of the model's own routers
 
     def skip_rate(self, rule: EarlyExit) -> float:
         """Mean skip rate when the references' tokens, as far as generation goes, are decoded under the rule.
@@ -44,51 +42,35 @@ class Prompts(Protocol):
         NaN if no prompt takes a decode step.
         """
 
-    def layer_states(self) -> Iterator[list[Tensor]]:
-        """Batch by batch: L + 1 tensors [tokens, D], the input of every layer and the last one's output, not normed.
-
-        Tokens are those of prompts and responses, without padding.
-        """
-
-    def routed(self) -> Tensor:
-        """[N, L], the decisions of the model's own routers."""
+    def observe(self, see: Observer, title: str) -> None:
+        """Show every layer's input and output when all layers run, batch by batch."""
 
 
 @dataclass
 class Method(ABC):
-    """One file with one subclass and one YAML in `conf/method/` per method; each has `routes`.
+    """One file with one subclass and one YAML in `conf/method/` per method; each has `routes`."""
 
-    Attributes:
-        name: Name in tables.
-        trains_routers: Whether there is a phase 1.
-        router_kind: The `router.kind` that it needs.
-        chooses_on_prompts: Whether what it skips depends on what the model does with prompts.
-        target_skip: Wanted skip rate in (0, 1), or None.
-    """
-
-    name: ClassVar[str]
-    trains_routers: ClassVar[bool] = False
-    router_kind: ClassVar[str] = "layers"
-    chooses_on_prompts: ClassVar[bool] = False
-    #: What a class's own settings must at least and at most be, where they are not null, and what others may be.
+    name: ClassVar[str]  # in tables
+    trains_routers: ClassVar[bool] = False  # whether there is a phase 1
+    router_kind: ClassVar[str] = "layers"  # the `router.kind` that it needs
+    chooses_on_prompts: ClassVar[bool] = False  # whether what it skips depends on what the model does with prompts
+    # What a class's own settings must at least and at most be, where they are not null, and what others may be.
     least: ClassVar[Mapping[str, float]] = {}
     most: ClassVar[Mapping[str, float]] = {}
     choices: ClassVar[Mapping[str, Sequence[str]]] = {}
-    target_skip: float | None = None
+    target_skip: float | None = None  # wanted skip rate in (0, 1)
 
     def __post_init__(self) -> None:
-        for kind in type(self).__mro__:
-            for option, least in vars(kind).get("least", {}).items():
-                value = getattr(self, option)
-                if value is not None and value < least:
-                    raise ValueError(f"method.{option}={value} must be at least {least}")
-            for option, most in vars(kind).get("most", {}).items():
-                if getattr(self, option) > most:
-                    raise ValueError(f"method.{option}={getattr(self, option)} must be at most {most}")
-            for option, allowed in vars(kind).get("choices", {}).items():
-                value = getattr(self, option)
-                if value not in allowed:
-                    raise ValueError(f"method.{option}={value!r}: choose one of {', '.join(allowed)}")
+        kinds = [vars(kind) for kind in type(self).__mro__]
+        least, most, choices = (ChainMap(*(k.get(each, {}) for k in kinds)) for each in ("least", "most", "choices"))
+        for option in [*least, *most, *choices]:
+            value = getattr(self, option)
+            if value is not None and value < least.get(option, value):
+                raise ValueError(f"method.{option}={value} must be at least {least[option]}")
+            if value is not None and value > most.get(option, value):
+                raise ValueError(f"method.{option}={value} must be at most {most[option]}")
+            if value not in choices.get(option, [value]):
+                raise ValueError(f"method.{option}={value!r}: choose one of {', '.join(choices[option])}")
         if self.target_skip is not None and not 0 < self.target_skip < 1:
             raise ValueError(f"method.target_skip={self.target_skip} must lie strictly between 0 and 1, e.g. 0.15")
 
@@ -144,18 +126,25 @@ class Method(ABC):
     def routes(self, prompts: Prompts) -> Tensor | Routes | None:
         """The method's decision for training prompts to calibrate on, or where `per_prompt` for the prompts to route.
 
-        Returns:
-            A boolean tensor, true = the layer runs: [L] for every prompt alike, or where `per_prompt` [N, L]; or any
-            other `Routes`; None lets the trained routers decide.
+        It is a boolean tensor, true = the layer runs: [L] for every prompt alike, or where `per_prompt` [N, L]; or any
+        other `Routes`; None lets the trained routers decide.
         """
 
 
 @dataclass
-class FixedCount(Method):
-    """A method that skips the same number of layers for every prompt.
+class RoutedMethod(Method):
+    """A method whose routers are trained, and then decide."""
 
-    `protect_first` and `protect_last` layers at the ends always run.
-    """
+    trains_routers: ClassVar[bool] = True
+    chooses_on_prompts: ClassVar[bool] = True
+
+    def routes(self, prompts: Prompts) -> Tensor | None:
+        return None
+
+
+@dataclass
+class FixedCount(Method):
+    """A method that skips the same number of layers for every prompt, and none of the protected ones at the ends."""
 
     least: ClassVar[Mapping[str, float]] = {"protect_first": 0, "protect_last": 0}
     target_skip: float = 0.15

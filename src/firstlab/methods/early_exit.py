@@ -17,26 +17,17 @@ from firstlab.model.routes import EarlyExit, layer_skips
 
 @dataclass
 class ConfidenceExit(Method):
-    """Every token leaves at the first layer that is sure enough.
-
-    Attributes:
-        confidence: "softmax", "gap" or "cosine", see `EarlyExit`.
-        threshold: Used as it is when target_skip is null; else found on training prompts.
-        min_layers: Layers that every token runs.
-        decay: τ of CALM's decaying threshold, null for a constant one.
-        calibration_prompts: Training prompts on which the skip rate is measured, teacher-forced.
-        bisections: Halvings of the threshold's range.
-    """
+    """Every token leaves at the first layer that is sure enough; settings as in `EarlyExit`."""
 
     name: ClassVar[str] = "early_exit"
     least: ClassVar[Mapping[str, float]] = {"bisections": 1, "calibration_prompts": 1}
     target_skip: float | None = 0.15
     confidence: str = "softmax"
-    threshold: float | None = None
+    threshold: float | None = None  # used as it is when target_skip is null; else found on training prompts
     min_layers: int = 1
     decay: float | None = None
-    calibration_prompts: int = 128
-    bisections: int = 16
+    calibration_prompts: int = 128  # on which the skip rate is measured, teacher-forced
+    bisections: int = 16  # of the threshold's range
 
     def __post_init__(self) -> None:
         super().__post_init__()

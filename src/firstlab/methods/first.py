@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from firstlab.methods.base import Method, Prompts
+from firstlab.methods.base import RoutedMethod
 from firstlab.methods.objective import RouterStart, RoutingObjective
 from firstlab.model.teacher_forcing import GATES, OBJECTIVES, POOLED_TOKENS
 
@@ -17,37 +15,10 @@ _HOLD = 10.0
 
 
 @dataclass
-class First(Method):
-    """Input-adaptive routing (§4).
-
-    Attributes:
-        alpha: α of the non-skip penalty, or its starting value when there is a target.
-        beta: β of phase 2; None is α / 3 (A.4).
-        lam: λ of the router regulariser.
-        objective, gate, pooled_tokens: The training pass, see `TeacherForcedPass`.
-        lora_gate: Gate of phase 2.
-        start: "random" (paper: rho near 0.5), "dense" (every rho at threshold + start_margin), "static" (at
-            threshold ± start_margin according to the SLEB set at the target) or "codebook" (such a set for every kind
-            of prompts, more layers for kinds that need less of them, and routers fitted to tell the kinds apart).
-        start_margin: Distance of the calibrated start from the threshold.
-        dual_rate: Step size of the dual ascent on α and β towards target_skip.
-        tolerance: Distance to the target that model selection forgives.
-        calibration_prompts: Training prompts for a calibrated start.
-        search_width: Of the search for the static set, see `SLEB`; 1 is greedy.
-        codebook_size: K, the number of kinds of prompts (clusters of their states); 1 is the static start.
-        fit_prompts: Further training prompts for a codebook: they measure what skipping costs each kind, and the
-            routers are fitted to three quarters of them; the last quarter measures the fit.
-        hold_routes: Weight in phase 2 of the squared distance of rho from what it is without LoRA, so that prompts keep
-            the routes of phase 1 while LoRA changes the states that the routers read. None: 10 where phase 1 decides
-            routes as inference does, else 0.
-        calibrate_rate: After phase 1, move the threshold so that validation prompts skip exactly target_skip.
-        one_phase: Phase 1 only puts the routers at their start; they are trained together with LoRA, for the steps of
-            phase 2 and with both learning rates.
-    """
+class First(RoutedMethod):
+    """Input-adaptive routing (§4)."""
 
     name: ClassVar[str] = "first"
-    trains_routers: ClassVar[bool] = True
-    chooses_on_prompts: ClassVar[bool] = True
     least: ClassVar[Mapping[str, float]] = {
         "alpha": 0, "beta": 0, "lam": 0, "dual_rate": 0, "tolerance": 0, "hold_routes": 0,
         "calibration_prompts": 1, "codebook_size": 1, "fit_prompts": 4, "search_width": 1,
@@ -57,23 +28,33 @@ class First(Method):
         "objective": OBJECTIVES, "gate": GATES, "lora_gate": GATES, "pooled_tokens": POOLED_TOKENS,
         "start": ("random", "dense", "static", "codebook"),
     }  # fmt: skip
-    alpha: float = 0.0
-    beta: float | None = None
-    lam: float = 0.01
-    objective: str = "decode_consistent"
+    alpha: float = 0.0  # α of the non-skip penalty, or its starting value when there is a target
+    beta: float | None = None  # β of phase 2; None is α / 3 (A.4)
+    lam: float = 0.01  # λ of the router regulariser
+    objective: str = "decode_consistent"  # of the training pass, see `TeacherForcedPass`, as the next three
     gate: str = "hard"
-    lora_gate: str = "hard"
+    lora_gate: str = "hard"  # in phase 2
     pooled_tokens: str = "prompt"
+    # "random" (paper: rho near 0.5), "dense" (every rho at threshold + start_margin), "static" (at threshold ±
+    # start_margin according to the SLEB set at the target) or "codebook" (such a set for every kind of prompts, more
+    # layers for kinds that need less of them, and routers fitted to tell the kinds apart).
     start: str = "static"
     start_margin: float = 0.1
-    dual_rate: float = 0.1
-    tolerance: float = 0.02
+    dual_rate: float = 0.1  # step size of the dual ascent on α and β towards target_skip
+    tolerance: float = 0.02  # distance to the target that model selection forgives
     calibration_prompts: int = 128
-    search_width: int = 1
-    codebook_size: int = 4
+    search_width: int = 1  # of the search for the static set, see `SLEB`; 1 is greedy
+    codebook_size: int = 4  # K, the number of kinds of prompts (clusters of their states); 1 is the static start
+    # Further training prompts for a codebook: they measure what skipping costs each kind, and the routers are fitted to
+    # three quarters of them; the last quarter measures the fit.
     fit_prompts: int = 256
+    # Weight in phase 2 of the squared distance of rho from what it is without LoRA, so that prompts keep the routes of
+    # phase 1 while LoRA changes the states that the routers read. None: 10 where phase 1 decides routes as inference
+    # does, else 0.
     hold_routes: float | None = None
-    calibrate_rate: bool = False
+    calibrate_rate: bool = False  # after phase 1, move the threshold so that validation prompts skip target_skip
+    # Phase 1 only puts the routers at their start; they are trained together with LoRA, for the steps of phase 2 and
+    # with both learning rates.
     one_phase: bool = False
 
     def __post_init__(self) -> None:
@@ -143,9 +124,8 @@ class First(Method):
         in_phase_1 = phase == "router"
         alpha = self.alpha if in_phase_1 or self.target_skip is None or reached is None else reached
         beta = alpha / 3 if self.beta is None else self.beta
-        hold = self.hold_routes
-        if hold is None:
-            hold = _HOLD if self._decides_before_lora else 0.0
+        usual = _HOLD if self._decides_before_lora else 0.0
+        hold = usual if self.hold_routes is None else self.hold_routes
         return RoutingObjective(
             objective=self.objective,
             gate=self.gate if in_phase_1 else self.lora_gate,
@@ -157,6 +137,3 @@ class First(Method):
             lam=self.lam,
             hold_routes=0.0 if in_phase_1 else hold,
         )
-
-    def routes(self, prompts: Prompts) -> Tensor | None:
-        return None

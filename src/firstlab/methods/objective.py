@@ -46,27 +46,17 @@ class RouterStart:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RouteFit:
-    """How a router over whole routes is fitted; see `firstlab.training.route_fit`.
+    """How a router over whole routes is fitted; see `firstlab.training.route_fit`."""
 
-    Attributes:
-        skip_rate: The rate over tokens that is wanted where none is named.
-        highest_skip: The largest sets of the codebook: room above the wanted rates, without which there is nothing left
-            to allocate.
-        sizes: Sizes of sets, evenly spread up to the highest.
-        swaps: Further routes of every size that differ from its set by one exchange.
-        calibration_prompts: Training prompts that sets are searched on.
-        fit_prompts: Training prompts that are measured under every route.
-        grow_rounds: How often sets for the prompts that lose most are added.
-        any_speed: Train one LoRA under routes of all rates, instead of those of the wanted rate.
-    """
-
-    skip_rate: float
-    highest_skip: float
-    sizes: int
-    swaps: int
-    calibration_prompts: int
-    fit_prompts: int
-    grow_rounds: int
-    any_speed: bool
+    target_skip: float  # the rate over tokens where none is named
+    # What the largest sets of the codebook skip: room above the wanted rates, without which there is nothing left to
+    # allocate.
+    highest_skip: float = 0.45
+    sizes: int = 4  # of sets, evenly spread up to the highest
+    swaps: int = 4  # further routes of every size that differ from its set by one exchange
+    calibration_prompts: int = 192  # training prompts that sets are searched on
+    fit_prompts: int = 2000  # training prompts that are measured under every route, a quarter of them held out
+    grow_rounds: int = 1  # how often sets for the prompts that still lose most are added
+    any_speed: bool = True  # train one LoRA under routes of all rates, instead of those of the wanted rate

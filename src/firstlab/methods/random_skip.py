@@ -18,16 +18,12 @@ class RandomSkip(FixedCount):
     """k = round(s · L) of the unprotected layers, uniformly.
 
     A prompt's own draw depends on the seed and the prompt's text alone, never on its place or its batch.
-
-    Attributes:
-        seed: Of the draw; report at least three.
-        draw: "run" (one set for all prompts) or "prompt".
     """
 
     name: ClassVar[str] = "random_skip"
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"draw": ("run", "prompt")}
-    seed: int = 0
-    draw: str = "run"
+    seed: int = 0  # report at least three
+    draw: str = "run"  # one set for all prompts; or "prompt"
 
     @property
     def label(self) -> str:

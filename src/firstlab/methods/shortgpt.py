@@ -31,9 +31,13 @@ class ShortGPT(CalibratedSet):
 def block_influence(prompts: Prompts) -> Tensor:
     """BI of every layer, [L]: the mean over tokens of 1 - cos(input, output)."""
     total, tokens = torch.zeros(prompts.num_layers, dtype=torch.float64), 0
-    for states in prompts.layer_states():
-        pairs = zip(states, states[1:], strict=False)
-        changes = [1 - F.cosine_similarity(before.float(), after.float(), dim=-1) for before, after in pairs]
-        total += torch.stack([change.double().sum().cpu() for change in changes])
-        tokens += len(states[0])
+
+    def add(batch: dict[str, Tensor], index: int, before: Tensor, after: Tensor) -> None:
+        nonlocal tokens
+        real = batch["attention_mask"].bool().to(before.device)
+        change = 1 - F.cosine_similarity(before[real].float(), after[real].float(), dim=-1)
+        total[index] += change.double().sum().cpu()
+        tokens += int(real.sum()) if index == 0 else 0
+
+    prompts.observe(add, "measure what layers change")
     return total / tokens

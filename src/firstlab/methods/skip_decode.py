@@ -17,27 +17,20 @@ from firstlab.model.routes import StepRoutes
 
 @dataclass
 class SkipDecode(Method):
-    """One budget per decode step for the whole batch: the warm-up layers and the topmost ones run.
-
-    Attributes:
-        min_exit_layer, max_exit_layer: The budget at the horizon and at the first step; both null: found on the
-            training responses' lengths so that the measured skip rate meets target_skip.
-        num_warmup_layers: w, lowest layers that always run.
-        horizon: T, the step at which the budget stops shrinking; null is the maximal response length.
-        tolerance: Distance to target_skip within which the steepest schedule is taken.
-        calibration_prompts: Training responses whose lengths count.
-    """
+    """One budget per decode step for the whole batch: the warm-up layers and the topmost ones run."""
 
     name: ClassVar[str] = "skip_decode"
     least: ClassVar[Mapping[str, float]] = {
         "num_warmup_layers": 0, "tolerance": 0, "horizon": 1, "calibration_prompts": 1,
     }  # fmt: skip
     target_skip: float | None = 0.15
+    # The budget at the horizon and at the first step; both null: found on the lengths of training responses so that the
+    # measured skip rate meets target_skip.
     min_exit_layer: int | None = None
     max_exit_layer: int | None = None
-    num_warmup_layers: int = 1
-    horizon: int | None = None
-    tolerance: float = 0.005
+    num_warmup_layers: int = 1  # w, lowest layers that always run
+    horizon: int | None = None  # T, the step at which the budget stops shrinking; null is the maximal response length
+    tolerance: float = 0.005  # distance to target_skip within which the steepest schedule is taken
     calibration_prompts: int = 128
 
     def __post_init__(self) -> None:

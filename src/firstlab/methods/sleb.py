@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,27 +25,33 @@ class SLEB(CalibratedSet):
 
     def routes(self, prompts: Prompts) -> Tensor | Routes:
         layers, measured = prompts.num_layers, prompts.take(self.calibration_prompts)
-
-        def loss_of(routes: Tensor) -> float:  # measured as the layers are to be skipped
-            return measured.loss(self.applied(routes))
-
+        # Measured as the layers are to be skipped.
+        losses_of = one_by_one(lambda routes: measured.loss(self.applied(routes)), prompts.progress_bar)
         ends, count = (self.protect_first, self.protect_last), self.skipped_layers(layers)
-        shown = prompts.progress_bar
-        order = elimination(layers, count, loss_of, *ends, width=self.search_width, progress_bar=shown)
+        order = elimination(layers, count, losses_of, *ends, width=self.search_width)
         return self.applied(routes_without(layers, order))
+
+
+def one_by_one(loss_of: Callable[[Tensor], float], progress_bar: bool = False) -> Callable[[Tensor], list[float]]:
+    """The losses of several routes [C, L], from a function of one."""
+
+    def losses_of(routes: Tensor) -> list[float]:
+        bar = tqdm(routes, desc="search layers to skip", unit="set", disable=not progress_bar, leave=False)
+        return [loss_of(route) for route in bar]
+
+    return losses_of
 
 
 def elimination(
     num_layers: int,
     count: int,
-    loss_of: Callable[[Tensor], float],
+    losses_of: Callable[[Tensor], Sequence[float]],
     protect_first: int = 1,
     protect_last: int = 1,
     width: int = 1,
     first: Sequence[int] = (),
-    progress_bar: bool = False,
 ) -> list[int]:
-    """`count` layers in the order in which they are switched off for good: a beam search by the loss of routes [L].
+    """`count` layers in the order in which they are switched off for good: a beam search by losses of routes [C, L].
 
     Layers that hurt least alone need not hurt least together, so the `width` best sets of every size are kept. Layers
     of `first` are off already; the others follow.
@@ -52,16 +59,9 @@ def elimination(
     check_count(count, num_layers, protect_first, protect_last)
     free = range(protect_first, num_layers - protect_last)
     kept = [list(first)]
-    sizes = range(len(first), count)
-    # An upper bound in a wide search: sets that are found twice are measured once.
-    total = sum((1 if size == len(first) else width) * (len(free) - size) for size in sizes)
-    bar = tqdm(total=total, desc="search layers to skip", unit="set", disable=not progress_bar, leave=False)
-    for _ in sizes:
-        orders = {frozenset([*order, i]): [*order, i] for order in kept for i in free if i not in order}
-        losses = {}
-        for each, order in orders.items():
-            losses[each] = loss_of(routes_without(num_layers, order))
-            bar.update()
-        kept = [orders[each] for each in sorted(losses, key=losses.__getitem__)[:width]]
-    bar.close()
+    for _ in range(len(first), count):
+        # Sets that are found twice are measured once.
+        orders = list({frozenset([*order, i]): [*order, i] for order in kept for i in free if i not in order}.values())
+        losses = losses_of(torch.stack([routes_without(num_layers, order) for order in orders]))
+        kept = [orders[each] for each in sorted(range(len(orders)), key=losses.__getitem__)[:width]]
     return kept[0]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from types import MethodType
@@ -47,8 +48,7 @@ class RoutableLayer(nn.Module):
 
     dense_class: type[nn.Module]
     layer_index: int
-    # Older architectures return (hidden, attention weights), newer ones a bare tensor: None. Learned from the first
-    # call, 0 until then.
+    # Of a tuple, as older architectures return it; None of a bare tensor. Learned from the first call, 0 until then.
     output_length: int | None = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -142,12 +142,12 @@ class IntermediateHead:
         return self  # a copied cache serves the same model
 
 
+@dataclass
 class _PassOn:
-    def __init__(self, output: Any) -> None:
-        self._output = output
+    output: Any
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
-        return self._output
+        return self.output
 
 
 def watch_passes(decoder: nn.Module) -> None:

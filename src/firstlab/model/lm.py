@@ -45,7 +45,7 @@ class RouterAugmentedLM(nn.Module):
     """A causal LM whose prompt decides which layers decode skips.
 
     Wraps `lm`, a loaded decoder-only model of transformers, in place: its parameters, module names and state-dict keys
-    stay as they are. Raises ValueError where its layers cannot be routed.
+    stay as they are. ValueError where its layers cannot be routed.
     """
 
     def __init__(self, lm: PreTrainedModel, settings: RouterSettings | None = None) -> None:
@@ -78,8 +78,6 @@ class RouterAugmentedLM(nn.Module):
             parameter.data = parameter.data.float()
         self.train(lm.training)
 
-    # -- loading and saving --
-
     @classmethod
     def from_pretrained(
         cls,
@@ -94,13 +92,8 @@ class RouterAugmentedLM(nn.Module):
         Args:
             settings: Of fresh routers; a folder written by `save_pretrained` brings its own.
             base: Hub id or folder of the base model that such a folder belongs to, if it is not where it was.
-            merge: Fold the LoRA of a PEFT folder into the weights, to train another one on top; the base of a folder
-                written by `save_pretrained` always is.
+            merge: Fold the LoRA of a PEFT folder into the weights; that of the base of a saved folder always is.
             **kwargs: For transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
-
-        Raises:
-            ModelUnavailableError: Nothing can be loaded from `path`; the message says what to do.
-            ValueError: A file of the folder is missing, damaged, or not the one that was saved.
         """
         saved = storage.read_config(path)
         if saved is None:
@@ -119,8 +112,6 @@ class RouterAugmentedLM(nn.Module):
         if save_base and is_quantized(self.lm):
             raise ValueError("save_base=True: the base is quantized, for decoding alone; save it before quantizing")
         storage.save(self.lm, self.routers, path, save_base, self.tokenizer_path, published)
-
-    # -- properties --
 
     @property
     def config(self) -> Any:
@@ -185,8 +176,6 @@ class RouterAugmentedLM(nn.Module):
         if not hasattr(self._decoder, "routing_hooks"):
             raise ValueError("the model was unwrapped: use it as transformers does, or wrap it again")
 
-    # -- LoRA --
-
     def add_lora(self, settings: LoraSettings | None = None) -> None:
         """Inject fresh LoRA layers, in float32, into the linear maps of the decoder layers (§4.2, A.4)."""
         lora.add_lora(self.lm, settings or LoraSettings())
@@ -194,7 +183,7 @@ class RouterAugmentedLM(nn.Module):
 
     @property
     def has_lora(self) -> bool:
-        return any(True for _ in lora.lora_layers(self.lm))
+        return lora.has_lora(self.lm)
 
     def lora_disabled(self) -> AbstractContextManager[None]:
         return lora.lora_disabled(self.lm)
@@ -237,13 +226,11 @@ class RouterAugmentedLM(nn.Module):
 
         Args:
             input_ids, labels: [B, T]; labels -100 where no loss is wanted.
-            attention_mask: [B, T], or [B, seen + T] with a cache; 0 on padding.
-            prompt_mask: [B, T], true on prompt tokens. Default: the tokens before the first label, or all of them
-                without labels.
+            attention_mask: [B, T], or [B, seen + T] with a cache from `new_cache`; 0 on padding.
+            prompt_mask: [B, T], true on prompt tokens: by default those before the first label, all without labels.
             objective, gate, pooled_tokens, routes: See `TeacherForcedPass`.
-            keep_logits: False, with labels, leaves out all logits but those that predict a labelled token, and has
-                these `loss_chunk` at a time only: less time and much less memory, `logits` is None.
-            past_key_values: A cache from `new_cache`.
+            keep_logits: False, with labels, computes only the logits that predict a label, `loss_chunk` at a time, and
+                returns none: less time and much less memory.
             prompt_continues: The tokens are a prompt's beginning, such as a system prompt whose cache is to be copied:
                 the route is decided later, on the whole prompt, by the first call without this option or by `generate`.
         """
@@ -289,10 +276,7 @@ class RouterAugmentedLM(nn.Module):
         return RouterAugmentedOutput(**kept | {"rho": current.rho}, ran=current.ran)
 
     def _decided(self, routes: Routes | Tensor | None, ids: Tensor | None, prompt_mask: Tensor) -> Routes | None:
-        """Routes to force in a teacher-forced pass; None where per-layer routers decide while it runs.
-
-        A `RouteRouter` decides once the whole prompt is read, so the prompts run by themselves first.
-        """
+        """Routes to force in a teacher-forced pass; None where per-layer routers decide while it runs."""
         rule = RoutersDecide() if routes is None else as_routes(routes)
         if not isinstance(rule, RoutersDecide):
             return rule
@@ -301,6 +285,7 @@ class RouterAugmentedLM(nn.Module):
             return None
         if ids is None:
             raise ValueError("a model with router.kind=routes needs input_ids in a teacher-forced pass, or routes=")
+        # It decides once the whole prompt is read, so the prompts run by themselves first.
         return FixedRoutes(self.route(ids, prompt_mask, rule.skip_rate))
 
     def _run(
@@ -354,21 +339,12 @@ class RouterAugmentedLM(nn.Module):
         The model must be as it was when it read, but for the routers where `routes` are forced: one decision per prompt
         or for all. `labels` [B, T] stand as the ids that were read; the rest as in `TeacherForcedPass`.
         """
-        layout, rho, real = reading.layout, reading.rho, reading.layout.real
-        length = layout.prompt_length
+        layout, rho, real, length = reading.layout, reading.rho, reading.layout.real, reading.layout.prompt_length
         attended = real[:, length:]
         responses = TeacherForcedPass(
-            self.routers,
-            attended,
-            prompt_mask=torch.zeros_like(attended),
-            objective="decode_consistent",
-            gate=gate,
-            routes=routes,
-            checkpoint_layers=self.gradient_checkpointing,
-            prompt_rho=rho,
-            states=states,
-            known=known,
-        )
+            self.routers, attended, torch.zeros_like(attended), "decode_consistent", gate, routes=routes,
+            checkpoint_layers=self.gradient_checkpointing, prompt_rho=rho, states=states, known=known,
+        )  # fmt: skip
         out = self._run(responses, self.backbone, reading.ids[:, length:], real.long(), reading.cache)
         outputs = torch.cat([reading.states, out.last_hidden_state], 1)
         found = self._losses(outputs, self.output_head(), layout.take(labels).masked_fill(~real, -100), real, rho)
@@ -411,7 +387,7 @@ class RouterAugmentedLM(nn.Module):
     def prompt_means(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What the routers read in prompts [B, T]: the means that they decide by, [B, L] or [B, F], fp32."""
         self._check_wrapped()
-        attention_mask = self._prompt_mask(input_ids, attention_mask, {})
+        attention_mask = self.prompt_mask(input_ids, attention_mask, {})
         # What stands behind every prompt's last token, such as responses, cannot matter.
         end = int(attention_mask.any(0).nonzero()[-1]) + 1
         input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
@@ -419,7 +395,7 @@ class RouterAugmentedLM(nn.Module):
         self._run(current, self.backbone, input_ids, attention_mask)
         return current.means
 
-    def _prompt_mask(self, prompt: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    def prompt_mask(self, prompt: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         """The mask of a prompt, checked; without one, what transformers' generate assumes."""
         if mask is None:
             defaults = self.lm.generation_config
@@ -462,13 +438,10 @@ class RouterAugmentedLM(nn.Module):
         lossless: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """transformers' own `generate` with routed decoding.
-
-        Prompts may be padded on either side; right padding is moved to the left first, so a returned row is
-        [padding, prompt, new tokens].
+        """transformers' own `generate` with routed decoding; a returned row is [padding, prompt, new tokens].
 
         Args:
-            input_ids, attention_mask: [B, T] prompts (or `inputs_embeds=` [B, T, D]), 0 on padding.
+            input_ids, attention_mask: [B, T] prompts (or `inputs_embeds=` [B, T, D]), 0 on padding on either side.
             routes: Forces which layers decode runs: a boolean tensor [L] or [B, L], or any `Routes`.
             skip_rate: How much the routers are to skip, over tokens, where they know any rate (`router.kind=routes`):
                 one for all prompts, or [B].
@@ -476,10 +449,8 @@ class RouterAugmentedLM(nn.Module):
                 that is not merged belongs to the draft alone.
             past_key_values: A cache of an earlier turn, whose routes stay in force; or one that was filled with
                 `prompt_continues=True`, whose tokens are the beginning of this prompt.
-            **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache.
-
-        Raises:
-            ValueError: An option that routed decoding cannot honour, named in the message.
+            **kwargs: Every option of transformers' `generate` and `GenerationConfig` that keeps one KV cache; a
+                ValueError names any other.
         """
         self._check_wrapped()
         check_generation_options(kwargs, self.lm.generation_config)
@@ -501,7 +472,7 @@ class RouterAugmentedLM(nn.Module):
             if CHUNKS_REPEAT_THE_CACHE:
                 kwargs["prefill_chunk_size"] = None
         else:
-            attention_mask = self._prompt_mask(prompt, attention_mask, kwargs)
+            attention_mask = self.prompt_mask(prompt, attention_mask, kwargs)
             attention_mask, input_ids, embeds = inputs.padded_on_the_left(attention_mask, input_ids, embeds)
             if embeds is not None:
                 kwargs["inputs_embeds"] = embeds

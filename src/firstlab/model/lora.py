@@ -65,7 +65,7 @@ def _gives_a_tensor(linear: nn.Linear | Conv1D) -> bool:
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Inject fresh LoRA layers; ValueError for a model or settings that cannot have them."""
-    if any(True for _ in lora_layers(model)):
+    if has_lora(model):
         raise ValueError("the model already has LoRA layers; merge_and_unload() them first")
     if is_quantized(model):
         raise ValueError("the model is quantized, which is for decoding alone; add LoRA to the model before")
@@ -107,6 +107,10 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def has_lora(model: nn.Module) -> bool:
+    return any(True for _ in lora_layers(model))
 
 
 @contextmanager

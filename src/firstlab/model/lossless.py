@@ -24,7 +24,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from firstlab.model.generation_options import check_score_settings, option_value
-from firstlab.model.inputs import assumed_mask, check_prompt, padded_on_the_left
+from firstlab.model.inputs import padded_on_the_left
 from firstlab.model.layers import routing
 from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes
 from firstlab.model.teacher_forcing import PromptPass
@@ -252,12 +252,8 @@ def generate_lossless(
             f"lossless=True takes tokens back, which the sliding windows of {type(model.lm).__name__} do not allow; "
             "drop it"
         )
-    defaults, mask = model.lm.generation_config, attention_mask
-    if mask is None:
-        pad, eos = (option_value(name, options, defaults) for name in ("pad_token_id", "eos_token_id"))
-        mask = assumed_mask(input_ids, pad, eos)
-    check_prompt(input_ids, mask)
-    mask, ids, _ = padded_on_the_left(mask, input_ids, None)
+    defaults = model.lm.generation_config
+    mask, ids, _ = padded_on_the_left(model.prompt_mask(input_ids, attention_mask, options), input_ids, None)
     assert ids is not None
     chosen = LosslessOptions.of(options, defaults, ids.shape[1])
     # A draft may miss, so it may skip more than a text.

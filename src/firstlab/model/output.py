@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -24,9 +24,6 @@ class RouterAugmentedOutput(CausalLMOutputWithPast):
     router_logits: tuple[Tensor, ...] | None = None
 
 
-_FIELDS = frozenset(field.name for field in fields(RouterAugmentedOutput))
-
-
 def known_fields(out: Any) -> dict[str, Any]:
     """What of a model's output has a place in `RouterAugmentedOutput`."""
-    return {name: value for name, value in out.items() if name in _FIELDS}
+    return {name: value for name, value in out.items() if name in RouterAugmentedOutput.__dataclass_fields__}

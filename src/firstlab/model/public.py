@@ -17,7 +17,6 @@ from firstlab.model.routes import (
     as_routes,
     layer_skips,
     routes_from_json,
-    routes_to_json,
 )
 from firstlab.model.settings import LoraSettings, RouterSettings
 from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer

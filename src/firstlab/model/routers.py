@@ -29,16 +29,11 @@ def token_readings(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> 
 
 
 def probabilities_of(readings: Sequence[Tensor], hidden_size: int) -> Tensor:
-    """p = sigmoid(h · r) of `token_readings`, tensors of any one shape."""
+    """p = sigmoid(h · r) per token (§4.1), of `token_readings`, tensors of any one shape."""
     logits = readings[0]
     if len(readings) == 2:
         logits = logits * torch.rsqrt(readings[1].square() / hidden_size + 1e-6)
     return torch.sigmoid(logits)
-
-
-def token_probabilities(hidden: Tensor, weight: Tensor, input_norm: str = "none") -> Tensor:
-    """p = sigmoid(h · r) per token (§4.1), [B, T] fp32 in (0, 1); arguments as of `token_readings`."""
-    return probabilities_of(token_readings(hidden, weight, input_norm), hidden.shape[-1])
 
 
 def pool(probabilities: Tensor, pooled_tokens: Tensor) -> Tensor:
@@ -88,7 +83,7 @@ class Routers(nn.Module):
 
     def probabilities(self, hidden: Tensor, layer_index: int) -> Tensor:
         """p of one layer, [B, T, D] -> [B, T] fp32."""
-        return token_probabilities(hidden, self.weight[layer_index], self.settings.input_norm)
+        return probabilities_of(self.readings(hidden, layer_index), hidden.shape[-1])
 
     def rho_of_constant(self, hidden: Tensor, pooled_tokens: Tensor, layer_index: int) -> Tensor:
         """rho [B] of hidden states [B, T, D] that need no gradient, with the gradient of the router.

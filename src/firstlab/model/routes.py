@@ -64,7 +64,12 @@ class Routes(ABC):
 
     @abstractmethod
     def to_json(self) -> Any:
-        """Plain JSON values; see `routes_from_json`."""
+        """Plain JSON values: nested lists for a fixed tensor, else an object."""
+
+
+def _require(valid: bool, wanted: str, given: Tensor) -> None:
+    if not valid or given.dtype != torch.bool:
+        raise ValueError(f"{wanted}; got {given.dtype} {list(given.shape)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +96,8 @@ class FixedRoutes(Routes):
     ran: Tensor
 
     def __post_init__(self) -> None:
-        if self.ran.dtype != torch.bool or self.ran.ndim not in (1, 2):
-            raise ValueError(
-                f"routes must be a boolean tensor [layers] or [batch, layers] (true = the layer runs); "
-                f"got {self.ran.dtype} {list(self.ran.shape)}"
-            )
+        wanted = "routes must be a boolean tensor [layers] or [batch, layers] (true = the layer runs)"
+        _require(self.ran.ndim in (1, 2), wanted, self.ran)
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
         if self.ran.shape[-1] != num_layers:
@@ -128,11 +130,8 @@ class PrunedRoutes(FixedRoutes):
     skips_prompt: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.ran.dtype != torch.bool or self.ran.ndim != 1 or not self.ran.any():
-            raise ValueError(
-                f"PrunedRoutes needs a boolean tensor [layers] that runs one layer at least; "
-                f"got {self.ran.dtype} {list(self.ran.shape)}"
-            )
+        valid = self.ran.ndim == 1 and bool(self.ran.any())
+        _require(valid, "PrunedRoutes needs a boolean tensor [layers] that runs one layer at least", self.ran)
 
     def to_json(self) -> Any:
         return {"pruned": self.ran.tolist()}
@@ -149,13 +148,9 @@ class StepRoutes(Routes):
     decides_each_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        schedule = self.schedule
-        if schedule.dtype != torch.bool or schedule.ndim != 2 or not len(schedule):
-            raise ValueError(
-                f"StepRoutes needs a boolean schedule [steps, layers] with at least one step; "
-                f"got {schedule.dtype} {list(schedule.shape)}"
-            )
-        object.__setattr__(self, "schedule", schedule.detach().cpu())
+        valid = self.schedule.ndim == 2 and len(self.schedule) > 0
+        _require(valid, "StepRoutes needs a boolean schedule [steps, layers] with at least one step", self.schedule)
+        object.__setattr__(self, "schedule", self.schedule.detach().cpu())
         returns = (self.schedule[1:] & ~self.schedule[:-1]).nonzero()
         if len(returns):
             step, layer = returns[0].tolist()
@@ -194,15 +189,14 @@ class EarlyExit(Routes):
     A token leaves at the first layer whose confidence reaches the threshold; its state goes unchanged to the final norm
     and the LM head. The layers above keep keys and values of that state, so that a later token may go deeper.
     `generate` computes those layers in full and shows only the quality; the decode engine also saves the time.
-
-    `confidence` is "softmax" (top-1 probability of the LM head on the layer's output), "gap" (top-1 minus top-2
-    probability, CALM's softmax response) or "cosine" (of the layer's input and output, CALM's state saturation).
-    With `decay` τ the threshold at decode step t is CALM's clip(0.9 · threshold + 0.1 · exp(-τ · t / horizon), 0, 1).
     """
 
     threshold: float
+    # "softmax" (top-1 probability of the LM head on the layer's output), "gap" (top-1 minus top-2 probability, CALM's
+    # softmax response) or "cosine" (of the layer's input and output, CALM's state saturation).
     confidence: str = "softmax"
     min_layers: int = 1  # that every token runs
+    # τ of CALM's threshold at decode step t, clip(0.9 · threshold + 0.1 · exp(-τ · t / horizon), 0, 1).
     decay: float | None = None
     horizon: int | None = None  # the maximal response length
     decides_each_step: ClassVar[bool] = True
@@ -289,9 +283,8 @@ def as_routes(given: Routes | Tensor) -> Routes:
         return FixedRoutes(given)
     if isinstance(given, Routes):
         return given
-    raise ValueError(
-        f"routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got {type(given).__name__}"
-    )
+    kind = type(given).__name__
+    raise ValueError(f"routes must be a boolean tensor, StepRoutes, EarlyExit or PrunedRoutes; got {kind}")
 
 
 def as_asked(routes: Routes | Tensor | None, skip_rate: float | Tensor | None) -> Routes | None:
@@ -314,13 +307,8 @@ def layer_skips(ran: Tensor, counted: Tensor) -> Tensor:
     return skipped / counted.sum(1, keepdim=True).clamp_min(1)
 
 
-def routes_to_json(routes: Routes | Tensor) -> Any:
-    """Forced routes as plain JSON values: nested lists for a tensor, else an object."""
-    return as_routes(routes).to_json()
-
-
 def routes_from_json(saved: Any) -> Routes:
-    """Undo `routes_to_json`; ValueError for what it does not write."""
+    """Undo `Routes.to_json` of forced routes; ValueError for what it does not write."""
     try:
         if isinstance(saved, list):
             return FixedRoutes(_booleans(saved))

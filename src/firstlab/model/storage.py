@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import find_adapter_config_file
 
-from firstlab.model.lora import inject_lora, lora_layers, merge_lora
+from firstlab.model.lora import has_lora, inject_lora, merge_lora
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers, RouterSettings
 
@@ -106,9 +107,7 @@ def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTraine
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     try:
-        _check_folder(path, kwargs)
-        if (adapter := find_adapter_config_file(path, **hub)) is not None:
-            found = _read_object(Path(adapter))
+        if (found := _checked_adapter(path, hub, "attn_implementation" in kwargs)) is not None:
             if merge and not (Path(path) / "config.json").is_file():
                 return _merged(path, found, hub, {k: v for k, v in kwargs.items() if k not in hub})
             if found.get("use_dora"):
@@ -129,7 +128,7 @@ def load_base(path: str | Path, merge: bool = False, **kwargs: Any) -> PreTraine
             f"model.path={path!r}: the weights do not fit config.json: {' and '.join(faults)}; copy or download the "
             "whole model again"
         )
-    if merge and any(True for _ in lora_layers(model)):  # beside the base's own files
+    if merge and has_lora(model):  # beside the base's own files
         merge_lora(model)
         model.config._name_or_path = path
     return model
@@ -147,30 +146,28 @@ def _merged(path: str, found: dict[str, Any], hub: dict[str, Any], options: dict
     return model.requires_grad_(True)
 
 
-def _check_folder(path: str, options: Mapping[str, Any]) -> None:
-    """Look into the files that transformers believes, before it does.
+def _checked_adapter(path: str, hub: dict[str, Any], attention_is_named: bool) -> dict[str, Any] | None:
+    """What the config of a folder's PEFT adapter says, if there is one, as the files are looked into first.
 
-    Refused are a damaged generation config, which transformers would replace in silence, and files that name code to
-    import: a package of PEFT's, or attention kernels of the hub.
+    Refused are a damaged generation config, which transformers would replace in silence, and names of code to import.
     """
     file = Path(path) / "generation_config.json"
     if file.is_file():
         ends = _read_object(file).get("eos_token_id")
         if not all(isinstance(each, int | None) for each in (ends if isinstance(ends, list) else [ends])):
             raise ModelUnavailableError(f"{file}: eos_token_id={ends!r} must be a token id or a list of them")
-    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-    configs = [(path, hub)]
+    configs, found = [(path, hub)], None
     if (adapter := find_adapter_config_file(path, **hub)) is not None:
         found = _read_object(Path(adapter))
         _refuse_packages(adapter, found)
         configs.append((str(found.get("base_model_name_or_path")), {}))
-    if "attn_implementation" not in options:
-        for place, where in configs:
-            try:
-                config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
-            except Exception:  # what cannot be read asks for nothing
-                continue
-            _refuse_kernels(path, config)
+    for place, where in [] if attention_is_named else configs:
+        try:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
+        except Exception:  # what cannot be read asks for nothing
+            continue
+        _refuse_kernels(path, config)
+    return found
 
 
 def _refuse_kernels(path: str, config: PretrainedConfig) -> None:
@@ -272,12 +269,10 @@ def save(
     tokenizer: str = "",
     published: bool = False,
 ) -> None:
-    """Write config.json, routers, the adapter if there is one and, if asked, the base model with its tokenizer.
+    """Write config.json, routers, the adapter if there is one and, if asked, the base with the `tokenizer` of a path.
 
-    Args:
-        tokenizer: Hub id or folder that has the base's tokenizer; where there is none, the folder gets none.
-        published: Put the adapter into a folder of its own: beside config.json, transformers would take a repository of
-            the hub for an adapter, and leave out its routers.
+    With `published` the adapter gets a folder of its own: beside config.json, transformers would take a repository of
+    the hub for an adapter, and leave out its routers.
     """
     directory = Path(expanded(path))
     base = lm.config._name_or_path
@@ -286,33 +281,27 @@ def save(
             "the base weights could not be found again: the model was not loaded from a path or hub id, or LoRA was "
             "merged into it; use save_pretrained(dir, save_base=True)"
         )
-    adapter_name: str | None = None
-    if any(True for _ in lora_layers(lm)):
-        adapter_name, *others = lm.peft_config
-        if others:
-            several = ", ".join(lm.peft_config)
-            raise ValueError(f"the model has several adapters ({several}), and a folder holds one; merge them first")
-    if save_base and adapter_name is not None:
+    adapters = [*lm.peft_config] if has_lora(lm) else []
+    if len(adapters) > 1:
+        several = ", ".join(adapters)
+        raise ValueError(f"the model has several adapters ({several}), and a folder holds one; merge them first")
+    if save_base and adapters:
         raise ValueError("save_base=True writes plain weights; call merge_and_unload() first")
     directory.mkdir(parents=True, exist_ok=True)
     if save_base or (base and Path(base).resolve() == (directory / _BASE).resolve()):
         base = _BASE
     elif Path(base).is_dir():
         base = str(Path(base).resolve())
-    weights = {name: value.detach().cpu().contiguous() for name, value in routers.state_dict().items()}
-    save_file(weights, directory / _ROUTER_WEIGHTS)
+    _write(directory / _ROUTER_WEIGHTS, routers.state_dict())
     names, place = [_ROUTER_WEIGHTS], _PUBLISHED if published else ""
-    for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):  # of what was saved there before
-        for each in ("", _PUBLISHED):
-            (directory / f"{each}{name}").unlink(missing_ok=True)
-    if adapter_name is not None:
+    for name, each in product((_ADAPTER_WEIGHTS, _ADAPTER_CONFIG), ("", _PUBLISHED)):  # of what was there before
+        (directory / f"{each}{name}").unlink(missing_ok=True)
+    for adapter in adapters:
         (directory / place).mkdir(exist_ok=True)
-        adapter = get_peft_model_state_dict(lm, adapter_name=adapter_name)
-        save_file(
-            {_PEFT_PREFIX + k.removeprefix(_PEFT_PREFIX): v.detach().cpu().contiguous() for k, v in adapter.items()},
-            directory / f"{place}{_ADAPTER_WEIGHTS}",
-        )
-        lm.peft_config[adapter_name].save_pretrained(directory / place)
+        weights = get_peft_model_state_dict(lm, adapter_name=adapter)
+        prefixed = {_PEFT_PREFIX + k.removeprefix(_PEFT_PREFIX): v for k, v in weights.items()}
+        _write(directory / f"{place}{_ADAPTER_WEIGHTS}", prefixed)
+        lm.peft_config[adapter].save_pretrained(directory / place)
         names += [f"{place}{_ADAPTER_WEIGHTS}", f"{place}{_ADAPTER_CONFIG}"]
     if save_base:
         lm.save_pretrained(directory / _BASE)
@@ -328,6 +317,10 @@ def save(
         "files": {name: _sha256(directory / name) for name in names},
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, file)
 
 
 def _sha256(file: Path) -> str:
@@ -372,13 +365,9 @@ def _adapter_config(found: dict[str, Any]) -> LoraConfig:
     # A newer PEFT's keys may be there, as long as they are off.
     if unknown := sorted(key for key in found.keys() - known if found[key]):
         raise ValueError(f"the installed PEFT knows no {unknown[0]!r}")
-    for key, kind, wanted in (
-        ("base_model_name_or_path", str | None, "text"),
-        ("r", int, "a number"),
-        ("lora_alpha", int | float, "a number"),
-        ("lora_dropout", int | float, "a number"),
-        ("target_modules", str | list, "names of modules"),
-    ):
+    numbers = dict.fromkeys(("r", "lora_alpha", "lora_dropout"), (int | float, "a number"))
+    texts = {"base_model_name_or_path": (str | None, "text"), "target_modules": (str | list, "names of modules")}
+    for key, (kind, wanted) in (texts | numbers).items():
         if isinstance(found.get(key), bool) or not isinstance(found.get(key), kind):
             raise ValueError(f"{key}={found.get(key)!r} must be {wanted}")
     return LoraConfig(**{key: value for key, value in found.items() if key in known})

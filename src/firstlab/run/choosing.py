@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -20,13 +19,12 @@ from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
 from firstlab.model.routes import FixedRoutes, Routes
 from firstlab.run.context import Run, say
-from firstlab.store.files import read_own, write_atomically
-from firstlab.store.ranks import barrier, rank
+from firstlab.store.files import read_own
 from firstlab.training.calibration import fit_to_decisions
 from firstlab.training.drawn_routes import DrawnRoutes
 from firstlab.training.prompt_set import PromptSet
 from firstlab.training.route_fit import Measured, extend, fit_router, measure, read_means, use_static
-from firstlab.training.route_search import grown, saved_codebook
+from firstlab.training.route_search import grown, saved_codebook, searched_once
 
 # The best price by the validation score is looked for on so many prompts.
 _SCORED = 128
@@ -62,17 +60,13 @@ def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
 
 
 def _grown(run: Run, turn: int, measured: Measured, router: RouteRouter, prompts: PromptSet, fit: RouteFit) -> Tensor:
-    file = run.directory / "fit" / f"grown{turn}.json"
-    if not file.is_file() and rank()[0] == 0:
-        write_atomically(file, json.dumps(grown(measured, router, prompts, fit).tolist()) + "\n")
-    barrier()
-
     def parse(saved: Any) -> Tensor:
         found = torch.tensor(saved, dtype=torch.bool).reshape(-1, prompts.num_layers)
         known = {tuple(route) for route in measured.routes.tolist()}
         return found[[tuple(each) not in known for each in found.tolist()]]
 
-    return read_own(file, parse)
+    file = run.directory / "fit" / f"grown{turn}.json"
+    return searched_once(file, lambda: grown(measured, router, prompts, fit).tolist(), parse)
 
 
 def _best_price(run: Run, router: RouteRouter, measured: Measured, fit: RouteFit) -> tuple[str, dict[str, float]]:

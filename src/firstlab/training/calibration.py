@@ -19,35 +19,25 @@ from firstlab.training.prompt_set import Batch, PromptSet, check_finite, losses_
 _BISECTIONS = 12
 
 
-def rms_normed(states: Tensor) -> Tensor:
-    """States [..., D] scaled to a root mean square of 1, as routers with `input_norm="rms"` read them."""
-    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
-
-
 def router_input(states: Tensor, input_norm: str) -> Tensor:
-    """Hidden states [..., D] as a router sees them, fp32."""
-    return rms_normed(states.float()) if input_norm == "rms" else states.float()
+    """Hidden states [..., D] as a router sees them, fp32: with "rms" scaled to a root mean square of 1."""
+    states = states.float()
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6) if input_norm == "rms" else states
 
 
 @torch.no_grad()
 def fit_routers(prompts: PromptSet, logits: Tensor, ridge: float = 1e-3) -> Tensor:
-    """Fit every router of the prompts' model so that h · r is about `logits` on the tokens of each prompt.
+    """Fit every router of the prompts' model so that h · r is about `logits` [N, L] on the tokens of each prompt.
 
-    Args:
-        prompts: N prompts.
-        logits: [N, L], wanted for each prompt and layer.
-        ridge: Relative to the mean squared state.
-
-    Returns:
-        [L, D], the directions that give every prompt a logit of about 1: adding them shifts a router.
+    `ridge` is relative to the mean squared state. Returns [L, D], the directions that give every prompt a logit of
+    about 1: adding them shifts a router.
     """
     routers = prompts.model.layer_routers
     layers, size = routers.weight.shape
     second = torch.zeros(layers, size, size, dtype=torch.float64)  # Σ h hᵀ
-    first = torch.zeros(layers, size, dtype=torch.float64)  # Σ h
-    wanted = torch.zeros(layers, size, dtype=torch.float64)  # Σ logit · h
+    first, wanted = torch.zeros(2, layers, size, dtype=torch.float64)  # Σ h and Σ logit · h
 
-    def add(batch: Batch, index: int, hidden: Tensor) -> None:
+    def add(batch: Batch, index: int, hidden: Tensor, output: Tensor) -> None:
         mask = batch["prompt_mask"].bool().to(hidden.device)
         states = router_input(hidden, routers.settings.input_norm)
         # Every prompt weighs the same, however long it is.
@@ -60,9 +50,8 @@ def fit_routers(prompts: PromptSet, logits: Tensor, ridge: float = 1e-3) -> Tens
     prompts.observe(add, "fit routers")
     check_finite(second, "products of hidden states")
     shifts = torch.empty_like(routers.weight)
-    for index in range(layers):
-        scale = ridge * second[index].diagonal().mean()
-        regular = second[index] + scale * torch.eye(size, dtype=torch.float64)
+    for index, products in enumerate(second):
+        regular = products + ridge * products.diagonal().mean() * torch.eye(size, dtype=torch.float64)
         weight, shift = torch.linalg.solve(regular, torch.stack([wanted[index], first[index]], dim=1)).unbind(1)
         routers.weight[index], shifts[index] = weight.to(routers.weight), shift.to(shifts)
     return shifts
@@ -106,7 +95,7 @@ def _place(prompts: PromptSet, layer: int, shift: Tensor, share: float) -> None:
     # h · (start + x · shift) is linear in x, so the prompts are read once for all x.
     found: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]] = []
 
-    def read(batch: Batch, index: int, hidden: Tensor) -> None:
+    def read(batch: Batch, index: int, hidden: Tensor, output: Tensor) -> None:
         if index == layer:
             at, along = (token_readings(hidden, weight, routers.settings.input_norm) for weight in (start, shift))
             found.append((at, along, batch["prompt_mask"].bool().to(hidden.device)))
@@ -115,30 +104,18 @@ def _place(prompts: PromptSet, layer: int, shift: Tensor, share: float) -> None:
     low, high = -4.0, 4.0  # logits
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        rho = torch.cat(
-            [
-                pool(probabilities_of((at[0] + middle * along[0], *at[1:]), len(start)), mask.to(at[0].device))
-                for at, along, mask in found
-            ]
-        )
-        if float((~routers.decide(rho)).float().mean()) > share:
-            low = middle
-        else:
-            high = middle
+        moved = (((at[0] + middle * along[0], *at[1:]), mask) for at, along, mask in found)
+        rho = torch.cat([pool(probabilities_of(readings, len(start)), mask) for readings, mask in moved])
+        skipped = float((~routers.decide(rho)).float().mean())
+        low, high = (middle, high) if skipped > share else (low, middle)
     routers.weight[layer] = start + high * shift
 
 
 @torch.no_grad()
 def fit_to_decisions(prompts: PromptSet, decided: Tensor, margin: float = 0.1) -> float:
-    """Fit per-layer routers anew so that prompts keep their routes, where the states that routers read have changed.
+    """Fit per-layer routers anew so that prompts keep their routes `decided` [N, L], where the states have changed.
 
-    Args:
-        prompts: N prompts; the routers of their model are overwritten.
-        decided: [N, L], the routes to keep.
-        margin: Distance of rho from the threshold that is aimed at.
-
-    Returns:
-        The share of decisions that came out alike.
+    `margin` is the distance of rho from the threshold that is aimed at. Returns the share of decisions kept.
     """
     threshold = prompts.model.layer_routers.settings.threshold
     fit_routers(prompts, torch.where(decided, _logit(threshold + margin), _logit(threshold - margin)))

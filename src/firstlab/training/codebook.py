@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from firstlab.methods.base import Prompts, check_count, routes_without
-from firstlab.training.calibration import rms_normed, router_input
+from firstlab.methods.base import check_count, routes_without
+from firstlab.methods.sleb import elimination
+from firstlab.training.calibration import router_input
 from firstlab.training.prompt_set import Batch, PromptSet, check_finite
 
 _KMEANS_ROUNDS = 20
@@ -48,51 +48,12 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
     return torch.cdist(points, centres).argmin(1)
 
 
-def greedy_orders(prompts: Prompts, chosen: Tensor, size: int, depth: int) -> list[list[int]]:
-    """For each of K = `size` clusters, `depth` layers in the order in which they hurt its prompts least (SLEB).
-
-    All clusters are searched in the same passes; `chosen` [N] is the cluster of each prompt. The first and the last
-    layer stay.
-    """
-    layers = prompts.num_layers
-    orders: list[list[int]] = [[] for _ in range(size)]
-    between = range(1, layers - 1)
-    title = "search layers to skip for each kind of prompts"
-    total, shown = depth * len(between), prompts.progress_bar
-    bar = tqdm(total=total, desc=title, unit="pass", disable=not shown, leave=False)
-    for _ in range(depth):
-        harm = torch.full((size, layers), torch.inf)
-        for layer in between:
-            routes = torch.stack([routes_without(layers, [*order, layer]) for order in orders])
-            harm[:, layer] = _means(prompts.losses(routes[chosen]), chosen, size)
-            bar.update()
-        for cluster_harm, order in zip(harm, orders, strict=True):
-            cluster_harm[order] = torch.inf
-            order.append(int(cluster_harm.argmin()))
-    bar.close()
-    return orders
-
-
-def loss_curves(prompts: Prompts, chosen: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
-    """[K, depth + 1]: the mean loss of each cluster's prompts without the first 0, 1, ... layers of its order.
-
-    The prompts must be other ones than the orders were found on, or what is best by chance looks harmless.
-    """
-    layers, depth = prompts.num_layers, len(orders[0])
-    curves = []
-    title = "measure what skipping costs"
-    for count in tqdm(range(depth + 1), desc=title, unit="pass", disable=not prompts.progress_bar, leave=False):
-        routes = torch.stack([routes_without(layers, order[:count]) for order in orders])
-        curves.append(_means(prompts.losses(routes[chosen]), chosen, len(orders)))
-    return torch.stack(curves, dim=1)
-
-
 def allocate(curves: Tensor, shares: Tensor, budget: float) -> list[int]:
     """How many layers each cluster skips: where that costs least, `budget` on average over prompts.
 
-    Steps of one or several layers are taken in the order of what a layer of them costs, by the `curves` of
-    `loss_curves`; `shares` [K] are those of the prompts. The budget is missed by at most half of what a layer less in
-    the smallest cluster would change.
+    Steps of one or several layers are taken in the order of what a layer of them costs, by the `curves` [K, depth + 1]
+    of mean losses without 0, 1, ... layers; `shares` [K] are those of the prompts. The budget is missed by at most half
+    of what a layer less in the smallest cluster would change.
     """
     counts, used = [0] * len(curves), 0.0
     slack = float(shares[shares > 0].min()) / 2
@@ -110,34 +71,34 @@ def allocate(curves: Tensor, shares: Tensor, budget: float) -> list[int]:
         used += more * float(shares[k])
 
 
-def _means(losses: Tensor, chosen: Tensor, size: int) -> Tensor:
-    """[K], the mean over each cluster's prompts; 0 without any."""
-    counts = torch.bincount(chosen, minlength=size).clamp_min(1)
-    return torch.zeros(size).index_add(0, chosen, losses.float()) / counts
-
-
-def find_codebook(prompts: Prompts, chosen: Tensor, others: Prompts, measured: Tensor, skip_rate: float) -> Tensor:
+def find_codebook(prompts: PromptSet, chosen: Tensor, others: PromptSet, measured: Tensor, skip_rate: float) -> Tensor:
     """A route for each of K clusters of prompts, [K, L], `skip_rate` on average; easy kinds of prompts skip more.
 
     Each cluster gets its own greedy order of layers from `prompts`, whose clusters are `chosen` [N]; the layers to skip
-    are spent where `others`, whose clusters are `measured`, lose least.
+    are spent where `others`, whose clusters are `measured`, lose least: on the same prompts, what is best by chance
+    would look harmless. The first and the last layer stay.
     """
     layers, budget = prompts.num_layers, skip_rate * prompts.num_layers
     check_count(math.ceil(budget), layers, 1, 1)
-    size = int(max(chosen.max(), measured.max())) + 1
-    orders = greedy_orders(prompts, chosen, size, min(layers - 2, math.ceil(_DEPTH * budget)))
-    shares = torch.bincount(measured, minlength=size) / len(measured)
-    counts = allocate(loss_curves(others, measured, orders), shares, budget)
-    return torch.stack([routes_without(layers, order[:count]) for order, count in zip(orders, counts, strict=True)])
+    depth = min(layers - 2, math.ceil(_DEPTH * budget))
+    shares = torch.bincount(measured, minlength=int(chosen.max()) + 1) / len(measured)
+    nested, curves = [], torch.zeros(len(shares), depth + 1)
+    for kind, share in enumerate(shares):
+        order = elimination(layers, depth, prompts.select((chosen == kind).nonzero()[:, 0].tolist()).mean_losses)
+        nested.append(torch.stack([routes_without(layers, order[:count]) for count in range(depth + 1)]))
+        if share > 0:
+            of_kind = others.select((measured == kind).nonzero()[:, 0].tolist())
+            curves[kind] = torch.tensor(of_kind.mean_losses(nested[-1], "measure what skipping costs"))
+    return torch.stack([routes[count] for routes, count in zip(nested, allocate(curves, shares, budget), strict=True)])
 
 
 def pooled_states(prompts: PromptSet) -> Tensor:
     """Mean state of each prompt in front of every layer, [N, L · D] fp32; tokens have a root mean square of 1."""
     found: list[list[Tensor]] = [[] for _ in range(prompts.num_layers)]
 
-    def pool(batch: Batch, index: int, hidden: Tensor) -> None:
+    def pool(batch: Batch, index: int, hidden: Tensor, output: Tensor) -> None:
         mask = batch["prompt_mask"].bool().to(hidden.device)
-        states = rms_normed(hidden.float()).masked_fill(~mask.unsqueeze(-1), 0)
+        states = router_input(hidden, "rms").masked_fill(~mask.unsqueeze(-1), 0)
         found[index].append((states.sum(1) / mask.sum(1, keepdim=True)).cpu())
 
     prompts.observe(pool, "read prompts")
@@ -150,15 +111,13 @@ def fit_to_routes(prompts: PromptSet, wanted: Tensor, *, margin: float, trained:
     """Train the routers to give each prompt its route [N, L], rho at least `margin` on the right side of the threshold.
 
     The loss is the squared hinge of rho's distance from the threshold; it needs the states of all prompt tokens,
-    tokens · L · D · 4 bytes. The first `trained` prompts are fitted, the others test it.
-
-    Returns:
-        [L], the share of right decisions on the prompts that were not fitted.
+    tokens · L · D · 4 bytes. The first `trained` prompts are fitted. Returns [L], the share of right decisions on the
+    others.
     """
     routers = prompts.model.layer_routers
     found: list[list[Tensor]] = [[] for _ in range(prompts.num_layers)]
 
-    def keep(batch: Batch, index: int, hidden: Tensor) -> None:
+    def keep(batch: Batch, index: int, hidden: Tensor, output: Tensor) -> None:
         states = hidden[batch["prompt_mask"].bool().to(hidden.device)]
         found[index].append(router_input(states, routers.settings.input_norm).cpu())
 
@@ -173,8 +132,7 @@ def fit_to_routes(prompts: PromptSet, wanted: Tensor, *, margin: float, trained:
         seen = owner < trained
         weight = _fit_one(states[seen], owner[seen], lengths[:trained], sign[:trained, index], margin, threshold)
         routers.weight.data[index] = weight.to(routers.weight)
-        rho = _rho(states, owner, lengths, weight)
-        right = (rho >= threshold) == wanted[:, index]
+        right = (_rho(states, owner, lengths, weight) >= threshold) == wanted[:, index]
         accuracy[index] = right[trained:].float().mean()
     return accuracy
 

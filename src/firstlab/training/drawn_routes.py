@@ -19,14 +19,10 @@ class DrawnRoutes(Routes):
 
     The rates of a batch are spread evenly from dense to the highest one and dealt out at random, so that every step
     sees all speeds. Drawn from torch's generator, which a training step seeds.
-
-    Attributes:
-        router: Chooses.
-        means: [N, F], what it read in the prompts.
     """
 
     router: RouteRouter
-    means: Tensor
+    means: Tensor  # [N, F], what it read in the prompts
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
         if prompts is not None and prompts != len(self.means):

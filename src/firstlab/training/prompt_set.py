@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import Row, TrainingRows, collate_training
 from firstlab.data.task import Example
-from firstlab.methods.base import rows_of
+from firstlab.methods.base import Observer, rows_of
 from firstlab.methods.early_exit import teacher_forced_skip_rates
 from firstlab.model.layers import routing
 from firstlab.model.lm import RouterAugmentedLM
@@ -22,36 +22,25 @@ from firstlab.model.prompt_cache import PromptReading
 from firstlab.model.routes import EarlyExit, Routes, as_routes
 
 Batch = dict[str, Tensor]
-Watch = Callable[[int, Tensor, Tensor], None]
 
 
+@dataclass(eq=False)
 class PromptSet:
-    """N prompts, tokenised when first used.
+    """N prompts, tokenised when first used."""
 
-    Args:
-        model: Measures losses, states and routes; its LoRA, if any, stays switched off.
-        data: Gives the task, tokenizer and lengths.
-        examples: The prompts and their references.
-        batch_size: Prompts in one pass.
-        cache_bytes: Room for the prompts' keys and values, so that measuring losses again under other routes computes
-            the responses only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
-        progress_bar: Show one.
-    """
+    model: RouterAugmentedLM  # measures losses, states and routes; its LoRA, if any, stays switched off
+    data: PromptDataModule  # gives the task, tokenizer and lengths
+    examples: Sequence[Example]
+    batch_size: int
+    # Room for the prompts' keys and values, so that measuring losses again under other routes computes the responses
+    # only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
+    cache_bytes: int = 0
+    progress_bar: bool = False
 
-    def __init__(
-        self,
-        model: RouterAugmentedLM,
-        data: PromptDataModule,
-        examples: Sequence[Example],
-        batch_size: int,
-        cache_bytes: int = 0,
-        progress_bar: bool = False,
-    ) -> None:
-        self.model, self.data, self.examples, self.batch_size = model, data, examples, batch_size
-        self.cache_bytes, self.progress_bar = cache_bytes, progress_bar
+    def __post_init__(self) -> None:
         self._readings: list[PromptReading | None] = []
-        self.num_layers, self.max_new_tokens = model.num_layers, data.max_new_tokens
-        self.texts: Sequence[str] = [data.task.prompt(example) for example in examples]
+        self.num_layers, self.max_new_tokens = self.model.num_layers, self.data.max_new_tokens
+        self.texts: Sequence[str] = [self.data.task.prompt(example) for example in self.examples]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -65,8 +54,7 @@ class PromptSet:
 
     def select(self, index: Iterable[int]) -> PromptSet:
         """Those at these places."""
-        examples = [self.examples[i] for i in index]
-        return PromptSet(self.model, self.data, examples, self.batch_size, self.cache_bytes, self.progress_bar)
+        return replace(self, examples=[self.examples[i] for i in index])
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -114,6 +102,10 @@ class PromptSet:
         check_finite(losses, "losses of prompts")
         return losses
 
+    def mean_losses(self, routes: Tensor, title: str = "search layers to skip") -> list[float]:
+        """[K], the mean of `losses_each` over prompts: each counts alike, however long its response."""
+        return self.losses_each(routes, title).mean(0).tolist()  # type: ignore[no-any-return]
+
     def loss(self, routes: Tensor | Routes) -> float:
         sums, counts = self._sums(routes)
         return float(sums.sum() / counts.sum())
@@ -155,27 +147,11 @@ class PromptSet:
         most = torch.tensor(limits, device=labels.device).clamp_max(self.max_new_tokens)
         return labels.masked_fill((labels != -100).cumsum(1) > most.unsqueeze(1), -100)
 
-    def observe(
-        self, see: Callable[[Batch, int, Tensor], None], title: str, attention_mask: str = "attention_mask"
-    ) -> None:
-        """Call `see(batch, layer, states [B, T, D])` for the input of every layer when all of them run."""
-        for batch in tqdm(self.batches, desc=title, unit="batch", disable=not self.progress_bar, leave=False):
-
-            def watch(index: int, before: Tensor, after: Tensor, batch: Batch = batch) -> None:
-                see(batch, index, before)
-
-            self._run_all(batch, attention_mask, watch)
-
-    def layer_states(self) -> Iterator[list[Tensor]]:
-        for batch in self.batches:
-            states: list[Tensor] = []
-            self._run_all(batch, "attention_mask", partial(_keep, states, batch["attention_mask"].bool()))
-            yield states
-
     @torch.no_grad()
-    def _run_all(self, batch: Batch, attention_mask: str, watch: Watch) -> None:
-        with self.model.lora_disabled(), routing(_Watched(watch)):
-            self.model.backbone(input_ids=batch["input_ids"], attention_mask=batch[attention_mask], use_cache=False)
+    def observe(self, see: Observer, title: str, attention_mask: str = "attention_mask") -> None:
+        for batch in tqdm(self.batches, desc=title, unit="batch", disable=not self.progress_bar, leave=False):
+            with self.model.lora_disabled(), routing(_Observed(see, batch)):
+                self.model.backbone(input_ids=batch["input_ids"], attention_mask=batch[attention_mask], use_cache=False)
 
     @torch.no_grad()
     def routed(self) -> Tensor:
@@ -184,19 +160,16 @@ class PromptSet:
         return torch.cat(routes).cpu()
 
 
-def _keep(states: list[Tensor], real: Tensor, index: int, before: Tensor, after: Tensor) -> None:
-    states += [each[real.to(each.device)] for each in ([after] if index else [before, after])]
-
-
 @dataclass
-class _Watched:
-    """Routing that runs every layer and shows its index, input and output."""
+class _Observed:
+    """Routing that runs every layer of a batch and shows it."""
 
-    watch: Watch
+    see: Observer
+    batch: Batch
 
     def run_layer(self, index: int, hidden: Tensor, run: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         output = run()
-        self.watch(index, hidden, output[0] if isinstance(output, tuple) else output)
+        self.see(self.batch, index, hidden, output[0] if isinstance(output, tuple) else output)
         return output
 
 
@@ -207,43 +180,36 @@ def losses_under_routes(
     routes: Tensor | Routes,
     readings: Iterable[PromptReading | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Response cross-entropy of every prompt when decode runs exactly `routes`.
+    """Response cross-entropy of every prompt when decode runs `routes`: [N] sums over tokens, [N] tokens, on the CPU.
 
-    Args:
-        model: The model.
-        batches: Teacher-forced batches, N rows in all.
-        routes: [L] boolean, or [N, L] with one row per prompt, or other `Routes`.
-        readings: The prompts of each batch as the model read them earlier; by default they are read here.
-
-    Returns:
-        (summed over response tokens [N], number of response tokens [N]), on the CPU.
+    The teacher-forced batches have N rows in all, and the routes are for all of them or [N, L]. `readings` are the
+    prompts of each batch as the model read them earlier; by default they are read here.
     """
-    sums, counts, seen = [], [], 0
     if as_routes(routes).skips_prompt:
         readings = [None] * len(batches)
     elif readings is None:
         readings = read_prompts(model, batches)
+    found, seen = [], 0
     for batch, reading in zip(batches, readings, strict=True):
         rows = range(seen, seen + len(batch["input_ids"]))
         seen = rows.stop
-        labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-        forced = rows_of(routes, rows, labels.device)
-        if reading is not None:
-            out = model.respond(reading, labels, routes=forced)
-        else:
-            out = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                labels=labels,
-                prompt_mask=batch["prompt_mask"],
-                objective="decode_consistent",
-                routes=forced,
-                keep_logits=False,
-            )
-        assert out.token_losses is not None
-        sums.append(out.token_losses.sum(1).cpu())
-        counts.append((labels[:, 1:] != -100).sum(1).cpu())
+        found.append(_sums_of_batch(model, batch, reading, rows_of(routes, rows, batch["labels"].device)))
+    sums, counts = zip(*found, strict=True)
     return torch.cat(sums), torch.cat(counts)
+
+
+def _sums_of_batch(
+    model: RouterAugmentedLM, batch: Batch, reading: PromptReading | None, routes: Routes | Tensor | None, **shared: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of one batch; layers may be `shared` as in `RouterAugmentedLM.respond`."""
+    labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
+    if reading is not None:
+        out = model.respond(reading, labels, routes=routes, **shared)
+    else:
+        tokens = {name: batch[name] for name in ("input_ids", "attention_mask", "prompt_mask")}
+        out = model(**tokens, labels=labels, objective="decode_consistent", routes=routes, keep_logits=False)
+    assert out.token_losses is not None
+    return out.token_losses.sum(1).cpu(), (labels[:, 1:] != -100).sum(1).cpu()
 
 
 @torch.no_grad()
@@ -253,22 +219,15 @@ def _losses_of_batch(
     """[B, K] loss per response token of a batch under each of [K, L] routes."""
     losses: list[Tensor] = [torch.empty(0)] * len(routes)
     states: list[Tensor | None] = [None] * routes.shape[1]
-    labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-    counts = (labels[:, 1:] != -100).sum(1).cpu()
     previous = None
     # In this order neighbours have most layers in common.
     for place in sorted(range(len(routes)), key=lambda k: routes[k].tolist()):
         route = routes[place]
-        if reading is None:
-            sums, _ = losses_under_routes(model, [batch], route, [None])
-        else:
-            # The input of the first layer that differs is the same, too.
-            known = 0 if previous is None else 1 + int((torch.cat([route != previous, torch.ones(1)])).nonzero()[0])
-            known = min(known, len(route))
-            out = model.respond(reading, labels, routes=route.to(labels.device), states=states, known=known)
-            assert out.token_losses is not None
-            sums, previous = out.token_losses.sum(1).cpu(), route
-        losses[place] = sums / counts
+        # The input of the first layer that differs is the same, too.
+        known = 0 if previous is None else 1 + int((route == previous)[:-1].cumprod(0).sum())
+        forced = route.to(batch["labels"].device)
+        sums, counts = _sums_of_batch(model, batch, reading, forced, states=states, known=known)
+        losses[place], previous = sums / counts, route
         bar.update()
     return torch.stack(losses, 1)
 

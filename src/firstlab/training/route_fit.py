@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,19 +37,12 @@ _RESAMPLES = 2000
 
 @dataclass
 class Measured:
-    """What is known about N prompts.
+    """What is known about N prompts."""
 
-    Attributes:
-        routes: [K, L] boolean; the first is dense.
-        losses: [N, K] per response token.
-        tokens: [N] response lengths.
-        means: [N, F], what the router reads.
-    """
-
-    routes: Tensor
-    losses: Tensor
-    tokens: Tensor
-    means: Tensor
+    routes: Tensor  # [K, L] boolean; the first is dense
+    losses: Tensor  # [N, K] per response token
+    tokens: Tensor  # [N], response lengths
+    means: Tensor  # [N, F], what the router reads
 
     @property
     def harm(self) -> Tensor:
@@ -62,35 +57,24 @@ class Measured:
 # -- measuring --
 
 
-def measure(prompts: PromptSet, routes: Tensor, file: Path | None = None, chunk: int = 64) -> Measured:
-    """Measure N prompts under K routes, a chunk of prompts at a time.
+def measure(prompts: PromptSet, routes: Tensor, file: Path, chunk: int = 64) -> Measured:
+    """Measure N prompts under routes [K, L], `chunk` prompts at a time.
 
-    Args:
-        prompts: The prompts.
-        routes: [K, L].
-        file: Where each chunk's losses are kept, so that an interrupted measurement goes on; None keeps nothing. The
-            processes of one run share the chunks.
-        chunk: Prompts in a chunk.
+    The losses of each chunk are kept in files beside `file`, so that an interrupted measurement goes on. The processes
+    of one run share the chunks.
     """
     my_rank, world = rank()
-    starts = list(range(0, len(prompts), chunk))
-    found: dict[int, Tensor] = {}
-    own = None if file is None else file.with_suffix(f".{my_rank}.jsonl")
     key = hashlib.sha256(json.dumps([routes.tolist(), list(prompts.texts)]).encode()).hexdigest()[:16]
-    if file is not None:
-        found = _read_chunks(file, key)
-    left = [start for start in starts if start not in found]
-    mine = left[my_rank::world] if file is not None else left
+    starts, found, own = range(0, len(prompts), chunk), _read_chunks(file, key), file.with_suffix(f".{my_rank}.jsonl")
+    mine = [start for start in starts if start not in found][my_rank::world]
+    own.parent.mkdir(parents=True, exist_ok=True)
     for start in tqdm(mine, desc=f"measure {len(routes)} routes", unit="chunk", disable=not prompts.progress_bar):
         part = prompts.slice(start, start + chunk)
         part.progress_bar = False
-        losses = part.losses_each(routes)
-        found[start] = losses
-        if own is not None:
-            own.parent.mkdir(parents=True, exist_ok=True)
-            with own.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"key": key, "start": start, "losses": losses.tolist()}) + "\n")
-    if file is not None and world > 1:
+        found[start] = part.losses_each(routes)
+        with own.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"key": key, "start": start, "losses": found[start].tolist()}) + "\n")
+    if world > 1:
         barrier()
         found = _read_chunks(file, key)
     losses = torch.cat([found[start] for start in starts])
@@ -152,49 +136,36 @@ class Ridge:
         return weights, centre - weights @ self.mean
 
 
-@dataclass
-class Choice:
-    """What a fit is made of: strengths of the ridges, the bound of a prompt's harm, the price."""
+class Choice(NamedTuple):
+    """What a fit is made of: the bound of a prompt's harm, the strengths of the ridges, the price."""
 
+    clip: float
     harm_ridge: float
     length_ridge: float
-    clip: float
     price: str
 
 
 def fit_router(router: RouteRouter, measured: Measured, fit: RouteFit, price: str) -> dict[str, Any]:
-    """Fit a router with a given price to measured prompts; returns the diagnostics of held-out ones.
+    """Fit a router with a given price to measured prompts, which nothing sorts; returns diagnostics of held-out ones.
 
     The last quarter of the prompts is held out: it decides the strength of the ridges and the bound of a prompt's harm,
     gives the table of prices, and tells what the fit is worth. The weights are then fitted to all prompts.
-
-    Args:
-        router: Changed in place.
-        measured: Of the prompts, in an order that is not sorted by anything.
-        fit: The method's.
-        price: "length", "tokens" or "size".
     """
     count = len(measured.tokens)
     cut = count - max(1, round(_HELD_OUT * count))
     seen, held = measured.rows(torch.arange(cut)), measured.rows(torch.arange(cut, count))
     ridge = Ridge.of(seen.means)
     length_ridge = min(_RIDGES, key=lambda strength: _length_error(ridge, seen, held, strength))
-    best: tuple[float, Choice] | None = None
-    for clip in _CLIPS:
-        for strength in _RIDGES:
-            choice = Choice(strength, length_ridge, clip, price)
-            _set(router, ridge, seen, choice)
-            score = _regret(router, held, fit)
-            if best is None or score < best[0]:
-                best = score, choice
-    assert best is not None
-    _, choice = best
+
+    def regret(choice: Choice) -> float:
+        _set(router, ridge, seen, choice)
+        return _regret(router, held, fit)
+
+    choice = min((Choice(*each, length_ridge, price) for each in product(_CLIPS, _RIDGES)), key=regret)
     _set(router, ridge, seen, choice)
     _solve_prices(router, held, fit)
-    report = _diagnose(router, held, fit) | {
-        "harm_ridge": choice.harm_ridge, "length_ridge": choice.length_ridge, "clip": choice.clip,
-        "price": price, "prompts": count, "held_out": len(held.tokens), "routes": len(measured.routes),
-    }  # fmt: skip
+    sizes = {"prompts": count, "held_out": len(held.tokens), "routes": len(measured.routes)}
+    report = _diagnose(router, held) | choice._asdict() | sizes
     _set(router, Ridge.of(measured.means), measured, choice)
     return report
 
@@ -202,24 +173,20 @@ def fit_router(router: RouteRouter, measured: Measured, fit: RouteFit, price: st
 def use_static(router: RouteRouter, measured: Measured, fit: RouteFit) -> None:
     """Let every prompt have the best set of the size nearest to the wanted rate, whatever it says."""
     router.settings = replace(router.settings, price="size", max_harm=None)
-    means = measured.harm.mean(0)
+    features = measured.means.shape[1]
     router.set_fit(
         codebook=measured.routes.float(),
-        harm_weight=torch.zeros(len(means), measured.means.shape[1]),
-        harm_bias=means,
-        length_weight=torch.zeros(measured.means.shape[1]),
+        harm_weight=torch.zeros(len(measured.routes), features),
+        harm_bias=measured.harm.mean(0),
+        length_weight=torch.zeros(features),
         length_bias=torch.zeros(()),
         **_grid(float((~measured.routes).float().mean(1).max())),
-        default_rate=torch.tensor(fit.skip_rate),
+        default_rate=torch.tensor(fit.target_skip),
     )
 
 
 def _grid(highest: float) -> dict[str, Tensor]:
     return {"rates": torch.linspace(0, highest, 2), "prices": torch.zeros(2)}
-
-
-def _targets(measured: Measured, clip: float) -> Tensor:
-    return measured.harm.clamp(_LEAST_HARM, clip)
 
 
 def _length_error(ridge: Ridge, seen: Measured, held: Measured, strength: float) -> float:
@@ -229,7 +196,7 @@ def _length_error(ridge: Ridge, seen: Measured, held: Measured, strength: float)
 
 def _set(router: RouteRouter, ridge: Ridge, measured: Measured, choice: Choice) -> None:
     """Put a fit into the router, but for its prices."""
-    harm_weight, harm_bias = ridge.solve(_targets(measured, choice.clip), choice.harm_ridge)
+    harm_weight, harm_bias = ridge.solve(measured.harm.clamp(_LEAST_HARM, choice.clip), choice.harm_ridge)
     length_weight, length_bias = ridge.solve(measured.tokens.log().unsqueeze(1), choice.length_ridge)
     router.settings = replace(router.settings, price=choice.price)
     router.set_fit(
@@ -248,33 +215,27 @@ def rate_over_tokens(router: RouteRouter, chosen: Tensor, tokens: Tensor) -> flo
 
 @dataclass
 class _Predicted:
-    """What a router expects of held-out prompts, so that many prices can be tried.
-
-    Attributes:
-        router: With the fit.
-        harm, length: [N, K] and [N].
-        tokens: [N], the lengths that came true.
-    """
+    """What a router expects of held-out prompts, so that many rates and prices can be tried."""
 
     router: RouteRouter
-    harm: Tensor
-    length: Tensor
-    tokens: Tensor
+    harm: Tensor  # [N, K]
+    length: Tensor  # [N]
+    tokens: Tensor  # [N], the lengths that came true
 
     @classmethod
     def of(cls, router: RouteRouter, held: Measured) -> _Predicted:
         means = held.means.to(router.device)
         return cls(router, router.predicted_harm(means), router.predicted_length(means), held.tokens)
 
-    def choose(self, price: float) -> Tensor:
-        """[N], routes at a price of time."""
-        nothing = self.harm.new_zeros(())
-        return self.router.cheapest(self.harm, self.length, nothing, self.harm.new_tensor(price)).cpu()
+    def choose(self, price: float, rate: float = 0.0) -> Tensor:
+        """[N], routes at a price of time, or where there is none at a rate."""
+        return self.router.cheapest(self.harm, self.length, *self.harm.new_tensor([rate, price])).cpu()
 
     def rate(self, price: float) -> float:
         """The skip rate over tokens that a price makes."""
         return rate_over_tokens(self.router, self.choose(price), self.tokens)
 
+    @cached_property
     def ends(self) -> tuple[float, float]:
         """Prices that make the lowest and the highest rate there is.
 
@@ -295,43 +256,40 @@ class _Predicted:
             low, high = (middle, high) if self.rate(middle) < wanted - 1e-9 else (low, middle)
         return high
 
+    def choose_at(self, wanted: float) -> Tensor:
+        """[N], the routes that make a rate, or the highest there is."""
+        if self.router.settings.price == "size":
+            return self.choose(0.0, min(wanted, float(self.router.skips.max())))
+        least, most = self.ends
+        return self.choose(self.solve(min(wanted, self.rate(most)), least, most))
+
 
 def _solve_prices(router: RouteRouter, held: Measured, fit: RouteFit) -> None:
     """The table from skip rate over tokens to price, by bisection on held-out prompts."""
     if router.settings.price == "size":
-        router.set_fit(**_grid(float(router.skips.max())), default_rate=torch.tensor(fit.skip_rate))
+        router.set_fit(**_grid(float(router.skips.max())), default_rate=torch.tensor(fit.target_skip))
         return
     predicted = _Predicted.of(router, held)
-    least, most = predicted.ends()
+    least, most = predicted.ends
     highest = predicted.rate(most)
-    rates, prices = [0.0], [least]
-    for wanted in torch.linspace(0, highest, _RATES)[1:].tolist():
+    rates, prices = torch.linspace(0, highest, _RATES), [least]
+    for wanted in rates[1:].tolist():
         prices.append(predicted.solve(wanted, prices[-1], most))
-        rates.append(wanted)
-    router.set_fit(
-        rates=torch.tensor(rates), prices=torch.tensor(prices), default_rate=torch.tensor(min(fit.skip_rate, highest))
-    )
+    router.set_fit(rates=rates, prices=torch.tensor(prices), default_rate=torch.tensor(min(fit.target_skip, highest)))
 
 
 def _regret(router: RouteRouter, held: Measured, fit: RouteFit) -> float:
     """The loss that skipping adds on held-out prompts, mean over a few rates; what a fit is chosen by."""
-    predicted = _Predicted.of(router, held)
-    by_size = router.settings.price == "size"
-    least, most = (0.0, 0.0) if by_size else predicted.ends()
-    highest = float(router.skips.max()) if by_size else predicted.rate(most)
-    found = []
-    for share in _RATES_OF_INTEREST:
-        rate = min(share * fit.skip_rate, highest)
-        if by_size:
-            router.set_fit(**_grid(highest))
-            chosen = router.choose(held.means.to(router.device), rate).cpu()
-        else:
-            chosen = predicted.choose(predicted.solve(rate, least, most))
-        # At equal rates: what the static sets lose at the rate that came out is taken off.
-        reached = rate_over_tokens(router, chosen, held.tokens)
-        lost = held.losses.gather(1, chosen[:, None])[:, 0] - static_losses(held, reached)
-        found.append(float((lost * _weights(held, router.settings.price)).sum()))
-    return sum(found)
+    predicted, weights = _Predicted.of(router, held), _weights(held, router.settings.price)
+    chosen = (predicted.choose_at(share * fit.target_skip) for share in _RATES_OF_INTEREST)
+    compared = (_compared(router, held, each) for each in chosen)
+    return sum(float(((routed - static) * weights).sum()) for routed, static, _ in compared)
+
+
+def _compared(router: RouteRouter, held: Measured, chosen: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Losses [N] under the chosen routes and under the static sets at the same rate, and that rate over tokens."""
+    reached = rate_over_tokens(router, chosen, held.tokens)
+    return held.losses.gather(1, chosen[:, None])[:, 0], static_losses(held, reached), reached
 
 
 def _weights(held: Measured, price: str) -> Tensor:
@@ -354,32 +312,30 @@ def static_losses(measured: Measured, rate: float) -> Tensor:
     return torch.lerp(measured.losses[:, best[below]], measured.losses[:, best[above]], share)
 
 
-def _diagnose(router: RouteRouter, held: Measured, fit: RouteFit) -> dict[str, Any]:
+def _diagnose(router: RouteRouter, held: Measured) -> dict[str, Any]:
     """What the fit is worth on held-out prompts at the method's rate."""
-    means = held.means.to(router.device)
-    harm = held.harm[:, 1:]
-    predicted = router.predicted_harm(means).cpu()[:, 1:]
-    constant = router.predicted_harm(means).mean(0).cpu()[1:]
-    log_tokens = held.tokens.log()
+    means, weights, log_tokens = held.means.to(router.device), _weights(held, router.settings.price), held.tokens.log()
+    predicted, length = router.predicted_harm(means).cpu(), router.predicted_length(means).cpu()
     chosen = router.choose(means).cpu()
-    reached = rate_over_tokens(router, chosen, held.tokens)
-    routed, static = held.losses.gather(1, chosen[:, None])[:, 0], static_losses(held, reached)
-    low, high = _interval(routed - static, _weights(held, router.settings.price))
-    weights = _weights(held, router.settings.price)
-    dense = float((held.losses[:, 0] * weights).sum())
+    routed, static, reached = _compared(router, held, chosen)
+    low, high = _interval(routed - static, weights)
+
+    def mean(values: Tensor) -> float:
+        return float((values * weights).sum())
+
     return {
-        "harm_r2": _r2(harm, predicted, constant),
-        "length_r2": _r2(log_tokens, router.predicted_length(means).cpu().log(), log_tokens.mean()),
+        "harm_r2": _r2(held.harm[:, 1:], predicted[:, 1:], predicted.mean(0)[1:]),
+        "length_r2": _r2(log_tokens, length.log(), log_tokens.mean()),
         "routes_used": int(chosen.unique().numel()),
         "skip_rate": float(router.skips.cpu()[chosen].mean()),
         "skip_rate_by_token": reached,
-        "dense_loss": dense,
-        "static_loss": float((static * weights).sum()),
-        "routed_loss": float((routed * weights).sum()),
-        "gain": float(((routed - static) * weights).sum()),
+        "dense_loss": mean(held.losses[:, 0]),
+        "static_loss": mean(static),
+        "routed_loss": mean(routed),
+        "gain": mean(routed - static),
         "gain_interval": [low, high],
-        "predicted_harm": float((router.predicted_harm(means).cpu().gather(1, chosen[:, None])[:, 0] * weights).sum()),
-        "measured_harm": float(((routed - held.losses[:, 0]) * weights).sum()),
+        "predicted_harm": mean(predicted.gather(1, chosen[:, None])[:, 0]),
+        "measured_harm": mean(routed - held.losses[:, 0]),
         "highest_rate": router.highest_rate,
         "worth": high < 0,
     }

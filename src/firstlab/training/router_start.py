@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,16 @@ from torch import Tensor
 
 from firstlab.methods.base import check_count
 from firstlab.methods.objective import RouterStart
-from firstlab.methods.sleb import elimination
+from firstlab.methods.sleb import elimination, one_by_one
 from firstlab.store.files import read_own, write_atomically
-from firstlab.store.ranks import barrier, rank
+from firstlab.store.ranks import rank
+from firstlab.training import codebook
 from firstlab.training.calibration import start_routers
-from firstlab.training.codebook import (
-    cluster,
-    constant_accuracy,
-    find_codebook,
-    fit_to_routes,
-    nearest,
-    pooled_states,
-    threshold_at,
-)
 from firstlab.training.prompt_set import PromptSet, check_finite
+from firstlab.training.route_search import CODEBOOK, searched_once
 
 # The SLEB order that routers with a calibrated start begin from: layers, best skipped first.
 STATIC_ORDER = "start.json"
-# The routes of the codebook, and how well the routers were fitted to it.
-CODEBOOK = "codebook.json"
 
 
 def start_phase_1(directory: Path, start: RouterStart, training: PromptSet) -> dict[str, float]:
@@ -50,30 +42,28 @@ def start_phase_1(directory: Path, start: RouterStart, training: PromptSet) -> d
 
 def _static_order(directory: Path, prompts: PromptSet, start: RouterStart) -> list[int]:
     """Layers to skip, the last of them for a share of the prompts if the count is not whole."""
-    file = directory / STATIC_ORDER
     layers, count = prompts.num_layers, start.skip_rate * prompts.num_layers
-    if not file.is_file() and rank()[0] == 0:
+
+    def search() -> list[int]:
         check_count(math.ceil(count), layers, 1, 1)
         # The whole layers first, by themselves: with the last one in the search their set need not be the best.
-        shown, width = prompts.progress_bar, start.search_width
-        order = elimination(layers, math.floor(count), prompts.loss, width=width, progress_bar=shown)
-        order = elimination(layers, math.ceil(count), prompts.loss, first=order, progress_bar=shown)
-        write_atomically(file, json.dumps(order) + "\n")
-    barrier()
-    return read_order(directory, layers, math.ceil(count))
+        losses_of = one_by_one(prompts.loss, prompts.progress_bar)
+        order = elimination(layers, math.floor(count), losses_of, width=start.search_width)
+        return elimination(layers, math.ceil(count), losses_of, first=order)
+
+    return searched_once(directory / STATIC_ORDER, search, partial(_order, layers, math.ceil(count)))
 
 
 def read_order(directory: Path, num_layers: int, count: int) -> list[int]:
     """At least `count` layers in the order in which they are best skipped, as the run directory has them."""
+    return read_own(directory / STATIC_ORDER, partial(_order, num_layers, count))
 
-    def parse(saved: Any) -> list[int]:
-        order = [int(layer) for layer in saved]
-        if order != saved or len(set(order)) != len(order) or len(order) < count or not set(order) <= layers:
-            raise ValueError(f"it is no order of {count} layers")
-        return order
 
-    layers = set(range(num_layers))
-    return read_own(directory / STATIC_ORDER, parse)
+def _order(num_layers: int, count: int, saved: Any) -> list[int]:
+    order = [int(layer) for layer in saved]
+    if order != saved or len(set(order)) != len(order) or len(order) < count or not {*order} <= {*range(num_layers)}:
+        raise ValueError(f"it is no order of {count} layers")
+    return order
 
 
 def _from_codebook(directory: Path, start: RouterStart, training: PromptSet) -> dict[str, float]:
@@ -85,14 +75,13 @@ def _from_codebook(directory: Path, start: RouterStart, training: PromptSet) -> 
             f"{len(others)}: lower method.calibration_prompts, or raise data.train_size"
         )
     _say(f"calibrating the routers' start (codebook) on {len(prompts)} training prompts and {len(others)} further ones")
-    states = pooled_states(prompts)
-    centres = cluster(states, start.codebook_size)
-    measured = nearest(pooled_states(others), centres)
-    file = directory / CODEBOOK
-    if not file.is_file() and rank()[0] == 0:
-        found = find_codebook(prompts, nearest(states, centres), others, measured, start.skip_rate)
-        write_atomically(file, json.dumps({"routes": found.tolist()}) + "\n")
-    barrier()
+    states = codebook.pooled_states(prompts)
+    centres = codebook.cluster(states, start.codebook_size)
+    measured = codebook.nearest(codebook.pooled_states(others), centres)
+
+    def search() -> dict[str, Any]:
+        found = codebook.find_codebook(prompts, codebook.nearest(states, centres), others, measured, start.skip_rate)
+        return {"routes": found.tolist()}
 
     def parse(saved: Any) -> Tensor:
         found = torch.tensor(saved["routes"])
@@ -100,13 +89,13 @@ def _from_codebook(directory: Path, start: RouterStart, training: PromptSet) -> 
             raise ValueError("it holds no routes of these prompts")
         return found
 
-    routes = read_own(file, parse)
+    routes = searched_once(directory / CODEBOOK, search, parse)
     wanted = routes[measured]
     trained = math.ceil(len(others) * 3 / 4)
-    accuracy = fit_to_routes(others, wanted, margin=start.margin, trained=trained)
+    accuracy = codebook.fit_to_routes(others, wanted, margin=start.margin, trained=trained)
     started = {
         "start_accuracy": float(accuracy.mean()),
-        "start_constant_accuracy": float(constant_accuracy(wanted, trained).mean()),
+        "start_constant_accuracy": float(codebook.constant_accuracy(wanted, trained).mean()),
     }
     _say(
         f"codebook of {len(routes)}, skipping {', '.join(str(int(x)) for x in (~routes).sum(1))} layers: "
@@ -115,7 +104,7 @@ def _from_codebook(directory: Path, start: RouterStart, training: PromptSet) -> 
     )
     if rank()[0] == 0:
         record = {"routes": routes.tolist(), "held_out_accuracy": accuracy.tolist()}
-        write_atomically(file, json.dumps(record) + "\n")
+        write_atomically(directory / CODEBOOK, json.dumps(record) + "\n")
     return started
 
 
@@ -124,7 +113,7 @@ def calibrate_rate(validation: PromptSet, skip_rate: float) -> float:
     model = validation.model
     rho = torch.cat([model.prompt_rho(batch["input_ids"], batch["prompt_mask"]) for batch in validation.batches])
     check_finite(rho, "rho of validation prompts")
-    threshold = threshold_at(rho.cpu(), skip_rate)
+    threshold = codebook.threshold_at(rho.cpu(), skip_rate)
     model.routers.settings = replace(model.routers.settings, threshold=threshold)
     return threshold
 
