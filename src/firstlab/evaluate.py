@@ -38,10 +38,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
     for key in options:
         if not re.fullmatch(r"(data|evaluation|trainer|seed)(\..*)?|model\.(quantization|path)", key):
-            raise ValueError(
-                f"{key} was fixed when the run was trained; only data, evaluation, trainer, seed, "
-                "model.quantization and, where the base model has moved, model.path change"
-            )
+            raise ValueError(f"{key} was fixed when the run was trained; --help names the keys that change")
     from firstlab.config import instantiate
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
     from firstlab.evaluation.predictions import fingerprint, source_of
@@ -49,8 +46,8 @@ def main(arguments: list[str]) -> None:
     from firstlab.evaluation.variant import evaluate_variant
     from firstlab.model.quantization import quantize
     from firstlab.run.decisions import decided_routes, static_routes
+    from firstlab.run.directory import record_of
     from firstlab.run.load import load_run
-    from firstlab.run.record import record_of
     from firstlab.run.report import print_table, rows_of_record
     from firstlab.store import results
     from firstlab.store.files import claimed
@@ -77,11 +74,11 @@ def main(arguments: list[str]) -> None:
             config.evaluation,
             out,
             variant,
-            routes,
-            source,
-            config.seed,
-            config.trainer.progress_bar,
-            static_routes(directory, method, model.num_layers),
+            routes=routes,
+            source=source,
+            seed=config.seed,
+            progress_bar=config.trainer.progress_bar,
+            static=static_routes(directory, method, model.num_layers),
         )
         record = record_of(directory, out, config, method, model, variants=variants)
         results.write(out, record)

@@ -73,19 +73,18 @@ def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> Non
 
 
 def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
-    """Print a `ValueError`, a full disk or memory as one message and exit with 2.
+    """Print a `ValueError`, a full disk or memory as one message and exit with 2; on Ctrl-C say how to go on.
 
-    On Ctrl-C or SIGTERM say how to go on and exit with 130; by default SIGTERM would leave the processes of a sweep
-    running. With `resumes` the same command, given again, goes on where it was stopped.
+    With `resumes` the same command, given again, goes on where it was stopped.
     """
 
     @functools.wraps(main)
     def run(given: Input) -> None:
         quiet()
         way_out = "the same command goes on where it was" if resumes else "give the same command again"
-        # Not where a launcher or a library has a use of its own for it, nor in a thread, which may not.
-        ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        ours = ours and threading.current_thread() is threading.main_thread()
+        # SIGTERM would leave the processes of a sweep running. A launcher may have its own use for it; threads may not.
+        in_main = threading.current_thread() is threading.main_thread()
+        ours = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if ours:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             if LAUNCHED in os.environ:
@@ -120,10 +119,8 @@ def during(step: str = "") -> Iterator[None]:
     """Raise a full disk or memory as a `ShortageError` that names the step ("phase lora with batch_size=16")."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
-        if reason := _shortage(error):
+        if not isinstance(error, ValueError) and (reason := _shortage(error)):
             what, colon, remedy = reason.partition(":")
             raise ShortageError(f"{what}{f' in {step}' if step else ''}{colon}{remedy}") from error
         raise
@@ -148,7 +145,7 @@ def _overwrites(given: Any) -> bool:
     """Whether a composed configuration, or the arguments of a sweep, would start again from nothing."""
     if isinstance(given, list):
         return "overwrite=true" in map(str.lower, given)
-    return bool(getattr(given, "get", lambda _: False)("overwrite"))
+    return hasattr(given, "get") and bool(given.get("overwrite"))
 
 
 def _quoted(argument: str) -> str:
@@ -156,18 +153,15 @@ def _quoted(argument: str) -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    def parses(each: str) -> bool:
-        try:
-            OverridesParser.create().parse_override(each)
-        except HydraException:
-            return False
-        return True
-
-    key, equals, value = argument.partition("=")
+    key, _, value = argument.partition("=")
+    if key.startswith("-") or re.fullmatch(r"[\w./,+-]*", value):
+        return argument
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    quoted = f'{key}="{escaped}"'
-    simple = re.fullmatch(r"[\w./,+-]*", value)
-    return quoted if equals and key[:1] != "-" and not simple and not parses(argument) and parses(quoted) else argument
+    for each in (argument, f'{key}="{escaped}"'):
+        with suppress(HydraException):
+            OverridesParser.create().parse_override(each)
+            return each
+    return argument
 
 
 def _one_line(error: Exception, name: str) -> str:
@@ -193,7 +187,7 @@ def _one_line(error: Exception, name: str) -> str:
         key = unknown[1]
         with suppress(HydraException, ValueError):  # the others may be wrong, too
             return allowed_keys(key, [x for x in overrides() if x.lstrip("+").partition("=")[0] != key], name)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = filter(None, map(str.strip, text.splitlines()))
     told = ", ".join(line for line in lines if not line.startswith(("reference_type", "object_type", "full_key")))
     return told.replace(":,", ":")
 
@@ -239,22 +233,12 @@ def _is_key(text: str) -> bool:
 
 def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """KEY=VALUE arguments and the others."""
-    options, words = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and _is_key(key):
-            options[key] = value
-        else:
-            words.append(argument)
-    return options, words
+    given = [each for each in arguments if "=" in each and _is_key(each.partition("=")[0])]
+    return dict(each.split("=", 1) for each in given), [each for each in arguments if each not in given]
 
 
 def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, list[str]]:
-    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields, or follows `--`, is text.
-
-    Raises:
-        ValueError: A value of the wrong type; or before the text a key that is no field.
-    """
+    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields, or follows `--`, is text."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

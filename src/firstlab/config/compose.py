@@ -27,9 +27,9 @@ Settings = TypeVar("Settings")
 
 def conf_dir() -> str:
     """The `conf` folder: the repository's when there is one, else the copy inside the installed package."""
-    in_repository = Path(__file__).resolve().parents[3] / "conf"
-    inside_package = Path(__file__).resolve().parents[1] / "conf"
-    return str(in_repository if (in_repository / "train.yaml").is_file() else inside_package)
+    package = Path(__file__).resolve().parents[1]
+    in_repository = package.parents[1] / "conf"
+    return str(in_repository if (in_repository / "train.yaml").is_file() else package / "conf")
 
 
 def own_conf_dirs() -> list[str]:
@@ -76,9 +76,8 @@ def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration that `python -m firstlab.train OVERRIDES` would run, unchecked; nothing is built."""
     register()
     composed = compose_file("train", [*search_path(own_conf_dirs()), *overrides])
-    node = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}
+    node: Any = OmegaConf.to_container(composed, resolve=True)
+    return dict(node)
 
 
 def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
@@ -140,11 +139,9 @@ def refuse_misread(config: DictConfig, arguments: Sequence[str]) -> None:
     """Raises ValueError for what Hydra would misread: KEY=1 as true, and GROUP=[A,B] as the two merged into one."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
-        number, several = re.fullmatch(r"[-+]?\d+", value), value.startswith("[")
-        node = OmegaConf.select(config, key) if number or several else None
-        if number and isinstance(node, bool):
+        if re.fullmatch(r"[-+]?\d+", value) and isinstance(OmegaConf.select(config, key), bool):
             raise ValueError(f"{argument} is not allowed: {key} takes true or false")
-        if several and OmegaConf.is_dict(node):
+        if value.startswith("[") and OmegaConf.is_dict(OmegaConf.select(config, key)):
             raise ValueError(f"{argument} is not allowed: choose one {key}")
 
 
@@ -166,10 +163,9 @@ def merge_saved(node: dict[str, Any], file: str | Path = "saved configuration") 
     """
     try:
         _refuse_interpolations(node, file)
-        merged = OmegaConf.merge(_schema(), node)
+        merged: Any = OmegaConf.merge(_schema(), node)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"{file}: {str(error).strip().splitlines()[0]}") from error
-    assert isinstance(merged, DictConfig)
     return merged
 
 
@@ -187,7 +183,5 @@ def _refuse_interpolations(node: Any, file: str | Path) -> None:
 
 
 @functools.cache
-def _schema() -> DictConfig:
-    schema = _writable(OmegaConf.structured(ExperimentConfig))
-    assert isinstance(schema, DictConfig)
-    return schema
+def _schema() -> Any:
+    return _writable(OmegaConf.structured(ExperimentConfig))

@@ -1,7 +1,6 @@
-"""Build the object that a `_target_` node of the configuration names; refuse everything that is not known or named.
+"""Build the object that a `_target_` node of the configuration names.
 
-Nothing is imported but firstlab's own classes, Lightning's loggers, and what the command line, or a configuration given
-with it, names (`trust`); a run directory or a record cannot add to these.
+Only firstlab's own classes, Lightning's loggers, and what the command line names (`trust`) are ever imported.
 """
 
 from __future__ import annotations
@@ -50,11 +49,9 @@ def targets(node: Any) -> Iterator[str]:
     if isinstance(node, Mapping):
         if isinstance(name := node.get("_target_"), str):
             yield name
-        for value in node.values():
-            yield from targets(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from targets(value)
+        node = list(node.values())
+    for value in node if isinstance(node, list | tuple) else ():
+        yield from targets(value)
 
 
 def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
@@ -74,11 +71,7 @@ def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
 
 
 def check(node: Any, option: str, kind: type, **extra: Any) -> type:
-    """The class of a `_target_` node; no object is made.
-
-    Raises:
-        ValueError: No `_target_`, one that is not allowed, or arguments that are unknown, missing or of a wrong type.
-    """
+    """The class of a `_target_` node, which must be allowed, and so must its arguments; no object is made."""
     group = "task" if ".parts." in option else option.rpartition(".")[2]
     if not isinstance(node, dict) or not isinstance(name := node.get("_target_"), str):
         raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
@@ -118,20 +111,19 @@ def _class(name: str, group: str, option: str) -> type:
 
 
 def _check_arguments(target: type, given: Mapping[str, Any], option: str, extra: Mapping[str, Any]) -> None:
-    name = f"{target.__module__}.{target.__qualname__}"
     _refuse_nested(given, option)
+    name, hints = f"{target.__module__}.{target.__qualname__}", _hints(target)
     parameters = inspect.signature(target).parameters.values()
-    known = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    unknown = [key for key in given if key not in known]
-    if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters):
-        raise ValueError(f"{option}.{unknown[0]} is unknown: {name} takes {', '.join(known) or 'nothing'}")
-    for each in parameters:
-        if each.name in known and each.default is each.empty and each.name not in {*given, *extra}:
-            raise ValueError(f"{option}.{each.name} is missing: {name} needs it")
-    hints = _hints(target)
+    known = {each.name: each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
     for key, value in given.items():
+        if key not in known and not takes_any:
+            raise ValueError(f"{option}.{key} is unknown: {name} takes {', '.join(known) or 'nothing'}")
         if key in hints and not _fits(value, hints[key]):
             raise ValueError(f"{option}.{key}={value!r} is not allowed: it takes {_describe(hints[key])}")
+    for key, each in known.items():
+        if each.default is each.empty and key not in {*given, *extra}:
+            raise ValueError(f"{option}.{key} is missing: {name} needs it")
 
 
 def _refuse_nested(node: Any, option: str) -> None:
@@ -147,8 +139,7 @@ def _refuse_nested(node: Any, option: str) -> None:
 def with_defaults(node: Any, option: str) -> Any:
     """A node with the defaults of its dataclass, so that it stays the same when the class gets a new setting.
 
-    Whole numbers become floats where the class takes floats: 1 and 1.0 are one setting. A class that is not allowed
-    leaves the node as it is.
+    Whole numbers become floats where the class takes floats: 1 and 1.0 are one setting.
     """
     try:
         target = _class(node["_target_"], option, option)

@@ -30,6 +30,11 @@ class Run:
     model: RouterAugmentedLM
     loggers: list[Logger]
 
+    @property
+    def tuned(self) -> bool:
+        """Whether the run chooses on a model that was tuned first."""
+        return (self.directory / "tune").is_dir()
+
     def prompts(self, examples: Sequence[Example]) -> PromptSet:
         """Prompts for the method to look at."""
         room = self.config.trainer.prompt_cache_mib * 2**20

@@ -1,19 +1,20 @@
-"""Inspect a run directory (whose run it is, what is done, what remains to do) and take it over for a run."""
+"""Inspect a run directory (whose run it is, what is done, what remains to do), take it over, sum up its record."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from firstlab.config.compose import load_dict, read_saved
-from firstlab.config.schema import ExperimentConfig
+from firstlab.config.schema import TRAINED, ExperimentConfig
 from firstlab.methods.base import Method
-from firstlab.store import results
-from firstlab.store.files import remove_torn, write_atomically, yaml_text
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.store import machine, results
+from firstlab.store.files import read_own, remove_torn, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 
 CONFIG = "config.yaml"
@@ -24,13 +25,50 @@ def variant_names(method: Method) -> tuple[str, str]:
     return ("base", "base_lora") if method.name == "none" else ("router", "router_lora")
 
 
+def phase_record(directory: Path, phase: str) -> dict[str, Any] | None:
+    """What NAME.yaml says about a phase, None if this run has not trained it; ValueError if the file is damaged."""
+
+    def parse(saved: Any) -> dict[str, Any]:
+        if not all(isinstance(saved[key], int | float) for key in ("steps", "multiplier", "seconds")):
+            raise ValueError("it holds no record of a phase")
+        return dict(saved)
+
+    file, product = directory / f"{phase}.yaml", directory / phase
+    if not file.is_file() and not product.is_dir():
+        return None
+    remedy = f"delete it and {product}, and result.json if there is one, and give the training command again"
+    return read_own(file, parse, f"{remedy} to train this phase")
+
+
+def record_of(
+    run: Path, out: Path, config: ExperimentConfig, method: Method, model: RouterAugmentedLM, **more: Any
+) -> dict[str, Any]:
+    """What the result.json in `out` says of the run in directory `run`; `more` holds its variants and the like."""
+    return {
+        "method": method.name,
+        "label": method.label,
+        "level": method.level,
+        "rounding": method.rounding(model.num_layers),
+        "note": config.note,
+        "model": config.model.name,
+        "data": config.data.name,
+        "directory": str(out),
+        "config_hash": config.hash(),
+        "config": config.identity(),
+        "seed": config.seed,
+        "num_layers": model.num_layers,
+        "phases": {phase: phase_record(run, phase) for phase in TRAINED},
+        **more,
+        **machine.provenance(model.device),
+    }
+
+
 def wanted_variants(config: ExperimentConfig, method: Method) -> list[str]:
     """What the requested phases, together with what is on disk, let us evaluate."""
     if "evaluate" not in config.phases:
         return []
-    before, after = variant_names(method)
     trained = "lora" in config.phases or (config.directory(method.label) / "lora").is_dir()
-    return [before, after] if trained else [before]
+    return list(variant_names(method)[: 1 + trained])
 
 
 def is_trained(config: ExperimentConfig, method: Method) -> bool:
@@ -44,7 +82,7 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
     """The record of a run that has nothing left to do, or None; raises ValueError as `check_directory` does."""
     directory = config.directory(method.label)
     check_directory(directory, config)
-    failed = (directory / results.FAILURE).is_file()  # to run it again, with the earlier result still there
+    failed = (directory / results.FAILURE).is_file()  # for all its earlier result
     if config.overwrite or failed or not (directory / CONFIG).is_file():
         return None
     record = results.read(directory)
@@ -53,19 +91,16 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
 
 def check_directory(directory: Path, config: ExperimentConfig) -> None:
     """Raises ValueError if a run of this configuration cannot use the directory: nothing in it gets lost."""
-    is_run = False
-    with suppress(ValueError):
-        is_run = bool(read_saved(directory / CONFIG))
-    if is_run:
+    try:
+        read_saved(directory / CONFIG)
+    except ValueError:
+        if directory.is_file():
+            raise ValueError(f"run_dir={directory} is a file; choose another run_dir") from None
+        if has_begun(directory):
+            raise ValueError(f"run_dir={directory} is not empty and holds no run; choose another run_dir") from None
+    else:
         if not config.overwrite:
             check_same(directory, config)
-    elif directory.is_file():
-        raise ValueError(f"run_dir={directory} is a file; choose another run_dir")
-    elif has_begun(directory):
-        raise ValueError(
-            f"run_dir={directory} is not empty and holds no {CONFIG} of a run, so firstlab did not make "
-            "it and leaves it alone; choose another run_dir"
-        )
 
 
 def has_begun(directory: Path) -> bool:
@@ -77,11 +112,8 @@ def has_begun(directory: Path) -> bool:
 
 
 def check_same(directory: Path, config: ExperimentConfig) -> None:
-    """Raises ValueError if the run directory belongs to a configuration that gives other numbers.
-
-    One where nothing has been done yet belongs to none: a wrong `data.root` must not block the right one.
-    """
-    if not has_begun(directory):
+    """Raises ValueError if the run directory belongs to a configuration that gives other numbers."""
+    if not has_begun(directory):  # then it belongs to none: a wrong `data.root` must not block the right one
         return
     try:
         saved = load_dict(read_saved(directory / CONFIG))

@@ -11,13 +11,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
+import torch
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from firstlab.config.command_line import LAUNCHED, quiet
 from firstlab.config.compose import own_conf_dirs, search_path
 from firstlab.config.schema import TrainerConfig
+from firstlab.run.directory import check_directory
+from firstlab.run.load import load
+from firstlab.run.loggers import close_failed
 from firstlab.store import results
+from firstlab.store.files import claimed
 
 # torchrun without its tracebacks, for when it is stopped, or one of its processes ends badly and has said why.
 _TORCHRUN = """
@@ -54,11 +60,6 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
     @functools.wraps(main)
     def run(composed: DictConfig) -> None:
         quiet()
-        from firstlab.run.directory import check_directory
-        from firstlab.run.load import load
-        from firstlab.run.loggers import close_failed
-        from firstlab.store.files import claimed
-
         directory, ours = None, False
         try:
             config, method = load(composed)
@@ -82,16 +83,13 @@ def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]
 
 
 def _finish(command: list[str], environment: Mapping[str, str] | None = None, patience_s: float = 1.0) -> int:
-    """The exit status of a launcher of processes, which on Ctrl-C has the time to stop its own processes.
-
-    `subprocess.run` would kill it, and leave its processes running. A terminal has told it already.
-    """
+    """The exit status of a launcher of processes; on Ctrl-C `subprocess.run` would kill it, and not its processes."""
     with subprocess.Popen(command, env=environment) as launcher:
         try:
             return launcher.wait()
         except KeyboardInterrupt:
             try:
-                launcher.wait(patience_s)
+                launcher.wait(patience_s)  # a terminal has told it already
             except subprocess.TimeoutExpired:
                 launcher.send_signal(signal.SIGINT)
                 launcher.wait()
@@ -99,21 +97,19 @@ def _finish(command: list[str], environment: Mapping[str, str] | None = None, pa
 
 
 def in_processes(module: str, trainer: TrainerConfig) -> bool:
-    """Start `module` again under torchrun when several processes are asked for and this is not one of them.
+    """Start `module` again under torchrun if several processes are asked for and this is none of them.
 
-    Several nodes are started from outside, with torchrun on every node. Returns True if the processes were started and
-    have ended well; the caller is done.
+    Returns True if they were started and have ended well: the caller is done.
     """
-    wanted, world = trainer.devices * trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted == 1:
+    per_node, nodes, world = trainer.devices, trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
+    if per_node * nodes == 1:
         return False
     if world > 1:
         _join(trainer, world)
         return False
-    if trainer.num_nodes > 1:
+    if nodes > 1:
         raise ValueError(
-            f"trainer.num_nodes={trainer.num_nodes}: start this command on every node with torchrun --nnodes "
-            f"{trainer.num_nodes} --nproc-per-node {trainer.devices} -m {module} ..."
+            f"trainer.num_nodes={nodes}: start torchrun --nnodes {nodes} --nproc-per-node {per_node} -m {module} on each node"
         )
 
     # A job of a sweep names its sweep file, which would start the whole sweep again.
@@ -125,13 +121,9 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
 
 
 def _join(trainer: TrainerConfig, world: int) -> None:
-    import torch
-    import torch.distributed as dist
-
-    if world != trainer.devices * trainer.num_nodes:
+    if world != (wanted := trainer.devices * trainer.num_nodes):
         raise ValueError(
-            f"{world} processes were started but trainer.devices={trainer.devices} on {trainer.num_nodes} node(s) "
-            f"makes {trainer.devices * trainer.num_nodes}; start as many as the configuration says"
+            f"{world} processes were started, but trainer.devices × trainer.num_nodes is {wanted}; start as many"
         )
     if not dist.is_initialized():
         if trainer.accelerator == "gpu":

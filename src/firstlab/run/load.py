@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -45,18 +46,14 @@ class TrainedRun(NamedTuple):
 def load_run(
     directory: Path, variant: str | None, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
 ) -> TrainedRun:
-    """Load a variant (base, base_lora, router or router_lora; None for the most trained one) of a run directory.
-
-    Raises:
-        ValueError: See `read`; or the variant was not trained, or a device is asked for that is not there.
-    """
+    """Load a variant (base, base_lora, router or router_lora; None for the most trained one) of a run directory."""
     overrides = overrides or {}
     config, method = read(directory / "config.yaml", overrides, config_dirs)
     start: Path | None = directory / ("router" if method.trains_routers else "tune")
-    if not method.trains_routers and not (directory / "tune").is_dir():
-        start = None
     if config.init_from is not None and not (directory / "router").is_dir():
         start = Path(model_path(config.init_from))
+    elif not method.trains_routers and not (directory / "tune").is_dir():
+        start = None
     if "model.path" in overrides:
         config = replace(config, init_from=None)  # which has a base of its own
     check_device(config.trainer)
@@ -68,14 +65,12 @@ def load_run(
             "evaluated by one process; choose trainer=cpu or gpu"
         )
     before, after = variant_names(method)
-    trained = next((directory / each for each in ("refit", "lora") if (directory / each).is_dir()), directory / "lora")
-    folders = {"base": None, before: start, after: trained}
+    trained = "refit" if (directory / "refit").is_dir() else "lora"
+    folders = {"base": None, before: start, after: directory / trained}
     if variant is None:
         variant = [name for name, folder in folders.items() if folder is None or folder.is_dir()][-1]
         if variant == "base" and config.init_from is not None and start is not None:
-            raise ValueError(
-                f"init_from={config.init_from!r} is not there any more; put it back, or choose variant=base"
-            )
+            raise ValueError(f"init_from={config.init_from!r} is not there any more; put it back, or say variant=base")
     if variant not in folders:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(folders)}")
     folder = folders[variant]
@@ -114,21 +109,29 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         raise ValueError(f"method._target_={config.method['_target_']!r}: the class has no `name`, as tables need")
     instantiate.check(config.data.task, "data.task", Task)
     if config.logger:
-        from lightning.pytorch.loggers import Logger
-
         instantiate.check(config.logger, "logger", Logger)
         if uploads := config.logger.get("log_model"):
-            raise ValueError(
-                f"logger.log_model={uploads} has no effect: models stay in the run directory; leave the option out"
-            )
-    if config.model.revision is not None and Path(model_path(config.model.path)).is_dir():
+            raise ValueError(f"logger.log_model={uploads} has no effect: models stay in the run directory; drop it")
+    if (revision := config.model.revision) is not None and Path(model_path(config.model.path)).is_dir():
         raise ValueError(
-            f"model.revision={config.model.revision!r} is for models of the hub, and model.path={config.model.path!r} "
-            "is a folder; leave model.revision=null"
+            f"model.revision={revision!r} is for models of the hub, and model.path is a folder; leave it null"
         )
     if not config.phases:
         config = replace(config, phases=list(PAPER_ORDER) if config.init_from else method.steps)
-    return (_without_routers(config) if method.name == "none" else config), method
+    if method.name == "none":
+        config = _without_routers(config)
+    if (kind := config.router.kind) != (fits := method.router_kind):
+        other = "routes" if kind == "routes" else "first"
+        raise ValueError(
+            f"router.kind={kind} does not fit method={method.name}: choose method={other}, or router.kind={fits}"
+        )
+    if (rates := config.evaluation.skip_rates) and fits != "routes":
+        raise ValueError(
+            f"evaluation.skip_rates={rates}: {method.name} knows one rate; leave it out, or choose method=routes"
+        )
+    if "refit" in config.phases and not (method.trains_routers and "lora" in config.phases):
+        raise ValueError(f"phases={config.phases}: refit needs a method that trains routers, and lora before it")
+    return config, method
 
 
 def read(
@@ -139,9 +142,6 @@ def read(
     Saved text is data: it names no classes but firstlab's, unless `instantiate.trust` was told so, no logger and no
     program. Overrides map dotted keys to values; `data` and `trainer` name a file of conf/data and conf/trainer, or of
     the same folder in one of `config_dirs`.
-
-    Raises:
-        ValueError: There is no such file, it is not a run's, or a key or value is wrong.
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")

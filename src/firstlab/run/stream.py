@@ -173,9 +173,7 @@ def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Sourc
     if moved:
         raise ValueError(f"model.path is for run directories of firstlab.train; run={options.run} is none")
     if options.prompt == "task":
-        raise ValueError(
-            f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder"
-        )
+        raise ValueError(f"run={options.run} is no run directory of firstlab.train, but a model folder: add prompt=raw")
     for name in ("question", "part"):
         if getattr(options, name):
             raise ValueError(f"{name}={getattr(options, name)!r}: prompt=raw takes the text alone; leave {name} out")

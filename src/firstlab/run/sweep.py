@@ -37,20 +37,16 @@ def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[
 
     Args:
         grids: Grid name to {override key: value or list of values}; "{KEY}" in a value is the run's value of KEY.
-        given: Command-line keys and their values. A key that grids sweep narrows them to these values, or ValueError if
-            none has one of them; any other key is one more axis of all runs.
+        given: Command-line keys and their values, which narrow the grids that sweep them, or are one more axis of all.
     """
     axes = [{key: _texts(values) for key, values in grid.items()} for grid in grids.values()]
     swept: dict[str, list[str]] = defaultdict(list)
-    for grid in axes:
-        for key, values in grid.items():
-            swept[key] += values
+    for key, values in (each for grid in axes for each in grid.items()):
+        swept[key] += values
     for key, wanted in given.items():
-        if unknown := [value for value in wanted if key in swept and value not in swept[key]]:
-            raise ValueError(
-                f"{key}={','.join(unknown)} is not in the sweep, which has {', '.join(dict.fromkeys(swept[key]))}; "
-                "values on the command line narrow a sweep"
-            )
+        known = dict.fromkeys(swept.get(key, wanted))
+        if unknown := [value for value in wanted if value not in known]:
+            raise ValueError(f"{key}={','.join(unknown)} is not in the sweep, which has {', '.join(known)}")
     everywhere = {key: list(values) for key, values in given.items() if key not in swept}
     runs: dict[tuple[str, ...], None] = {}
     for grid in axes or [{}]:
@@ -68,11 +64,12 @@ def with_cells(
     if not cells:
         return dict(grids)
     try:
-        typed: Any = {name: OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for name, each in cells.items()}
+        typed: Any = [OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for each in cells.values()]
         known: Any = OmegaConf.to_object(OmegaConf.merge(ScaleConfig, scale))
     except OmegaConfBaseException as error:
         raise ValueError(f"hydra.sweeper: {str(error).strip().splitlines()[0]}") from error
-    return {f"cell {number}": run for number, run in enumerate(sweep_runs(known, typed))} | dict(grids)
+    runs = [run for each in typed for run in sweep_runs(known, each)]
+    return {f"cell {number}": run for number, run in enumerate(runs)} | dict(grids)
 
 
 def _texts(values: Any) -> list[str]:
@@ -106,11 +103,7 @@ class PlannedRun:
 def plan(
     runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig], recorded: Path | None
 ) -> list[PlannedRun]:
-    """Compose and check every run, find those finished, in place or in the folder `recorded`, and estimate the others.
-
-    Raises:
-        ValueError: Runs that do not compose, that would share a directory, or whose directory is another run's.
-    """
+    """Compose and check every run, find the finished ones, here or in the folder `recorded`, and estimate the others."""
     planned = _composed(runs, compose)
     records = [] if recorded is None else _records(recorded)
     known = {record["config_hash"]: record for record in records}
@@ -152,9 +145,8 @@ def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConf
                 f"{' '.join(overrides)}: its run directory {run.directory} is also that of another run of this sweep "
                 f"({' '.join(other.overrides)}); give one of them a note"
             )
-    for message, affected in broken.items():
-        others = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
-        problems.append(f"{affected[0]}{others}: {message}")
+    for message, (first, *others) in broken.items():
+        problems.append(f"{first}{f' (and {len(others)} more)' if others else ''}: {message}")
     _raise_all(problems)
     return list(planned.values())
 
@@ -168,8 +160,9 @@ def _raise_all(problems: list[str]) -> None:
 def _look_up(run: PlannedRun, recorded: Record | None = None) -> None:
     """Set the state of a run from its directory, or from a recorded result."""
     record, failure = finished_record(run.config, run.method), results.read_failure(run.directory)
-    if record is None and recorded is not None and not run.config.overwrite:
-        record = recorded if set(wanted_variants(run.config, run.method)) <= set(recorded["variants"]) else None
+    wanted = set(wanted_variants(run.config, run.method))
+    if record is None and recorded is not None and not run.config.overwrite and wanted <= set(recorded["variants"]):
+        record = recorded
     run.state, run.error = "to do", None
     if record is not None:
         run.state, run.seconds = "finished", record.get("wall_s")
@@ -230,13 +223,9 @@ def run_sweep(
     """Print the plan, launch what is not finished, report; exits with 1 if a run has no result.
 
     Args:
-        runs: Overrides of each run, of which `compose` makes a configuration.
         launch: Runs jobs given as overrides; each job records its own failure.
         settings: The `sweep` node of the configuration.
         here: Whether jobs run on this machine, so that it must have the devices they ask for.
-
-    Raises:
-        ValueError: See `plan`; or a device is missing.
     """
     name = settings.name or "sweep"
     planned = plan(runs, compose, None if settings.recorded is None else Path(settings.recorded))

@@ -14,7 +14,7 @@ import reprlib
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ SUMMARY = "summary.csv"
 EVALUATIONS = "evaluations"
 #: Environment variable that tells the processes of a run that it is a job of a sweep, which wants to know failures.
 SWEEP_JOB = "FIRSTLAB_SWEEP_JOB"
+#: How tables call the variants of a record.
 ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "router_lora": "Router + LoRA"}
 
 #: Numbers per test prompt: an array as `pack` writes it, or a plain list as records.jsonl.xz holds it.
@@ -109,30 +110,24 @@ def read_all(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, 
 
 
 def _read_file(file: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    packed = file.name == PACKED
     try:
-        if file.name != PACKED:
-            schema = BENCHMARK_RECORD if file.name == BENCHMARK else RECORD
-            yield file, checked(_json(file.read_text(encoding="utf-8")), schema)
-            return
-        with lzma.open(file, "rt", encoding="utf-8") as lines:
-            yield from _read_lines(file, lines, warn)
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-        rest = " or its rest" if file.name == PACKED else ""
-        warn(f"{file}{rest} is left out: {error}")
-
-
-def _read_lines(file: Path, lines: Iterable[str], warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        place = f"line {number}"
-        try:
-            node = _json(line)
-            _check(node, {"name": str}, "")
-            place = node.pop("name")
-            found = checked(node, BENCHMARK_RECORD if "cells" in node else RECORD)
-        except ValueError as error:
-            warn(f"{file / place} is left out: {error}")
-        else:
-            yield file / place, found
+        with (lzma.open if packed else open)(file, "rt", encoding="utf-8") as opened:
+            for number, text in enumerate(opened if packed else [opened.read()], 1):
+                place = file / f"line {number}" if packed else file
+                try:
+                    node = _json(text)
+                    if packed:
+                        _check(node, {"name": str}, "")
+                        place = file / node.pop("name")
+                    is_benchmark = "cells" in node if packed else file.name == BENCHMARK
+                    found = checked(node, BENCHMARK_RECORD if is_benchmark else RECORD)
+                except ValueError as error:
+                    warn(f"{place} is left out: {error}")
+                else:
+                    yield place, found
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        warn(f"{file}{' or its rest' if packed else ''} is left out: {error}")
 
 
 def _json(text: str) -> Any:
@@ -243,10 +238,8 @@ _NAMES |= {int: "a whole number", float: "a number", bool: "true or false"}
 def _check(value: Any, kind: Any, where: str) -> None:
     """Raises ValueError if a value does not follow a schema."""
     plain_kind = type(kind) if isinstance(kind, dict | list) else kind
-    fits = isinstance(value, int | float if kind is float else plain_kind)
-    fits = fits and isinstance(value, bool) == (kind is bool)
-    fits = fits and (kind is not float or abs(value) <= sys.float_info.max)
-    if not fits:
+    fits = isinstance(value, int | float if kind is float else plain_kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind is float and not abs(value) <= sys.float_info.max):
         found = f"{where}={reprlib.repr(value)}" if where else reprlib.repr(value)
         raise ValueError(f"{found} is not {_NAMES[plain_kind]}")
     if isinstance(kind, list):
@@ -268,9 +261,9 @@ def _check(value: Any, kind: Any, where: str) -> None:
 
 def write_failure(directory: Path, error: BaseException) -> None:
     """Record why a run of a sweep ended without a result; `read_failure` reads it, the next try deletes it."""
-    first_line = (str(error).strip() or "no message").splitlines()[0]
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     record = {
-        "error": first_line if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line}",
+        "error": kind + (str(error).strip() or "no message").splitlines()[0],
         "traceback": "".join(traceback.format_exception(error)),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -283,11 +276,11 @@ def read_failure(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        failure = json.loads(file.read_text(encoding="utf-8"))
+        failure: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         _check(failure, {"error": str}, "")
     except (OSError, ValueError):
         return {"error": f"{file} cannot be read"}
-    return dict(failure)
+    return failure
 
 
 def pack(values: Any) -> str:
