@@ -41,9 +41,7 @@ def build_task(config: ExperimentConfig) -> Task:
     if "root" in node:
         node["root"] = config.data.root
     elif config.data.root is not None:
-        raise ValueError(
-            f"data.root={config.data.root!r}: data={config.data.name} is generated or a mixture; leave it null"
-        )
+        raise ValueError(f"data.root={config.data.root!r}: {config.data.name} is generated or a mixture; leave it null")
     task: Task = instantiate.build(node, "data.task", Task)  # type: ignore[type-abstract]
     for each in task.parts.values() or [task]:
         kind = getattr(each, "kind", None)

@@ -89,9 +89,7 @@ class ModelConfig:
     def check_trainable(self) -> None:
         """Raises ValueError if the weights would be quantized."""
         if (kind := self.quantization) is not None:
-            raise ValueError(
-                f"model.quantization={kind!r} is for decoding, and this trains; say it to firstlab.evaluate"
-            )
+            raise ValueError(f"model.quantization={kind!r} is for decoding, and this trains; give it to evaluate")
 
 
 @dataclass
@@ -170,7 +168,7 @@ class EvaluationConfig:
             if not 0 <= rate < 1:
                 raise ValueError(f"evaluation.skip_rates={self.skip_rates}: {rate} must be at least 0 and below 1")
         if self.decoder == "engine" and self.num_beams > 1:
-            raise ValueError(f"evaluation.num_beams={self.num_beams}: the engine has no beams; choose decoder=generate")
+            raise ValueError(f"evaluation.num_beams={self.num_beams} needs evaluation.decoder=generate")
 
 
 @dataclass

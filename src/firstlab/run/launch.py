@@ -108,9 +108,8 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
         _join(trainer, world)
         return False
     if nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes={nodes}: start torchrun --nnodes {nodes} --nproc-per-node {per_node} -m {module} on each node"
-        )
+        started = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} -m {module} ..."
+        raise ValueError(f"trainer.num_nodes={nodes}: start this command on every node with {started}")
 
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
@@ -122,9 +121,7 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
 
 def _join(trainer: TrainerConfig, world: int) -> None:
     if world != (wanted := trainer.devices * trainer.num_nodes):
-        raise ValueError(
-            f"{world} processes were started, but trainer.devices × trainer.num_nodes is {wanted}; start as many"
-        )
+        raise ValueError(f"trainer.devices × trainer.num_nodes is {wanted}, and {world} processes run; start as many")
     if not dist.is_initialized():
         if trainer.accelerator == "gpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

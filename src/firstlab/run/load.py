@@ -113,21 +113,17 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         if uploads := config.logger.get("log_model"):
             raise ValueError(f"logger.log_model={uploads} has no effect: models stay in the run directory; drop it")
     if (revision := config.model.revision) is not None and Path(model_path(config.model.path)).is_dir():
-        raise ValueError(
-            f"model.revision={revision!r} is for models of the hub, and model.path is a folder; leave it null"
-        )
+        raise ValueError(f"model.revision={revision!r} is for models of the hub, and model.path is a folder; drop it")
     if not config.phases:
         config = replace(config, phases=list(PAPER_ORDER) if config.init_from else method.steps)
     if method.name == "none":
         config = _without_routers(config)
     if (kind := config.router.kind) != (fits := method.router_kind):
         other = "routes" if kind == "routes" else "first"
-        raise ValueError(
-            f"router.kind={kind} does not fit method={method.name}: choose method={other}, or router.kind={fits}"
-        )
+        raise ValueError(f"router.kind={kind} does not fit {method.name}: choose method={other}, or router.kind={fits}")
     if (rates := config.evaluation.skip_rates) and fits != "routes":
         raise ValueError(
-            f"evaluation.skip_rates={rates}: {method.name} knows one rate; leave it out, or choose method=routes"
+            f"evaluation.skip_rates={rates}: {method.name} knows one rate; choose method=routes, or drop it"
         )
     if "refit" in config.phases and not (method.trains_routers and "lora" in config.phases):
         raise ValueError(f"phases={config.phases}: refit needs a method that trains routers, and lora before it")

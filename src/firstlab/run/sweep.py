@@ -103,7 +103,7 @@ class PlannedRun:
 def plan(
     runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig], recorded: Path | None
 ) -> list[PlannedRun]:
-    """Compose and check every run, find the finished ones, here or in the folder `recorded`, and estimate the others."""
+    """Compose and check every run, find the finished ones, here or in the folder `recorded`, and time the others."""
     planned = _composed(runs, compose)
     records = [] if recorded is None else _records(recorded)
     known = {record["config_hash"]: record for record in records}
