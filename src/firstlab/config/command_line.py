@@ -1,4 +1,4 @@
-"""Run a command: print errors as one message, and say how to resume. Imports nothing heavy, so that help is fast."""
+"""Run a command: print errors as one message, and say how to resume. Imports no torch, so that help is fast."""
 
 from __future__ import annotations
 
@@ -16,6 +16,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from firstlab.config.compose import (
+    allowed_keys,
+    compose_file,
+    conf_dir,
+    refuse_misread,
+    register,
+    search_path,
+    settings,
+)
+
 Input = TypeVar("Input")
 Options = TypeVar("Options")
 
@@ -24,8 +41,7 @@ LAUNCHED = "FIRSTLAB_LAUNCHED"
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "no space left on the disk: free some",
     errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EFBIG: "a file would be larger than `ulimit -f` or the file system allows: raise the limit or choose "
-    "another folder",
+    errno.EFBIG: "a file would be larger than `ulimit -f` or the file system allows: choose another folder",
     errno.EACCES: "no permission to read or write there: change it, or choose another folder",
     errno.EROFS: "the file system takes no files: choose another folder",
     errno.EISDIR: "a folder stands where a file should: move it away",
@@ -48,13 +64,6 @@ def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> Non
     """Run `main` on what Hydra composes of conf/NAME.yaml and the arguments of this process; see `guarded`."""
     quiet()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from firstlab.config.compose import conf_dir, refuse_misread, register
-
     register()
 
     @functools.wraps(main)
@@ -135,8 +144,8 @@ def _shortage(error: BaseException | None) -> str | None:
         for number, reason in _SYSTEM_ERRORS.items():
             # safetensors and torch keep no more than the text
             if getattr(error, "errno", None) == number or os.strerror(number) in text:
-                name = getattr(error, "filename", None)
-                return reason + (f" ({name if len(str(name)) < 200 else f'{name[:80]}...'})" if name else "")
+                name = str(getattr(error, "filename", None) or "")
+                return reason + (f" ({name if len(name) < 200 else f'{name[:80]}...'})" if name else "")
         error = error.__cause__ or error.__context__
     return None
 
@@ -150,9 +159,6 @@ def _overwrites(given: Any) -> bool:
 
 def _quoted(argument: str) -> str:
     """A KEY=VALUE in quotes if Hydra's grammar takes its value in no other way (as `~/data`, `a(b)`)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     key, _, value = argument.partition("=")
     if key.startswith("-") or re.fullmatch(r"[\w./,+-]*", value):
         return argument
@@ -166,10 +172,6 @@ def _quoted(argument: str) -> str:
 
 def _one_line(error: Exception, name: str) -> str:
     """Hydra's complaint without its internals, and the keys that there are where one is unknown."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    from firstlab.config.compose import allowed_keys, compose_file, search_path
 
     def overrides() -> list[str]:
         arguments, folders = own_folders(sys.argv[1:])
@@ -197,11 +199,10 @@ def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     given, others = parser.parse_known_args(arguments)
-    if given.config_dir is None:
-        return others, []
-    if not os.path.isdir(folder := os.path.expanduser(given.config_dir)):
+    folders = [os.path.expanduser(given.config_dir)] if given.config_dir is not None else []
+    if folders and not os.path.isdir(folders[0]):
         raise ValueError(f"--config-dir {given.config_dir}: there is no such folder")
-    return others, [folder]
+    return others, folders
 
 
 def quiet() -> None:
@@ -239,11 +240,6 @@ def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, list[str]]:
     """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields, or follows `--`, is text."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from firstlab.config.compose import refuse_misread, settings
-
     schema = OmegaConf.structured(defaults)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     words: list[str] = []

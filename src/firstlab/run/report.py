@@ -64,7 +64,7 @@ def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per variant of a run, for tables and pictures: what the record says of both, and warnings."""
     rows = []
     for name, variant in record["variants"].items():
-        trained = ("router", "lora") if name.endswith("_lora") else ("router",)
+        trained = ("tune", "router", "lora") if name.endswith("_lora") else ("tune", "router")
         phases = {phase: (record.get("phases") or {}).get(phase) or {} for phase in trained}
         warnings = [f"phase {phase}: {found['warning']}" for phase, found in phases.items() if found.get("warning")]
         metric = variant["metrics"].get(variant["primary_metric"])

@@ -65,9 +65,8 @@ class GenerateConfig:
 def layer_map(skips: list[float]) -> str:
     """One line: a block per layer, the lower the more decode steps skipped it, a dot where all did; the skip rate."""
     levels = [8 if skip == 0 else 0 if skip == 1 else min(7, max(1, round(8 * (1 - skip)))) for skip in skips]
-    drawn = "".join("·▁▂▃▄▅▆▇█"[level] for level in levels)
-    rate = sum(skips) / len(skips)
-    return f"layers 0 {drawn} {len(skips) - 1}   skipped {sum(skips):.3g} of {len(skips)} ({100 * rate:.1f} %)"
+    drawn, count, skipped = "".join("·▁▂▃▄▅▆▇█"[level] for level in levels), len(skips), sum(skips)
+    return f"layers 0 {drawn} {count - 1}   skipped {skipped:.3g} of {count} ({100 * skipped / count:.1f} %)"
 
 
 @partial(guarded, resumes=False)
@@ -76,9 +75,8 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(f"{__doc__}\n{GenerateConfig.__doc__}")
         return
-    base = "model.path="
-    moved = dict(each.split("=", 1) for each in arguments if each.startswith(base))
-    options, words = parse_options(GenerateConfig(), [each for each in arguments if not each.startswith(base)])
+    moved = dict(each.split("=", 1) for each in arguments if each.startswith("model.path="))
+    options, words = parse_options(GenerateConfig(), [each for each in arguments if not each.startswith("model.path=")])
     if not options.run:
         raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
     check_options(options)
@@ -96,16 +94,13 @@ def main(arguments: list[str]) -> None:
     check_quantization(options.quantization)
     is_run = (Path(options.run) / "config.yaml").is_file()
     source = _run(options, text, moved) if is_run else _folder(options, text, moved)
-    model = source.model
+    model, room = source.model, source.model.max_positions
     check_engine(model, "decoder", options.decoder)
     if not source.ids:
         raise ValueError("the text is empty, and this tokenizer adds no BOS token; give at least one word")
-    room = model.max_positions
     if room is not None and len(source.ids) + source.new_tokens > room:
-        raise ValueError(
-            f"the prompt has {len(source.ids)} tokens and max_new_tokens={source.new_tokens}, but the model has {room} "
-            "positions; shorten the text or lower max_new_tokens"
-        )
+        sizes = f"the prompt has {len(source.ids)} tokens and max_new_tokens={source.new_tokens}"
+        raise ValueError(f"{sizes}, but the model has {room} positions; shorten the text or lower max_new_tokens")
     if options.skip_rate is not None:
         if source.routes is not None:
             raise ValueError(f"skip_rate={options.skip_rate}: the routes of this variant are fixed; leave it out")
@@ -204,28 +199,23 @@ def _stream(source: _Source, options: GenerateConfig) -> list[float]:
             sampling=Sampling(options.temperature, options.top_k, seed=options.seed) if options.do_sample else None,
         )
         streamer.end()
-        skips = out.layer_skips
-    else:
-        torch.manual_seed(options.seed)
-        drawn = {"temperature": options.temperature, "top_k": options.top_k}
-        sampling: dict[str, Any] = drawn if options.do_sample else {}
-        result = model.generate(
-            torch.tensor([prompt], device=model.device),
-            routes=None if routes is None else routes.to(model.device),
-            max_new_tokens=limit,
-            do_sample=options.do_sample,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            eos_token_id=ends or None,
-            return_dict_in_generate=True,
-            lossless=options.lossless,
-            **sampling,
-        )
-        if options.lossless:
-            [drafted], [accepted], [passes] = result.drafted, result.accepted, result.dense_passes
-            print(f"{accepted} of {drafted} drafted tokens accepted in {passes} dense passes")
-            skips = (~result.routes).float()
-        else:
-            skips = result.past_key_values.layer_skips()
-    shares: list[float] = skips[0].tolist()
-    return shares
+        return list(out.layer_skips[0].tolist())
+    torch.manual_seed(options.seed)
+    sampling: Any = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
+    result = model.generate(
+        torch.tensor([prompt], device=model.device),
+        routes=None if routes is None else routes.to(model.device),
+        max_new_tokens=limit,
+        do_sample=options.do_sample,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=ends or None,
+        return_dict_in_generate=True,
+        lossless=options.lossless,
+        **sampling,
+    )
+    if not options.lossless:
+        return list(result.past_key_values.layer_skips()[0].tolist())
+    [drafted], [accepted], [passes] = result.drafted, result.accepted, result.dense_passes
+    print(f"{accepted} of {drafted} drafted tokens accepted in {passes} dense passes")
+    return list((~result.routes)[0].float().tolist())

@@ -104,20 +104,37 @@ def plan(
     runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig], recorded: Path | None
 ) -> list[PlannedRun]:
     """Compose and check every run, find the finished ones, here or in the folder `recorded`, and time the others."""
-    planned = _composed(runs, compose)
     records = [] if recorded is None else _records(recorded)
     known = {record["config_hash"]: record for record in records}
-    problems = []
-    for run in planned:
+    planned: dict[Path, PlannedRun] = {}
+    broken: dict[str, list[str]] = defaultdict(list)  # what several runs would be told is said once
+    shared = set(runs[0]).intersection(*runs) if len(runs) > 1 else set()
+    for overrides in runs:
+        name = " ".join(each for each in overrides if each not in shared) or "every run"
         try:
-            _look_up(run, known.get(run.config.hash()))
+            run = PlannedRun(overrides, *load(compose(overrides)))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            broken[str(error).strip().splitlines()[0]].append(name)
+            continue
+        other = planned.setdefault(run.directory, run)
+        if other.config.hash() != run.config.hash():
+            whose = f"{run.directory} is also that of {' '.join(other.overrides)}"
+            broken[f"its run directory {whose}; give one of them a note"].append(name)
+        try:
+            _look_up(other, known.get(other.config.hash()))
         except ValueError as error:
-            problems.append(f"{error}; in a sweep overwrite=true starts every run again")
-    _raise_all(problems)
-    for folder in {run.config.runs for run in planned}:
+            broken[f"{error}; in a sweep overwrite=true starts every run again"].append(name)
+    if broken:
+        lines = [
+            f"\n  {first}{f' (and {len(others)} more)' if others else ''}: {message}"
+            for message, (first, *others) in broken.items()
+        ]
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise ValueError(f"the sweep cannot start:{''.join(lines[:10])}{more}")
+    for folder in {run.config.runs for run in planned.values()}:
         records += _records(Path(folder))
-    _estimate(planned, records)
-    return planned
+    _estimate(list(planned.values()), records)
+    return list(planned.values())
 
 
 def _records(folder: Path) -> list[Record]:
@@ -125,36 +142,6 @@ def _records(folder: Path) -> list[Record]:
     found = results.read_all(folder, lambda message: print(f"note: {message}", file=sys.stderr))
     # Without what fills memory: a plan asks which variants there are.
     return [{**each, "variants": dict.fromkeys(each["variants"])} for _, each in found if "variants" in each]
-
-
-def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]) -> list[PlannedRun]:
-    planned: dict[Path, PlannedRun] = {}
-    broken: dict[str, list[str]] = defaultdict(list)  # what every run would be told is said once
-    problems = []
-    shared = set(runs[0]).intersection(*runs) if len(runs) > 1 else set()
-    for overrides in runs:
-        try:
-            run = PlannedRun(overrides, *load(compose(overrides)))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            own = " ".join(each for each in overrides if each not in shared)
-            broken[str(error).strip().splitlines()[0]].append(own or "every run")
-            continue
-        other = planned.setdefault(run.directory, run)
-        if other.config.hash() != run.config.hash():
-            problems.append(
-                f"{' '.join(overrides)}: its run directory {run.directory} is also that of another run of this sweep "
-                f"({' '.join(other.overrides)}); give one of them a note"
-            )
-    for message, (first, *others) in broken.items():
-        problems.append(f"{first}{f' (and {len(others)} more)' if others else ''}: {message}")
-    _raise_all(problems)
-    return list(planned.values())
-
-
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems[:10]) + more)
 
 
 def _look_up(run: PlannedRun, recorded: Record | None = None) -> None:
