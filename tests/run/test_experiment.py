@@ -441,7 +441,7 @@ def test_evaluation_sees_that_the_text_changed(
     assert len(library.records) == 1 and not library.warnings
     records[2].write_text("{")
     with monkeypatch.context() as patched:
-        patched.setattr("firstlab.evaluation.variant.evaluate_variant", None)  # the torn record is found before
+        patched.setattr("firstlab.run.context.evaluate_variant", None)  # the torn record is found before
         with pytest.raises(SystemExit, match="2"):
             evaluate.main([*given, "variant=base", "data.max_prompt_length=150", "data.max_new_tokens=3"])
     assert re.search(

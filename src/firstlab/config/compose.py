@@ -115,11 +115,14 @@ def allowed_keys(key: str, overrides: Sequence[str], config_name: str) -> str:
     while parts and OmegaConf.is_dict(node) and parts[0] in node:
         path.append(parts.pop(0))
         node = node[path[-1]]
-    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
-    target = OmegaConf.is_dict(node) and "_target_" in node and len(parts) == 1
-    more = f"; another argument of its class is added: +{key}=..." if target else ""
-    where = ".".join(path) or "the configuration"
-    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}{more}"
+    keys = list(map(str, node)) if OmegaConf.is_dict(node) else []
+    more = f"; another argument of its class is added: +{key}=..." if "_target_" in keys and len(parts) == 1 else ""
+    return _unknown(key, ".".join(path), parts[0] if parts else "", keys) + more
+
+
+def _unknown(key: str, where: str, part: str, keys: Sequence[str]) -> str:
+    known = ", ".join(keys) or "none"
+    return f"{key} is unknown: {where or 'the configuration'} has no key {part!r}; its keys are {known}"
 
 
 def _refuse_unknown(node: DictConfig, path: str = "") -> None:
@@ -129,8 +132,7 @@ def _refuse_unknown(node: DictConfig, path: str = "") -> None:
     known = [each.name for each in fields(kind)]
     for key in map(str, node):
         if key not in known:
-            where = path.rstrip(".") or "the configuration"
-            raise ValueError(f"{path}{key} is unknown: {where} has no key {key!r}; its keys are {', '.join(known)}")
+            raise ValueError(_unknown(path + key, path.rstrip("."), key, known))
         if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             _refuse_unknown(node[key], f"{path}{key}.")
 

@@ -23,7 +23,6 @@ _OURS = {
     "task": r"firstlab\.data(\.\w+)+",
     "logger": r"lightning\.pytorch\.loggers\.(CSVLogger|TensorBoardLogger|WandbLogger)",
 }
-_KINDS = {"method": "firstlab method", "task": "firstlab task", "logger": "Lightning logger"}
 _MIXTURE, _PART = "firstlab.data.mixture.Mixture", "firstlab.data.mixture.Part"
 #: Classes and packages of the user's own that this process may import.
 _trusted: set[str] = set()
@@ -77,7 +76,8 @@ def check(node: Any, option: str, kind: type, **extra: Any) -> type:
         raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
     target = _class(name, group, option)
     if not issubclass(target, kind):
-        raise ValueError(f"{option}._target_={name!r} is not a {_KINDS[group]}")
+        whose = "Lightning" if group == "logger" else "firstlab"
+        raise ValueError(f"{option}._target_={name!r} is not a {whose} {group}")
     given = {key: value for key, value in node.items() if key != "_target_"}
     # The only objects inside an object.
     if name == _MIXTURE and isinstance(parts := given.get("parts"), dict):
@@ -157,8 +157,7 @@ def _hints(target: type) -> dict[str, Any]:
     init: Any = target.__init__  # type: ignore[misc]
     found: dict[str, Any] = {}
     for name, hint in getattr(init, "__annotations__", {}).items():
-        # One by one: a library may name types that only its type checker imports.
-        with suppress(NameError):
+        with suppress(NameError):  # one by one: a library may name types that only its type checker imports
             found |= get_type_hints(SimpleNamespace(__annotations__={name: hint}), init.__globals__)
     return found
 
@@ -168,10 +167,8 @@ def _fits(value: Any, hint: Any) -> bool:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
     if kind in (Sequence, list, tuple):
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value if inner)
     return isinstance(value, kind) if kind in (bool, str, NoneType, Mapping, dict) else True

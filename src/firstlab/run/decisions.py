@@ -81,7 +81,6 @@ def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | 
 
 
 def _check_tensor(method: Method, routes: Tensor | Routes | None, shape: list[int]) -> Tensor:
-    """The decision; raises ValueError if it is of another kind."""
     if not isinstance(routes, Tensor) or list(routes.shape) != shape or routes.dtype != torch.bool:
         got = f"{routes.dtype} of shape {list(routes.shape)}" if isinstance(routes, Tensor) else repr(routes)
         raise ValueError(f"method {method.name}: routes() gave {got}, and must give torch.bool of shape {shape}")

@@ -1,4 +1,4 @@
-"""Inspect a run directory (whose run it is, what is done, what remains to do), take it over, sum up its record."""
+"""Inspect a run directory (whose run it is, what is done, what remains to do), take it over."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from firstlab.config.compose import load_dict, read_saved
-from firstlab.config.schema import TRAINED, ExperimentConfig
+from firstlab.config.schema import ExperimentConfig
 from firstlab.methods.base import Method
-from firstlab.model.lm import RouterAugmentedLM
-from firstlab.store import machine, results
+from firstlab.store import results
 from firstlab.store.files import read_own, remove_torn, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 
@@ -38,29 +37,6 @@ def phase_record(directory: Path, phase: str) -> dict[str, Any] | None:
         return None
     remedy = f"delete it and {product}, and result.json if there is one, and give the training command again"
     return read_own(file, parse, f"{remedy} to train this phase")
-
-
-def record_of(
-    run: Path, out: Path, config: ExperimentConfig, method: Method, model: RouterAugmentedLM, **more: Any
-) -> dict[str, Any]:
-    """What the result.json in `out` says of the run in directory `run`; `more` holds its variants and the like."""
-    return {
-        "method": method.name,
-        "label": method.label,
-        "level": method.level,
-        "rounding": method.rounding(model.num_layers),
-        "note": config.note,
-        "model": config.model.name,
-        "data": config.data.name,
-        "directory": str(out),
-        "config_hash": config.hash(),
-        "config": config.identity(),
-        "seed": config.seed,
-        "num_layers": model.num_layers,
-        "phases": {phase: phase_record(run, phase) for phase in TRAINED},
-        **more,
-        **machine.provenance(model.device),
-    }
 
 
 def wanted_variants(config: ExperimentConfig, method: Method) -> list[str]:

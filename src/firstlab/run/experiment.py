@@ -25,16 +25,13 @@ from firstlab.data.files import warn
 from firstlab.evaluation.decoding import check_engine
 from firstlab.evaluation.predictions import digest, fingerprint, source_of
 from firstlab.evaluation.scoring import check_metrics
-from firstlab.evaluation.variant import evaluate_variant
 from firstlab.methods.base import Method
 from firstlab.model.routes import Routes
 from firstlab.run.context import Run, say
-from firstlab.run.decisions import static_routes
 from firstlab.run.directory import (
     check_directory,
     finished_record,
     phase_record,
-    record_of,
     taken_over,
     variant_names,
     wanted_variants,
@@ -100,7 +97,7 @@ class Experiment(Run):
             self.model.merge_and_unload()
             variants[after] = self._evaluate(after, routes, source)
 
-        return self._record(
+        return self._write(
             variants,
             fixed_routes=None if routes is None or self.method.per_prompt else routes.to_json(),
             peak_memory_bytes=machine.peak_memory_bytes(self.model.device),
@@ -183,19 +180,7 @@ class Experiment(Run):
             except ValueError as error:
                 warn(str(error))
             barrier()  # nobody writes while another one reads
-        with self.reading(f"the evaluation of {name}"):
-            variant = evaluate_variant(
-                self.model,
-                self.data,
-                self.config.evaluation,
-                predictions.parent,
-                name,
-                routes=routes,
-                source=source,
-                seed=self.config.seed,
-                progress_bar=self.config.trainer.progress_bar,
-                static=static_routes(self.directory, self.method, self.model.num_layers),
-            )
+        variant = self.evaluate(name, routes, source, predictions.parent)
         if rank()[0] == 0:
             write_atomically(file, sealed(yaml_text({"key": key(), "variant": variant})))
         barrier()
@@ -204,10 +189,9 @@ class Experiment(Run):
     def _predictions(self, name: str) -> Path:
         return self.directory / "predictions" / f"{name}.jsonl"
 
-    def _record(self, variants: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def _write(self, variants: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Write what was evaluated, result.json last; returns it as any later reader finds it."""
-        directory = self.directory
-        record = record_of(directory, directory, self.config, self.method, self.model, variants=variants, **more)
+        record, joined = self.record(self.directory, variants=variants, **more), self.directory / "predictions.jsonl"
         if rank()[0] == 0:
             if variants:
                 rows = [
@@ -215,12 +199,11 @@ class Experiment(Run):
                     for name in variants
                     for line in self._predictions(name).read_text(encoding="utf-8").split("\n")[:-1]
                 ]
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                write_atomically(directory / "predictions.jsonl", text)
+                write_atomically(joined, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 for logger in self.loggers:
-                    log_evaluation(logger, record, directory / "predictions.jsonl")
-                results.write(directory, record)
+                    log_evaluation(logger, record, joined)
+                results.write(self.directory, record)
             for logger in self.loggers:
                 close_logger(logger)
         barrier()
-        return results.read(directory) or record
+        return results.read(self.directory) or record

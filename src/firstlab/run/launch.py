@@ -96,8 +96,8 @@ def _finish(command: list[str], environment: Mapping[str, str] | None = None, pa
             raise
 
 
-def in_processes(module: str, trainer: TrainerConfig) -> bool:
-    """Start `module` again under torchrun if several processes are asked for and this is none of them.
+def in_processes(trainer: TrainerConfig) -> bool:
+    """Start firstlab.train again under torchrun if several processes are asked for and this is none of them.
 
     Returns True if they were started and have ended well: the caller is done.
     """
@@ -108,13 +108,13 @@ def in_processes(module: str, trainer: TrainerConfig) -> bool:
         _join(trainer, world)
         return False
     if nodes > 1:
-        started = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} -m {module} ..."
+        started = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} -m firstlab.train ..."
         raise ValueError(f"trainer.num_nodes={nodes}: start this command on every node with {started}")
 
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     environment = {**os.environ, LAUNCHED: "1"} | ({results.SWEEP_JOB: "1"} if is_sweep_job() else {})
-    if code := _finish([*torchrun(trainer.devices), "-m", module, *overrides], environment):
+    if code := _finish([*torchrun(trainer.devices), "-m", "firstlab.train", *overrides], environment):
         sys.exit(code)
     return True
 

@@ -58,12 +58,10 @@ def load_run(
         config = replace(config, init_from=None)  # which has a base of its own
     check_device(config.trainer)
     # Not the saved ones, which are how it was trained.
-    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overrides.keys()
-    if asked and config.trainer.devices * config.trainer.num_nodes > 1:
-        raise ValueError(
-            f"trainer.devices={config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}: a saved run is "
-            "evaluated by one process; choose trainer=cpu or gpu"
-        )
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if {"trainer", "trainer.devices", "trainer.num_nodes"} & overrides.keys() and devices * nodes > 1:
+        given = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
+        raise ValueError(f"{given}: a saved run is evaluated by one process; choose trainer=cpu or gpu")
     before, after = variant_names(method)
     trained = "refit" if (directory / "refit").is_dir() else "lora"
     folders = {"base": None, before: start, after: directory / trained}

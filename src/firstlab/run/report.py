@@ -36,7 +36,7 @@ def report(experiment: Experiment) -> None:
     for name, variant in record["variants"].items():
         if variant.get("rates"):
             file = experiment.directory / f"quality_by_rate-{name}.png"
-            quality_by_rate(record, name, file, f"{title}: one model, any rate")
+            quality_by_rate(variant, file, f"{title}: one model, any rate")
             print(f"picture: {file}")
     print(f"record:  {experiment.directory / results.RESULT}")
 
@@ -44,9 +44,8 @@ def report(experiment: Experiment) -> None:
 def neighbours(directory: Path, record: dict) -> list[dict]:
     """Finished runs beside `directory` on the same model, data, seed and evaluation; the dense one first."""
 
-    def settings(each: dict) -> tuple:
-        config = each["config"]
-        return config["model"], config["data"], config["evaluation"], each["seed"]
+    def settings(each: dict) -> list:
+        return [each["seed"], *(each["config"][key] for key in ("model", "data", "evaluation"))]
 
     found = [record]
     # A name with a dot is what a run that is starting replaces.
@@ -136,9 +135,8 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
     fig.savefig(file, dpi=130)
 
 
-def quality_by_rate(record: dict[str, Any], name: str, file: Path, title: str) -> None:
+def quality_by_rate(variant: dict[str, Any], file: Path, title: str) -> None:
     """Draw a variant's headline score, with intervals, over the skip rates that it was evaluated at, into a PNG."""
-    variant = record["variants"][name]
     points = sorted((variant, *variant["rates"].values()), key=lambda each: each["skip"]["skip_rate_by_token"])
     rates = [100 * each["skip"]["skip_rate_by_token"] for each in points]
     scores = [each["metrics"][variant["primary_metric"]] for each in points]
