@@ -24,10 +24,7 @@ from firstlab.model.storage import ModelUnavailableError, load_base_config, load
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = {"bundled:nano": _ASSETS / "nano"}
 #: Models of which only the config is bundled, with sizes as published.
-ARCHITECTURES = {
-    "meta-llama/Meta-Llama-3-8B": _ASSETS / "llama3_8b",
-    "meta-llama/Llama-3.2-3B": _ASSETS / "llama32_3b",
-}
+ARCHITECTURES = {"meta-llama/Meta-Llama-3-8B": _ASSETS / "llama3_8b", "meta-llama/Llama-3.2-3B": _ASSETS / "llama32_3b"}
 
 
 def model_path(path: str, config_only: bool = False) -> str:
@@ -46,10 +43,8 @@ def build_task(config: ExperimentConfig) -> Task:
     for each in task.parts.values() or [task]:
         kind = getattr(each, "kind", None)
         if kind not in PRIMARY_METRIC:
-            raise ValueError(
-                f"data.task._target_={node['_target_']!r}: the kind of {type(each).__name__} is {kind!r}, for which "
-                f"there are no metrics; choose one of {', '.join(PRIMARY_METRIC)}"
-            )
+            known = ", ".join(PRIMARY_METRIC)
+            raise ValueError(f"data.task: {type(each).__name__}.kind={kind!r} has no metrics; choose one of {known}")
     return task
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -63,6 +62,9 @@ def _writable(node: Any) -> Any:
             if not OmegaConf.is_missing(node, key):
                 _writable(node[key])
     return node
+
+
+_SCHEMA = _writable(OmegaConf.structured(ExperimentConfig))
 
 
 def compose_file(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -165,7 +167,7 @@ def merge_saved(node: dict[str, Any], file: str | Path = "saved configuration") 
     """
     try:
         _refuse_interpolations(node, file)
-        merged: Any = OmegaConf.merge(_schema(), node)
+        merged: Any = OmegaConf.merge(_SCHEMA, node)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"{file}: {str(error).strip().splitlines()[0]}") from error
     return merged
@@ -182,8 +184,3 @@ def _refuse_interpolations(node: Any, file: str | Path) -> None:
         if isinstance(part, str) and "${" in part:
             raise ValueError(f"{file} holds {part!r}: what is saved is plain data; write the value itself")
         _refuse_interpolations(part, file)
-
-
-@functools.cache
-def _schema() -> Any:
-    return _writable(OmegaConf.structured(ExperimentConfig))

@@ -16,6 +16,7 @@ from firstlab.config.command_line import guarded, parse_options
 from firstlab.store.files import write_atomically
 from firstlab.store.results import ROW_NAMES
 
+PHASES = ("router", "lora")
 QUALITY = ("bleu1", "bleu2", "bleu", "chrf", "comet", "rouge1", "rougeL", "rougeLsum", "bertscore", "em", "f1")
 TRAINING = {"training loss": "train/loss", "validation loss": "val/cross_entropy"}
 TRAINING["validation skip rate"] = "val/skip_rate"
@@ -38,11 +39,7 @@ def specification(name: str) -> dict[str, Any]:
         return {"kind": "bar", "title": key.replace("_", " "), "metrics": [f"test/{row}/{key}" for row in ROW_NAMES]}
 
     def line(title: str) -> dict[str, Any]:
-        return {
-            "kind": "line",
-            "title": title,
-            "metrics": [f"{phase}/{TRAINING[title]}" for phase in ("router", "lora")],
-        }
+        return {"kind": "line", "title": title, "metrics": [f"{phase}/{TRAINING[title]}" for phase in PHASES]}
 
     sections = {
         "Quality": map(bar, QUALITY),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
@@ -57,27 +56,25 @@ def is_sweep_job() -> bool:
 def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Let a sweep outlive a failing run: its error and traceback go to failure.json in the run directory."""
 
-    @functools.wraps(main)
     def run(composed: DictConfig) -> None:
         quiet()
-        directory, ours = None, False
+        directory = ours = None
         try:
             config, method = load(composed)
             directory = config.directory(method.label)
             print(f"run: {directory}", flush=True)
             check_directory(directory, config)
-            ours = True
-            (directory / results.FAILURE).unlink(missing_ok=True)
+            ours = directory
+            (ours / results.FAILURE).unlink(missing_ok=True)
             main(composed)
-        # Processes of a run that ended badly come back as SystemExit.
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # processes of a run that ended badly come back as the latter
             print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
-            if ours and directory is not None:
+            if ours is not None:
                 close_failed(config.logger)
                 # Not in a run that another process is doing; nor instead of what one of its own processes said.
-                with suppress(ValueError), claimed(directory, wait=False):
-                    if not (directory / results.FAILURE).is_file():
-                        results.write_failure(directory, error)
+                with suppress(ValueError), claimed(ours, wait=False):
+                    if not (ours / results.FAILURE).is_file():
+                        results.write_failure(ours, error)
 
     return run
 

@@ -19,17 +19,19 @@ from firstlab.store.ranks import rank
 SAMPLES = 50
 
 
-class JsonLinesLogger(Logger):
-    """Appends one JSON object per logged step; a resumed run repeats the steps since its checkpoint."""
+class _MetricsLogger(Logger):
+    name = version = None
 
-    name, version = "jsonl", ""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run logs its own, and they are in config.yaml."""
+
+
+class JsonLinesLogger(_MetricsLogger):
+    """Appends one JSON object per logged step; a resumed run repeats the steps since its checkpoint."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -38,17 +40,12 @@ class JsonLinesLogger(Logger):
             out.write(json_text({"step": step, "time": time.time(), **metrics}) + "\n")
 
 
-class PhaseLogger(Logger):
+class PhaseLogger(_MetricsLogger):
     """Puts the phase in front of every name (router/train/loss): both phases count their steps from 0."""
-
-    name, version = None, None
 
     def __init__(self, logger: Logger, phase: str) -> None:
         super().__init__()
         self.logger, self.phase = logger, phase
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the run logs its own."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.logger.log_metrics({f"{self.phase}/{name}": value for name, value in metrics.items()}, step)

@@ -33,13 +33,11 @@ class GenerateConfig:
         run: Run directory of firstlab.train, or a folder written by save_pretrained.
         variant: "router_lora", "router", or "base" (every layer runs); the most trained one by default.
         prompt: "task" puts the text into the run's prompt, "raw" takes it as it is.
-        question: The question, for QA runs.
-        part: Which task of a mixture the text is for.
+        question, part: The question, for QA runs; which task of a mixture the text is for.
         max_new_tokens: Length limit; the run's own by default.
         decoder: "generate" (transformers'), or "engine": the same text, greedy in float32, and faster.
         quantization: int8 or int4 for such weights in the decoder layers, or null.
-        do_sample, temperature, top_k: Sampling instead of greedy decoding.
-        seed: For sampling.
+        do_sample, temperature, top_k, seed: Sampling instead of greedy decoding.
         skip_rate: How much to skip, for models of any rate (router.kind=routes); their default otherwise.
         lossless: The route only drafts, and the text is the dense model's own; LoRA takes part in the draft alone.
         trust: Package of your own whose classes the run's saved configuration may name.
@@ -101,11 +99,11 @@ def main(arguments: list[str]) -> None:
     if room is not None and len(source.ids) + source.new_tokens > room:
         sizes = f"the prompt has {len(source.ids)} tokens and max_new_tokens={source.new_tokens}"
         raise ValueError(f"{sizes}, but the model has {room} positions; shorten the text or lower max_new_tokens")
-    if options.skip_rate is not None:
+    if (rate := options.skip_rate) is not None:
         if source.routes is not None:
-            raise ValueError(f"skip_rate={options.skip_rate}: the routes of this variant are fixed; leave it out")
-        model.routers.checked_rate(options.skip_rate)
-        source = source._replace(routes=RoutersDecide(options.skip_rate))
+            raise ValueError(f"skip_rate={rate}: the routes of this variant are fixed; leave it out")
+        model.routers.checked_rate(rate)
+        source = source._replace(routes=RoutersDecide(rate))
     if options.lossless and options.decoder == "engine":
         raise ValueError("lossless=true and decoder=engine do not go together: leave one of them out")
     if options.quantization is not None:
@@ -139,7 +137,7 @@ def _run(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
     data = build_data(config)
     check_vocabulary(config, data.tokenizer, model)
     raw, task = options.prompt == "raw", data.task
-    if options.part and not (task.parts and not raw):
+    if options.part and (raw or not task.parts):
         raise ValueError(f"part={options.part!r}: this prompt is of no mixture; leave part out")
     is_qa = not raw and task.parts.get(options.part, task).kind == "qa"
     if options.question and not is_qa:
@@ -169,9 +167,9 @@ def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Sourc
         raise ValueError(f"model.path is for run directories of firstlab.train; run={options.run} is none")
     if options.prompt == "task":
         raise ValueError(f"run={options.run} is no run directory of firstlab.train, but a model folder: add prompt=raw")
-    for name in ("question", "part"):
-        if getattr(options, name):
-            raise ValueError(f"{name}={getattr(options, name)!r}: prompt=raw takes the text alone; leave {name} out")
+    for name, value in {"question": options.question, "part": options.part}.items():
+        if value:
+            raise ValueError(f"{name}={value!r}: prompt=raw takes the text alone; leave {name} out")
     model, tokenizer = RouterAugmentedLM.from_pretrained(options.run), load_tokenizer(options.run)
     routes = FixedRoutes(routes_without(model.num_layers, [])) if options.variant == "base" else None
     return _Source(model, tokenizer, prompt_ids(tokenizer, text, True), routes, options.max_new_tokens or 80)
