@@ -82,10 +82,7 @@ def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> Non
 
 
 def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
-    """Print a `ValueError`, a full disk or memory as one message and exit with 2; on Ctrl-C say how to go on.
-
-    With `resumes` the same command, given again, goes on where it was stopped.
-    """
+    """Print a `ValueError`, a full disk or memory as one message and exit with 2; on Ctrl-C say how to go on."""
 
     @functools.wraps(main)
     def run(given: Input) -> None:

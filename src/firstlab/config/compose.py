@@ -161,10 +161,7 @@ def read_saved(file: Path) -> dict[str, Any]:
 
 
 def merge_saved(node: dict[str, Any], file: str | Path = "saved configuration") -> DictConfig:
-    """The schema filled with what `ExperimentConfig.to_dict` gave; ValueError if that does not fit this version's.
-
-    What is saved is data: an interpolation (`${...}`) in it is refused, not resolved.
-    """
+    """The schema filled with what `ExperimentConfig.to_dict` gave; ValueError if that does not fit this version's."""
     try:
         _refuse_interpolations(node, file)
         merged: Any = OmegaConf.merge(_SCHEMA, node)

@@ -137,10 +137,7 @@ def _refuse_nested(node: Any, option: str) -> None:
 
 
 def with_defaults(node: Any, option: str) -> Any:
-    """A node with the defaults of its dataclass, so that it stays the same when the class gets a new setting.
-
-    Whole numbers become floats where the class takes floats: 1 and 1.0 are one setting.
-    """
+    """A node with the defaults of its dataclass, so that it stays the same when the class gets a new setting."""
     try:
         target = _class(node["_target_"], option, option)
     except (ValueError, TypeError, KeyError):
@@ -149,6 +146,7 @@ def with_defaults(node: Any, option: str) -> Any:
         return node
     defaults = {each.name: each.default for each in fields(target) if each.default is not MISSING}
     found = {**node, **{key: value for key, value in defaults.items() if key not in node}}
+    # 1 and 1.0 are one setting.
     takes_float = {key for key, hint in _hints(target).items() if float in (hint, *get_args(hint))}
     return {key: float(value) if key in takes_float and type(value) is int else value for key, value in found.items()}
 

@@ -33,17 +33,14 @@ _SCORED = 128
 
 
 def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
-    """Find a codebook, measure prompts under it and fit the run's `RouteRouter`; what is to be recorded about it.
-
-    What was measured is kept in the run directory under the name; what was searched is kept once.
-    """
+    """Find a codebook, measure prompts under it and fit the run's `RouteRouter`; what is to be recorded about it."""
     fit, router = run.method.route_fit(), run.model.routers
     assert fit is not None and isinstance(router, RouteRouter)
     training = run.prompts(run.data.train)
     prompts = training.take(fit.fit_prompts)
     folder = run.directory / "fit"
     codebook = saved_codebook(folder, training.take(fit.calibration_prompts), fit)
-    measured = measure(prompts, codebook, folder / name)
+    measured = measure(prompts, codebook, folder / name)  # a second fit measures the same codebook again
     wanted = run.config.router.price
     for turn in range(fit.grow_rounds):
         fit_router(router, measured, fit, "tokens" if wanted == "tokens" else "length")

@@ -1,7 +1,6 @@
 """What a run's method decides: made once, kept in the run directory, read by training, evaluation and generation.
 
-`routes.json` holds a decision for all prompts, null where trained routers decide; `routes.jsonl` one line per prompt
-where every prompt has its own.
+`routes.json` holds a decision for all prompts, null where trained routers decide; `routes.jsonl` one for each prompt.
 """
 
 from __future__ import annotations

@@ -116,15 +116,11 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def taken_over(directory: Path, config: ExperimentConfig) -> Iterator[bool]:
-    """Make the directory this run's while the body starts it; after a start that failed, it holds what it held.
-
-    With `overwrite` the old run is moved aside, and deleted once the new one has started. Yields whether an earlier try
-    has left something to go on from.
-    """
+    """Make the directory this run's once the body has started it, else restore it; yields whether it goes on with an earlier try."""
     replaced, resumed = directory.parent / f".{directory.name}.old", False
     if rank()[0] == 0:
         check_directory(directory, config)  # again: another process may have been here in between
-        if config.overwrite and directory.exists():
+        if config.overwrite and directory.exists():  # the old run is deleted once the new one has started
             if replaced.exists():  # by a start that was killed
                 shutil.rmtree(directory)
             else:

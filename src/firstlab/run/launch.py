@@ -94,10 +94,7 @@ def _finish(command: list[str], environment: Mapping[str, str] | None = None, pa
 
 
 def in_processes(trainer: TrainerConfig) -> bool:
-    """Start firstlab.train again under torchrun if several processes are asked for and this is none of them.
-
-    Returns True if they were started and have ended well: the caller is done.
-    """
+    """Start firstlab.train in several processes if that is asked for and this is none of them; True once done."""
     per_node, nodes, world = trainer.devices, trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
     if per_node * nodes == 1:
         return False

@@ -133,9 +133,8 @@ def read(
 ) -> tuple[ExperimentConfig, Method]:
     """The configuration in the config.yaml of a run, with some keys replaced, and its method.
 
-    Saved text is data: it names no classes but firstlab's, unless `instantiate.trust` was told so, no logger and no
-    program. Overrides map dotted keys to values; `data` and `trainer` name a file of conf/data and conf/trainer, or of
-    the same folder in one of `config_dirs`.
+    Saved text is data: it names no classes but firstlab's and the trusted ones, no logger and no program. Of the
+    overrides, `data` and `trainer` name a file of these groups, in conf/ or one of `config_dirs`.
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")

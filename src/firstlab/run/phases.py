@@ -35,10 +35,7 @@ _KEPT_DECISIONS = 512
 
 
 def tune(run: Run) -> None:
-    """Teach the model its task first, every layer run, so that what is chosen then is chosen on a model that knows it.
-
-    The model goes on with this LoRA merged, in memory.
-    """
+    """Teach the model its task with every layer run, so that routes are chosen on a model that knows it."""
     if _begin(run, "tune"):
         dense = FixedRoutes(torch.ones(run.model.num_layers, dtype=torch.bool))
         objective = run.method.training_objective("lora")
@@ -53,7 +50,7 @@ def tune(run: Run) -> None:
         )
         _finish(run, "tune", _fit(run, "tune", module))
     if run.tuned:
-        run.model.merge_and_unload()
+        run.model.merge_and_unload()  # in memory
 
 
 def train_routers(run: Run) -> None:

@@ -1,7 +1,6 @@
 """Sweeps: grids become runs, a plan is printed, what is left is launched, and failures are listed at the end.
 
-A sweep file (conf/sweep) names cells of the paper's grid, or grids of its own; the plugin
-`hydra_plugins.firstlab_sweeper` calls `run_sweep` with Hydra's launcher.
+`hydra_plugins.firstlab_sweeper` calls `run_sweep` with what a file of conf/sweep names.
 """
 
 from __future__ import annotations
@@ -96,7 +95,6 @@ class PlannedRun:
 
     @property
     def directory(self) -> Path:
-        """The run directory."""
         return self.config.directory(self.method.label)
 
 

@@ -99,12 +99,10 @@ def read(directory: Path, remedy: str = "pass overwrite=true to run again") -> d
 
 
 def read_all(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every record and benchmark below a folder, with where it stands; what is damaged is warned of and left out.
-
-    The order does not depend on the file system, and a run's own result comes before later evaluations of it.
-    """
+    """Every record and benchmark below a folder, with where it stands; what is damaged is warned of and left out."""
     patterns = (RESULT, "results/*.json", BENCHMARK, PACKED)
     files = {file for pattern in patterns for file in folder.rglob(pattern)}
+    # A run's own result comes before later evaluations of it.
     for file in sorted(files, key=lambda each: (EVALUATIONS in each.relative_to(folder).parts, each)):
         yield from _read_file(file, warn)
 
@@ -330,9 +328,6 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rate_by_token(rates: np.ndarray, response_tokens: np.ndarray) -> float:
-    """Skip rate over the decode steps of all references [N]: what skipping saves of a test set's decode time.
-
-    References, unlike responses, are equally long for every method; prefill gives the first token of each.
-    """
-    steps = np.maximum(response_tokens - 1, 0)
+    """Skip rate over the decode steps of all references [N], which are equally long for every method."""
+    steps = np.maximum(response_tokens - 1, 0)  # prefill gives the first token
     return float((rates * steps).sum() / steps.sum()) if steps.any() else float(rates.mean())
