@@ -116,7 +116,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def taken_over(directory: Path, config: ExperimentConfig) -> Iterator[bool]:
-    """Make the directory this run's once the body has started it, else restore it; yields whether it goes on with an earlier try."""
+    """Make the directory this run's if the body starts it, else restore it; yields whether an earlier try left something."""
     replaced, resumed = directory.parent / f".{directory.name}.old", False
     if rank()[0] == 0:
         check_directory(directory, config)  # again: another process may have been here in between
