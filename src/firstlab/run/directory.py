@@ -116,7 +116,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def taken_over(directory: Path, config: ExperimentConfig) -> Iterator[bool]:
-    """Make the directory this run's if the body starts it, else restore it; yields whether it resumes an earlier try."""
+    """Make the directory this run's if the body can start it, else restore it; yields whether a run is resumed."""
     replaced, resumed = directory.parent / f".{directory.name}.old", False
     if rank()[0] == 0:
         check_directory(directory, config)  # again: another process may have been here in between
