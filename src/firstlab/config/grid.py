@@ -46,11 +46,13 @@ class ScaleConfig:
 
     def check(self) -> None:
         """Raises ValueError with the option's full name."""
-        for option, theirs in (("models", paper.models()), ("tasks", paper.tasks())):
+        tables = paper.quality_tables().values()
+        papers = {"models": [each.model for each in tables], "tasks": [task for each in tables for task in each.tasks]}
+        for option, theirs in papers.items():
             ours = getattr(self, option)
             if not ours or set(ours) - set(theirs):
                 wrong = f"{min(set(ours) - set(theirs))!r} is not the paper's" if ours else "it is empty"
-                known = ", ".join(theirs)
+                known = ", ".join(dict.fromkeys(theirs))
                 raise ValueError(f"scale.{option}={dict(ours)}: {wrong}; say what stands for any of {known}")
         if "none" not in self.methods:
             raise ValueError("scale.methods has no entry for 'none': every table compares with the dense model")

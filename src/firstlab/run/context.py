@@ -52,8 +52,7 @@ class Run:
         with self.reading("the decision of routes"):
             if not self.method.per_prompt:
                 return shared_routes(self.directory, self.method, self.prompts(self.data.train))
-            prompts = self.prompts(examples)
-            return prompt_routes(self.directory, self.method, prompts, self.config.trainer.progress_bar)
+            return prompt_routes(self.directory, self.method, self.prompts(examples))
 
     def evaluate(self, variant: str, routes: Routes | None, source: str, out: Path) -> dict[str, Any]:
         """What a record says of the model as it is now, which is this variant; `out` gets its predictions."""

@@ -38,7 +38,7 @@ def shared_routes(directory: Path, method: Method, training: PromptSet) -> Route
     return _read_shared(file, training.num_layers)
 
 
-def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> FixedRoutes:
+def prompt_routes(directory: Path, method: Method, prompts: PromptSet) -> FixedRoutes:
     """[N, L], what a `per_prompt` method decides for each of these prompts; what is on disk is not decided again."""
     file = directory / "routes.jsonl"
     keys = [_key(text, example) for text, example in zip(prompts.texts, prompts.examples, strict=True)]
@@ -46,8 +46,8 @@ def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_
         known = _read_lines(file, prompts.num_layers)
         write_atomically(file, "".join(starmap(_line, known.items())))  # without what a kill or a hand has damaged
         left = list({key: x for key, x in zip(keys, prompts.examples, strict=True) if key not in known}.items())
-        size = prompts.batch_size
-        for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=not progress_bar):
+        size, hidden = prompts.batch_size, not prompts.progress_bar
+        for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=hidden):
             names, examples = zip(*left[start : start + size], strict=True)
             routes = method.routes(PromptSet(prompts.model, prompts.data, examples, size, prompts.cache_bytes))
             decided = _check_tensor(method, routes, [len(names), prompts.num_layers])
@@ -64,7 +64,7 @@ def decided_routes(directory: Path, method: Method, variant: str, prompts: Promp
     if variant == "base":
         return FixedRoutes(routes_without(prompts.num_layers, []))
     if method.per_prompt:
-        return prompt_routes(directory, method, prompts, progress_bar=False)
+        return prompt_routes(directory, method, prompts)
     file = directory / "routes.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no routes.json: {method.name} has not decided yet; run its training first")
