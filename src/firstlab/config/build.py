@@ -120,10 +120,8 @@ def check_vocabulary(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBas
     markers = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     markers -= {tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)}
     if any(index >= rows and index not in markers for index in tokenizer.get_vocab().values()):
-        raise ValueError(
-            f"model.path={config.model.path!r}: its tokenizer has {len(tokenizer)} entries, but the model embeds "
-            f"{rows}; give the model its own tokenizer, or resize_token_embeddings() and save it again"
-        )
+        sizes = f"its tokenizer has {len(tokenizer)} entries, but the model embeds {rows}"
+        raise ValueError(f"model.path={config.model.path!r}: {sizes}; give the model its own tokenizer")
 
 
 def check_lengths(config: ExperimentConfig, max_positions: int | None) -> None:

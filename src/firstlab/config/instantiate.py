@@ -97,10 +97,8 @@ def _class(name: str, group: str, option: str) -> type:
     ours = re.fullmatch(_OURS[group], name) is not None
     parents = {name[: dot.start()] for dot in re.finditer(r"\.", name)} | {name}
     if not ours and not parents & _trusted:
-        raise ValueError(
-            f"{option}._target_={name!r} stands in a saved file, and what is saved runs no code of others: if you know "
-            f"the module, name it on the command line, trust={name.partition('.')[0]}"
-        )
+        why = f"what is saved runs no code of others: if you know it, give trust={name.partition('.')[0]}"
+        raise ValueError(f"{option}._target_={name!r} stands in a saved file, and {why}")
     try:
         target = getattr(import_module(module), attribute)
     except Exception as error:  # importing a module may fail in any way

@@ -102,10 +102,8 @@ def check_same(directory: Path, config: ExperimentConfig) -> None:
         new["steps"] = old.get("steps")
     changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:
-        raise ValueError(
-            f"run directory {directory} belongs to another configuration ({'; '.join(changed[:6])}); give this run a "
-            "note or choose another run_dir, or pass overwrite=true to delete it"
-        )
+        remedy = "give this run a note or another run_dir, or pass overwrite=true to delete it"
+        raise ValueError(f"{directory} belongs to another configuration ({'; '.join(changed[:6])}); {remedy}")
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

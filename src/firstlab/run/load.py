@@ -151,10 +151,8 @@ def read(
     comet.command = CometConfig().command
     hub = comet.model is None or re.fullmatch(r"Unbabel/[\w.-]+", comet.model) and not Path(comet.model).exists()
     if not hub and "evaluation.comet.model" not in overrides:
-        raise ValueError(
-            f"{file}: evaluation.comet.model={comet.model!r} is a checkpoint, which may hold code: name it again, "
-            f"evaluation.comet.model={comet.model}, or leave COMET out, evaluation.comet.model=null"
-        )
+        why = "which may hold code: name it again, or leave COMET out with evaluation.comet.model=null"
+        raise ValueError(f"{file}: evaluation.comet.model={comet.model!r} is a checkpoint, {why}")
     instantiate.trust(value for key, value in overrides.items() if key.endswith("._target_"))
     for key, value in overrides.items():
         _replace(merged, key, value)

@@ -126,10 +126,8 @@ def load_product(config: ExperimentConfig, directory: Path, phase: str) -> Route
     folder = directory / phase
     model = load_model(config, folder)
     if phase != "router" and not model.has_lora:
-        raise ValueError(
-            f"{folder} has no LoRA weights (adapter_model.safetensors); put them back, or delete the folder, and "
-            "result.json if there is one, and give the training command again"
-        )
+        remedy = "put it back, or delete the folder and result.json, and give the training command again"
+        raise ValueError(f"{folder} has no adapter_model.safetensors, its LoRA: {remedy}")
     return model
 
 
@@ -142,10 +140,8 @@ def _begin(run: Run, phase: str) -> bool:
     if phase not in run.config.phases:
         return False
     if phase == "router" and (directory / "lora").is_dir():
-        raise ValueError(
-            f"{directory} has lora/ but not router/, under whose routes it was trained: put router/ back, or delete "
-            "lora/, and result.json if there is one, to train both again"
-        )
+        remedy = "put it back, or delete lora/, and result.json if there is one, to train both again"
+        raise ValueError(f"{directory} has lora/ but not router/, under whose routes it was trained: {remedy}")
     if rank()[0] == 0:  # what was made with an earlier model of the phase
         if phase in ("tune", "router"):
             (directory / "routes.json").unlink(missing_ok=True)

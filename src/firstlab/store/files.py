@@ -135,10 +135,8 @@ def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
             print(f"{message}; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            raise ValueError(
-                f"{directory}: its file system locks no files ({error.strerror}); choose a folder on another one, or "
-                "mount it with locks (Lustre: -o flock)"
-            ) from error
+            remedy = "choose a folder on another one, or mount it with locks (Lustre: -o flock)"
+            raise ValueError(f"{directory}: its file system locks no files ({error.strerror}); {remedy}") from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         lock.flush()
