@@ -23,15 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from firstlab.config.compose import (
-    allowed_keys,
-    compose_file,
-    conf_dir,
-    refuse_misread,
-    register,
-    search_path,
-    settings,
-)
+from firstlab.config import compose
 
 Input = TypeVar("Input")
 Options = TypeVar("Options")
@@ -64,18 +56,18 @@ def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> Non
     """Run `main` on what Hydra composes of conf/NAME.yaml and the arguments of this process; see `guarded`."""
     quiet()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
-    register()
+    compose.register()
 
     @functools.wraps(main)
     def checked(composed: Any) -> None:
-        refuse_misread(composed, HydraConfig.get().overrides.task)
+        compose.refuse_misread(composed, HydraConfig.get().overrides.task)
         main(composed)
 
     # Without this Hydra would print its errors itself, over many lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     task = guarded(checked, resumes)
     try:
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
+        hydra.main(version_base="1.3", config_path=compose.conf_dir(), config_name=name)(task)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         print(f"error: {_one_line(error, name)}", file=sys.stderr)
         sys.exit(2)
@@ -172,20 +164,20 @@ def _one_line(error: Exception, name: str) -> str:
 
     def overrides() -> list[str]:
         arguments, folders = own_folders(sys.argv[1:])
-        return [*search_path(folders), *(each for each in arguments if each[:1] != "-")]
+        return [*compose.search_path(folders), *(each for each in arguments if each[:1] != "-")]
 
     text = f"{error}\n{error.__cause__ or ''}".partition("Config search path:")[0]
     if "Ambiguous value" in text:  # also where a sweep file would allow several values, but there is no such file
         parsed = OverridesParser.create().parse_overrides(overrides())
         try:
-            compose_file(name, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
+            compose.compose_file(name, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
         except HydraException as first:
             return _one_line(first, name)
     unknown = re.search(r"Could not override '([\w.]+)'", text)
     if unknown and "in the defaults list" not in text:
         key = unknown[1]
         with suppress(HydraException, ValueError):  # the others may be wrong, too
-            return allowed_keys(key, [x for x in overrides() if x.lstrip("+").partition("=")[0] != key], name)
+            return compose.allowed_keys(key, [x for x in overrides() if x.lstrip("+").partition("=")[0] != key], name)
     lines = filter(None, map(str.strip, text.splitlines()))
     told = ", ".join(line for line in lines if not line.startswith(("reference_type", "object_type", "full_key")))
     return told.replace(":,", ":")
@@ -243,7 +235,7 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
     for argument in arguments[:end]:
         key, equals, value = argument.partition("=")
         if equals and key in schema:
-            refuse_misread(schema, [argument])
+            compose.refuse_misread(schema, [argument])
             try:
                 schema[key] = None if value == "null" else value
             except OmegaConfBaseException as error:
@@ -252,7 +244,7 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
             raise ValueError(f"{key} is unknown: the options are {', '.join(schema)}; text like this goes behind --")
         else:
             words.append(argument)
-    return settings(schema, type(defaults)), words + arguments[end + 1 :]
+    return compose.settings(schema, type(defaults)), words + arguments[end + 1 :]
 
 
 def _interrupted_early(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -11,15 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from firstlab.config.build import (
-    build_data,
-    check_device,
-    check_lora_targets,
-    check_test_set,
-    check_vocabulary,
-    load_model,
-    model_path,
-)
+from firstlab.config import build
 from firstlab.config.schema import TRAINED, ExperimentConfig
 from firstlab.data.files import warn
 from firstlab.evaluation.decoding import check_engine
@@ -27,15 +19,8 @@ from firstlab.evaluation.predictions import digest, fingerprint, source_of
 from firstlab.evaluation.scoring import check_metrics
 from firstlab.methods.base import Method
 from firstlab.model.routes import Routes
+from firstlab.run import directory
 from firstlab.run.context import Run, say
-from firstlab.run.directory import (
-    check_directory,
-    finished_record,
-    phase_record,
-    taken_over,
-    variant_names,
-    wanted_variants,
-)
 from firstlab.run.loggers import close_failed, close_logger, log_evaluation, open_loggers
 from firstlab.run.phases import compensate_with_lora, refit, train_routers, tune
 from firstlab.store import machine, results
@@ -56,9 +41,9 @@ class Experiment(Run):
         start = method.router_start()
         if "router" in config.phases and start is not None:
             start.check(config.router.threshold)
-        check_device(config.trainer)
+        build.check_device(config.trainer)
         if rank()[0] == 0:
-            check_directory(self.directory, config)
+            directory.check_directory(self.directory, config)
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; returns the record that is in result.json."""
@@ -76,10 +61,10 @@ class Experiment(Run):
         """Start, train routers, evaluate, compensate with LoRA, evaluate, record."""
         begun = time.perf_counter()
         machine.reset_peak_memory()
-        with taken_over(self.directory, self.config) as resumed:
+        with directory.taken_over(self.directory, self.config) as resumed:
             self._start()
-        before, after = variant_names(self.method)
-        wanted = wanted_variants(self.config, self.method)
+        before, after = directory.variant_names(self.method)
+        wanted = directory.wanted_variants(self.config, self.method)
         variants: dict[str, Any] = {}
 
         tune(self)  # where the run chooses on a model that knows its task
@@ -107,10 +92,10 @@ class Experiment(Run):
 
     def _finished(self) -> dict[str, Any] | None:
         if rank()[0] == 0:
-            check_directory(self.directory, self.config)
+            directory.check_directory(self.directory, self.config)
             (self.directory / results.FAILURE).unlink(missing_ok=True)
         barrier()
-        record = finished_record(self.config, self.method)
+        record = directory.finished_record(self.config, self.method)
         if record is not None:
             say(f"{self.directory} is finished already; overwrite=true runs it again")
         return record
@@ -118,9 +103,9 @@ class Experiment(Run):
     def _start(self) -> None:
         """Open what the run needs: what can be wrong with a command shows here, in little time."""
         initial = self.config.init_from
-        if initial is not None and not Path(model_path(initial)).is_dir():
+        if initial is not None and not Path(build.model_path(initial)).is_dir():
             raise ValueError(f"init_from={initial!r} does not exist; give the folder of a saved model")
-        check_lora_targets(self.config)
+        build.check_lora_targets(self.config)
         try:
             self.loggers = open_loggers(self.config, self.directory, self.method.name)
             self._read_data()
@@ -133,12 +118,12 @@ class Experiment(Run):
     def _read_data(self) -> None:
         config = self.config
         L.seed_everything(config.seed, workers=True, verbose=False)
-        self.data = build_data(config)
+        self.data = build.build_data(config)
         self.data.setup("fit")
         sizes = f"{len(self.data.train)} training and {len(self.data.val)} validation examples"
         if "evaluate" in config.phases:
             # A wrong path or a malformed line stops here, not after the training.
-            check_test_set(self.data)
+            build.check_test_set(self.data)
             if config.evaluation.perplexity:
                 self.data.setup("test")
             self.data.setup("predict")
@@ -150,15 +135,15 @@ class Experiment(Run):
         """The model that the first step starts from, if what earlier steps have left is whole."""
         config = self.config
         for phase in TRAINED:
-            phase_record(self.directory, phase)
+            directory.phase_record(self.directory, phase)
         trained = config.init_from is not None or (self.directory / "router").is_dir()
         if self.method.trains_routers and "router" not in config.phases and not trained:
             raise ValueError(f"phases={config.phases} needs trained routers: set init_from, or add router to phases")
-        self.model = load_model(config, model_path(config.init_from or config.model.path))
+        self.model = build.load_model(config, build.model_path(config.init_from or config.model.path))
         self.method.rounding(self.model.num_layers)
         if "evaluate" in config.phases:
             check_engine(self.model, "evaluation.decoder", config.evaluation.decoder)
-        check_vocabulary(config, self.data.tokenizer, self.model)
+        build.check_vocabulary(config, self.data.tokenizer, self.model)
 
     def _evaluate(self, name: str, routes: Routes | None, source: str) -> dict[str, Any]:
         """Evaluate a variant, unless an earlier try has done so and left its part of the record on disk."""

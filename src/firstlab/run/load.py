@@ -13,17 +13,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from firstlab.config import instantiate
+from firstlab.config import compose, instantiate
 from firstlab.config.build import check_device, load_model, model_path
-from firstlab.config.compose import (
-    composed_config,
-    conf_dir,
-    merge_saved,
-    read_saved,
-    refuse_misread,
-    search_path,
-    settings,
-)
 from firstlab.config.schema import PAPER_ORDER, ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
@@ -96,7 +87,7 @@ def _without_routers(config: ExperimentConfig) -> ExperimentConfig:
 
 def load(composed: DictConfig) -> tuple[ExperimentConfig, Method]:
     """The checked configuration that Hydra composed, and its method; classes of the user's own may be named there."""
-    config = settings(composed, ExperimentConfig)
+    config = compose.settings(composed, ExperimentConfig)
     instantiate.trust(instantiate.targets([config.method, config.data.task, config.logger]))
     return _checked(config)
 
@@ -138,15 +129,17 @@ def read(
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")
-    saved, overrides = read_saved(file), dict(overrides or {})
+    saved, overrides = compose.read_saved(file), dict(overrides or {})
     for group in {"data", "trainer"} & overrides.keys():
         name = overrides.pop(group)
-        names = {each.stem for place in (conf_dir(), *config_dirs) for each in Path(place, group).glob("*.yaml")}
+        names = {
+            each.stem for place in (compose.conf_dir(), *config_dirs) for each in Path(place, group).glob("*.yaml")
+        }
         if name not in names:
             raise ValueError(f"{group}={name!r} is unknown; choose one of {', '.join(sorted(names))}")
-        saved[group] = composed_config([*search_path(config_dirs), f"{group}={name}"])[group]
+        saved[group] = compose.composed_config([*compose.search_path(config_dirs), f"{group}={name}"])[group]
         instantiate.trust(instantiate.targets(saved[group]))
-    merged = merge_saved(saved, file)
+    merged = compose.merge_saved(saved, file)
     merged.logger, comet = None, merged.evaluation.comet
     comet.command = CometConfig().command
     hub = comet.model is None or re.fullmatch(r"Unbabel/[\w.-]+", comet.model) and not Path(comet.model).exists()
@@ -156,7 +149,7 @@ def read(
     instantiate.trust(value for key, value in overrides.items() if key.endswith("._target_"))
     for key, value in overrides.items():
         _replace(merged, key, value)
-    return _checked(settings(merged, ExperimentConfig))
+    return _checked(compose.settings(merged, ExperimentConfig))
 
 
 def _replace(merged: DictConfig, key: str, value: str) -> None:
@@ -166,7 +159,7 @@ def _replace(merged: DictConfig, key: str, value: str) -> None:
         part = OmegaConf.select(merged, key)
         if OmegaConf.is_dict(part) and not isinstance(yaml.safe_load(value), dict):
             raise ValueError(f"{key}={value}: {key} is a group; give its keys, {', '.join(map(str, part))}")
-        refuse_misread(merged, [f"{key}={value}"])
+        compose.refuse_misread(merged, [f"{key}={value}"])
         merged.merge_with_dotlist([f"{key}={value}"])
     except yaml.YAMLError as error:
         raise ValueError(f"{key}={value} is not valid YAML; quote the value, as in '{key}=\"...\"'") from error
