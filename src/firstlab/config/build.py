@@ -44,7 +44,7 @@ def build_task(config: ExperimentConfig) -> Task:
         kind = getattr(each, "kind", None)
         if kind not in PRIMARY_METRIC:
             known = ", ".join(PRIMARY_METRIC)
-            raise ValueError(f"data.task: {type(each).__name__}.kind={kind!r} has no metrics; choose one of {known}")
+            raise ValueError(f"data.task: the kind of {type(each).__name__} is {kind!r}; choose one of {known}")
     return task
 
 

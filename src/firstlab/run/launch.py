@@ -104,7 +104,6 @@ def in_processes(trainer: TrainerConfig) -> bool:
     if nodes > 1:
         started = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} -m firstlab.train ..."
         raise ValueError(f"trainer.num_nodes={nodes}: start this command on every node with {started}")
-
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     environment = {**os.environ, LAUNCHED: "1"} | ({results.SWEEP_JOB: "1"} if is_sweep_job() else {})

@@ -111,9 +111,7 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         other = "routes" if kind == "routes" else "first"
         raise ValueError(f"router.kind={kind} does not fit {method.name}: choose method={other}, or router.kind={fits}")
     if (rates := config.evaluation.skip_rates) and fits != "routes":
-        raise ValueError(
-            f"evaluation.skip_rates={rates}: {method.name} knows one rate; choose method=routes, or drop it"
-        )
+        raise ValueError(f"evaluation.skip_rates={rates}: {method.name} knows one rate; use method=routes, or none")
     if "refit" in config.phases and not (method.trains_routers and "lora" in config.phases):
         raise ValueError(f"phases={config.phases}: refit needs a method that trains routers, and lora before it")
     return config, method
@@ -132,9 +130,8 @@ def read(
     saved, overrides = compose.read_saved(file), dict(overrides or {})
     for group in {"data", "trainer"} & overrides.keys():
         name = overrides.pop(group)
-        names = {
-            each.stem for place in (compose.conf_dir(), *config_dirs) for each in Path(place, group).glob("*.yaml")
-        }
+        places = (compose.conf_dir(), *config_dirs)
+        names = {each.stem for place in places for each in Path(place, group).glob("*.yaml")}
         if name not in names:
             raise ValueError(f"{group}={name!r} is unknown; choose one of {', '.join(sorted(names))}")
         saved[group] = compose.composed_config([*compose.search_path(config_dirs), f"{group}={name}"])[group]

@@ -198,12 +198,10 @@ def checked(node: Any, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _check_variant(variant: dict[str, Any], where: str, layers: int) -> None:
     """Raises ValueError where numbers of a variant do not fit together."""
-    metrics, primary = variant["metrics"], variant["primary_metric"]
+    metrics, primary, whole = variant["metrics"], variant["primary_metric"], {"value", "low", "high"}
     if primary not in metrics:
         raise ValueError(f"{where} has no metric {primary}, its primary_metric")
-    variant["metrics"] = kept = {
-        name: each for name, each in metrics.items() if {"value", "low", "high"} <= each.keys()
-    }
+    variant["metrics"] = kept = {name: each for name, each in metrics.items() if whole <= each.keys()}
     if not kept:
         raise ValueError(f"{where} has no metric with a value")
     if primary not in kept:
