@@ -27,15 +27,8 @@ _MIXTURE, _PART = "firstlab.data.mixture.Mixture", "firstlab.data.mixture.Part"
 #: Classes and packages of the user's own that this process may import.
 _trusted: set[str] = set()
 
-_NAMES = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    str: "text",
-    NoneType: "null",
-    Sequence: "a list",
-    Mapping: "keys and values",
-}
+_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
+_NAMES |= {Sequence: "a list", Mapping: "keys and values"}
 
 
 def trust(names: Iterable[str]) -> None:

@@ -38,15 +38,11 @@ def tune(run: Run) -> None:
     """Teach the model its task with every layer run, so that routes are chosen on a model that knows it."""
     if _begin(run, "tune"):
         dense = FixedRoutes(torch.ones(run.model.num_layers, dtype=torch.bool))
-        objective = run.method.training_objective("lora")
+        objective = replace(run.method.training_objective("lora"), target_skip=None, objective="decode_consistent")
+        phase, seed = run.settings("tune"), run.config.seed
         _add_lora(run)
         module = LoRACompensationModule(
-            run.model,
-            objective=replace(objective, target_skip=None, objective="decode_consistent"),
-            phase=run.settings("tune"),
-            seed=run.config.seed,
-            routes=dense,
-            val_routes=dense,
+            run.model, objective=objective, phase=phase, seed=seed, routes=dense, val_routes=dense
         )
         _finish(run, "tune", _fit(run, "tune", module))
     if run.tuned:
@@ -86,12 +82,9 @@ def compensate_with_lora(run: Run) -> None:
     module: Phase
     if method.one_phase:
         _add_lora(run)
+        objective, rate = method.training_objective("router"), config.router_phase.learning_rate
         module = OnePhaseModule(
-            run.model,
-            objective=method.training_objective("router"),
-            phase=phase,
-            seed=config.seed,
-            router_learning_rate=config.router_phase.learning_rate,
+            run.model, objective=objective, phase=phase, seed=config.seed, router_learning_rate=rate
         )
     else:
         before = phase_record(run.directory, "router")
@@ -180,21 +173,16 @@ def _timed(fit: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _fit(run: Run, phase: str, module: Phase) -> dict[str, Any]:
     """Train a phase from its last checkpoint, or its start; what is to be recorded about it."""
-    settings = run.settings(phase)
+    settings, trainer = run.settings(phase), run.config.trainer
     steps = run.data.total_batches // settings.accumulate
     say(f"phase {phase}: {steps} steps of {settings.batch_size * settings.accumulate} prompts, {run.method.label}")
     checkpoints = run.directory / "checkpoints" / phase
     resume, begun = run.config.ckpt == "last", time.perf_counter()
     resumed = resume and (checkpoints / "last.ckpt").is_file()
+    loggers = [PhaseLogger(each, phase) for each in run.loggers]
     with during(f"phase {phase} with {phase}_phase.batch_size={settings.batch_size}"):
         kept: dict[str, Any] = fit_phase(
-            module,
-            run.data,
-            config=run.config.trainer,
-            max_steps=steps,
-            directory=checkpoints,
-            loggers=[PhaseLogger(each, phase) for each in run.loggers],
-            resume=resume,
+            module, run.data, config=trainer, max_steps=steps, directory=checkpoints, loggers=loggers, resume=resume
         )
     if kept.get("warning") is not None:
         warn(f"phase {phase}: {kept['warning']}")

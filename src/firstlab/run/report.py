@@ -64,8 +64,8 @@ def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, variant in record["variants"].items():
         trained = ("tune", "router", "lora") if name.endswith("_lora") else ("tune", "router")
-        phases = {phase: (record.get("phases") or {}).get(phase) or {} for phase in trained}
-        warnings = [f"phase {phase}: {found['warning']}" for phase, found in phases.items() if found.get("warning")]
+        said = {phase: ((record.get("phases") or {}).get(phase) or {}).get("warning") for phase in trained}
+        warnings = [f"phase {phase}: {warning}" for phase, warning in said.items() if warning]
         metric = variant["metrics"].get(variant["primary_metric"])
         rows.append({**record, **variant, "variant": name, "primary": metric, "warnings": warnings})
         for rate, at in variant.get("rates", {}).items():
@@ -122,13 +122,9 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
         axis.set(ylim=(0, 100), yticks=[0, 50, 100], xticks=layers[:: max(1, len(layers) // 32)])
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(
-            f"{row_title(row)}: {100 * skip['skip_rate']:.1f} % of layers skipped, {row['primary_metric']} "
-            f"{row['primary']['value']:.1f}, {count} {'route' if count == 1 else 'routes'}",
-            fontsize=9,
-            loc="left",
-            parse_math=False,
-        )
+        said = f"{100 * skip['skip_rate']:.1f} % of layers skipped, {count} {'route' if count == 1 else 'routes'}"
+        score = f"{row['primary_metric']} {row['primary']['value']:.1f}"
+        axis.set_title(f"{row_title(row)}: {said}, {score}", fontsize=9, loc="left", parse_math=False)
     axes[-1].set_xlabel("decoder layer (0 = first)")
     fig.supylabel("prompts that skip the layer (%)", fontsize=10)
     fig.suptitle(title, fontsize=11, parse_math=False)
