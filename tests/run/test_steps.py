@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from firstlab import evaluate
+from firstlab.generate import main as generate
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.route_router import RouteRouter
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
 from firstlab.run.report import row_title, rows_of_record
-from firstlab.run.stream import main as generate
 from firstlab.store import results
 from support.tiny_run import composed, overrides
 

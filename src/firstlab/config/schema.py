@@ -172,6 +172,41 @@ class EvaluationConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """Options of `python -m firstlab.generate`.
+
+    Attributes:
+        run: Run directory of firstlab.train, or a folder written by save_pretrained.
+        variant: "router_lora", "router", or "base" (every layer runs); the most trained one by default.
+        prompt: "task" puts the text into the run's prompt, "raw" takes it as it is.
+        question, part: The question, for QA runs; which task of a mixture the text is for.
+        max_new_tokens: Length limit; the run's own by default.
+        decoder: "generate" (transformers'), or "engine": the same text, greedy in float32, and faster.
+        quantization: int8 or int4 for such weights in the decoder layers, or null.
+        do_sample, temperature, top_k, seed: Sampling instead of greedy decoding.
+        skip_rate: How much to skip, for models of any rate (router.kind=routes); their default otherwise.
+        lossless: The route only drafts, and the text is the dense model's own; LoRA takes part in the draft alone.
+        trust: Package of your own whose classes the run's saved configuration may name.
+    """
+
+    run: str = ""
+    variant: str | None = None
+    prompt: str = option("task", choices="task, raw")
+    question: str = ""
+    part: str = ""
+    max_new_tokens: int | None = option(None, least=1)
+    decoder: str = option("generate", choices=DECODERS)
+    quantization: str | None = None
+    do_sample: bool = False
+    temperature: float = option(0.8, least=LEAST_TEMPERATURE)
+    top_k: int = option(10, least=0)
+    seed: int = 0
+    skip_rate: float | None = option(None, least=0, below=1)
+    lossless: bool = False
+    trust: str | None = None
+
+
+@dataclass
 class TrainerConfig:
     """Where and how training runs."""
 

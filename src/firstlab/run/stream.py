@@ -1,63 +1,30 @@
-"""Stream text from a trained run and show which layers decode ran.
-
-    python -m firstlab.generate run=DIR "text to translate, summarise, ..."
-    python -m firstlab.generate run=DIR question="Who ...?" "passage"
-    echo "text" | python -m firstlab.generate run=DIR prompt=raw
-
-The text is put into the prompt that the run was trained on, unless prompt=raw. Text that looks like an option goes
-behind --. Where the run's base model has moved, model.path=FOLDER says where it is.
-"""
+"""Stream text from a trained run or a model folder, and show which layers decode ran."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from firstlab.config.command_line import guarded, parse_options
-from firstlab.config.schema import DECODERS, LEAST_TEMPERATURE, check_options, option
-from firstlab.data.files import has_text, without_marks
+import torch
+from transformers import TextStreamer
 
-if TYPE_CHECKING:
-    from firstlab.model.lm import RouterAugmentedLM
-    from firstlab.model.routes import Routes
-
-
-@dataclass
-class GenerateConfig:
-    """Options of `python -m firstlab.generate`.
-
-    Attributes:
-        run: Run directory of firstlab.train, or a folder written by save_pretrained.
-        variant: "router_lora", "router", or "base" (every layer runs); the most trained one by default.
-        prompt: "task" puts the text into the run's prompt, "raw" takes it as it is.
-        question, part: The question, for QA runs; which task of a mixture the text is for.
-        max_new_tokens: Length limit; the run's own by default.
-        decoder: "generate" (transformers'), or "engine": the same text, greedy in float32, and faster.
-        quantization: int8 or int4 for such weights in the decoder layers, or null.
-        do_sample, temperature, top_k, seed: Sampling instead of greedy decoding.
-        skip_rate: How much to skip, for models of any rate (router.kind=routes); their default otherwise.
-        lossless: The route only drafts, and the text is the dense model's own; LoRA takes part in the draft alone.
-        trust: Package of your own whose classes the run's saved configuration may name.
-    """
-
-    run: str = ""
-    variant: str | None = None
-    prompt: str = option("task", choices="task, raw")
-    question: str = ""
-    part: str = ""
-    max_new_tokens: int | None = option(None, least=1)
-    decoder: str = option("generate", choices=DECODERS)
-    quantization: str | None = None
-    do_sample: bool = False
-    temperature: float = option(0.8, least=LEAST_TEMPERATURE)
-    top_k: int = option(10, least=0)
-    seed: int = 0
-    skip_rate: float | None = option(None, least=0, below=1)
-    lossless: bool = False
-    trust: str | None = None
+from firstlab.config import instantiate
+from firstlab.config.build import build_data, check_vocabulary
+from firstlab.config.schema import GenerateConfig
+from firstlab.data.encoding import fit_prompt, prompt_ids
+from firstlab.data.task import Example
+from firstlab.engine.engine import DecodeEngine
+from firstlab.engine.sampling import Sampling
+from firstlab.evaluation.decoding import check_engine
+from firstlab.methods.base import routes_without
+from firstlab.model.generation_options import pinned_generation, stop_tokens
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.quantization import check_quantization, quantize
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes
+from firstlab.model.storage import load_tokenizer
+from firstlab.run import load
+from firstlab.run.decisions import decided_routes
+from firstlab.training.prompt_set import PromptSet
 
 
 def layer_map(skips: list[float]) -> str:
@@ -67,28 +34,8 @@ def layer_map(skips: list[float]) -> str:
     return f"layers 0 {drawn} {count - 1}   skipped {skipped:.3g} of {count} ({100 * skipped / count:.1f} %)"
 
 
-@partial(guarded, resumes=False)
-def main(arguments: list[str]) -> None:
-    """Parse, load, stream, show the route."""
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\n{GenerateConfig.__doc__}")
-        return
-    moved = dict(each.split("=", 1) for each in arguments if each.startswith("model.path="))
-    options, words = parse_options(GenerateConfig(), [each for each in arguments if not each.startswith("model.path=")])
-    if not options.run:
-        raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
-    check_options(options)
-    text = without_marks(" ".join(words) if words else sys.stdin.read().strip())
-    if not has_text(text):
-        raise ValueError("the text is empty; give at least one word")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text is not valid UTF-8; convert it")
-
-    from firstlab.evaluation.decoding import check_engine
-    from firstlab.model.generation_options import pinned_generation
-    from firstlab.model.quantization import check_quantization, quantize
-    from firstlab.model.routes import RoutersDecide
-
+def stream(options: GenerateConfig, text: str, moved: dict[str, str]) -> None:
+    """Load what the options name, stream its response to the text, print its route; `moved` may hold model.path."""
     check_quantization(options.quantization)
     is_run = (Path(options.run) / "config.yaml").is_file()
     source = _run(options, text, moved) if is_run else _folder(options, text, moved)
@@ -124,16 +71,8 @@ class _Source(NamedTuple):
 
 def _run(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
     """A run directory of firstlab.train: its model, its prompt and what its method decides."""
-    from firstlab.config import instantiate
-    from firstlab.config.build import build_data, check_vocabulary
-    from firstlab.data.encoding import fit_prompt, prompt_ids
-    from firstlab.data.task import Example
-    from firstlab.run.decisions import decided_routes
-    from firstlab.run.load import load_run
-    from firstlab.training.prompt_set import PromptSet
-
     instantiate.trust([] if options.trust is None else [options.trust])
-    config, method, model, variant = load_run(Path(options.run), options.variant, moved)
+    config, method, model, variant = load.load_run(Path(options.run), options.variant, moved)
     data = build_data(config)
     check_vocabulary(config, data.tokenizer, model)
     raw, task = options.prompt == "raw", data.task
@@ -157,12 +96,6 @@ def _run(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
 
 def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
     """A folder written by save_pretrained, which knows no task."""
-    from firstlab.data.encoding import prompt_ids
-    from firstlab.methods.base import routes_without
-    from firstlab.model.lm import RouterAugmentedLM
-    from firstlab.model.routes import FixedRoutes
-    from firstlab.model.storage import load_tokenizer
-
     if moved:
         raise ValueError(f"model.path is for run directories of firstlab.train; run={options.run} is none")
     if options.prompt == "task":
@@ -177,13 +110,6 @@ def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Sourc
 
 def _stream(source: _Source, options: GenerateConfig) -> list[float]:
     """Print the response as it is decoded; of each layer, the share of decode steps that skipped it."""
-    import torch
-    from transformers import TextStreamer
-
-    from firstlab.engine.engine import DecodeEngine
-    from firstlab.engine.sampling import Sampling
-    from firstlab.model.generation_options import stop_tokens
-
     model, tokenizer, prompt, routes, limit = source
     ends, by_engine = stop_tokens(model.lm, tokenizer), options.decoder == "engine"
     streamer = TextStreamer(tokenizer, skip_prompt=not by_engine, skip_special_tokens=True)
