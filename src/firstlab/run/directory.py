@@ -81,10 +81,8 @@ def check_directory(directory: Path, config: ExperimentConfig) -> None:
 
 def has_begun(directory: Path) -> bool:
     """Whether a run directory holds more than its settings and why the last try failed."""
-    if not directory.is_dir():
-        return False
-    names = {each.name for each in directory.iterdir() if not each.name.startswith(f".{CONFIG}.")}
-    return bool(names - {CONFIG, results.FAILURE})
+    names = {each.name for each in directory.iterdir()} if directory.is_dir() else set()
+    return any(each not in (CONFIG, results.FAILURE) and not each.startswith(f".{CONFIG}.") for each in names)
 
 
 def check_same(directory: Path, config: ExperimentConfig) -> None:

@@ -96,10 +96,16 @@ def _finish(command: list[str], environment: Mapping[str, str] | None = None, pa
 def in_processes(trainer: TrainerConfig) -> bool:
     """Start firstlab.train in several processes if that is asked for and this is none of them; True once done."""
     per_node, nodes, world = trainer.devices, trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
-    if per_node * nodes == 1:
+    if (wanted := per_node * nodes) == 1:
         return False
     if world > 1:
-        _join(trainer, world)
+        if world != wanted:
+            raise ValueError(f"trainer.devices × num_nodes is {wanted}, and {world} processes run; start as many")
+        if not dist.is_initialized():
+            if trainer.accelerator == "gpu":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # The others wait for what the first does alone: a search, an evaluation with COMET, timing.
+            dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo", timeout=timedelta(days=1))
         return False
     if nodes > 1:
         started = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} -m firstlab.train ..."
@@ -110,13 +116,3 @@ def in_processes(trainer: TrainerConfig) -> bool:
     if code := _finish([*torchrun(trainer.devices), "-m", "firstlab.train", *overrides], environment):
         sys.exit(code)
     return True
-
-
-def _join(trainer: TrainerConfig, world: int) -> None:
-    if world != (wanted := trainer.devices * trainer.num_nodes):
-        raise ValueError(f"trainer.devices × trainer.num_nodes is {wanted}, and {world} processes run; start as many")
-    if not dist.is_initialized():
-        if trainer.accelerator == "gpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait for what the first does alone: a search, an evaluation with COMET, timing.
-        dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo", timeout=timedelta(days=1))

@@ -47,7 +47,6 @@ _EXAMPLES = {  # [n] numbers per test prompt, [n, k] per metric in `scores`; tes
     **dict.fromkeys(("difficulty?", "prompt_tokens?", "response_tokens?", "skip_rate?", "nll?"), _NUMBERS),
     "scores?": {"*": _NUMBERS},
 }
-_ADAPTIVITY = ("unique_routes?", "route_entropy_bits?", "mode_agreement?", "static_agreement?")
 _VARIANT = {
     "n": int,
     "skip": {
@@ -55,7 +54,7 @@ _VARIANT = {
         "per_layer": [float],
         "skip_rate_by_token?": float,
         "by_difficulty?": {"*": {"n": int, "skip_rate": float}},
-        **dict.fromkeys(_ADAPTIVITY, float),
+        **dict.fromkeys(("unique_routes?", "route_entropy_bits?", "mode_agreement?", "static_agreement?"), float),
     },
     "metrics": {"*": _METRIC},
     "primary_metric": str,
