@@ -164,9 +164,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "evaluation.")
-        for rate in self.skip_rates:
-            if not 0 <= rate < 1:
-                raise ValueError(f"evaluation.skip_rates={self.skip_rates}: {rate} must be at least 0 and below 1")
+        if not all(0 <= rate < 1 for rate in self.skip_rates):
+            raise ValueError(f"evaluation.skip_rates={self.skip_rates}: each must be at least 0 and below 1")
         if self.decoder == "engine" and self.num_beams > 1:
             raise ValueError(f"evaluation.num_beams={self.num_beams} needs evaluation.decoder=generate")
 

@@ -25,7 +25,7 @@ from firstlab.store.ranks import rank
 from firstlab.training.prompt_set import PromptSet
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Run:
     """What is run and where, its prompts, and the model as the last step has left it."""
 
