@@ -6,12 +6,9 @@ again goes on where an interrupted run was, and does nothing for a finished one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from omegaconf import DictConfig
 
 from firstlab.config.command_line import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 def main(composed: DictConfig) -> None:
