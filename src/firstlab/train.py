@@ -15,7 +15,10 @@ def main(composed: DictConfig) -> None:
     """One run, or one of a sweep: there a failure is recorded and the sweep goes on."""
     from firstlab.run.launch import is_sweep_job, isolated
 
-    (isolated(run) if is_sweep_job() else run)(composed)
+    if is_sweep_job():
+        isolated(run, composed)
+    else:
+        run(composed)
 
 
 def run(composed: DictConfig) -> None:

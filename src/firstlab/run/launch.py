@@ -53,30 +53,26 @@ def is_sweep_job() -> bool:
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
-def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def isolated(main: Callable[[DictConfig], None], composed: DictConfig) -> None:
     """Let a sweep outlive a failing run: its error and traceback go to failure.json in the run directory."""
-
-    def run(composed: DictConfig) -> None:
-        quiet()
-        directory = ours = None
-        try:
-            config, method = load(composed)
-            directory = config.directory(method.label)
-            print(f"run: {directory}", flush=True)
-            check_directory(directory, config)
-            ours = directory
-            (ours / results.FAILURE).unlink(missing_ok=True)
-            main(composed)
-        except (Exception, SystemExit) as error:  # processes of a run that ended badly come back as the latter
-            print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
-            if ours is not None:
-                close_failed(config.logger)
-                # Not in a run that another process is doing; nor instead of what one of its own processes said.
-                with suppress(ValueError), claimed(ours, wait=False):
-                    if not (ours / results.FAILURE).is_file():
-                        results.write_failure(ours, error)
-
-    return run
+    quiet()
+    directory = ours = None
+    try:
+        config, method = load(composed)
+        directory = config.directory(method.label)
+        print(f"run: {directory}", flush=True)
+        check_directory(directory, config)
+        ours = directory
+        (ours / results.FAILURE).unlink(missing_ok=True)
+        main(composed)
+    except (Exception, SystemExit) as error:  # processes of a run that ended badly come back as the latter
+        print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
+        if ours is not None:
+            close_failed(config.logger)
+            # Not in a run that another process is doing; nor instead of what one of its own processes said.
+            with suppress(ValueError), claimed(ours, wait=False):
+                if not (ours / results.FAILURE).is_file():
+                    results.write_failure(ours, error)
 
 
 def _finish(command: list[str], environment: Mapping[str, str] | None = None, patience_s: float = 1.0) -> int:
