@@ -34,8 +34,8 @@ def conf_dir() -> str:
 def own_conf_dirs() -> list[str]:
     """Folders that the command line searches besides `conf_dir` (--config-dir, hydra.searchpath)."""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    folders = [each for each in sources if each.schema == "file" and each.provider != "main"]
-    return [each.path for each in folders if Path(each.path).is_dir()]
+    own = [each.path for each in sources if each.schema == "file" and each.provider != "main"]
+    return [each for each in own if Path(each).is_dir()]
 
 
 def search_path(folders: Sequence[str]) -> list[str]:

@@ -61,8 +61,8 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
     failed = (directory / results.FAILURE).is_file()  # for all its earlier result
     if config.overwrite or failed or not (directory / CONFIG).is_file():
         return None
-    record = results.read(directory)
-    return record if record is not None and set(wanted_variants(config, method)) <= set(record["variants"]) else None
+    record, wanted = results.read(directory), set(wanted_variants(config, method))
+    return record if record is not None and wanted <= set(record["variants"]) else None
 
 
 def check_directory(directory: Path, config: ExperimentConfig) -> None:

@@ -38,8 +38,7 @@ class Experiment(Run):
         trains = bool({"tune", "lora"} & set(config.phases)) or ("router" in config.phases and method.trains_routers)
         if trains and config.data.val_size == 0:
             raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")
-        start = method.router_start()
-        if "router" in config.phases and start is not None:
+        if "router" in config.phases and (start := method.router_start()) is not None:
             start.check(config.router.threshold)
         build.check_device(config.trainer)
         if rank()[0] == 0:
@@ -102,8 +101,7 @@ class Experiment(Run):
 
     def _start(self) -> None:
         """Open what the run needs: what can be wrong with a command shows here, in little time."""
-        initial = self.config.init_from
-        if initial is not None and not Path(build.model_path(initial)).is_dir():
+        if (initial := self.config.init_from) is not None and not Path(build.model_path(initial)).is_dir():
             raise ValueError(f"init_from={initial!r} does not exist; give the folder of a saved model")
         build.check_lora_targets(self.config)
         try:

@@ -126,7 +126,7 @@ def load_product(config: ExperimentConfig, directory: Path, phase: str) -> Route
 
 def _begin(run: Run, phase: str) -> bool:
     """Whether to train a phase now, the data being read as it wants; where it has been trained, load its model."""
-    directory, data, settings = run.directory, run.data, run.settings(phase)
+    directory, data, settings, lengths = run.directory, run.data, run.settings(phase), run.config.data
     if (directory / phase).is_dir():
         run.model = load_product(run.config, directory, phase)
         return False
@@ -146,7 +146,6 @@ def _begin(run: Run, phase: str) -> bool:
     barrier()
     data.batch_size = settings.batch_size
     data.loss_on = "all" if settings.loss_on == "all" else "response"
-    lengths = run.config.data
     data.max_length = lengths.max_length_router if phase == "router" else lengths.max_length_lora
     per_epoch = math.ceil(batch_count(len(data.train), settings.batch_size) / settings.accumulate)
     steps = int(min(settings.epochs * per_epoch, settings.max_steps or math.inf))

@@ -22,8 +22,7 @@ def report(experiment: Experiment) -> None:
     """Print the table of this run and its finished neighbours, draw skip_per_layer.png beside them."""
     if rank()[0] > 0:
         return
-    record = results.read(experiment.directory)
-    if record is None:
+    if (record := results.read(experiment.directory)) is None:
         print(f"phases {', '.join(experiment.config.phases)} done in {experiment.directory}")
         return
     rows = [row for each in neighbours(experiment.directory, record) for row in rows_of_record(each)]

@@ -34,9 +34,8 @@ Record = dict[str, Any]
 def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[str]]) -> list[list[str]]:
     """The overrides of every run: grid after grid, the last key of a grid changing fastest.
 
-    Args:
-        grids: Grid name to {override key: value or list of values}; "{KEY}" in a value is the run's value of KEY.
-        given: Command-line keys and their values, which narrow the grids that sweep them, or are one more axis of all.
+    "{KEY}" in a value is the run's value of KEY. What is `given` on the command line narrows the grids that sweep the
+    same key, or is one more axis of all.
     """
     axes = [{key: _texts(values) for key, values in grid.items()} for grid in grids.values()]
     swept: dict[str, list[str]] = defaultdict(list)
@@ -207,10 +206,7 @@ def run_sweep(
 ) -> None:
     """Print the plan, launch what is not finished, report; exits with 1 if a run has no result.
 
-    Args:
-        launch: Runs jobs given as overrides; each job records its own failure.
-        settings: The `sweep` node of the configuration.
-        here: Whether jobs run on this machine, so that it must have the devices they ask for.
+    `settings` is the `sweep` node of the configuration; jobs that run `here` need this machine's devices.
     """
     name = settings.name or "sweep"
     planned = plan(runs, compose, None if settings.recorded is None else Path(settings.recorded))

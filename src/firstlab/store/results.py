@@ -32,7 +32,6 @@ SUMMARY = "summary.csv"
 EVALUATIONS = "evaluations"
 #: Environment variable that tells the processes of a run that it is a job of a sweep, which wants to know failures.
 SWEEP_JOB = "FIRSTLAB_SWEEP_JOB"
-#: How tables call the variants of a record.
 ROW_NAMES = {"base": "Base", "base_lora": "Base + LoRA", "router": "Router", "router_lora": "Router + LoRA"}
 
 #: Numbers per test prompt: an array as `pack` writes it, or a plain list as records.jsonl.xz holds it.
