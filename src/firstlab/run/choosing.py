@@ -28,9 +28,6 @@ from firstlab.training.prompt_set import PromptSet
 from firstlab.training.route_fit import Measured, extend, fit_router, measure, read_means, use_static
 from firstlab.training.route_search import grown, saved_codebook
 
-# The best price by the validation score is looked for on so many prompts.
-_SCORED = 128
-
 
 def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
     """Find a codebook, measure prompts under it and fit the run's `RouteRouter`; what is to be recorded about it."""
@@ -81,7 +78,7 @@ def _best_price(run: Run, router: RouteRouter, measured: Measured, fit: RouteFit
 def validation_score(run: Run, routes: Routes | None = None) -> float:
     """The headline score of validation prompts, decoded under the routes, or as the routers decide."""
     data: PromptDataModule = copy(run.data)
-    data.__dict__["test"] = run.data.val[:_SCORED]
+    data.__dict__["test"] = run.data.val[:128]  # tells prices apart
     config = replace(run.config.evaluation, resamples=100, do_sample=False)
     decoding = Decoding.of(run.model, data, config, run.config.seed)
     decoder = Decoder(run.model, data, decoding, routes)

@@ -15,9 +15,6 @@ from firstlab.config.schema import ExperimentConfig
 from firstlab.store.files import appended, json_text
 from firstlab.store.ranks import rank
 
-#: Predictions per variant that a W&B table shows.
-SAMPLES = 50
-
 
 class _MetricsLogger(Logger):
     name = version = None
@@ -114,7 +111,7 @@ def log_evaluation(logger: Logger, record: dict[str, Any], predictions: Path) ->
     if isinstance(logger, WandbLogger):
         columns = ["variant", "id", "difficulty", "text", "new_tokens", "skipped"]
         lines = predictions.read_text(encoding="utf-8").split("\n")[:-1]
-        rows = [{**row, "skipped": str(row["skipped"])} for row in map(json.loads, lines) if row["index"] < SAMPLES]
+        rows = [{**row, "skipped": str(row["skipped"])} for row in map(json.loads, lines) if row["index"] < 50]
         logger.log_table("predictions", columns=columns, data=[[row[c] for c in columns] for row in rows])
 
 
