@@ -101,9 +101,8 @@ class Run:
 
     def command(self, seed: int = 0) -> str:
         """Ready for a shell."""
-        return shlex.join(
-            ["python", "-m", "firstlab.train", *search_path(own_conf_dirs()), *self.overrides, f"seed={seed}"]
-        )
+        own = search_path(own_conf_dirs())
+        return shlex.join(["python", "-m", "firstlab.train", *own, *self.overrides, f"seed={seed}"])
 
 
 def quality_of(scale: ScaleConfig) -> list[QualityTable]:

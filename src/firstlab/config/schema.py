@@ -24,8 +24,7 @@ from firstlab.model.settings import LATER, LoraSettings, RouterSettings
 #: task; train or fit the routers; train LoRA under their routes; fit the routers again under the trained LoRA.
 TRAINED = ("tune", "router", "lora", "refit")
 PHASES = (*TRAINED, "evaluate")
-#: The paper's.
-PAPER_ORDER = ("router", "lora", "evaluate")
+PAPER_ORDER = ("router", "lora", "evaluate")  # the paper's
 DECODERS = "generate, engine"
 #: Below it the largest score decides alone and smaller ones overflow; do_sample=false is greedy.
 LEAST_TEMPERATURE = 1e-3
