@@ -1,4 +1,4 @@
-"""Inspect a run directory (whose run it is, what is done, what remains to do), take it over."""
+"""Inspect a run directory (whose run it is, what is done, what remains to do) and take it over for a run."""
 
 from __future__ import annotations
 
