@@ -101,8 +101,10 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         instantiate.check(config.logger, "logger", Logger)
         if uploads := config.logger.get("log_model"):
             raise ValueError(f"logger.log_model={uploads} has no effect: models stay in the run directory; drop it")
-    if (revision := config.model.revision) is not None and Path(model_path(config.model.path)).is_dir():
-        raise ValueError(f"model.revision={revision!r} is for models of the hub, and model.path is a folder; drop it")
+    if (rev := config.model.revision) is not None and Path(model_path(path := config.model.path)).is_dir():
+        raise ValueError(
+            f"model.revision={rev!r} is for models of the hub, and model.path={path!r} is a folder; drop it"
+        )
     if not config.phases:
         config = replace(config, phases=list(PAPER_ORDER) if config.init_from else method.steps)
     if method.name == "none":
