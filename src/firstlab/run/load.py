@@ -102,9 +102,7 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         if uploads := config.logger.get("log_model"):
             raise ValueError(f"logger.log_model={uploads} has no effect: models stay in the run directory; drop it")
     if (rev := config.model.revision) is not None and Path(model_path(path := config.model.path)).is_dir():
-        raise ValueError(
-            f"model.revision={rev!r} is for models of the hub, and model.path={path!r} is a folder; drop it"
-        )
+        raise ValueError(f"model.revision={rev!r} is for models of the hub, and model.path={path!r} a folder; drop it")
     if not config.phases:
         config = replace(config, phases=list(PAPER_ORDER) if config.init_from else method.steps)
     if method.name == "none":
