@@ -38,52 +38,34 @@ def main(arguments: list[str]) -> None:
         raise ValueError("run=DIR is missing; see python -m firstlab.evaluate --help")
     for key in options:
         if not re.fullmatch(r"(data|evaluation|trainer|seed)(\..*)?|model\.(quantization|path)", key):
-            raise ValueError(
-                f"{key} was fixed when the run was trained; only data, evaluation, trainer, seed, "
-                "model.quantization and, where the base model has moved, model.path change"
-            )
+            raise ValueError(f"{key} was fixed when the run was trained; --help names the keys that change")
     from firstlab.config import instantiate
     from firstlab.config.build import build_data, check_test_set, check_vocabulary
     from firstlab.evaluation.predictions import fingerprint, source_of
     from firstlab.evaluation.scoring import check_metrics
-    from firstlab.evaluation.variant import evaluate_variant
     from firstlab.model.quantization import quantize
-    from firstlab.run.decisions import decided_routes, static_routes
+    from firstlab.run.context import Run
+    from firstlab.run.decisions import decided_routes
     from firstlab.run.load import load_run
-    from firstlab.run.record import record_of
     from firstlab.run.report import print_table, rows_of_record
     from firstlab.store import results
     from firstlab.store.files import claimed
-    from firstlab.training.prompt_set import PromptSet
 
     instantiate.trust([] if trusted is None else [trusted])
     directory = Path(os.path.expanduser(named))
     config, method, model, variant = load_run(directory, variant, options, folders)
-    data = build_data(config)
-    check_test_set(data)
-    check_metrics(data.task, config.evaluation)
-    check_vocabulary(config, data.tokenizer, model)
-    prompts = PromptSet(model, data, data.test, config.evaluation.batch_size)
-    routes = decided_routes(directory, method, variant, prompts)
+    run = Run(config, method, directory, build_data(config), model)
+    check_test_set(run.data)
+    check_metrics(run.data.task, config.evaluation)
+    check_vocabulary(config, run.data.tokenizer, model)
+    routes = decided_routes(directory, method, variant, run.prompts(run.data.test))
     # The text as well: the same files may hold other text the next time.
-    out = directory / results.EVALUATIONS / f"{config.data.name}-{config.hash()}-{fingerprint(data.test)}"
+    out = directory / results.EVALUATIONS / f"{config.data.name}-{config.hash()}-{fingerprint(run.data.test)}"
     source = source_of(model, routes)
     quantize(model.merge_and_unload().lm, config.model.quantization)
     with claimed(out):
         variants = (results.read(out, "delete it to evaluate again") or {"variants": {}})["variants"]
-        variants[variant] = evaluate_variant(
-            model,
-            data,
-            config.evaluation,
-            out,
-            variant,
-            routes,
-            source,
-            config.seed,
-            config.trainer.progress_bar,
-            static_routes(directory, method, model.num_layers),
-        )
-        record = record_of(directory, out, config, method, model, variants=variants)
+        record = run.record(out, variants=variants | {variant: run.evaluate(variant, routes, source, out)})
         results.write(out, record)
     print_table(f"{config.data.name}: {named}", rows_of_record(record))
     print(json.dumps({"record": str(out / results.RESULT)}))

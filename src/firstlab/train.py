@@ -6,36 +6,33 @@ again goes on where an interrupted run was, and does nothing for a finished one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from omegaconf import DictConfig
 
 from firstlab.config.command_line import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 def main(composed: DictConfig) -> None:
     """One run, or one of a sweep: there a failure is recorded and the sweep goes on."""
     from firstlab.run.launch import is_sweep_job, isolated
 
-    (isolated(run) if is_sweep_job() else run)(composed)
+    if is_sweep_job():
+        isolated(run, composed)
+    else:
+        run(composed)
 
 
 def run(composed: DictConfig) -> None:
     """Run one experiment and, for the table, the dense model on the same settings."""
     from firstlab.config.build import check_device
+    from firstlab.run.experiment import Experiment
     from firstlab.run.launch import in_processes, is_sweep_job
-    from firstlab.run.load import load
+    from firstlab.run.load import dense_counterpart, load
+    from firstlab.run.report import report
 
     config, method = load(composed)
     check_device(config.trainer)
-    if in_processes("firstlab.train", config.trainer):
+    if in_processes(config.trainer):
         return
-
-    from firstlab.run.experiment import Experiment
-    from firstlab.run.load import dense_counterpart
-    from firstlab.run.report import report
-
     experiment = Experiment(config, method)
     # Before the dense run: what is impossible for the method and this model shows here.
     experiment.run()

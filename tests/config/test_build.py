@@ -157,7 +157,7 @@ def test_lora_on_maps_that_the_model_lacks_stops_before_anything_loads(
 ):
     given = overrides(tiny_model_dir, tmp_path, "lora.target_modules=[q_proj,v_porj]")
     run = Experiment(*composed(*given))
-    monkeypatch.setattr("firstlab.run.experiment.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("firstlab.config.build.load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=r"lora\.target_modules=.* no linear map v_porj; choose from q_proj"):
         run.run()
 

@@ -248,7 +248,7 @@ def test_a_sweeps_job_leaves_a_run_that_another_does_alone(tmp_path: Path, held:
     config, method = load(given)
     directory = config.directory(method.label)
     with claimed(directory) if held else nullcontext():
-        isolated(ends_badly)(given)
+        isolated(ends_badly, given)
     assert (directory / "failure.json").is_file() != held
 
 
@@ -260,7 +260,7 @@ def test_the_process_that_knows_says_why_a_job_failed(tmp_path: Path):
         results.write_failure(config.directory(method.label), RuntimeError("out of memory"))
         sys.exit(1)
 
-    isolated(of_several_processes)(given)
+    isolated(of_several_processes, given)
     assert results.read_failure(config.directory(method.label))["error"] == "RuntimeError: out of memory"
 
 
@@ -337,7 +337,7 @@ def test_a_sweep_writes_into_no_foreign_directory(tmp_path: Path, capsys: pytest
         raise RuntimeError("out of luck")
 
     for each in (foreign, empty, wrong):
-        isolated(fails)(each)
+        isolated(fails, each)
     assert sorted(x.name for x in tmp_path.rglob("*") if x.is_file()) == [".new.lock", "failure.json", "precious.txt"]
     assert (tmp_path / "new" / "failure.json").is_file()
     errors = capsys.readouterr().err

@@ -12,10 +12,10 @@ from hydra.errors import ConfigCompositionException
 
 from firstlab.config.command_line import parse_options
 from firstlab.config.compose import composed_config, load_dict, own_conf_dirs, search_path
+from firstlab.config.schema import GenerateConfig
 from firstlab.methods.base import Method, Prompts
 from firstlab.run.directory import check_same
 from firstlab.run.load import read
-from firstlab.run.stream import GenerateConfig
 from support.tiny_run import composed, flat, started_with
 
 

@@ -15,12 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import firstlab.run.load
-from firstlab import evaluate, train
+from firstlab import evaluate, generate, train
 from firstlab.config import instantiate
 from firstlab.config.compose import conf_dir, load_dict, register
 from firstlab.config.grid import Run
 from firstlab.metrics.comet import CometConfig
-from firstlab.run import stream
 from firstlab.run.directory import check_directory
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import read
@@ -153,7 +152,7 @@ def test_commands_run_nothing_of_a_run_directory(
 
     saved_run(path, node)
     monkeypatch.setattr(firstlab.run.load, "load_model", loads)
-    for main, more in ((evaluate.main, []), (stream.main, ["text"])):
+    for main, more in ((evaluate.main, []), (generate.main, ["text"])):
         with pytest.raises(SystemExit, match="2"):
             main(["run=run", *more])
         said = capsys.readouterr().err

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from firstlab import evaluate
+from firstlab import evaluate, generate
 from firstlab.config.build import build_data, load_model
 from firstlab.data.encoding import PromptRows, TrainingRows
 from firstlab.model.routes import FixedRoutes
-from firstlab.run import stream
 from firstlab.run.decisions import decided_routes
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
@@ -106,5 +105,5 @@ def test_a_method_that_skips_in_prefill_is_the_model_without_the_layers(
     variant = results.read(Path(again["record"]).parent)["variants"]["router_lora"]
     for key in ("perplexity", "metrics", "skip"):
         assert variant[key] == record["variants"]["router_lora"][key]
-    stream.main([f"run={run.directory}", "Ein Haus"])
+    generate.main([f"run={run.directory}", "Ein Haus"])
     assert "skipped 2 of 4 (50.0 %)" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from firstlab import generate
 from firstlab.bench.config import BenchmarkConfig, load
 from firstlab.bench.models import Models
 from firstlab.bench.report import run
@@ -23,7 +24,6 @@ from firstlab.model import quantization
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.quantization import Int4Linear, Int8Linear, is_quantized, quantize, stored_bytes
 from firstlab.model.settings import LoraSettings
-from firstlab.run import stream
 from firstlab.run.experiment import Experiment
 from support.models import random_routes, routed_model, tiny_model
 from support.tape import Tape
@@ -310,7 +310,7 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(ValueError, match=r"pip install 'firstlab\[quantization\]'"):
         ModelConfig("tiny", "somewhere", quantization="int8")
     with pytest.raises(SystemExit, match="2"):
-        stream.main(["run=nowhere", "quantization=int8", "text"])
+        generate.main(["run=nowhere", "quantization=int8", "text"])
     assert "firstlab[quantization]" in capsys.readouterr().err
     monkeypatch.setattr(quantization, "find_spec", lambda name: object())
     model = routed_model()

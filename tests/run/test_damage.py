@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from firstlab.run.decisions import shared_routes, static_routes
+from firstlab.run.directory import phase_record
 from firstlab.run.experiment import Experiment
-from firstlab.run.phases import phase_record
 from firstlab.run.report import neighbours
 from support.tiny_run import composed, overrides
 

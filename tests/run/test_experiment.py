@@ -20,9 +20,10 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from firstlab import evaluate, train
+from firstlab.config import build
 from firstlab.config.compose import conf_dir, register
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.run import experiment as experiment_module
+from firstlab.run import loggers
 from firstlab.run.directory import taken_over
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
@@ -72,7 +73,7 @@ def test_measured_skip_rates_are_those_of_the_predictions(finished: Path):
 
 
 def test_a_finished_run_is_not_repeated(finished: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(experiment_module, "load_model", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr(build, "load_model", lambda *_: pytest.fail("loaded a model"))
     config, method = composed(*overrides(tiny_model_dir, finished.parents[1], "method.target_skip=0.25"))
     again = Experiment(config, method).run()
     assert again == results.read(finished)
@@ -391,8 +392,8 @@ def test_a_logger_that_refuses_stops_the_run_before_anything_is_read(
     def refuse(_: object) -> None:
         raise ValueError("logger=csv cannot start")
 
-    monkeypatch.setattr(experiment_module, "open_logger", refuse)
-    monkeypatch.setattr(experiment_module, "build_data", lambda _: pytest.fail("read data"))
+    monkeypatch.setattr(loggers, "open_logger", refuse)
+    monkeypatch.setattr(build, "build_data", lambda _: pytest.fail("read data"))
     with pytest.raises(ValueError, match="logger=csv cannot start"):
         Experiment(*composed(*overrides(tiny_model_dir, tmp_path, "logger=csv"))).run()
 
@@ -441,7 +442,7 @@ def test_evaluation_sees_that_the_text_changed(
     assert len(library.records) == 1 and not library.warnings
     records[2].write_text("{")
     with monkeypatch.context() as patched:
-        patched.setattr("firstlab.evaluation.variant.evaluate_variant", None)  # the torn record is found before
+        patched.setattr("firstlab.run.context.evaluate_variant", None)  # the torn record is found before
         with pytest.raises(SystemExit, match="2"):
             evaluate.main([*given, "variant=base", "data.max_prompt_length=150", "data.max_new_tokens=3"])
     assert re.search(

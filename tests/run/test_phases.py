@@ -11,8 +11,7 @@ import torch
 
 from firstlab.config import build
 from firstlab.config.command_line import ShortageError, guarded
-from firstlab.run import experiment as experiment_module
-from firstlab.run import phases
+from firstlab.run import context, phases
 from firstlab.run.experiment import Experiment
 from firstlab.run.report import report
 from support.tiny_run import composed, overrides
@@ -28,7 +27,7 @@ def no_memory(*_: Any, **__: Any) -> None:
         (build.RouterAugmentedLM, "from_pretrained", "the loading of .*"),
         (phases, "start_phase_1", "the routers' calibration with evaluation.batch_size=4"),
         (phases, "fit_phase", "phase router with router_phase.batch_size=4"),
-        (experiment_module, "evaluate_variant", "the evaluation of router with evaluation.batch_size=4"),
+        (context, "evaluate_variant", "the evaluation of router with evaluation.batch_size=4"),
     ],
 )
 def test_memory_that_runs_out_says_where_and_what_to_lower(

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from firstlab import evaluate
+from firstlab.generate import main as generate
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.route_router import RouteRouter
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
-from firstlab.run.stream import main as generate
+from firstlab.run.report import row_title, rows_of_record
 from firstlab.store import results
 from support.tiny_run import composed, overrides
 
@@ -49,6 +50,15 @@ def test_a_run_of_all_steps_records_each(any_speed: Path):
     for variant in record["variants"].values():
         rates = [each["skip"]["skip_rate_by_token"] for each in variant["rates"].values()]
         assert len(rates) == 2 and rates[0] <= rates[1]
+
+
+def test_tables_tell_the_tuned_model_with_its_routes_from_a_router_alone(any_speed: Path):
+    record = results.read(any_speed)
+    titles = [row_title(row) for row in rows_of_record(record)]
+    rates = ["target 25 %", "asked 10 %", "asked 50 %"]
+    assert titles == [f"routes {name} ({rate})" for name in ("Tuned + router", "Router + LoRA") for rate in rates]
+    untuned = {**record, "phases": {**record["phases"], "tune": None}}
+    assert row_title(rows_of_record(untuned)[0]) == "routes Router (target 25 %)"
 
 
 def test_every_product_is_where_a_reader_looks(any_speed: Path, tiny_model_dir: Path):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from firstlab import generate
 from firstlab.config.command_line import parse_options
+from firstlab.config.schema import GenerateConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.storage import load_tokenizer
-from firstlab.run import stream
 from support.models import random_routers, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -47,13 +48,13 @@ def test_what_cannot_work_is_one_message(
     tiny_model("gpt2").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        stream.main([f"run={tmp_path}", "prompt=raw", "max_new_tokens=2", *arguments])
+        generate.main([f"run={tmp_path}", "prompt=raw", "max_new_tokens=2", *arguments])
     assert message in capsys.readouterr().err
 
 
 def test_text_may_look_like_an_option():
     for arguments in (["seed=1", "--", "x=5", "seed=2"], ["seed=1", "the", "x=5"]):
-        options, words = parse_options(stream.GenerateConfig(), arguments)
+        options, words = parse_options(GenerateConfig(), arguments)
         assert options.seed == 1 and words == (["x=5", "seed=2"] if "--" in arguments else ["the", "x=5"])
 
 
@@ -78,7 +79,9 @@ def test_both_decoders_say_the_same_whatever_the_models_folder_says(
     for name, generation in (("plain", None), ("hostile", hostile)):
         folder = routed_folder(tiny_model_dir, tmp_path / name, generation)
         for decoder in ("generate", "engine"):
-            stream.main([f"run={folder}", "prompt=raw", "max_new_tokens=12", "a word", f"decoder={decoder}", *options])
+            generate.main(
+                [f"run={folder}", "prompt=raw", "max_new_tokens=12", "a word", f"decoder={decoder}", *options]
+            )
             said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2] == said[3] and len(said[0]) > 60 and "skipped" in said[0]
 
@@ -89,7 +92,7 @@ def test_every_stop_token_of_the_model_ends_the_text(
 ):
     def length(name: str, generation: dict[str, object]) -> int:
         folder = routed_folder(tiny_model_dir, tmp_path / name, generation)
-        stream.main([f"run={folder}", "prompt=raw", "max_new_tokens=12", "a word", f"decoder={decoder}"])
+        generate.main([f"run={folder}", "prompt=raw", "max_new_tokens=12", "a word", f"decoder={decoder}"])
         text = capsys.readouterr().out.rsplit("layers 0", 1)[0]
         return len(load_tokenizer(tiny_model_dir)(text.strip("\n"), add_special_tokens=False)["input_ids"])
 
@@ -108,6 +111,6 @@ def test_marks_in_front_of_a_text_change_nothing(
     folder, said = routed_folder(tiny_model_dir, tmp_path), []
     for piped in ("a word", text):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{piped}\n"))
-        stream.main([f"run={folder}", "prompt=raw", "max_new_tokens=5"])
+        generate.main([f"run={folder}", "prompt=raw", "max_new_tokens=5"])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]

@@ -24,10 +24,7 @@ from firstlab.model.storage import ModelUnavailableError, load_base_config, load
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BUNDLED = {"bundled:nano": _ASSETS / "nano"}
 #: Models of which only the config is bundled, with sizes as published.
-ARCHITECTURES = {
-    "meta-llama/Meta-Llama-3-8B": _ASSETS / "llama3_8b",
-    "meta-llama/Llama-3.2-3B": _ASSETS / "llama32_3b",
-}
+ARCHITECTURES = {"meta-llama/Meta-Llama-3-8B": _ASSETS / "llama3_8b", "meta-llama/Llama-3.2-3B": _ASSETS / "llama32_3b"}
 
 
 def model_path(path: str, config_only: bool = False) -> str:
@@ -41,18 +38,13 @@ def build_task(config: ExperimentConfig) -> Task:
     if "root" in node:
         node["root"] = config.data.root
     elif config.data.root is not None:
-        raise ValueError(
-            f"data.root={config.data.root!r}: data={config.data.name} is generated and reads no files, or a mixture, "
-            "whose parts have their own root"
-        )
+        raise ValueError(f"data.root={config.data.root!r}: {config.data.name} is generated or a mixture; leave it null")
     task: Task = instantiate.build(node, "data.task", Task)  # type: ignore[type-abstract]
     for each in task.parts.values() or [task]:
         kind = getattr(each, "kind", None)
         if kind not in PRIMARY_METRIC:
-            raise ValueError(
-                f"data.task._target_={node['_target_']!r}: the kind of {type(each).__name__} is {kind!r}, for which "
-                f"there are no metrics; choose one of {', '.join(PRIMARY_METRIC)}"
-            )
+            known = ", ".join(PRIMARY_METRIC)
+            raise ValueError(f"data.task: the kind of {type(each).__name__} is {kind!r}; choose one of {known}")
     return task
 
 
@@ -83,10 +75,9 @@ def check_test_set(data: PromptDataModule) -> None:
 
 def check_lora_targets(config: ExperimentConfig) -> None:
     """Raises ValueError if phase 2 would adapt linear maps that the model does not have; loads no weights."""
+    model, path = config.model, model_path(config.init_from or config.model.path)
     if "lora" in config.phases:
         with suppress(ModelUnavailableError):  # loading it says what is wrong, or knows more kinds of folders
-            path = model_path(config.init_from or config.model.path)
-            model = config.model
             base = load_base_config(path, model.revision, model.attn_implementation, model.gguf_file)
             check_lora(base, config.lora)
 
@@ -113,9 +104,8 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     on_gpu = config.trainer.accelerator == "gpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     with during(f"the loading of {path}"):
-        model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, merge=True, **options).to(
-            device
-        )
+        model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, merge=True, **options)
+        model = model.to(device)
     check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk
@@ -130,20 +120,17 @@ def check_vocabulary(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBas
     markers = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     markers -= {tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id(tokenizer)}
     if any(index >= rows and index not in markers for index in tokenizer.get_vocab().values()):
-        raise ValueError(
-            f"model.path={config.model.path!r}: its tokenizer has {len(tokenizer)} entries, but the model embeds "
-            f"{rows}; give the model its own tokenizer, or resize_token_embeddings() and save it again"
-        )
+        sizes = f"its tokenizer has {len(tokenizer)} entries, but the model embeds {rows}"
+        raise ValueError(f"model.path={config.model.path!r}: {sizes}; give the model its own tokenizer")
 
 
 def check_lengths(config: ExperimentConfig, max_positions: int | None) -> None:
     """Raises ValueError if the lengths of the data go beyond the model's table of positions."""
-    data = config.data
-    new_tokens = max(data.max_new_tokens, config.evaluation.tpot_tokens)
-    for option, length in (
-        ("data.max_length_router", data.max_length_router),
-        ("data.max_length_lora", data.max_length_lora),
-        ("data.max_prompt_length plus new tokens", data.max_prompt_length + new_tokens),
-    ):
+    data, new_tokens = config.data, max(config.data.max_new_tokens, config.evaluation.tpot_tokens)
+    for option, length in {
+        "data.max_length_router": data.max_length_router,
+        "data.max_length_lora": data.max_length_lora,
+        "data.max_prompt_length plus new tokens": data.max_prompt_length + new_tokens,
+    }.items():
         if max_positions is not None and length > max_positions:
             raise ValueError(f"{option}={length} exceeds the {max_positions} positions of the model; lower it")

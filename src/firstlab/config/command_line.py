@@ -1,4 +1,4 @@
-"""Run a command: print errors as one message, and say how to resume. Imports nothing heavy, so that help is fast."""
+"""Run a command: print errors as one message, and say how to resume. Imports no torch, so that help is fast."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from firstlab.config import compose
+
 Input = TypeVar("Input")
 Options = TypeVar("Options")
 
@@ -24,8 +33,7 @@ LAUNCHED = "FIRSTLAB_LAUNCHED"
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "no space left on the disk: free some",
     errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EFBIG: "a file would be larger than `ulimit -f` or the file system allows: raise the limit or choose "
-    "another folder",
+    errno.EFBIG: "a file would be larger than `ulimit -f` or the file system allows: choose another folder",
     errno.EACCES: "no permission to read or write there: change it, or choose another folder",
     errno.EROFS: "the file system takes no files: choose another folder",
     errno.EISDIR: "a folder stands where a file should: move it away",
@@ -48,44 +56,33 @@ def command(name: str, main: Callable[[Any], None], resumes: bool = True) -> Non
     """Run `main` on what Hydra composes of conf/NAME.yaml and the arguments of this process; see `guarded`."""
     quiet()
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from firstlab.config.compose import conf_dir, refuse_misread, register
-
-    register()
+    compose.register()
 
     @functools.wraps(main)
     def checked(composed: Any) -> None:
-        refuse_misread(composed, HydraConfig.get().overrides.task)
+        compose.refuse_misread(composed, HydraConfig.get().overrides.task)
         main(composed)
 
     # Without this Hydra would print its errors itself, over many lines, and exit with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     task = guarded(checked, resumes)
     try:
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(task)()
+        hydra.main(version_base="1.3", config_path=compose.conf_dir(), config_name=name)(task)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         print(f"error: {_one_line(error, name)}", file=sys.stderr)
         sys.exit(2)
 
 
 def guarded(main: Callable[[Input], None], resumes: bool = True) -> Callable[[Input], None]:
-    """Print a `ValueError`, a full disk or memory as one message and exit with 2.
-
-    On Ctrl-C or SIGTERM say how to go on and exit with 130; by default SIGTERM would leave the processes of a sweep
-    running. With `resumes` the same command, given again, goes on where it was stopped.
-    """
+    """Print a `ValueError`, a full disk or memory as one message and exit with 2; on Ctrl-C say how to go on."""
 
     @functools.wraps(main)
     def run(given: Input) -> None:
         quiet()
         way_out = "the same command goes on where it was" if resumes else "give the same command again"
-        # Not where a launcher or a library has a use of its own for it, nor in a thread, which may not.
-        ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        ours = ours and threading.current_thread() is threading.main_thread()
+        # SIGTERM would leave the processes of a sweep running. A launcher may have its own use for it; threads may not.
+        in_main = threading.current_thread() is threading.main_thread()
+        ours = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if ours:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             if LAUNCHED in os.environ:
@@ -120,10 +117,8 @@ def during(step: str = "") -> Iterator[None]:
     """Raise a full disk or memory as a `ShortageError` that names the step ("phase lora with batch_size=16")."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
-        if reason := _shortage(error):
+        if not isinstance(error, ValueError) and (reason := _shortage(error)):
             what, colon, remedy = reason.partition(":")
             raise ShortageError(f"{what}{f' in {step}' if step else ''}{colon}{remedy}") from error
         raise
@@ -138,8 +133,8 @@ def _shortage(error: BaseException | None) -> str | None:
         for number, reason in _SYSTEM_ERRORS.items():
             # safetensors and torch keep no more than the text
             if getattr(error, "errno", None) == number or os.strerror(number) in text:
-                name = getattr(error, "filename", None)
-                return reason + (f" ({name if len(str(name)) < 200 else f'{name[:80]}...'})" if name else "")
+                name = str(getattr(error, "filename", None) or "")
+                return reason + (f" ({name if len(name) < 200 else f'{name[:80]}...'})" if name else "")
         error = error.__cause__ or error.__context__
     return None
 
@@ -148,52 +143,42 @@ def _overwrites(given: Any) -> bool:
     """Whether a composed configuration, or the arguments of a sweep, would start again from nothing."""
     if isinstance(given, list):
         return "overwrite=true" in map(str.lower, given)
-    return bool(getattr(given, "get", lambda _: False)("overwrite"))
+    return hasattr(given, "get") and bool(given.get("overwrite"))
 
 
 def _quoted(argument: str) -> str:
     """A KEY=VALUE in quotes if Hydra's grammar takes its value in no other way (as `~/data`, `a(b)`)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    def parses(each: str) -> bool:
-        try:
-            OverridesParser.create().parse_override(each)
-        except HydraException:
-            return False
-        return True
-
-    key, equals, value = argument.partition("=")
+    key, _, value = argument.partition("=")
+    if key.startswith("-") or re.fullmatch(r"[\w./,+-]*", value):
+        return argument
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    quoted = f'{key}="{escaped}"'
-    simple = re.fullmatch(r"[\w./,+-]*", value)
-    return quoted if equals and key[:1] != "-" and not simple and not parses(argument) and parses(quoted) else argument
+    for each in (argument, f'{key}="{escaped}"'):
+        with suppress(HydraException):
+            OverridesParser.create().parse_override(each)
+            return each
+    return argument
 
 
 def _one_line(error: Exception, name: str) -> str:
     """Hydra's complaint without its internals, and the keys that there are where one is unknown."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    from firstlab.config.compose import allowed_keys, compose_file, search_path
 
     def overrides() -> list[str]:
         arguments, folders = own_folders(sys.argv[1:])
-        return [*search_path(folders), *(each for each in arguments if each[:1] != "-")]
+        return [*compose.search_path(folders), *(each for each in arguments if each[:1] != "-")]
 
     text = f"{error}\n{error.__cause__ or ''}".partition("Config search path:")[0]
     if "Ambiguous value" in text:  # also where a sweep file would allow several values, but there is no such file
         parsed = OverridesParser.create().parse_overrides(overrides())
         try:
-            compose_file(name, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
+            compose.compose_file(name, [str(each.input_line) for each in parsed if not each.is_sweep_override()])
         except HydraException as first:
             return _one_line(first, name)
     unknown = re.search(r"Could not override '([\w.]+)'", text)
     if unknown and "in the defaults list" not in text:
         key = unknown[1]
         with suppress(HydraException, ValueError):  # the others may be wrong, too
-            return allowed_keys(key, [x for x in overrides() if x.lstrip("+").partition("=")[0] != key], name)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+            return compose.allowed_keys(key, [x for x in overrides() if x.lstrip("+").partition("=")[0] != key], name)
+    lines = filter(None, map(str.strip, text.splitlines()))
     told = ", ".join(line for line in lines if not line.startswith(("reference_type", "object_type", "full_key")))
     return told.replace(":,", ":")
 
@@ -203,11 +188,10 @@ def own_folders(arguments: list[str]) -> tuple[list[str], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     given, others = parser.parse_known_args(arguments)
-    if given.config_dir is None:
-        return others, []
-    if not os.path.isdir(folder := os.path.expanduser(given.config_dir)):
+    folders = [os.path.expanduser(given.config_dir)] if given.config_dir is not None else []
+    if folders and not os.path.isdir(folders[0]):
         raise ValueError(f"--config-dir {given.config_dir}: there is no such folder")
-    return others, [folder]
+    return others, folders
 
 
 def quiet() -> None:
@@ -239,34 +223,19 @@ def _is_key(text: str) -> bool:
 
 def split_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """KEY=VALUE arguments and the others."""
-    options, words = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and _is_key(key):
-            options[key] = value
-        else:
-            words.append(argument)
-    return options, words
+    given = [each for each in arguments if "=" in each and _is_key(each.partition("=")[0])]
+    return dict(each.split("=", 1) for each in given), [each for each in arguments if each not in given]
 
 
 def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, list[str]]:
-    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields, or follows `--`, is text.
-
-    Raises:
-        ValueError: A value of the wrong type; or before the text a key that is no field.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from firstlab.config.compose import refuse_misread, settings
-
+    """Fill a dataclass from KEY=VALUE arguments; everything that names none of its fields, or follows `--`, is text."""
     schema = OmegaConf.structured(defaults)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     words: list[str] = []
     for argument in arguments[:end]:
         key, equals, value = argument.partition("=")
         if equals and key in schema:
-            refuse_misread(schema, [argument])
+            compose.refuse_misread(schema, [argument])
             try:
                 schema[key] = None if value == "null" else value
             except OmegaConfBaseException as error:
@@ -275,7 +244,7 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
             raise ValueError(f"{key} is unknown: the options are {', '.join(schema)}; text like this goes behind --")
         else:
             words.append(argument)
-    return settings(schema, type(defaults)), words + arguments[end + 1 :]
+    return compose.settings(schema, type(defaults)), words + arguments[end + 1 :]
 
 
 def _interrupted_early(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -27,16 +26,16 @@ Settings = TypeVar("Settings")
 
 def conf_dir() -> str:
     """The `conf` folder: the repository's when there is one, else the copy inside the installed package."""
-    in_repository = Path(__file__).resolve().parents[3] / "conf"
-    inside_package = Path(__file__).resolve().parents[1] / "conf"
-    return str(in_repository if (in_repository / "train.yaml").is_file() else inside_package)
+    package = Path(__file__).resolve().parents[1]
+    in_repository = package.parents[1] / "conf"
+    return str(in_repository if (in_repository / "train.yaml").is_file() else package / "conf")
 
 
 def own_conf_dirs() -> list[str]:
     """Folders that the command line searches besides `conf_dir` (--config-dir, hydra.searchpath)."""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    folders = [each for each in sources if each.schema == "file" and each.provider != "main"]
-    return [each.path for each in folders if Path(each.path).is_dir()]
+    own = [each.path for each in sources if each.schema == "file" and each.provider != "main"]
+    return [each for each in own if Path(each).is_dir()]
 
 
 def search_path(folders: Sequence[str]) -> list[str]:
@@ -65,6 +64,9 @@ def _writable(node: Any) -> Any:
     return node
 
 
+_SCHEMA = _writable(OmegaConf.structured(ExperimentConfig))
+
+
 def compose_file(name: str, overrides: Sequence[str]) -> DictConfig:
     """What Hydra composes of conf/NAME.yaml, in the place of what this process has composed before."""
     GlobalHydra.instance().clear()
@@ -76,9 +78,8 @@ def composed_config(overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration that `python -m firstlab.train OVERRIDES` would run, unchecked; nothing is built."""
     register()
     composed = compose_file("train", [*search_path(own_conf_dirs()), *overrides])
-    node = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}
+    node: Any = OmegaConf.to_container(composed, resolve=True)
+    return dict(node)
 
 
 def settings(composed: DictConfig, schema: type[Settings]) -> Settings:
@@ -116,11 +117,14 @@ def allowed_keys(key: str, overrides: Sequence[str], config_name: str) -> str:
     while parts and OmegaConf.is_dict(node) and parts[0] in node:
         path.append(parts.pop(0))
         node = node[path[-1]]
-    keys = ", ".join(map(str, node)) if OmegaConf.is_dict(node) else ""
-    target = OmegaConf.is_dict(node) and "_target_" in node and len(parts) == 1
-    more = f"; another argument of its class is added: +{key}=..." if target else ""
-    where = ".".join(path) or "the configuration"
-    return f"{key} is unknown: {where} has no key '{parts[0] if parts else ''}'; its keys are {keys or 'none'}{more}"
+    keys = list(map(str, node)) if OmegaConf.is_dict(node) else []
+    more = f"; another argument of its class is added: +{key}=..." if "_target_" in keys and len(parts) == 1 else ""
+    return _unknown(key, ".".join(path), parts[0] if parts else "", keys) + more
+
+
+def _unknown(key: str, where: str, part: str, keys: Sequence[str]) -> str:
+    known = ", ".join(keys) or "none"
+    return f"{key} is unknown: {where or 'the configuration'} has no key {part!r}; its keys are {known}"
 
 
 def _refuse_unknown(node: DictConfig, path: str = "") -> None:
@@ -130,8 +134,7 @@ def _refuse_unknown(node: DictConfig, path: str = "") -> None:
     known = [each.name for each in fields(kind)]
     for key in map(str, node):
         if key not in known:
-            where = path.rstrip(".") or "the configuration"
-            raise ValueError(f"{path}{key} is unknown: {where} has no key {key!r}; its keys are {', '.join(known)}")
+            raise ValueError(_unknown(path + key, path.rstrip("."), key, known))
         if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             _refuse_unknown(node[key], f"{path}{key}.")
 
@@ -140,11 +143,9 @@ def refuse_misread(config: DictConfig, arguments: Sequence[str]) -> None:
     """Raises ValueError for what Hydra would misread: KEY=1 as true, and GROUP=[A,B] as the two merged into one."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
-        number, several = re.fullmatch(r"[-+]?\d+", value), value.startswith("[")
-        node = OmegaConf.select(config, key) if number or several else None
-        if number and isinstance(node, bool):
+        if re.fullmatch(r"[-+]?\d+", value) and isinstance(OmegaConf.select(config, key), bool):
             raise ValueError(f"{argument} is not allowed: {key} takes true or false")
-        if several and OmegaConf.is_dict(node):
+        if value.startswith("[") and OmegaConf.is_dict(OmegaConf.select(config, key)):
             raise ValueError(f"{argument} is not allowed: choose one {key}")
 
 
@@ -160,16 +161,12 @@ def read_saved(file: Path) -> dict[str, Any]:
 
 
 def merge_saved(node: dict[str, Any], file: str | Path = "saved configuration") -> DictConfig:
-    """The schema filled with what `ExperimentConfig.to_dict` gave; ValueError if that does not fit this version's.
-
-    What is saved is data: an interpolation (`${...}`) in it is refused, not resolved.
-    """
+    """The schema filled with what `ExperimentConfig.to_dict` gave; ValueError if that does not fit this version's."""
     try:
         _refuse_interpolations(node, file)
-        merged = OmegaConf.merge(_schema(), node)
+        merged: Any = OmegaConf.merge(_SCHEMA, node)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"{file}: {str(error).strip().splitlines()[0]}") from error
-    assert isinstance(merged, DictConfig)
     return merged
 
 
@@ -184,10 +181,3 @@ def _refuse_interpolations(node: Any, file: str | Path) -> None:
         if isinstance(part, str) and "${" in part:
             raise ValueError(f"{file} holds {part!r}: what is saved is plain data; write the value itself")
         _refuse_interpolations(part, file)
-
-
-@functools.cache
-def _schema() -> DictConfig:
-    schema = _writable(OmegaConf.structured(ExperimentConfig))
-    assert isinstance(schema, DictConfig)
-    return schema

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from omegaconf import MISSING
@@ -22,52 +21,38 @@ FIRST = ("first_soft", "first")
 
 @dataclass
 class AblationConfig:
-    """One row of the ablation table: a setting (group), its value (name), and the overrides of the default method.
+    """One row of the ablation table."""
 
-    Another `method` takes its place with no level asked for: it skips whatever its overrides say.
-    """
-
-    group: str = MISSING
-    name: str = MISSING
-    overrides: list[str] = field(default_factory=list)
-    method: str | None = None
+    group: str = MISSING  # the setting
+    name: str = MISSING  # its value
+    overrides: list[str] = field(default_factory=list)  # of the default method
+    method: str | None = None  # instead of it, with no level asked for: it skips whatever the overrides say
 
 
 @dataclass
 class ScaleConfig:
-    """What stands for the paper's models, tasks and levels; tables of those that it lacks are left out.
+    """What stands for the paper's models, tasks and levels; tables of those that it lacks are left out."""
 
-    Attributes:
-        name: Of the file, and of the folder of its tables.
-        base: Overrides that every run of the scale starts with.
-        models: Paper's model to ours (conf/model).
-        tasks: Paper's task to ours (conf/data).
-        levels: Paper's skip level in percent to the skip rate that we ask for.
-        alphas: Paper's skip level in percent to α, for methods that take α.
-        methods: Overrides per method; {level} and {alpha} are filled in.
-        ablation_model: Which of the paper's models the ablations are made with, on the first task; null for none.
-        all_steps: Overrides that give the LoRA phase the steps of both phases.
-        ablations: Rows of the ablation table.
-    """
-
-    name: str = MISSING
-    base: list[str] = field(default_factory=list)
-    models: dict[str, str] = MISSING
-    tasks: dict[str, str] = MISSING
-    levels: dict[int, float] = MISSING
-    alphas: dict[int, float] = field(default_factory=dict)
-    methods: dict[str, list[str]] = MISSING
-    ablation_model: str | None = None
-    all_steps: list[str] = field(default_factory=list)
+    name: str = MISSING  # of the file, and of the folder of its tables
+    base: list[str] = field(default_factory=list)  # overrides that every run starts with
+    models: dict[str, str] = MISSING  # paper's model to ours (conf/model)
+    tasks: dict[str, str] = MISSING  # paper's task to ours (conf/data)
+    levels: dict[int, float] = MISSING  # paper's skip level in percent to the skip rate that we ask for
+    alphas: dict[int, float] = field(default_factory=dict)  # the same to α, for methods that take α
+    methods: dict[str, list[str]] = MISSING  # overrides per method; {level} and {alpha} are filled in
+    ablation_model: str | None = None  # which of the paper's models the ablations are made with, on the first task
+    all_steps: list[str] = field(default_factory=list)  # overrides that give the LoRA phase the steps of both phases
     ablations: list[AblationConfig] = field(default_factory=list)
 
     def check(self) -> None:
         """Raises ValueError with the option's full name."""
-        for option, theirs in (("models", paper.models()), ("tasks", paper.tasks())):
+        tables = paper.quality_tables().values()
+        papers = {"models": [each.model for each in tables], "tasks": [task for each in tables for task in each.tasks]}
+        for option, theirs in papers.items():
             ours = getattr(self, option)
             if not ours or set(ours) - set(theirs):
                 wrong = f"{min(set(ours) - set(theirs))!r} is not the paper's" if ours else "it is empty"
-                known = ", ".join(theirs)
+                known = ", ".join(dict.fromkeys(theirs))
                 raise ValueError(f"scale.{option}={dict(ours)}: {wrong}; say what stands for any of {known}")
         if "none" not in self.methods:
             raise ValueError("scale.methods has no entry for 'none': every table compares with the dense model")
@@ -91,45 +76,28 @@ class ScaleConfig:
 
 @dataclass
 class CellsConfig:
-    """Runs of a sweep.
+    """Runs of a sweep: of tables, of ablations, or else every model, task, method and rate with each other."""
 
-    Attributes:
-        tables: Tables of the paper whose runs are made (table3 stands for 3a and 3b), at `rates` if any are named.
-        ablations: Paper's levels (percent) at which the rows of the ablation table are made.
-        models, tasks: Ours, instead of all of the scale; as axes where no table is named, and else to narrow.
-        methods: The same; required where neither tables nor ablations are named.
-        rates: Skip rates; the dense model has none.
-        seeds: Of every run.
-        changes: Further overrides, a run for each list.
-    """
-
-    tables: list[str] = field(default_factory=list)
-    ablations: list[int] = field(default_factory=list)
-    models: list[str] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=list)
-    methods: list[str] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)  # of the paper; table3 stands for 3a and 3b
+    ablations: list[int] = field(default_factory=list)  # paper's levels in percent
+    models: list[str] = field(default_factory=list)  # ours; [] for all of the scale. They narrow the tables
+    tasks: list[str] = field(default_factory=list)  # the same
+    methods: list[str] = field(default_factory=list)  # the same, but required without tables and ablations
+    rates: list[float] = field(default_factory=list)  # skip rates; the dense model has none
     seeds: list[int] = field(default_factory=lambda: [0])
-    changes: list[list[str]] = field(default_factory=lambda: [[]])
+    changes: list[list[str]] = field(default_factory=lambda: [[]])  # further overrides, a run for each list
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `firstlab.train`.
+    """One run of `firstlab.train`."""
 
-    Attributes:
-        task, model, method: Names of files in conf/data, conf/model and conf/method.
-        level: Skip rate that is asked for, 0 for the dense model, None where none is asked for.
-        overrides: What the command line says, without the seed.
-        changes: The part of `overrides` by which an ablation differs from the method's defaults.
-    """
-
-    task: str
-    model: str
-    method: str
-    level: float | None
-    overrides: tuple[str, ...] = field(compare=False)
-    changes: tuple[str, ...] = ()
+    task: str  # of conf/data
+    model: str  # of conf/model
+    method: str  # of conf/method
+    level: float | None  # skip rate that is asked for, 0 for the dense model
+    overrides: tuple[str, ...] = field(compare=False)  # what the command line says, without the seed
+    changes: tuple[str, ...] = ()  # those of them by which an ablation differs from the method's defaults
 
     def command(self, seed: int = 0) -> str:
         """Ready for a shell."""
@@ -139,14 +107,15 @@ class Run:
 
 def quality_of(scale: ScaleConfig) -> list[QualityTable]:
     """The paper's quality tables: what the scale stands for of them, their models, tasks and levels."""
-    tables = []
-    for table in paper.quality_tables().values():
-        tasks = tuple(task for task in table.tasks if task in scale.tasks)
-        rows = {key: row for key, row in table.rows.items() if key[0] in (0, *scale.levels)}
-        narrowed = replace(table, tasks=tasks, rows=rows)
-        if table.model in scale.models and tasks and narrowed.levels:
-            tables.append(narrowed)
-    return tables
+    tables = [
+        replace(
+            table,
+            tasks=tuple(task for task in table.tasks if task in scale.tasks),
+            rows={key: row for key, row in table.rows.items() if key[0] in (0, *scale.levels)},
+        )
+        for table in paper.quality_tables().values()
+    ]
+    return [each for each in tables if each.model in scale.models and each.tasks and each.levels]
 
 
 def tpot_of(scale: ScaleConfig) -> dict[str, dict[str, Any]]:
@@ -164,23 +133,13 @@ def tpot_of(scale: ScaleConfig) -> dict[str, dict[str, Any]]:
 
 
 def run_of(scale: ScaleConfig, task: str, model: str, method: str, level: int, changes: tuple[str, ...] = ()) -> Run:
-    """The run behind a cell of the paper's tables: its task and model, and its skip level in percent, 0 for dense.
-
-    Raises:
-        ValueError: The scale has nothing for one of them.
-    """
+    """The run behind a cell of the paper's tables, at its skip level in percent, 0 for dense."""
     rate = scale.entry("levels", level) if level else 0.0
     return at_rate(scale, task, model, method, rate, scale.alphas.get(level, 0), changes)
 
 
 def at_rate(
-    scale: ScaleConfig,
-    task: str,
-    model: str,
-    method: str,
-    rate: float,
-    alpha: float = 0,
-    changes: tuple[str, ...] = (),
+    scale: ScaleConfig, task: str, model: str, method: str, rate: float, alpha: float = 0, changes: tuple[str, ...] = ()
 ) -> Run:
     """As `run_of`, at any skip rate of a method that takes one."""
     fill = {"level": f"{rate:.12g}", "alpha": f"{alpha:.12g}"}
@@ -208,45 +167,42 @@ def ablation_runs(scale: ScaleConfig, level: int, reference: str = "first") -> l
     task = next(iter(scale.tasks))
     rows = [("default", reference, run_of(scale, task, model, reference, level))]
     for each in scale.ablations:
-        changes = tuple(
-            part for item in each.overrides for part in (scale.all_steps if item == "{all_steps}" else [item])
-        )
-        if each.method is None:
-            run = run_of(scale, task, model, reference, level, changes)
-        else:
-            data, base = scale.tasks[task], scale.models[model]
-            named = (f"model={base}", f"data={data}", f"method={each.method}")
-            run = Run(data, base, each.method, None, (*scale.base, *named, *changes), changes)
+        parts = [scale.all_steps if item == "{all_steps}" else [item] for item in each.overrides]
+        run = run_of(scale, task, model, reference, level, tuple(chain.from_iterable(parts)))
+        if each.method is not None:
+            named = (f"model={run.model}", f"data={run.task}", f"method={each.method}")
+            run = replace(run, method=each.method, level=None, overrides=(*scale.base, *named, *run.changes))
         rows.append((each.group, each.name, run))
     return rows
 
 
 def planned_runs(scale: ScaleConfig) -> dict[Run, list[str]]:
     """Every run that a table of the paper needs, with the names of those tables, main tables first."""
+    cells = [
+        (table.number, task, table.model, method, level)
+        for table in quality_of(scale)
+        for task, method in product(table.tasks, methods_of(table.number, scale))
+        for level in ([0] if method == "none" else table.levels)
+    ]
+    cells += [
+        (number, task, node["model"], method, level)
+        for number, node in tpot_of(scale).items()
+        for task, ratios in node["tasks"].items()
+        for method, level in product([name for name in FIRST if name in scale.methods], ratios)
+    ]
     plan: dict[Run, list[str]] = {}
-    for name, run in _needs(scale):
-        if name not in plan.setdefault(run, []):
-            plan[run].append(name)
+    for number, task, model, method, level in cells:
+        tables = plan.setdefault(run_of(scale, task, model, method, level), [])
+        if f"table{number}" not in tables:
+            tables.append(f"table{number}")
     return plan
 
 
-def _needs(scale: ScaleConfig) -> Iterator[tuple[str, Run]]:
-    for table in quality_of(scale):
-        for task, method in product(table.tasks, methods_of(table.number, scale)):
-            for level in [0] if method == "none" else table.levels:
-                yield f"table{table.number}", run_of(scale, task, table.model, method, level)
-    for number, node in tpot_of(scale).items():
-        for task, ratios in node["tasks"].items():
-            for method, level in product([name for name in FIRST if name in scale.methods], ratios):
-                yield f"table{number}", run_of(scale, task, node["model"], method, level)
-
-
-def sweep_runs(scale: ScaleConfig, cells: Mapping[str, CellsConfig]) -> list[dict[str, str]]:
+def sweep_runs(scale: ScaleConfig, cells: CellsConfig) -> list[dict[str, str]]:
     """The overrides of every run of a sweep, by key."""
     return [
         dict(item.split("=", 1) for item in (*run.overrides, *changes, f"seed={seed}"))
-        for each in cells.values()
-        for run, changes, seed in product(_chosen(scale, each), each.changes, each.seeds)
+        for run, changes, seed in product(_chosen(scale, cells), cells.changes, cells.seeds)
     ]
 
 

@@ -1,7 +1,6 @@
-"""Build the object that a `_target_` node of the configuration names; refuse everything that is not known or named.
+"""Build the object that a `_target_` node of the configuration names.
 
-Nothing is imported but firstlab's own classes, Lightning's loggers, and what the command line, or a configuration given
-with it, names (`trust`); a run directory or a record cannot add to these.
+Only firstlab's own classes, Lightning's loggers, and what the command line names (`trust`) are ever imported.
 """
 
 from __future__ import annotations
@@ -24,20 +23,12 @@ _OURS = {
     "task": r"firstlab\.data(\.\w+)+",
     "logger": r"lightning\.pytorch\.loggers\.(CSVLogger|TensorBoardLogger|WandbLogger)",
 }
-_KINDS = {"method": "firstlab method", "task": "firstlab task", "logger": "Lightning logger"}
 _MIXTURE, _PART = "firstlab.data.mixture.Mixture", "firstlab.data.mixture.Part"
 #: Classes and packages of the user's own that this process may import.
 _trusted: set[str] = set()
 
-_NAMES = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    str: "text",
-    NoneType: "null",
-    Sequence: "a list",
-    Mapping: "keys and values",
-}
+_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
+_NAMES |= {Sequence: "a list", Mapping: "keys and values"}
 
 
 def trust(names: Iterable[str]) -> None:
@@ -50,11 +41,9 @@ def targets(node: Any) -> Iterator[str]:
     if isinstance(node, Mapping):
         if isinstance(name := node.get("_target_"), str):
             yield name
-        for value in node.values():
-            yield from targets(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from targets(value)
+        node = list(node.values())
+    for value in node if isinstance(node, list | tuple) else ():
+        yield from targets(value)
 
 
 def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
@@ -74,17 +63,14 @@ def build(node: Any, option: str, kind: type, **extra: Any) -> Any:
 
 
 def check(node: Any, option: str, kind: type, **extra: Any) -> type:
-    """The class of a `_target_` node; no object is made.
-
-    Raises:
-        ValueError: No `_target_`, one that is not allowed, or arguments that are unknown, missing or of a wrong type.
-    """
+    """The class of a `_target_` node, which must be allowed, and so must its arguments; no object is made."""
     group = "task" if ".parts." in option else option.rpartition(".")[2]
     if not isinstance(node, dict) or not isinstance(name := node.get("_target_"), str):
         raise ValueError(f"{option} needs a `_target_`; choose one with {option}=NAME from the group conf/{option}")
     target = _class(name, group, option)
     if not issubclass(target, kind):
-        raise ValueError(f"{option}._target_={name!r} is not a {_KINDS[group]}")
+        whose = "Lightning" if group == "logger" else "firstlab"
+        raise ValueError(f"{option}._target_={name!r} is not a {whose} {group}")
     given = {key: value for key, value in node.items() if key != "_target_"}
     # The only objects inside an object.
     if name == _MIXTURE and isinstance(parts := given.get("parts"), dict):
@@ -104,10 +90,8 @@ def _class(name: str, group: str, option: str) -> type:
     ours = re.fullmatch(_OURS[group], name) is not None
     parents = {name[: dot.start()] for dot in re.finditer(r"\.", name)} | {name}
     if not ours and not parents & _trusted:
-        raise ValueError(
-            f"{option}._target_={name!r} stands in a saved file, and what is saved runs no code of others: if you know "
-            f"the module, name it on the command line, trust={name.partition('.')[0]}"
-        )
+        why = f"what is saved runs no code of others: if you know it, give trust={name.partition('.')[0]}"
+        raise ValueError(f"{option}._target_={name!r} stands in a saved file, and {why}")
     try:
         target = getattr(import_module(module), attribute)
     except Exception as error:  # importing a module may fail in any way
@@ -118,20 +102,19 @@ def _class(name: str, group: str, option: str) -> type:
 
 
 def _check_arguments(target: type, given: Mapping[str, Any], option: str, extra: Mapping[str, Any]) -> None:
-    name = f"{target.__module__}.{target.__qualname__}"
     _refuse_nested(given, option)
+    name, hints = f"{target.__module__}.{target.__qualname__}", _hints(target)
     parameters = inspect.signature(target).parameters.values()
-    known = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    unknown = [key for key in given if key not in known]
-    if unknown and not any(each.kind is each.VAR_KEYWORD for each in parameters):
-        raise ValueError(f"{option}.{unknown[0]} is unknown: {name} takes {', '.join(known) or 'nothing'}")
-    for each in parameters:
-        if each.name in known and each.default is each.empty and each.name not in {*given, *extra}:
-            raise ValueError(f"{option}.{each.name} is missing: {name} needs it")
-    hints = _hints(target)
+    known = {each.name: each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
     for key, value in given.items():
+        if key not in known and not takes_any:
+            raise ValueError(f"{option}.{key} is unknown: {name} takes {', '.join(known) or 'nothing'}")
         if key in hints and not _fits(value, hints[key]):
             raise ValueError(f"{option}.{key}={value!r} is not allowed: it takes {_describe(hints[key])}")
+    for key, each in known.items():
+        if each.default is each.empty and key not in {*given, *extra}:
+            raise ValueError(f"{option}.{key} is missing: {name} needs it")
 
 
 def _refuse_nested(node: Any, option: str) -> None:
@@ -145,11 +128,7 @@ def _refuse_nested(node: Any, option: str) -> None:
 
 
 def with_defaults(node: Any, option: str) -> Any:
-    """A node with the defaults of its dataclass, so that it stays the same when the class gets a new setting.
-
-    Whole numbers become floats where the class takes floats: 1 and 1.0 are one setting. A class that is not allowed
-    leaves the node as it is.
-    """
+    """A node with the defaults of its dataclass, so that it stays the same when the class gets a new setting."""
     try:
         target = _class(node["_target_"], option, option)
     except (ValueError, TypeError, KeyError):
@@ -158,6 +137,7 @@ def with_defaults(node: Any, option: str) -> Any:
         return node
     defaults = {each.name: each.default for each in fields(target) if each.default is not MISSING}
     found = {**node, **{key: value for key, value in defaults.items() if key not in node}}
+    # 1 and 1.0 are one setting.
     takes_float = {key for key, hint in _hints(target).items() if float in (hint, *get_args(hint))}
     return {key: float(value) if key in takes_float and type(value) is int else value for key, value in found.items()}
 
@@ -166,8 +146,7 @@ def _hints(target: type) -> dict[str, Any]:
     init: Any = target.__init__  # type: ignore[misc]
     found: dict[str, Any] = {}
     for name, hint in getattr(init, "__annotations__", {}).items():
-        # One by one: a library may name types that only its type checker imports.
-        with suppress(NameError):
+        with suppress(NameError):  # one by one: a library may name types that only its type checker imports
             found |= get_type_hints(SimpleNamespace(__annotations__={name: hint}), init.__globals__)
     return found
 
@@ -177,10 +156,8 @@ def _fits(value: Any, hint: Any) -> bool:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
     if kind in (Sequence, list, tuple):
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value if inner)
     return isinstance(value, kind) if kind in (bool, str, NoneType, Mapping, dict) else True

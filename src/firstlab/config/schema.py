@@ -21,10 +21,11 @@ from firstlab.metrics.comet import CometConfig
 from firstlab.metrics.summarization import BertScoreConfig
 from firstlab.model.settings import LATER, LoraSettings, RouterSettings
 
-#: The steps of a run, in their order; `phases` says which of them.
-PHASES = ("tune", "router", "lora", "refit", "evaluate")
-#: The paper's.
-PAPER_ORDER = ("router", "lora", "evaluate")
+#: The steps of a run that train, in their order: tune a dense LoRA, so that routes are chosen on a model that knows the
+#: task; train or fit the routers; train LoRA under their routes; fit the routers again under the trained LoRA.
+TRAINED = ("tune", "router", "lora", "refit")
+PHASES = (*TRAINED, "evaluate")
+PAPER_ORDER = ("router", "lora", "evaluate")  # the paper's
 DECODERS = "generate, engine"
 #: Below it the largest score decides alone and smaller ones overflow; do_sample=false is greedy.
 LEAST_TEMPERATURE = 1e-3
@@ -66,24 +67,15 @@ def training_routers() -> RouterSettings:
 
 @dataclass
 class ModelConfig:
-    """The base model.
+    """The base model."""
 
-    Attributes:
-        name: Short name for run directories and tables.
-        path: Hub id or folder; `bundled:nano` is the model inside this package.
-        attn_implementation: Null for transformers' choice.
-        gguf_file: File of the folder in GGUF form, which transformers turns into plain weights; or null.
-        quantization: int8 or int4 for decoder layers with such weights, in evaluate alone, or null. The benchmark has
-            `quantizations` instead.
-    """
-
-    name: str = option(plain=True)
-    path: str = option(filled="a hub id or a folder")
+    name: str = option(plain=True)  # short, for run directories and tables
+    path: str = option(filled="a hub id or a folder")  # bundled:nano is the model inside this package
     dtype: str = option("float32", choices="float32, bfloat16, float16, auto")
     revision: str | None = None
-    attn_implementation: str | None = option(None, choices="sdpa, eager, flash_attention_2")
-    quantization: str | None = None
-    gguf_file: str | None = option(None, filled="a file name", **LATER)
+    attn_implementation: str | None = option(None, choices="sdpa, eager, flash_attention_2")  # null: transformers' own
+    quantization: str | None = None  # int8 or int4 decoder layers, in evaluate alone; the benchmark has `quantizations`
+    gguf_file: str | None = option(None, filled="a file name", **LATER)  # in the folder; becomes plain weights
 
     def __post_init__(self) -> None:
         check_options(self, "model.")
@@ -96,11 +88,8 @@ class ModelConfig:
 
     def check_trainable(self) -> None:
         """Raises ValueError if the weights would be quantized."""
-        if self.quantization is not None:
-            raise ValueError(
-                f"model.quantization={self.quantization!r} is for decoding, and this trains: leave it null, then run "
-                f"python -m firstlab.evaluate run=DIR model.quantization={self.quantization}"
-            )
+        if (kind := self.quantization) is not None:
+            raise ValueError(f"model.quantization={kind!r} is for decoding, and this trains; give it to evaluate")
 
 
 @dataclass
@@ -112,30 +101,20 @@ class SpeedModelConfig(ModelConfig):
 
 @dataclass
 class DataConfig:
-    """A task and how much of it is used; see `firstlab.data.datamodule.PromptDataModule`.
+    """A task and how much of it is used; see `firstlab.data.datamodule.PromptDataModule`."""
 
-    Attributes:
-        name: Short name for run directories and tables.
-        task: `_target_` of a `firstlab.data.task.Task` and its arguments.
-        root: Folder of plain files, or null for the hub.
-        max_length_router, max_length_lora: Tokens of prompt and response in phase 1 and phase 2 (A.4).
-        max_prompt_length: Tokens of a prompt in generation.
-        max_new_tokens: Tokens that generation adds.
-        bucket: Training batches whose examples are sorted by length together, so that less is padded; 1 is off.
-    """
-
-    name: str = option(plain=True)
-    task: dict[str, Any] = MISSING
-    root: str | None = option(None, filled="a folder")
+    name: str = option(plain=True)  # short, for run directories and tables
+    task: dict[str, Any] = MISSING  # `_target_` of a `firstlab.data.task.Task` and its arguments
+    root: str | None = option(None, filled="a folder")  # of plain files; null for the hub
     train_size: int | None = option(None, least=1)
     val_size: int = option(128, least=0)
     test_size: int | None = option(None, least=1)
     split_seed: int = option(0, least=0)
-    max_length_router: int = option(256, least=2)
-    max_length_lora: int = option(256, least=2)
-    max_prompt_length: int = option(512, least=1)
+    max_length_router: int = option(256, least=2)  # tokens of prompt and response in phase 1 (A.4)
+    max_length_lora: int = option(256, least=2)  # and in phase 2
+    max_prompt_length: int = option(512, least=1)  # tokens of a prompt in generation
     max_new_tokens: int = option(80, least=1)
-    bucket: int = option(1, least=1)
+    bucket: int = option(1, least=1)  # training batches sorted by length together, so that less is padded; 1 is off
     num_workers: int = option(0, least=0, most=128)
 
     def __post_init__(self) -> None:
@@ -144,99 +123,100 @@ class DataConfig:
 
 @dataclass
 class PhaseConfig:
-    """One training phase.
+    """One training phase."""
 
-    Attributes:
-        batch_size: Rows of a micro-batch over all processes together.
-        accumulate: Micro-batches per optimizer step; their mean losses weigh alike.
-        max_steps: Cap on optimizer steps.
-        learning_rate: Peak; cosine decay to zero.
-        validate_every, checkpoint_every: In optimizer steps.
-        patience: Validations without improvement before training stops.
-        loss_on: "all" tokens or "response" tokens.
-        distill: Weight of KL(dense model || routed model) on the label tokens, beside the cross-entropy.
-    """
-
-    batch_size: int = option(16, least=1)
-    accumulate: int = option(1, least=1)
+    batch_size: int = option(16, least=1)  # rows of a micro-batch over all processes together
+    accumulate: int = option(1, least=1)  # micro-batches per optimizer step; their mean losses weigh alike
     epochs: int = option(1, least=1)
-    max_steps: int | None = option(None, least=1)
-    learning_rate: float = option(3e-4, above=0, below=1e30)  # what float32 holds
+    max_steps: int | None = option(None, least=1)  # cap on optimizer steps
+    learning_rate: float = option(3e-4, above=0, below=1e30)  # peak, in float32; cosine decay to zero
     weight_decay: float = option(0.0, least=0)
     warmup_fraction: float = option(0.05, least=0, below=1)
     gradient_clip: float | None = option(1.0, above=0)
-    validate_every: int = option(20, least=1)
+    validate_every: int = option(20, least=1)  # optimizer steps
     checkpoint_every: int = option(20, least=1)
-    patience: int | None = option(4, least=1)
-    loss_on: str = option("response", choices="all, response")
-    distill: float = option(0.0, least=0)
+    patience: int | None = option(4, least=1)  # validations without improvement before training stops
+    loss_on: str = option("response", choices="all, response")  # tokens
+    distill: float = option(0.0, least=0)  # weight of KL(dense || routed) on the label tokens, beside cross-entropy
 
 
 @dataclass
 class EvaluationConfig:
-    """How a trained model is evaluated.
+    """How a trained model is evaluated."""
 
-    Attributes:
-        limit: Test examples to use (evenly spread), or null for all.
-        batch_size: Rows generated together.
-        decoder: "generate" (transformers') or "engine" (the decode engine): what writes the responses and is timed. In
-            float32 both write the same, greedy; drawn tokens differ.
-        do_sample, temperature, top_k: Sampling as in the paper (0.8, top-k 10; 0 keeps all tokens), or greedy.
-        confidence, resamples: Of the bootstrap intervals.
-        skip_rates: Where routers know any rate (`router.kind=routes`): evaluate at each of these, besides the method's
-            own rate.
-        perplexity: Also measure response perplexity under the routes.
-        tpot_prompts: Prompts timed one by one, dense and routed in turn; 0 leaves timing out.
-        tpot_tokens: New tokens per timed prompt.
-        tpot_repetitions: Times every prompt is timed.
-    """
-
-    limit: int | None = option(None, least=1)
-    batch_size: int = option(32, least=1)
+    limit: int | None = option(None, least=1)  # test examples to use, evenly spread
+    batch_size: int = option(32, least=1)  # rows generated together
+    # What writes the responses and is timed. In float32 both write the same greedy text; drawn tokens differ.
     decoder: str = option("generate", choices=DECODERS)
-    do_sample: bool = False
+    do_sample: bool = False  # with temperature and top_k as in the paper; else greedy
     temperature: float = option(0.8, least=LEAST_TEMPERATURE)
-    top_k: int = option(10, least=0)
+    top_k: int = option(10, least=0)  # 0 keeps all tokens
     num_beams: int = option(1, least=1)
-    confidence: float = option(0.95, above=0, below=1)
+    confidence: float = option(0.95, above=0, below=1)  # of the bootstrap intervals
     resamples: int = option(1000, least=100)
-    skip_rates: list[float] = field(default_factory=list, metadata=LATER)
-    perplexity: bool = True
-    tpot_prompts: int = option(8, least=0)
-    tpot_tokens: int = option(16, least=2)
-    tpot_repetitions: int = option(2, least=1)
+    skip_rates: list[float] = field(default_factory=list, metadata=LATER)  # besides the own one; router.kind=routes
+    perplexity: bool = True  # of the references, under the routes
+    tpot_prompts: int = option(8, least=0)  # timed one by one, dense and routed in turn; 0 leaves timing out
+    tpot_tokens: int = option(16, least=2)  # new tokens per timed prompt
+    tpot_repetitions: int = option(2, least=1)  # of every prompt
     bertscore: BertScoreConfig = field(default_factory=BertScoreConfig)
     comet: CometConfig = field(default_factory=CometConfig)
 
     def __post_init__(self) -> None:
         check_options(self, "evaluation.")
-        for rate in self.skip_rates:
-            if not 0 <= rate < 1:
-                raise ValueError(f"evaluation.skip_rates={self.skip_rates}: {rate} must be at least 0 and below 1")
+        if not all(0 <= rate < 1 for rate in self.skip_rates):
+            raise ValueError(f"evaluation.skip_rates={self.skip_rates}: each must be at least 0 and below 1")
         if self.decoder == "engine" and self.num_beams > 1:
-            raise ValueError(
-                f"evaluation.num_beams={self.num_beams} needs evaluation.decoder=generate; the engine has no beams"
-            )
+            raise ValueError(f"evaluation.num_beams={self.num_beams} needs evaluation.decoder=generate")
+
+
+@dataclass
+class GenerateConfig:
+    """Options of `python -m firstlab.generate`.
+
+    Attributes:
+        run: Run directory of firstlab.train, or a folder written by save_pretrained.
+        variant: "router_lora", "router", or "base" (every layer runs); the most trained one by default.
+        prompt: "task" puts the text into the run's prompt, "raw" takes it as it is.
+        question, part: The question, for QA runs; which task of a mixture the text is for.
+        max_new_tokens: Length limit; the run's own by default.
+        decoder: "generate" (transformers'), or "engine": the same text, greedy in float32, and faster.
+        quantization: int8 or int4 for such weights in the decoder layers, or null.
+        do_sample, temperature, top_k, seed: Sampling instead of greedy decoding.
+        skip_rate: How much to skip, for models of any rate (router.kind=routes); their default otherwise.
+        lossless: The route only drafts, and the text is the dense model's own; LoRA takes part in the draft alone.
+        trust: Package of your own whose classes the run's saved configuration may name.
+    """
+
+    run: str = ""
+    variant: str | None = None
+    prompt: str = option("task", choices="task, raw")
+    question: str = ""
+    part: str = ""
+    max_new_tokens: int | None = option(None, least=1)
+    decoder: str = option("generate", choices=DECODERS)
+    quantization: str | None = None
+    do_sample: bool = False
+    temperature: float = option(0.8, least=LEAST_TEMPERATURE)
+    top_k: int = option(10, least=0)
+    seed: int = 0
+    skip_rate: float | None = option(None, least=0, below=1)
+    lossless: bool = False
+    trust: str | None = None
 
 
 @dataclass
 class TrainerConfig:
-    """Where and how training runs.
-
-    Attributes:
-        devices: Processes per node.
-        loss_chunk: Positions whose logits exist at a time; fewer need less memory.
-        prompt_cache_mib: Keys and values of prompts that calibration may keep, so that it reads each prompt once.
-    """
+    """Where and how training runs."""
 
     accelerator: str = option("cpu", choices="cpu, gpu")
-    devices: int = option(1, least=1)
+    devices: int = option(1, least=1)  # processes per node
     num_nodes: int = option(1, least=1)
     strategy: str = option("auto", choices="auto, ddp, fsdp")
     precision: str = option("32-true", choices="32-true, bf16-true, bf16-mixed, 16-mixed")
     gradient_checkpointing: bool = False
-    loss_chunk: int = option(1024, least=1)
-    prompt_cache_mib: int = option(2048, least=0)
+    loss_chunk: int = option(1024, least=1)  # positions whose logits exist at a time; fewer need less memory
+    prompt_cache_mib: int = option(2048, least=0)  # room for keys and values, so that calibration reads a prompt once
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -253,66 +233,41 @@ class TrainerConfig:
 
 @dataclass
 class SweepConfig:
-    """The sweep that a run belongs to; see `firstlab.run.sweep`.
+    """The sweep that a run belongs to; see `firstlab.run.sweep`."""
 
-    Attributes:
-        name: Of the sweep file; groups its runs in W&B.
-        tables: Tables and figures of the paper that the runs fill; tags in W&B.
-        recorded: Folder of recorded results that count as finished, or null.
-        collect: Folder whose records.jsonl.xz gets every finished run's record, to be committed; or null.
-        optional: Keys, as method.calibration_prompts, that hold only for the runs whose method has them.
-    """
-
-    name: str | None = None
-    tables: list[str] = field(default_factory=list)
-    recorded: str | None = "experiments"
-    collect: str | None = None
+    name: str | None = None  # of the sweep file; groups its runs in W&B
+    tables: list[str] = field(default_factory=list)  # of the paper, that the runs fill; tags in W&B
+    recorded: str | None = "experiments"  # folder of recorded results that count as finished
+    collect: str | None = None  # folder whose records.jsonl.xz gets every finished run's record, to be committed
     plan_only: bool = False
-    optional: list[str] = field(default_factory=list)
+    optional: list[str] = field(default_factory=list)  # keys that hold only for the runs whose method has them
 
 
 @dataclass
 class ExperimentConfig:
-    """One run: one method at one skip level on one model, task and seed.
-
-    Attributes:
-        method: `_target_` of a `firstlab.methods.base.Method` and its arguments.
-        logger: `_target_` of a Lightning logger and its arguments, or null.
-        run_dir: Where everything goes; null derives it from data, model, method, note and seed.
-        note: Added to the name of the run directory, for runs that differ in anything else.
-        runs: Folder of all run directories.
-        phases: Which steps to run, of tune (dense LoRA, so that routes are chosen on a model that knows the task),
-            router or choose (train or fit the routers), lora, refit (fit the routers again under the trained LoRA) and
-            evaluate. The paper's are router, lora, evaluate; none named takes the method's own (`Method.steps`).
-        lora_start: After tune, phase 2 trains a LoRA from "scratch", or goes on with the tuned one ("continue").
-        init_from: Saved model to start phase 2 or evaluation from, instead of this run's own phase 1.
-        compare_with_base: Also run `method=none` on the same settings (once), for the table.
-        ckpt: "last" goes on where the run was; "none" starts its phases again.
-        overwrite: Delete what the run directory holds.
-        sweep: Set by the files of conf/sweep.
-    """
+    """One run: one method at one skip level on one model, task and seed."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    method: Any = MISSING
+    method: Any = MISSING  # `_target_` of a `firstlab.methods.base.Method` and its arguments
     router: RouterSettings = field(default_factory=training_routers)
     lora: LoraSettings = field(default_factory=LoraSettings)
     router_phase: PhaseConfig = field(default_factory=PhaseConfig)
     lora_phase: PhaseConfig = field(default_factory=PhaseConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: Any = None
+    logger: Any = None  # `_target_` of a Lightning logger and its arguments
     seed: int = option(0, least=0, below=2**32)
-    run_dir: str | None = option(None, filled="a folder")
-    note: str | None = option(None, plain=True)
-    runs: str = option("runs", filled="a folder")
-    phases: list[str] = field(default_factory=list)
-    lora_start: str = option("scratch", choices="scratch, continue", **LATER)
-    init_from: str | None = option(None, filled="a folder")
-    compare_with_base: bool = True
-    ckpt: str = option("last", choices="last, none")
-    overwrite: bool = False
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    run_dir: str | None = option(None, filled="a folder")  # null derives it from data, model, method, note and seed
+    note: str | None = option(None, plain=True)  # ends the name of the directory of a run that differs in anything else
+    runs: str = option("runs", filled="a folder")  # of all run directories
+    phases: list[str] = field(default_factory=list)  # of PHASES, or choose for router; [] takes `Method.steps`
+    lora_start: str = option("scratch", choices="scratch, continue", **LATER)  # after tune: a fresh LoRA, or the tuned
+    init_from: str | None = option(None, filled="a folder")  # saved model to start from instead of an own phase 1
+    compare_with_base: bool = True  # also run method=none on the same settings, once, for the table
+    ckpt: str = option("last", choices="last, none")  # go on where the run was, or start its phases again
+    overwrite: bool = False  # delete what the run directory holds
+    sweep: SweepConfig = field(default_factory=SweepConfig)  # set by the files of conf/sweep
 
     def __post_init__(self) -> None:
         check_options(self)

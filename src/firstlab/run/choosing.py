@@ -26,25 +26,16 @@ from firstlab.training.prompt_set import PromptSet
 from firstlab.training.route_fit import Measured, extend, fit_router, measure, read_means, use_static
 from firstlab.training.route_search import grown, saved_codebook, searched_once
 
-# The best price by the validation score is looked for on so many prompts.
-_SCORED = 128
-
 
 def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
-    """Find a codebook, measure prompts under it and fit the run's `RouteRouter`; what is to be recorded about it.
-
-    Args:
-        run: Whose model, with the weights that prompts are to be measured on.
-        name: Under which what was measured is kept in the run directory; what was searched is kept once.
-    """
+    """Find a codebook, measure prompts under it and fit the run's `RouteRouter`; what is to be recorded about it."""
     fit, router = run.method.route_fit(), run.model.routers
     assert fit is not None and isinstance(router, RouteRouter)
     training = run.prompts(run.data.train)
     prompts = training.take(fit.fit_prompts)
-    # A second fit keeps the codebook and measures it again.
     folder = run.directory / "fit"
     codebook = saved_codebook(folder, training.take(fit.calibration_prompts), fit)
-    measured = measure(prompts, codebook, folder / name)
+    measured = measure(prompts, codebook, folder / name)  # a second fit measures the same codebook again
     wanted = run.config.router.price
     for turn in range(fit.grow_rounds):
         fit_router(router, measured, fit, "tokens" if wanted == "tokens" else "length")
@@ -81,7 +72,7 @@ def _best_price(run: Run, router: RouteRouter, measured: Measured, fit: RouteFit
 def validation_score(run: Run, routes: Routes | None = None) -> float:
     """The headline score of validation prompts, decoded under the routes, or as the routers decide."""
     data: PromptDataModule = copy(run.data)
-    data.__dict__["test"] = run.data.val[:_SCORED]
+    data.__dict__["test"] = run.data.val[:128]  # tells prices apart
     config = replace(run.config.evaluation, resamples=100, do_sample=False)
     decoder = Decoder(run.model, data, config, run.config.seed, routes)
     texts = [""] * len(data.test)
@@ -108,17 +99,28 @@ def _report(record: dict[str, Any]) -> None:
 
 
 def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:
-    """Routes that LoRA is trained and validated under, as the run's model decides now; None: as it decides then."""
-    fit = run.method.route_fit()
+    """Routes that LoRA is trained and validated under, as they are decided now; None: as the routers decide then."""
+    data, fit = run.data, run.method.route_fit()
+    if run.method.per_prompt:
+        used = data.trained_on()  # only the prompts that the phase comes to are decided
+        decided = run.routes([data.train[i] for i in used])
+        assert isinstance(decided, FixedRoutes)
+        routes = torch.ones(len(data.train), run.model.num_layers, dtype=torch.bool)
+        routes[used] = decided.ran
+        return FixedRoutes(routes), run.routes(data.val)
+    if (shared := run.routes(data.train)) is not None:
+        return shared, shared
     if fit is not None:
         router = run.model.routers
         assert isinstance(router, RouteRouter)
-        drawn, held = (DrawnRoutes(router, read_means(run.prompts(each))) for each in (run.data.train, run.data.val))
+        drawn, held = (DrawnRoutes(router, read_means(run.prompts(each))) for each in (data.train, data.val))
         if not fit.any_speed:
             return drawn.at(range(len(drawn.means)), None), held.at(range(len(held.means)), None)
         spread = torch.linspace(0, router.highest_rate, 5)[1:4]
         return drawn, held.at(range(len(held.means)), spread[torch.arange(len(held.means)) % 3])
-    return FixedRoutes(run.prompts(run.data.train).routed()), FixedRoutes(run.prompts(run.data.val).routed())
+    if run.tuned:
+        return FixedRoutes(run.prompts(data.train).routed()), FixedRoutes(run.prompts(data.val).routed())
+    return None, None
 
 
 def fit_again(run: Run) -> dict[str, Any]:

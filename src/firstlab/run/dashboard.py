@@ -16,12 +16,10 @@ from firstlab.config.command_line import guarded, parse_options
 from firstlab.store.files import write_atomically
 from firstlab.store.results import ROW_NAMES
 
+PHASES = ("router", "lora")
 QUALITY = ("bleu1", "bleu2", "bleu", "chrf", "comet", "rouge1", "rougeL", "rougeLsum", "bertscore", "em", "f1")
-TRAINING = {
-    "training loss": "train/loss",
-    "validation loss": "val/cross_entropy",
-    "validation skip rate": "val/skip_rate",
-}
+TRAINING = {"training loss": "train/loss", "validation loss": "val/cross_entropy"}
+TRAINING["validation skip rate"] = "val/skip_rate"
 
 
 @dataclass
@@ -37,33 +35,23 @@ class DashboardOptions:
 def specification(name: str) -> dict[str, Any]:
     """Sections and panels; every metric is one that `firstlab.run.loggers` or the training modules log."""
 
-    def bars(*keys: str) -> list[dict[str, Any]]:
-        return [
-            {"kind": "bar", "title": key.replace("_", " "), "metrics": [f"test/{name}/{key}" for name in ROW_NAMES]}
-            for key in keys
-        ]
+    def bar(key: str) -> dict[str, Any]:
+        return {"kind": "bar", "title": key.replace("_", " "), "metrics": [f"test/{row}/{key}" for row in ROW_NAMES]}
 
-    lines = [
-        {"kind": "line", "title": title, "metrics": [f"{phase}/{key}" for phase in ("router", "lora")]}
-        for title, key in TRAINING.items()
-    ]
-    return {
-        "name": name,
-        "group_by": ["group", "job_type"],
-        "sections": [
-            {"name": "Quality", "panels": bars(*QUALITY)},
-            {"name": "Skip rate and speed", "panels": bars("skip_rate", "tpot_ratio", "perplexity")},
-            {"name": "Training", "panels": lines},
-        ],
+    def line(title: str) -> dict[str, Any]:
+        return {"kind": "line", "title": title, "metrics": [f"{phase}/{TRAINING[title]}" for phase in PHASES]}
+
+    sections = {
+        "Quality": map(bar, QUALITY),
+        "Skip rate and speed": map(bar, ("skip_rate", "tpot_ratio", "perplexity")),
+        "Training": map(line, TRAINING),
     }
+    parts = [{"name": title, "panels": list(panels)} for title, panels in sections.items()]
+    return {"name": name, "group_by": ["group", "job_type"], "sections": parts}
 
 
 def workspace(spec: dict[str, Any], entity: str, project: str) -> Any:
-    """The specification as a `wandb_workspaces` workspace, not yet saved.
-
-    Raises:
-        ValueError: The package is not installed.
-    """
+    """The specification as a `wandb_workspaces` workspace, not yet saved; ValueError without that package."""
     try:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as ws

@@ -1,7 +1,6 @@
 """What a run's method decides: made once, kept in the run directory, read by training, evaluation and generation.
 
-`routes.json` holds a decision for all prompts, null where trained routers decide; `routes.jsonl` one line per prompt
-where every prompt has its own.
+`routes.json` holds a decision for all prompts, null where trained routers decide; `routes.jsonl` one for each prompt.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import hashlib
 import json
 import math
 from contextlib import suppress
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,7 @@ from firstlab.training.router_start import STATIC_ORDER, read_order
 
 
 def shared_routes(directory: Path, method: Method, training: PromptSet) -> Routes | None:
-    """The decision that holds for all prompts, or None where trained routers decide.
-
-    A method that is not `per_prompt` looks at the training prompts only when nothing is decided yet.
-    """
+    """The decision that holds for all prompts, or None where trained routers decide; made only once."""
     file = directory / "routes.json"
     if not file.is_file() and rank()[0] == 0:
         routes = method.routes(training)
@@ -41,22 +38,22 @@ def shared_routes(directory: Path, method: Method, training: PromptSet) -> Route
     return _read_shared(file, training.num_layers)
 
 
-def prompt_routes(directory: Path, method: Method, prompts: PromptSet, progress_bar: bool) -> FixedRoutes:
+def prompt_routes(directory: Path, method: Method, prompts: PromptSet) -> FixedRoutes:
     """[N, L], what a `per_prompt` method decides for each of these prompts; what is on disk is not decided again."""
     file = directory / "routes.jsonl"
     keys = [_key(text, example) for text, example in zip(prompts.texts, prompts.examples, strict=True)]
     if rank()[0] == 0:
         known = _read_lines(file, prompts.num_layers)
-        write_atomically(file, "".join(map(_line, known.items())))  # without what a kill or a hand has damaged
+        write_atomically(file, "".join(starmap(_line, known.items())))  # without what a kill or a hand has damaged
         left = list({key: x for key, x in zip(keys, prompts.examples, strict=True) if key not in known}.items())
-        size = prompts.batch_size
-        for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=not progress_bar):
+        size, hidden = prompts.batch_size, not prompts.progress_bar
+        for start in tqdm(range(0, len(left), size), desc="decide routes", unit="batch", disable=hidden):
             names, examples = zip(*left[start : start + size], strict=True)
             routes = method.routes(PromptSet(prompts.model, prompts.data, examples, size, prompts.cache_bytes))
             decided = _check_tensor(method, routes, [len(names), prompts.num_layers])
             with file.open("a", encoding="utf-8") as out:
                 for key, route in zip(names, decided, strict=True):
-                    out.write(_line((key, (~route).nonzero()[:, 0].tolist())))
+                    out.write(_line(key, (~route).nonzero()[:, 0].tolist()))
     barrier()
     known = _read_lines(file, prompts.num_layers)
     return FixedRoutes(torch.stack([routes_without(prompts.num_layers, known[key]) for key in keys]))
@@ -67,7 +64,7 @@ def decided_routes(directory: Path, method: Method, variant: str, prompts: Promp
     if variant == "base":
         return FixedRoutes(routes_without(prompts.num_layers, []))
     if method.per_prompt:
-        return prompt_routes(directory, method, prompts, progress_bar=False)
+        return prompt_routes(directory, method, prompts)
     file = directory / "routes.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no routes.json: {method.name} has not decided yet; run its training first")
@@ -83,7 +80,6 @@ def static_routes(directory: Path, method: Method, num_layers: int) -> Tensor | 
 
 
 def _check_tensor(method: Method, routes: Tensor | Routes | None, shape: list[int]) -> Tensor:
-    """The decision; raises ValueError if it is of another kind."""
     if not isinstance(routes, Tensor) or list(routes.shape) != shape or routes.dtype != torch.bool:
         got = f"{routes.dtype} of shape {list(routes.shape)}" if isinstance(routes, Tensor) else repr(routes)
         raise ValueError(f"method {method.name}: routes() gave {got}, and must give torch.bool of shape {shape}")
@@ -103,23 +99,21 @@ def _read_shared(file: Path, num_layers: int) -> Routes | None:
     return read_own(file, parse)
 
 
-def _line(decision: tuple[str, list[int]]) -> str:
-    key, skipped = decision
+def _line(key: str, skipped: list[int]) -> str:
     return json.dumps({"prompt": key, "skipped": skipped}) + "\n"
 
 
 def _read_lines(file: Path, num_layers: int) -> dict[str, list[int]]:
     """The decisions on disk; a line cut off by a kill, or damaged, is left out, for its prompt is decided again."""
     known: dict[str, list[int]] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with suppress(ValueError, LookupError, TypeError):
-                decision = json.loads(line)
-                if set(decision["skipped"]) <= set(range(num_layers)):
-                    known[str(decision["prompt"])] = list(decision["skipped"])
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
+        with suppress(ValueError, LookupError, TypeError):
+            decision = json.loads(line)
+            if set(decision["skipped"]) <= set(range(num_layers)):
+                known[str(decision["prompt"])] = list(decision["skipped"])
     return known
 
 
 def _key(text: str, example: Example) -> str:
-    """The name of a prompt and its references, which are all that a decision may depend on."""
+    # A decision may depend on the prompt and its references alone.
     return hashlib.sha256(json.dumps([text, *example.references]).encode()).hexdigest()[:24]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from firstlab.config.compose import load_dict, read_saved
 from firstlab.config.schema import ExperimentConfig
 from firstlab.methods.base import Method
 from firstlab.store import results
-from firstlab.store.files import remove_torn, write_atomically, yaml_text
+from firstlab.store.files import read_own, remove_torn, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 
 CONFIG = "config.yaml"
@@ -24,13 +24,27 @@ def variant_names(method: Method) -> tuple[str, str]:
     return ("base", "base_lora") if method.name == "none" else ("router", "router_lora")
 
 
+def phase_record(directory: Path, phase: str) -> dict[str, Any] | None:
+    """What NAME.yaml says about a phase, None if this run has not trained it; ValueError if the file is damaged."""
+
+    def parse(saved: Any) -> dict[str, Any]:
+        if not all(isinstance(saved[key], int | float) for key in ("steps", "multiplier", "seconds")):
+            raise ValueError("it holds no record of a phase")
+        return dict(saved)
+
+    file, product = directory / f"{phase}.yaml", directory / phase
+    if not file.is_file() and not product.is_dir():
+        return None
+    remedy = f"delete it and {product}, and result.json if there is one, and give the training command again"
+    return read_own(file, parse, f"{remedy} to train this phase")
+
+
 def wanted_variants(config: ExperimentConfig, method: Method) -> list[str]:
     """What the requested phases, together with what is on disk, let us evaluate."""
     if "evaluate" not in config.phases:
         return []
-    before, after = variant_names(method)
     trained = "lora" in config.phases or (config.directory(method.label) / "lora").is_dir()
-    return [before, after] if trained else [before]
+    return list(variant_names(method)[: 1 + trained])
 
 
 def is_trained(config: ExperimentConfig, method: Method) -> bool:
@@ -44,44 +58,36 @@ def finished_record(config: ExperimentConfig, method: Method) -> dict[str, Any] 
     """The record of a run that has nothing left to do, or None; raises ValueError as `check_directory` does."""
     directory = config.directory(method.label)
     check_directory(directory, config)
-    failed = (directory / results.FAILURE).is_file()  # to run it again, with the earlier result still there
+    failed = (directory / results.FAILURE).is_file()  # for all its earlier result
     if config.overwrite or failed or not (directory / CONFIG).is_file():
         return None
-    record = results.read(directory)
-    return record if record is not None and set(wanted_variants(config, method)) <= set(record["variants"]) else None
+    record, wanted = results.read(directory), set(wanted_variants(config, method))
+    return record if record is not None and wanted <= set(record["variants"]) else None
 
 
 def check_directory(directory: Path, config: ExperimentConfig) -> None:
     """Raises ValueError if a run of this configuration cannot use the directory: nothing in it gets lost."""
-    is_run = False
-    with suppress(ValueError):
-        is_run = bool(read_saved(directory / CONFIG))
-    if is_run:
+    try:
+        read_saved(directory / CONFIG)
+    except ValueError:
+        if directory.is_file():
+            raise ValueError(f"run_dir={directory} is a file; choose another run_dir") from None
+        if has_begun(directory):
+            raise ValueError(f"run_dir={directory} holds files but no run's {CONFIG}; choose another run_dir") from None
+    else:
         if not config.overwrite:
             check_same(directory, config)
-    elif directory.is_file():
-        raise ValueError(f"run_dir={directory} is a file; choose another run_dir")
-    elif has_begun(directory):
-        raise ValueError(
-            f"run_dir={directory} is not empty and holds no {CONFIG} of a run, so firstlab did not make "
-            "it and leaves it alone; choose another run_dir"
-        )
 
 
 def has_begun(directory: Path) -> bool:
     """Whether a run directory holds more than its settings and why the last try failed."""
-    if not directory.is_dir():
-        return False
-    names = {each.name for each in directory.iterdir() if not each.name.startswith(f".{CONFIG}.")}
-    return bool(names - {CONFIG, results.FAILURE})
+    names = {each.name for each in directory.iterdir()} if directory.is_dir() else set()
+    return any(each not in (CONFIG, results.FAILURE) and not each.startswith(f".{CONFIG}.") for each in names)
 
 
 def check_same(directory: Path, config: ExperimentConfig) -> None:
-    """Raises ValueError if the run directory belongs to a configuration that gives other numbers.
-
-    One where nothing has been done yet belongs to none: a wrong `data.root` must not block the right one.
-    """
-    if not has_begun(directory):
+    """Raises ValueError if the run directory belongs to a configuration that gives other numbers."""
+    if not has_begun(directory):  # then it belongs to none: a wrong `data.root` must not block the right one
         return
     try:
         saved = load_dict(read_saved(directory / CONFIG))
@@ -94,10 +100,8 @@ def check_same(directory: Path, config: ExperimentConfig) -> None:
         new["steps"] = old.get("steps")
     changed = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:
-        raise ValueError(
-            f"run directory {directory} belongs to another configuration ({'; '.join(changed[:6])}); give this run a "
-            "note or choose another run_dir, or pass overwrite=true to delete it"
-        )
+        remedy = "give this run a note or another run_dir, or pass overwrite=true to delete it"
+        raise ValueError(f"{directory} belongs to another configuration ({'; '.join(changed[:6])}); {remedy}")
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -108,15 +112,11 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def taken_over(directory: Path, config: ExperimentConfig) -> Iterator[bool]:
-    """Make the directory this run's while the body starts it; after a start that failed, it holds what it held.
-
-    With `overwrite` the old run is moved aside, and deleted once the new one has started. Yields whether an earlier try
-    has left something to go on from.
-    """
+    """Make the directory this run's if the body can start it, else restore it; yields whether a run is resumed."""
     replaced, resumed = directory.parent / f".{directory.name}.old", False
     if rank()[0] == 0:
         check_directory(directory, config)  # again: another process may have been here in between
-        if config.overwrite and directory.exists():
+        if config.overwrite and directory.exists():  # the old run is deleted once the new one has started
             if replaced.exists():  # by a start that was killed
                 shutil.rmtree(directory)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
@@ -11,13 +10,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
+import torch
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from firstlab.config.command_line import LAUNCHED, quiet
 from firstlab.config.compose import own_conf_dirs, search_path
 from firstlab.config.schema import TrainerConfig
+from firstlab.run.directory import check_directory
+from firstlab.run.load import load
+from firstlab.run.loggers import close_failed
 from firstlab.store import results
+from firstlab.store.files import claimed
 
 # torchrun without its tracebacks, for when it is stopped, or one of its processes ends badly and has said why.
 _TORCHRUN = """
@@ -48,93 +53,62 @@ def is_sweep_job() -> bool:
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
-def isolated(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def isolated(main: Callable[[DictConfig], None], composed: DictConfig) -> None:
     """Let a sweep outlive a failing run: its error and traceback go to failure.json in the run directory."""
-
-    @functools.wraps(main)
-    def run(composed: DictConfig) -> None:
-        quiet()
-        from firstlab.run.directory import check_directory
-        from firstlab.run.load import load
-        from firstlab.run.loggers import close_failed
-        from firstlab.store.files import claimed
-
-        directory, ours = None, False
-        try:
-            config, method = load(composed)
-            directory = config.directory(method.label)
-            print(f"run: {directory}", flush=True)
-            check_directory(directory, config)
-            ours = True
-            (directory / results.FAILURE).unlink(missing_ok=True)
-            main(composed)
-        # Processes of a run that ended badly come back as SystemExit.
-        except (Exception, SystemExit) as error:
-            print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
-            if ours and directory is not None:
-                close_failed(config.logger)
-                # Not in a run that another process is doing; nor instead of what one of its own processes said.
-                with suppress(ValueError), claimed(directory, wait=False):
-                    if not (directory / results.FAILURE).is_file():
-                        results.write_failure(directory, error)
-
-    return run
+    quiet()
+    directory = ours = None
+    try:
+        config, method = load(composed)
+        directory = config.directory(method.label)
+        print(f"run: {directory}", flush=True)
+        check_directory(directory, config)
+        ours = directory
+        (ours / results.FAILURE).unlink(missing_ok=True)
+        main(composed)
+    except (Exception, SystemExit) as error:  # processes of a run that ended badly come back as the latter
+        print(f"failed: {directory or 'a run'}: {error}", file=sys.stderr, flush=True)
+        if ours is not None:
+            close_failed(config.logger)
+            # Not in a run that another process is doing; nor instead of what one of its own processes said.
+            with suppress(ValueError), claimed(ours, wait=False):
+                if not (ours / results.FAILURE).is_file():
+                    results.write_failure(ours, error)
 
 
 def _finish(command: list[str], environment: Mapping[str, str] | None = None, patience_s: float = 1.0) -> int:
-    """The exit status of a launcher of processes, which on Ctrl-C has the time to stop its own processes.
-
-    `subprocess.run` would kill it, and leave its processes running. A terminal has told it already.
-    """
+    """The exit status of a launcher of processes; on Ctrl-C `subprocess.run` would kill it, and not its processes."""
     with subprocess.Popen(command, env=environment) as launcher:
         try:
             return launcher.wait()
         except KeyboardInterrupt:
             try:
-                launcher.wait(patience_s)
+                launcher.wait(patience_s)  # a terminal has told it already
             except subprocess.TimeoutExpired:
                 launcher.send_signal(signal.SIGINT)
                 launcher.wait()
             raise
 
 
-def in_processes(module: str, trainer: TrainerConfig) -> bool:
-    """Start `module` again under torchrun when several processes are asked for and this is not one of them.
-
-    Several nodes are started from outside, with torchrun on every node. Returns True if the processes were started and
-    have ended well; the caller is done.
-    """
-    wanted, world = trainer.devices * trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted == 1:
+def in_processes(trainer: TrainerConfig) -> bool:
+    """Start firstlab.train in several processes if that is asked for and this is none of them; True once done."""
+    per_node, nodes, world = trainer.devices, trainer.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
+    if (wanted := per_node * nodes) == 1:
         return False
     if world > 1:
-        _join(trainer, world)
+        if world != wanted:
+            raise ValueError(f"trainer.devices × num_nodes is {wanted}, and {world} processes run; start as many")
+        if not dist.is_initialized():
+            if trainer.accelerator == "gpu":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # The others wait for what the first does alone: a search, an evaluation with COMET, timing.
+            dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo", timeout=timedelta(days=1))
         return False
-    if trainer.num_nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes={trainer.num_nodes}: start this command on every node with torchrun --nnodes "
-            f"{trainer.num_nodes} --nproc-per-node {trainer.devices} -m {module} ..."
-        )
-
+    if nodes > 1:
+        started = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} -m firstlab.train ..."
+        raise ValueError(f"trainer.num_nodes={nodes}: start this command on every node with {started}")
     # A job of a sweep names its sweep file, which would start the whole sweep again.
     overrides = [*search_path(own_conf_dirs()), *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     environment = {**os.environ, LAUNCHED: "1"} | ({results.SWEEP_JOB: "1"} if is_sweep_job() else {})
-    if code := _finish([*torchrun(trainer.devices), "-m", module, *overrides], environment):
+    if code := _finish([*torchrun(trainer.devices), "-m", "firstlab.train", *overrides], environment):
         sys.exit(code)
     return True
-
-
-def _join(trainer: TrainerConfig, world: int) -> None:
-    import torch
-    import torch.distributed as dist
-
-    if world != trainer.devices * trainer.num_nodes:
-        raise ValueError(
-            f"{world} processes were started but trainer.devices={trainer.devices} on {trainer.num_nodes} node(s) "
-            f"makes {trainer.devices * trainer.num_nodes}; start as many as the configuration says"
-        )
-    if not dist.is_initialized():
-        if trainer.accelerator == "gpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The others wait for what the first does alone: a search, an evaluation with COMET, timing.
-        dist.init_process_group("nccl" if trainer.accelerator == "gpu" else "gloo", timeout=timedelta(days=1))

@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from firstlab.config import instantiate
+from firstlab.config import compose, instantiate
 from firstlab.config.build import check_device, load_model, model_path
-from firstlab.config.compose import (
-    composed_config,
-    conf_dir,
-    merge_saved,
-    read_saved,
-    refuse_misread,
-    search_path,
-    settings,
-)
 from firstlab.config.schema import PAPER_ORDER, ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
@@ -45,37 +37,29 @@ class TrainedRun(NamedTuple):
 def load_run(
     directory: Path, variant: str | None, overrides: dict[str, str] | None = None, config_dirs: Sequence[str] = ()
 ) -> TrainedRun:
-    """Load a variant (base, base_lora, router or router_lora; None for the most trained one) of a run directory.
-
-    Raises:
-        ValueError: See `read`; or the variant was not trained, or a device is asked for that is not there.
-    """
+    """Load a variant (base, base_lora, router or router_lora; None for the most trained one) of a run directory."""
     overrides = overrides or {}
     config, method = read(directory / "config.yaml", overrides, config_dirs)
     start: Path | None = directory / ("router" if method.trains_routers else "tune")
-    if not method.trains_routers and not (directory / "tune").is_dir():
-        start = None
     if config.init_from is not None and not (directory / "router").is_dir():
         start = Path(model_path(config.init_from))
+    elif not method.trains_routers and not (directory / "tune").is_dir():
+        start = None
     if "model.path" in overrides:
         config = replace(config, init_from=None)  # which has a base of its own
     check_device(config.trainer)
     # Not the saved ones, which are how it was trained.
-    asked = {"trainer", "trainer.devices", "trainer.num_nodes"} & overrides.keys()
-    if asked and config.trainer.devices * config.trainer.num_nodes > 1:
-        raise ValueError(
-            f"trainer.devices={config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}: a saved run is "
-            "evaluated by one process; choose trainer=cpu or gpu"
-        )
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if {"trainer", "trainer.devices", "trainer.num_nodes"} & overrides.keys() and devices * nodes > 1:
+        given = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
+        raise ValueError(f"{given}: a saved run is evaluated by one process; choose trainer=cpu or gpu")
     before, after = variant_names(method)
-    trained = next((directory / each for each in ("refit", "lora") if (directory / each).is_dir()), directory / "lora")
-    folders = {"base": None, before: start, after: trained}
+    trained = "refit" if (directory / "refit").is_dir() else "lora"
+    folders = {"base": None, before: start, after: directory / trained}
     if variant is None:
         variant = [name for name, folder in folders.items() if folder is None or folder.is_dir()][-1]
         if variant == "base" and config.init_from is not None and start is not None:
-            raise ValueError(
-                f"init_from={config.init_from!r} is not there any more; put it back, or choose variant=base"
-            )
+            raise ValueError(f"init_from={config.init_from!r} is not there any more; put it back, or say variant=base")
     if variant not in folders:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(folders)}")
     folder = folders[variant]
@@ -103,7 +87,7 @@ def _without_routers(config: ExperimentConfig) -> ExperimentConfig:
 
 def load(composed: DictConfig) -> tuple[ExperimentConfig, Method]:
     """The checked configuration that Hydra composed, and its method; classes of the user's own may be named there."""
-    config = settings(composed, ExperimentConfig)
+    config = compose.settings(composed, ExperimentConfig)
     instantiate.trust(instantiate.targets([config.method, config.data.task, config.logger]))
     return _checked(config)
 
@@ -114,21 +98,23 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         raise ValueError(f"method._target_={config.method['_target_']!r}: the class has no `name`, as tables need")
     instantiate.check(config.data.task, "data.task", Task)
     if config.logger:
-        from lightning.pytorch.loggers import Logger
-
         instantiate.check(config.logger, "logger", Logger)
         if uploads := config.logger.get("log_model"):
-            raise ValueError(
-                f"logger.log_model={uploads} has no effect: models stay in the run directory; leave the option out"
-            )
-    if config.model.revision is not None and Path(model_path(config.model.path)).is_dir():
-        raise ValueError(
-            f"model.revision={config.model.revision!r} is for models of the hub, and model.path={config.model.path!r} "
-            "is a folder; leave model.revision=null"
-        )
+            raise ValueError(f"logger.log_model={uploads} has no effect: models stay in the run directory; drop it")
+    if (rev := config.model.revision) is not None and Path(model_path(path := config.model.path)).is_dir():
+        raise ValueError(f"model.revision={rev!r} is for models of the hub, and model.path={path!r} a folder; drop it")
     if not config.phases:
         config = replace(config, phases=list(PAPER_ORDER) if config.init_from else method.steps)
-    return (_without_routers(config) if method.name == "none" else config), method
+    if method.name == "none":
+        config = _without_routers(config)
+    if (kind := config.router.kind) != (fits := method.router_kind):
+        other = "routes" if kind == "routes" else "first"
+        raise ValueError(f"router.kind={kind} does not fit {method.name}: choose method={other}, or router.kind={fits}")
+    if (rates := config.evaluation.skip_rates) and fits != "routes":
+        raise ValueError(f"evaluation.skip_rates={rates}: {method.name} knows one rate; use method=routes, or none")
+    if "refit" in config.phases and not (method.trains_routers and "lora" in config.phases):
+        raise ValueError(f"phases={config.phases}: refit needs a method that trains routers, and lora before it")
+    return config, method
 
 
 def read(
@@ -136,36 +122,31 @@ def read(
 ) -> tuple[ExperimentConfig, Method]:
     """The configuration in the config.yaml of a run, with some keys replaced, and its method.
 
-    Saved text is data: it names no classes but firstlab's, unless `instantiate.trust` was told so, no logger and no
-    program. Overrides map dotted keys to values; `data` and `trainer` name a file of conf/data and conf/trainer, or of
-    the same folder in one of `config_dirs`.
-
-    Raises:
-        ValueError: There is no such file, it is not a run's, or a key or value is wrong.
+    Saved text is data: it names no classes but firstlab's and the trusted ones, no logger and no program. Of the
+    overrides, `data` and `trainer` name a file of these groups, in conf/ or one of `config_dirs`.
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run={file.parent} is not a run directory of firstlab.train")
-    saved, overrides = read_saved(file), dict(overrides or {})
+    saved, overrides = compose.read_saved(file), dict(overrides or {})
     for group in {"data", "trainer"} & overrides.keys():
         name = overrides.pop(group)
-        names = {each.stem for place in (conf_dir(), *config_dirs) for each in Path(place, group).glob("*.yaml")}
+        places = (compose.conf_dir(), *config_dirs)
+        names = {each.stem for place in places for each in Path(place, group).glob("*.yaml")}
         if name not in names:
             raise ValueError(f"{group}={name!r} is unknown; choose one of {', '.join(sorted(names))}")
-        saved[group] = composed_config([*search_path(config_dirs), f"{group}={name}"])[group]
+        saved[group] = compose.composed_config([*compose.search_path(config_dirs), f"{group}={name}"])[group]
         instantiate.trust(instantiate.targets(saved[group]))
-    merged = merge_saved(saved, file)
+    merged = compose.merge_saved(saved, file)
     merged.logger, comet = None, merged.evaluation.comet
     comet.command = CometConfig().command
     hub = comet.model is None or re.fullmatch(r"Unbabel/[\w.-]+", comet.model) and not Path(comet.model).exists()
     if not hub and "evaluation.comet.model" not in overrides:
-        raise ValueError(
-            f"{file}: evaluation.comet.model={comet.model!r} is a checkpoint, which may hold code: name it again, "
-            f"evaluation.comet.model={comet.model}, or leave COMET out, evaluation.comet.model=null"
-        )
+        why = "which may hold code: name it again, or leave COMET out with evaluation.comet.model=null"
+        raise ValueError(f"{file}: evaluation.comet.model={comet.model!r} is a checkpoint, {why}")
     instantiate.trust(value for key, value in overrides.items() if key.endswith("._target_"))
     for key, value in overrides.items():
         _replace(merged, key, value)
-    return _checked(settings(merged, ExperimentConfig))
+    return _checked(compose.settings(merged, ExperimentConfig))
 
 
 def _replace(merged: DictConfig, key: str, value: str) -> None:
@@ -175,7 +156,7 @@ def _replace(merged: DictConfig, key: str, value: str) -> None:
         part = OmegaConf.select(merged, key)
         if OmegaConf.is_dict(part) and not isinstance(yaml.safe_load(value), dict):
             raise ValueError(f"{key}={value}: {key} is a group; give its keys, {', '.join(map(str, part))}")
-        refuse_misread(merged, [f"{key}={value}"])
+        compose.refuse_misread(merged, [f"{key}={value}"])
         merged.merge_with_dotlist([f"{key}={value}"])
     except yaml.YAMLError as error:
         raise ValueError(f"{key}={value} is not valid YAML; quote the value, as in '{key}=\"...\"'") from error

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from firstlab.config import instantiate
+from firstlab.config.schema import ExperimentConfig
 from firstlab.store.files import appended, json_text
-
-#: Predictions per variant that a W&B table shows.
-SAMPLES = 50
+from firstlab.store.ranks import rank
 
 
-class JsonLinesLogger(Logger):
+class _MetricsLogger(Logger):
+    name = version = None
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run logs its own, and they are in config.yaml."""
+
+
+class JsonLinesLogger(_MetricsLogger):
     """Appends one JSON object per logged step; a resumed run repeats the steps since its checkpoint."""
-
-    name, version = "jsonl", ""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: they are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -36,17 +37,12 @@ class JsonLinesLogger(Logger):
             out.write(json_text({"step": step, "time": time.time(), **metrics}) + "\n")
 
 
-class PhaseLogger(Logger):
+class PhaseLogger(_MetricsLogger):
     """Puts the phase in front of every name (router/train/loss): both phases count their steps from 0."""
-
-    name, version = None, None
 
     def __init__(self, logger: Logger, phase: str) -> None:
         super().__init__()
         self.logger, self.phase = logger, phase
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the run logs its own."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.logger.log_metrics({f"{self.phase}/{name}": value for name, value in metrics.items()}, step)
@@ -55,15 +51,27 @@ class PhaseLogger(Logger):
         self.logger.save()
 
 
-def is_wandb(logger: dict[str, Any]) -> bool:
-    """Whether a `_target_` node is a W&B logger."""
+def open_loggers(config: ExperimentConfig, directory: Path, method: str) -> list[Logger]:
+    """A run's metrics.jsonl and its configured logger."""
+    loggers: list[Logger] = [JsonLinesLogger(directory / "metrics.jsonl")]
+    if config.logger:
+        node = dict(config.logger)
+        logger = instantiate.build(node, "logger", Logger, **logger_options(node, directory, method))
+        if rank()[0] == 0:
+            open_logger(logger)
+            logger.log_hyperparams(config.identity())
+        loggers.append(logger)
+    return loggers
+
+
+def _is_wandb(logger: dict[str, Any]) -> bool:
     return str(logger["_target_"]).endswith(WandbLogger.__name__)
 
 
 def logger_options(logger: dict[str, Any], directory: Path, method: str) -> dict[str, Any]:
     """Options of a `_target_` node that it leaves open: where to write and, in W&B, the run's name and job type."""
-    options: dict[str, Any] = {"save_dir": str(directory)}
-    if is_wandb(logger):
+    options = {"save_dir": str(directory)}
+    if _is_wandb(logger):
         options |= {"name": f"{directory.parent.name}/{directory.name}", "job_type": method}
     return {key: value for key, value in options.items() if logger.get(key) is None}
 
@@ -78,15 +86,13 @@ def open_logger(logger: Logger) -> None:
     try:
         _ = logger.experiment
     except wandb.errors.Error as error:
-        raise ValueError(
-            f"logger=wandb cannot start ({str(error).splitlines()[0]}): log in with `wandb login`, set WANDB_API_KEY, "
-            "or keep the run on this machine with logger.offline=true"
-        ) from error
+        remedy = "log in with `wandb login`, set WANDB_API_KEY, or choose logger.offline=true"
+        raise ValueError(f"logger=wandb cannot start ({str(error).splitlines()[0]}): {remedy}") from error
 
 
 def close_failed(logger: dict[str, Any] | None) -> None:
     """End the W&B run of a failed run, or the next run of the same process would write into it."""
-    if logger and is_wandb(logger):
+    if logger and _is_wandb(logger):
         import wandb
 
         if wandb.run is not None:
@@ -98,15 +104,14 @@ def log_evaluation(logger: Logger, record: dict[str, Any], predictions: Path) ->
     figures: dict[str, float] = {}
     for name, variant in record["variants"].items():
         found = {key: metric["value"] for key, metric in variant["metrics"].items()}
-        found["skip_rate"] = variant["skip"]["skip_rate"]
+        found |= {"skip_rate": variant["skip"]["skip_rate"], "perplexity": variant.get("perplexity")}
         found["tpot_ratio"] = variant.get("timing", {}).get("tpot_ratio")
-        found["perplexity"] = variant.get("perplexity")
         figures |= {f"test/{name}/{key}": value for key, value in found.items() if value is not None}
     logger.log_metrics(figures)
     if isinstance(logger, WandbLogger):
         columns = ["variant", "id", "difficulty", "text", "new_tokens", "skipped"]
         lines = predictions.read_text(encoding="utf-8").split("\n")[:-1]
-        rows = [{**row, "skipped": str(row["skipped"])} for row in map(json.loads, lines) if row["index"] < SAMPLES]
+        rows = [{**row, "skipped": str(row["skipped"])} for row in map(json.loads, lines) if row["index"] < 50]
         logger.log_table("predictions", columns=columns, data=[[row[c] for c in columns] for row in rows])
 
 

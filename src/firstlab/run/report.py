@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
 from firstlab.metrics import PRIMARY_METRIC
 from firstlab.run.experiment import Experiment
 from firstlab.store import results
@@ -18,23 +22,20 @@ def report(experiment: Experiment) -> None:
     """Print the table of this run and its finished neighbours, draw skip_per_layer.png beside them."""
     if rank()[0] > 0:
         return
-    record = results.read(experiment.directory)
-    if record is None:
+    if (record := results.read(experiment.directory)) is None:
         print(f"phases {', '.join(experiment.config.phases)} done in {experiment.directory}")
         return
-    records = neighbours(experiment.directory, record)
-    rows = [row for each in records for row in rows_of_record(each)]
+    rows = [row for each in neighbours(experiment.directory, record) for row in rows_of_record(each)]
     title = f"{record['data']} with {record['model']}, {rows[0]['n']} test prompts"
     print_table(title, rows)
-    skipping = [row for row in rows if row["skip"]["skip_rate"] > 0]
-    if skipping:
+    if skipping := [row for row in rows if row["skip"]["skip_rate"] > 0]:
         picture = experiment.directory.parent / "skip_per_layer.png"
         skip_per_layer(skipping, picture, f"Skipped layers: {title}")
         print(f"picture: {picture}")
     for name, variant in record["variants"].items():
         if variant.get("rates"):
             file = experiment.directory / f"quality_by_rate-{name}.png"
-            quality_by_rate(record, name, file, f"{title}: one model, any rate")
+            quality_by_rate(variant, file, f"{title}: one model, any rate")
             print(f"picture: {file}")
     print(f"record:  {experiment.directory / results.RESULT}")
 
@@ -42,15 +43,12 @@ def report(experiment: Experiment) -> None:
 def neighbours(directory: Path, record: dict) -> list[dict]:
     """Finished runs beside `directory` on the same model, data, seed and evaluation; the dense one first."""
 
-    def settings(each: dict) -> tuple:
-        config = each["config"]
-        return config["model"], config["data"], config["evaluation"], each["seed"]
+    def settings(each: dict) -> list:
+        return [each["seed"], *(each["config"][key] for key in ("model", "data", "evaluation"))]
 
     found = [record]
-    for other in sorted(directory.parent.iterdir()):
-        hidden = other.name.startswith(".")  # what a run that is starting replaces
-        if hidden or not other.is_dir() or other.resolve() == directory.resolve():
-            continue
+    # A name with a dot is what a run that is starting replaces.
+    for other in sorted(each for each in directory.parent.glob("[!.]*") if each.resolve() != directory.resolve()):
         try:
             candidate = results.read(other)
             if candidate is not None and settings(candidate) == settings(record):
@@ -64,9 +62,9 @@ def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per variant of a run, for tables and pictures: what the record says of both, and warnings."""
     rows = []
     for name, variant in record["variants"].items():
-        trained = ("router", "lora") if name.endswith("_lora") else ("router",)
-        phases = {phase: (record.get("phases") or {}).get(phase) or {} for phase in trained}
-        warnings = [f"phase {phase}: {found['warning']}" for phase, found in phases.items() if found.get("warning")]
+        trained = ("tune", "router", "lora") if name.endswith("_lora") else ("tune", "router")
+        said = {phase: ((record.get("phases") or {}).get(phase) or {}).get("warning") for phase in trained}
+        warnings = [f"phase {phase}: {warning}" for phase, warning in said.items() if warning]
         metric = variant["metrics"].get(variant["primary_metric"])
         rows.append({**record, **variant, "variant": name, "primary": metric, "warnings": warnings})
         for rate, at in variant.get("rates", {}).items():
@@ -77,19 +75,18 @@ def rows_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def row_title(row: dict[str, Any]) -> str:
     """How a row is called in tables and pictures."""
-    dense = row["method"] == "none"
-    name = "FiRST" if row["method"] == "first" else row["method"]
-    title = ROW_NAMES[row["variant"]] if dense else f"{name} {ROW_NAMES[row['variant']]}"
-    details = [each for each in ("" if dense else row.get("level"), row.get("note")) if each]
-    title = f"{title} ({', '.join(details)})" if details else title
+    tuned = row["variant"] == "router" and (row.get("phases") or {}).get("tune")
+    title, details = "Tuned + router" if tuned else ROW_NAMES[row["variant"]], [row.get("note")]
+    if row["method"] != "none":
+        title = f"{'FiRST' if row['method'] == 'first' else row['method']} {title}"
+        details.insert(0, row.get("level"))
+    if any(details):
+        title += f" ({', '.join(filter(None, details))})"
     return "".join(each if each.isprintable() else "?" for each in title)  # a terminal obeys some of the others
 
 
 def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
     """Quality with intervals, skip rate and TPOT ratio side by side."""
-    from rich.console import Console
-    from rich.table import Table
-
     names = list(table[0]["metrics"])
     if any("/" in name for name in names):  # of a mixture the headline alone, of each part as well
         names = [name for name in names if name == "mean" or name.rpartition("/")[2] in PRIMARY_METRIC.values()]
@@ -115,8 +112,6 @@ def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
 
 def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     """Draw the share of prompts that skip each layer as bars, one panel per row of `rows_of_record`, into a PNG."""
-    from matplotlib.figure import Figure
-
     fig = Figure(figsize=(9, 1.2 + 1.5 * len(rows)), layout="tight")
     axes = fig.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axis, row in zip(axes, rows, strict=True):
@@ -126,24 +121,17 @@ def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> No
         axis.set(ylim=(0, 100), yticks=[0, 50, 100], xticks=layers[:: max(1, len(layers) // 32)])
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(
-            f"{row_title(row)}: {100 * skip['skip_rate']:.1f} % of layers skipped, {row['primary_metric']} "
-            f"{row['primary']['value']:.1f}, {count} {'route' if count == 1 else 'routes'}",
-            fontsize=9,
-            loc="left",
-            parse_math=False,
-        )
+        said = f"{100 * skip['skip_rate']:.1f} % of layers skipped, {count} {'route' if count == 1 else 'routes'}"
+        score = f"{row['primary_metric']} {row['primary']['value']:.1f}"
+        axis.set_title(f"{row_title(row)}: {said}, {score}", fontsize=9, loc="left", parse_math=False)
     axes[-1].set_xlabel("decoder layer (0 = first)")
     fig.supylabel("prompts that skip the layer (%)", fontsize=10)
     fig.suptitle(title, fontsize=11, parse_math=False)
     fig.savefig(file, dpi=130)
 
 
-def quality_by_rate(record: dict[str, Any], name: str, file: Path, title: str) -> None:
+def quality_by_rate(variant: dict[str, Any], file: Path, title: str) -> None:
     """Draw a variant's headline score, with intervals, over the skip rates that it was evaluated at, into a PNG."""
-    from matplotlib.figure import Figure
-
-    variant = record["variants"][name]
     points = sorted((variant, *variant["rates"].values()), key=lambda each: each["skip"]["skip_rate_by_token"])
     rates = [100 * each["skip"]["skip_rate_by_token"] for each in points]
     scores = [each["metrics"][variant["primary_metric"]] for each in points]

@@ -1,116 +1,56 @@
-"""Stream text from a trained run and show which layers decode ran.
-
-    python -m firstlab.generate run=DIR "text to translate, summarise, ..."
-    python -m firstlab.generate run=DIR question="Who ...?" "passage"
-    echo "text" | python -m firstlab.generate run=DIR prompt=raw
-
-The text is put into the prompt that the run was trained on, unless prompt=raw. Text that looks like an option goes
-behind --. Where the run's base model has moved, model.path=FOLDER says where it is.
-"""
+"""Stream text from a trained run or a model folder, and show which layers decode ran."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from firstlab.config.command_line import guarded, parse_options
-from firstlab.config.schema import DECODERS, LEAST_TEMPERATURE, check_options, option
-from firstlab.data.files import has_text, without_marks
+import torch
+from transformers import TextStreamer
 
-if TYPE_CHECKING:
-    from firstlab.model.lm import RouterAugmentedLM
-    from firstlab.model.routes import Routes
-
-
-@dataclass
-class GenerateConfig:
-    """Options of `python -m firstlab.generate`.
-
-    Attributes:
-        run: Run directory of firstlab.train, or a folder written by save_pretrained.
-        variant: "router_lora", "router", or "base" (every layer runs); the most trained one by default.
-        prompt: "task" puts the text into the run's prompt, "raw" takes it as it is.
-        question: The question, for QA runs.
-        part: Which task of a mixture the text is for.
-        max_new_tokens: Length limit; the run's own by default.
-        decoder: "generate" (transformers'), or "engine": the same text, greedy in float32, and faster.
-        quantization: int8 or int4 for such weights in the decoder layers, or null.
-        do_sample, temperature, top_k: Sampling instead of greedy decoding.
-        seed: For sampling.
-        skip_rate: How much to skip, for models of any rate (router.kind=routes); their default otherwise.
-        lossless: The route only drafts, and the text is the dense model's own; LoRA takes part in the draft alone.
-        trust: Package of your own whose classes the run's saved configuration may name.
-    """
-
-    run: str = ""
-    variant: str | None = None
-    prompt: str = option("task", choices="task, raw")
-    question: str = ""
-    part: str = ""
-    max_new_tokens: int | None = option(None, least=1)
-    decoder: str = option("generate", choices=DECODERS)
-    quantization: str | None = None
-    do_sample: bool = False
-    temperature: float = option(0.8, least=LEAST_TEMPERATURE)
-    top_k: int = option(10, least=0)
-    seed: int = 0
-    skip_rate: float | None = option(None, least=0, below=1)
-    lossless: bool = False
-    trust: str | None = None
+from firstlab.config import instantiate
+from firstlab.config.build import build_data, check_vocabulary
+from firstlab.config.schema import GenerateConfig
+from firstlab.data.encoding import fit_prompt, prompt_ids
+from firstlab.data.task import Example
+from firstlab.engine.engine import DecodeEngine
+from firstlab.engine.sampling import Sampling
+from firstlab.evaluation.decoding import check_engine
+from firstlab.methods.base import routes_without
+from firstlab.model.generation_options import pinned_generation, stop_tokens
+from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.quantization import check_quantization, quantize
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes
+from firstlab.model.storage import load_tokenizer
+from firstlab.run import load
+from firstlab.run.decisions import decided_routes
+from firstlab.training.prompt_set import PromptSet
 
 
 def layer_map(skips: list[float]) -> str:
     """One line: a block per layer, the lower the more decode steps skipped it, a dot where all did; the skip rate."""
     levels = [8 if skip == 0 else 0 if skip == 1 else min(7, max(1, round(8 * (1 - skip)))) for skip in skips]
-    drawn = "".join("·▁▂▃▄▅▆▇█"[level] for level in levels)
-    rate = sum(skips) / len(skips)
-    return f"layers 0 {drawn} {len(skips) - 1}   skipped {sum(skips):.3g} of {len(skips)} ({100 * rate:.1f} %)"
+    drawn, count, skipped = "".join("·▁▂▃▄▅▆▇█"[level] for level in levels), len(skips), sum(skips)
+    return f"layers 0 {drawn} {count - 1}   skipped {skipped:.3g} of {count} ({100 * skipped / count:.1f} %)"
 
 
-@partial(guarded, resumes=False)
-def main(arguments: list[str]) -> None:
-    """Parse, load, stream, show the route."""
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\n{GenerateConfig.__doc__}")
-        return
-    base = "model.path="
-    moved = dict(each.split("=", 1) for each in arguments if each.startswith(base))
-    options, words = parse_options(GenerateConfig(), [each for each in arguments if not each.startswith(base)])
-    if not options.run:
-        raise ValueError('run=DIR is missing; try: python -m firstlab.generate run=DIR "text"')
-    check_options(options)
-    text = without_marks(" ".join(words) if words else sys.stdin.read().strip())
-    if not has_text(text):
-        raise ValueError("the text is empty; give at least one word")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text is not valid UTF-8; convert it")
-
-    from firstlab.evaluation.decoding import check_engine
-    from firstlab.model.generation_options import pinned_generation
-    from firstlab.model.quantization import check_quantization, quantize
-    from firstlab.model.routes import RoutersDecide
-
+def stream(options: GenerateConfig, text: str, moved: dict[str, str]) -> None:
+    """Load what the options name, stream its response to the text, print its route; `moved` may hold model.path."""
     check_quantization(options.quantization)
     is_run = (Path(options.run) / "config.yaml").is_file()
     source = _run(options, text, moved) if is_run else _folder(options, text, moved)
-    model = source.model
+    model, room = source.model, source.model.max_positions
     check_engine(model, "decoder", options.decoder)
     if not source.ids:
         raise ValueError("the text is empty, and this tokenizer adds no BOS token; give at least one word")
-    room = model.max_positions
     if room is not None and len(source.ids) + source.new_tokens > room:
-        raise ValueError(
-            f"the prompt has {len(source.ids)} tokens and max_new_tokens={source.new_tokens}, but the model has {room} "
-            "positions; shorten the text or lower max_new_tokens"
-        )
-    if options.skip_rate is not None:
+        sizes = f"the prompt has {len(source.ids)} tokens and max_new_tokens={source.new_tokens}"
+        raise ValueError(f"{sizes}, but the model has {room} positions; shorten the text or lower max_new_tokens")
+    if (rate := options.skip_rate) is not None:
         if source.routes is not None:
-            raise ValueError(f"skip_rate={options.skip_rate}: the routes of this variant are fixed; leave it out")
-        model.routers.checked_rate(options.skip_rate)
-        source = source._replace(routes=RoutersDecide(options.skip_rate))
+            raise ValueError(f"skip_rate={rate}: the routes of this variant are fixed; leave it out")
+        model.routers.checked_rate(rate)
+        source = source._replace(routes=RoutersDecide(rate))
     if options.lossless and options.decoder == "engine":
         raise ValueError("lossless=true and decoder=engine do not go together: leave one of them out")
     if options.quantization is not None:
@@ -131,20 +71,12 @@ class _Source(NamedTuple):
 
 def _run(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
     """A run directory of firstlab.train: its model, its prompt and what its method decides."""
-    from firstlab.config import instantiate
-    from firstlab.config.build import build_data, check_vocabulary
-    from firstlab.data.encoding import fit_prompt, prompt_ids
-    from firstlab.data.task import Example
-    from firstlab.run.decisions import decided_routes
-    from firstlab.run.load import load_run
-    from firstlab.training.prompt_set import PromptSet
-
     instantiate.trust([] if options.trust is None else [options.trust])
-    config, method, model, variant = load_run(Path(options.run), options.variant, moved)
+    config, method, model, variant = load.load_run(Path(options.run), options.variant, moved)
     data = build_data(config)
     check_vocabulary(config, data.tokenizer, model)
     raw, task = options.prompt == "raw", data.task
-    if options.part and not (task.parts and not raw):
+    if options.part and (raw or not task.parts):
         raise ValueError(f"part={options.part!r}: this prompt is of no mixture; leave part out")
     is_qa = not raw and task.parts.get(options.part, task).kind == "qa"
     if options.question and not is_qa:
@@ -164,21 +96,13 @@ def _run(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
 
 def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Source:
     """A folder written by save_pretrained, which knows no task."""
-    from firstlab.data.encoding import prompt_ids
-    from firstlab.methods.base import routes_without
-    from firstlab.model.lm import RouterAugmentedLM
-    from firstlab.model.routes import FixedRoutes
-    from firstlab.model.storage import load_tokenizer
-
     if moved:
         raise ValueError(f"model.path is for run directories of firstlab.train; run={options.run} is none")
     if options.prompt == "task":
-        raise ValueError(
-            f"run={options.run} is not a run directory of firstlab.train; pass prompt=raw for a model folder"
-        )
-    for name in ("question", "part"):
-        if getattr(options, name):
-            raise ValueError(f"{name}={getattr(options, name)!r}: prompt=raw takes the text alone; leave {name} out")
+        raise ValueError(f"run={options.run} is no run directory of firstlab.train, but a model folder: add prompt=raw")
+    for name, value in {"question": options.question, "part": options.part}.items():
+        if value:
+            raise ValueError(f"{name}={value!r}: prompt=raw takes the text alone; leave {name} out")
     model, tokenizer = RouterAugmentedLM.from_pretrained(options.run), load_tokenizer(options.run)
     routes = FixedRoutes(routes_without(model.num_layers, [])) if options.variant == "base" else None
     return _Source(model, tokenizer, prompt_ids(tokenizer, text, True), routes, options.max_new_tokens or 80)
@@ -186,13 +110,6 @@ def _folder(options: GenerateConfig, text: str, moved: dict[str, str]) -> _Sourc
 
 def _stream(source: _Source, options: GenerateConfig) -> list[float]:
     """Print the response as it is decoded; of each layer, the share of decode steps that skipped it."""
-    import torch
-    from transformers import TextStreamer
-
-    from firstlab.engine.engine import DecodeEngine
-    from firstlab.engine.sampling import Sampling
-    from firstlab.model.generation_options import stop_tokens
-
     model, tokenizer, prompt, routes, limit = source
     ends, by_engine = stop_tokens(model.lm, tokenizer), options.decoder == "engine"
     streamer = TextStreamer(tokenizer, skip_prompt=not by_engine, skip_special_tokens=True)
@@ -206,28 +123,23 @@ def _stream(source: _Source, options: GenerateConfig) -> list[float]:
             sampling=Sampling(options.temperature, options.top_k, seed=options.seed) if options.do_sample else None,
         )
         streamer.end()
-        skips = out.layer_skips
-    else:
-        torch.manual_seed(options.seed)
-        drawn = {"temperature": options.temperature, "top_k": options.top_k}
-        sampling: dict[str, Any] = drawn if options.do_sample else {}
-        result = model.generate(
-            torch.tensor([prompt], device=model.device),
-            routes=None if routes is None else routes.to(model.device),
-            max_new_tokens=limit,
-            do_sample=options.do_sample,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            eos_token_id=ends or None,
-            return_dict_in_generate=True,
-            lossless=options.lossless,
-            **sampling,
-        )
-        if options.lossless:
-            [drafted], [accepted], [passes] = result.drafted, result.accepted, result.dense_passes
-            print(f"{accepted} of {drafted} drafted tokens accepted in {passes} dense passes")
-            skips = (~result.routes).float()
-        else:
-            skips = result.past_key_values.layer_skips()
-    shares: list[float] = skips[0].tolist()
-    return shares
+        return list(out.layer_skips[0].tolist())
+    torch.manual_seed(options.seed)
+    sampling: Any = {"temperature": options.temperature, "top_k": options.top_k} if options.do_sample else {}
+    result = model.generate(
+        torch.tensor([prompt], device=model.device),
+        routes=None if routes is None else routes.to(model.device),
+        max_new_tokens=limit,
+        do_sample=options.do_sample,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        eos_token_id=ends or None,
+        return_dict_in_generate=True,
+        lossless=options.lossless,
+        **sampling,
+    )
+    if not options.lossless:
+        return list(result.past_key_values.layer_skips()[0].tolist())
+    [drafted], [accepted], [passes] = result.drafted, result.accepted, result.dense_passes
+    print(f"{accepted} of {drafted} drafted tokens accepted in {passes} dense passes")
+    return list((~result.routes)[0].float().tolist())

@@ -1,7 +1,6 @@
 """Sweeps: grids become runs, a plan is printed, what is left is launched, and failures are listed at the end.
 
-A sweep file (conf/sweep) names cells of the paper's grid, or grids of its own; the plugin
-`hydra_plugins.firstlab_sweeper` calls `run_sweep` with Hydra's launcher.
+`hydra_plugins.firstlab_sweeper` calls `run_sweep` with what a file of conf/sweep names.
 """
 
 from __future__ import annotations
@@ -35,22 +34,17 @@ Record = dict[str, Any]
 def expand(grids: Mapping[str, Mapping[str, Any]], given: Mapping[str, Sequence[str]]) -> list[list[str]]:
     """The overrides of every run: grid after grid, the last key of a grid changing fastest.
 
-    Args:
-        grids: Grid name to {override key: value or list of values}; "{KEY}" in a value is the run's value of KEY.
-        given: Command-line keys and their values. A key that grids sweep narrows them to these values, or ValueError if
-            none has one of them; any other key is one more axis of all runs.
+    "{KEY}" in a value is the run's value of KEY. What is `given` on the command line narrows the grids that sweep the
+    same key, or is one more axis of all.
     """
     axes = [{key: _texts(values) for key, values in grid.items()} for grid in grids.values()]
     swept: dict[str, list[str]] = defaultdict(list)
-    for grid in axes:
-        for key, values in grid.items():
-            swept[key] += values
+    for key, values in (each for grid in axes for each in grid.items()):
+        swept[key] += values
     for key, wanted in given.items():
-        if unknown := [value for value in wanted if key in swept and value not in swept[key]]:
-            raise ValueError(
-                f"{key}={','.join(unknown)} is not in the sweep, which has {', '.join(dict.fromkeys(swept[key]))}; "
-                "values on the command line narrow a sweep"
-            )
+        known = dict.fromkeys(swept.get(key, wanted))
+        if unknown := [value for value in wanted if value not in known]:
+            raise ValueError(f"{key}={','.join(unknown)} is not in the sweep, which has {', '.join(known)}")
     everywhere = {key: list(values) for key, values in given.items() if key not in swept}
     runs: dict[tuple[str, ...], None] = {}
     for grid in axes or [{}]:
@@ -68,11 +62,12 @@ def with_cells(
     if not cells:
         return dict(grids)
     try:
-        typed: Any = {name: OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for name, each in cells.items()}
+        typed: Any = [OmegaConf.to_object(OmegaConf.merge(CellsConfig, each)) for each in cells.values()]
         known: Any = OmegaConf.to_object(OmegaConf.merge(ScaleConfig, scale))
     except OmegaConfBaseException as error:
         raise ValueError(f"hydra.sweeper: {str(error).strip().splitlines()[0]}") from error
-    return {f"cell {number}": run for number, run in enumerate(sweep_runs(known, typed))} | dict(grids)
+    runs = [run for each in typed for run in sweep_runs(known, each)]
+    return {f"cell {number}": run for number, run in enumerate(runs)} | dict(grids)
 
 
 def _texts(values: Any) -> list[str]:
@@ -99,32 +94,44 @@ class PlannedRun:
 
     @property
     def directory(self) -> Path:
-        """The run directory."""
         return self.config.directory(self.method.label)
 
 
 def plan(
     runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig], recorded: Path | None
 ) -> list[PlannedRun]:
-    """Compose and check every run, find those finished, in place or in the folder `recorded`, and estimate the others.
-
-    Raises:
-        ValueError: Runs that do not compose, that would share a directory, or whose directory is another run's.
-    """
-    planned = _composed(runs, compose)
+    """Compose and check every run, find the finished ones, here or in the folder `recorded`, and time the others."""
     records = [] if recorded is None else _records(recorded)
     known = {record["config_hash"]: record for record in records}
-    problems = []
-    for run in planned:
+    planned: dict[Path, PlannedRun] = {}
+    broken: dict[str, list[str]] = defaultdict(list)  # what several runs would be told is said once
+    shared = set(runs[0]).intersection(*runs) if len(runs) > 1 else set()
+    for overrides in runs:
+        name = " ".join(each for each in overrides if each not in shared) or "every run"
         try:
-            _look_up(run, known.get(run.config.hash()))
+            run = PlannedRun(overrides, *load(compose(overrides)))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            broken[str(error).strip().splitlines()[0]].append(name)
+            continue
+        other = planned.setdefault(run.directory, run)
+        if other.config.hash() != run.config.hash():
+            whose = f"{run.directory} is also that of {' '.join(other.overrides)}"
+            broken[f"its run directory {whose}; give one of them a note"].append(name)
+        try:
+            _look_up(other, known.get(other.config.hash()))
         except ValueError as error:
-            problems.append(f"{error}; in a sweep overwrite=true starts every run again")
-    _raise_all(problems)
-    for folder in {run.config.runs for run in planned}:
+            broken[f"{error}; in a sweep overwrite=true starts every run again"].append(name)
+    if broken:
+        lines = [
+            f"\n  {first}{f' (and {len(others)} more)' if others else ''}: {message}"
+            for message, (first, *others) in broken.items()
+        ]
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise ValueError(f"the sweep cannot start:{''.join(lines[:10])}{more}")
+    for folder in {run.config.runs for run in planned.values()}:
         records += _records(Path(folder))
-    _estimate(planned, records)
-    return planned
+    _estimate(list(planned.values()), records)
+    return list(planned.values())
 
 
 def _records(folder: Path) -> list[Record]:
@@ -134,42 +141,12 @@ def _records(folder: Path) -> list[Record]:
     return [{**each, "variants": dict.fromkeys(each["variants"])} for _, each in found if "variants" in each]
 
 
-def _composed(runs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]) -> list[PlannedRun]:
-    planned: dict[Path, PlannedRun] = {}
-    broken: dict[str, list[str]] = defaultdict(list)  # what every run would be told is said once
-    problems = []
-    shared = set(runs[0]).intersection(*runs) if len(runs) > 1 else set()
-    for overrides in runs:
-        try:
-            run = PlannedRun(overrides, *load(compose(overrides)))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            own = " ".join(each for each in overrides if each not in shared)
-            broken[str(error).strip().splitlines()[0]].append(own or "every run")
-            continue
-        other = planned.setdefault(run.directory, run)
-        if other.config.hash() != run.config.hash():
-            problems.append(
-                f"{' '.join(overrides)}: its run directory {run.directory} is also that of another run of this sweep "
-                f"({' '.join(other.overrides)}); give one of them a note"
-            )
-    for message, affected in broken.items():
-        others = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
-        problems.append(f"{affected[0]}{others}: {message}")
-    _raise_all(problems)
-    return list(planned.values())
-
-
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError("the sweep cannot start:\n  " + "\n  ".join(problems[:10]) + more)
-
-
 def _look_up(run: PlannedRun, recorded: Record | None = None) -> None:
     """Set the state of a run from its directory, or from a recorded result."""
     record, failure = finished_record(run.config, run.method), results.read_failure(run.directory)
-    if record is None and recorded is not None and not run.config.overwrite:
-        record = recorded if set(wanted_variants(run.config, run.method)) <= set(recorded["variants"]) else None
+    wanted = set(wanted_variants(run.config, run.method))
+    if record is None and recorded is not None and not run.config.overwrite and wanted <= set(recorded["variants"]):
+        record = recorded
     run.state, run.error = "to do", None
     if record is not None:
         run.state, run.seconds = "finished", record.get("wall_s")
@@ -229,14 +206,7 @@ def run_sweep(
 ) -> None:
     """Print the plan, launch what is not finished, report; exits with 1 if a run has no result.
 
-    Args:
-        runs: Overrides of each run, of which `compose` makes a configuration.
-        launch: Runs jobs given as overrides; each job records its own failure.
-        settings: The `sweep` node of the configuration.
-        here: Whether jobs run on this machine, so that it must have the devices they ask for.
-
-    Raises:
-        ValueError: See `plan`; or a device is missing.
+    `settings` is the `sweep` node of the configuration; jobs that run `here` need this machine's devices.
     """
     name = settings.name or "sweep"
     planned = plan(runs, compose, None if settings.recorded is None else Path(settings.recorded))

@@ -53,8 +53,7 @@ def read_yaml(text: str) -> Any:
 
 def yaml_text(value: Any) -> str:
     """Plain data as a text that `read_yaml` reads."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def sealed(text: str) -> str:
@@ -67,11 +66,7 @@ def read_own(
     parse: Callable[[Any], Parsed],
     remedy: str = "delete it, and result.json if there is one, and give the training command again",
 ) -> Parsed:
-    """What a JSON or `sealed` YAML file of firstlab's stands for; a kill or a hand may have damaged it since.
-
-    Raises:
-        ValueError: The file cannot be read, or `parse` refuses what it holds; the message ends with the remedy.
-    """
+    """What a JSON or `sealed` YAML file of firstlab's stands for; ValueError, with the remedy, if it is damaged."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix != ".yaml":
@@ -123,11 +118,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a directory, which need not exist, until the process ends; `.NAME.lock` beside it names the owner.
-
-    Raises:
-        ValueError: Another process holds it and `wait` is false, or nothing can be locked there.
-    """
+    """Hold a directory, which need not exist; `.NAME.lock` beside it names the owner, who may be waited for."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         opened = appended(directory.parent / f".{directory.name}.lock")
@@ -144,10 +135,8 @@ def claimed(directory: Path, wait: bool = True) -> Iterator[None]:
             print(f"{message}; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            raise ValueError(
-                f"{directory}: its file system locks no files ({error.strerror}); choose a folder on another one, or "
-                "mount it with locks (Lustre: -o flock)"
-            ) from error
+            remedy = "choose a folder on another one, or mount it with locks (Lustre: -o flock)"
+            raise ValueError(f"{directory}: its file system locks no files ({error.strerror}); {remedy}") from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         lock.flush()

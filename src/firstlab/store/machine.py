@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
     """Code revision, package versions and machine: its GPU, unless the device is another or there is none."""
     # An installed copy may lie in somebody else's repository.
     ours = bool(_git("ls-files", Path(__file__).name))
-    versions = {}
+    versions = {name: "not installed" for name in _PACKAGES}
     for name in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "revision": (_git("rev-parse", "HEAD") or None) if ours else None,
         "uncommitted_changes": ours and bool(_git("status", "--porcelain", "--untracked-files=no")),

@@ -51,16 +51,6 @@ def quality_tables() -> dict[str, QualityTable]:
     return {number: _quality(number, node) for number, node in read()["quality"].items()}
 
 
-def models() -> list[str]:
-    """The paper's models, by their names here."""
-    return list(dict.fromkeys(table.model for table in quality_tables().values()))
-
-
-def tasks() -> list[str]:
-    """The paper's tasks, by their names here."""
-    return list(dict.fromkeys(task for table in quality_tables().values() for task in table.tasks))
-
-
 def _quality(number: str, node: dict[str, Any]) -> QualityTable:
     columns = [(task, metric) for task in node["tasks"] for metric in node["metrics"]]
     rows: dict[RowKey, dict[tuple[str, str], Printed]] = {}

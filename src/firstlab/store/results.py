@@ -14,7 +14,7 @@ import reprlib
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ _EXAMPLES = {  # [n] numbers per test prompt, [n, k] per metric in `scores`; tes
     **dict.fromkeys(("difficulty?", "prompt_tokens?", "response_tokens?", "skip_rate?", "nll?"), _NUMBERS),
     "scores?": {"*": _NUMBERS},
 }
-_ADAPTIVITY = ("unique_routes?", "route_entropy_bits?", "mode_agreement?", "static_agreement?")
 _VARIANT = {
     "n": int,
     "skip": {
@@ -54,7 +53,7 @@ _VARIANT = {
         "per_layer": [float],
         "skip_rate_by_token?": float,
         "by_difficulty?": {"*": {"n": int, "skip_rate": float}},
-        **dict.fromkeys(_ADAPTIVITY, float),
+        **dict.fromkeys(("unique_routes?", "route_entropy_bits?", "mode_agreement?", "static_agreement?"), float),
     },
     "metrics": {"*": _METRIC},
     "primary_metric": str,
@@ -98,41 +97,33 @@ def read(directory: Path, remedy: str = "pass overwrite=true to run again") -> d
 
 
 def read_all(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every record and benchmark below a folder, with where it stands; what is damaged is warned of and left out.
-
-    The order does not depend on the file system, and a run's own result comes before later evaluations of it.
-    """
+    """Every record and benchmark below a folder, with where it stands; what is damaged is warned of and left out."""
     patterns = (RESULT, "results/*.json", BENCHMARK, PACKED)
     files = {file for pattern in patterns for file in folder.rglob(pattern)}
+    # A run's own result comes before later evaluations of it.
     for file in sorted(files, key=lambda each: (EVALUATIONS in each.relative_to(folder).parts, each)):
         yield from _read_file(file, warn)
 
 
 def _read_file(file: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    packed = file.name == PACKED
     try:
-        if file.name != PACKED:
-            schema = BENCHMARK_RECORD if file.name == BENCHMARK else RECORD
-            yield file, checked(_json(file.read_text(encoding="utf-8")), schema)
-            return
-        with lzma.open(file, "rt", encoding="utf-8") as lines:
-            yield from _read_lines(file, lines, warn)
-    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-        rest = " or its rest" if file.name == PACKED else ""
-        warn(f"{file}{rest} is left out: {error}")
-
-
-def _read_lines(file: Path, lines: Iterable[str], warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        place = f"line {number}"
-        try:
-            node = _json(line)
-            _check(node, {"name": str}, "")
-            place = node.pop("name")
-            found = checked(node, BENCHMARK_RECORD if "cells" in node else RECORD)
-        except ValueError as error:
-            warn(f"{file / place} is left out: {error}")
-        else:
-            yield file / place, found
+        with (lzma.open if packed else open)(file, "rt", encoding="utf-8") as opened:
+            for number, text in enumerate(opened if packed else [opened.read()], 1):
+                place = file / f"line {number}" if packed else file
+                try:
+                    node = _json(text)
+                    if packed:
+                        _check(node, {"name": str}, "")
+                        place = file / node.pop("name")
+                    is_benchmark = "cells" in node if packed else file.name == BENCHMARK
+                    found = checked(node, BENCHMARK_RECORD if is_benchmark else RECORD)
+                except ValueError as error:
+                    warn(f"{place} is left out: {error}")
+                else:
+                    yield place, found
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        warn(f"{file}{' or its rest' if packed else ''} is left out: {error}")
 
 
 def _json(text: str) -> Any:
@@ -205,12 +196,10 @@ def checked(node: Any, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _check_variant(variant: dict[str, Any], where: str, layers: int) -> None:
     """Raises ValueError where numbers of a variant do not fit together."""
-    metrics, primary = variant["metrics"], variant["primary_metric"]
+    metrics, primary, whole = variant["metrics"], variant["primary_metric"], {"value", "low", "high"}
     if primary not in metrics:
         raise ValueError(f"{where} has no metric {primary}, its primary_metric")
-    variant["metrics"] = kept = {
-        name: each for name, each in metrics.items() if {"value", "low", "high"} <= each.keys()
-    }
+    variant["metrics"] = kept = {name: each for name, each in metrics.items() if whole <= each.keys()}
     if not kept:
         raise ValueError(f"{where} has no metric with a value")
     if primary not in kept:
@@ -243,10 +232,8 @@ _NAMES |= {int: "a whole number", float: "a number", bool: "true or false"}
 def _check(value: Any, kind: Any, where: str) -> None:
     """Raises ValueError if a value does not follow a schema."""
     plain_kind = type(kind) if isinstance(kind, dict | list) else kind
-    fits = isinstance(value, int | float if kind is float else plain_kind)
-    fits = fits and isinstance(value, bool) == (kind is bool)
-    fits = fits and (kind is not float or abs(value) <= sys.float_info.max)
-    if not fits:
+    fits = isinstance(value, int | float if kind is float else plain_kind) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind is float and not abs(value) <= sys.float_info.max):
         found = f"{where}={reprlib.repr(value)}" if where else reprlib.repr(value)
         raise ValueError(f"{found} is not {_NAMES[plain_kind]}")
     if isinstance(kind, list):
@@ -268,9 +255,9 @@ def _check(value: Any, kind: Any, where: str) -> None:
 
 def write_failure(directory: Path, error: BaseException) -> None:
     """Record why a run of a sweep ended without a result; `read_failure` reads it, the next try deletes it."""
-    first_line = (str(error).strip() or "no message").splitlines()[0]
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     record = {
-        "error": first_line if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line}",
+        "error": kind + (str(error).strip() or "no message").splitlines()[0],
         "traceback": "".join(traceback.format_exception(error)),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -283,11 +270,11 @@ def read_failure(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        failure = json.loads(file.read_text(encoding="utf-8"))
+        failure: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         _check(failure, {"error": str}, "")
     except (OSError, ValueError):
         return {"error": f"{file} cannot be read"}
-    return dict(failure)
+    return failure
 
 
 def pack(values: Any) -> str:
@@ -337,9 +324,6 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rate_by_token(rates: np.ndarray, response_tokens: np.ndarray) -> float:
-    """Skip rate over the decode steps of all references [N]: what skipping saves of a test set's decode time.
-
-    References, unlike responses, are equally long for every method; prefill gives the first token of each.
-    """
-    steps = np.maximum(response_tokens - 1, 0)
+    """Skip rate over the decode steps of all references [N], which are equally long for every method."""
+    steps = np.maximum(response_tokens - 1, 0)  # prefill gives the first token
     return float((rates * steps).sum() / steps.sum()) if steps.any() else float(rates.mean())
