@@ -97,7 +97,7 @@ def trained(directory: Path, model: Path, *extra: str, until: str | None = None)
 
 
 def assert_same_fit(directory: Path, reference: Path) -> None:
-    [found] = [results.read(file.parent) for file in directory.rglob("result.json")]
+    found = results.read(directory / reference.parent.name / reference.name)
     wanted = results.read(reference)
     for step in ("router", "refit"):
         for key in ("harm_r2", "gain", "skip_rate_by_token", "routes"):
@@ -107,16 +107,13 @@ def assert_same_fit(directory: Path, reference: Path) -> None:
         assert found["variants"][name]["perplexity"] == pytest.approx(variant["perplexity"], rel=1e-4)
 
 
-def test_two_processes_fit_what_one_does(any_speed: Path, tiny_model_dir: Path, tmp_path: Path):
-    assert trained(tmp_path, tiny_model_dir, "trainer=ddp") == 0
-    assert_same_fit(tmp_path, any_speed)
-
-
-def test_a_fit_that_was_killed_goes_on(any_speed: Path, tiny_model_dir: Path, tmp_path: Path):
+def test_a_killed_fit_goes_on_in_two_processes_as_in_one(any_speed: Path, tiny_model_dir: Path, tmp_path: Path):
     assert trained(tmp_path, tiny_model_dir, until="*.0.jsonl") == -signal.SIGKILL
     assert not list(tmp_path.rglob("result.json"))
-    assert trained(tmp_path, tiny_model_dir) == 0
+    assert trained(tmp_path, tiny_model_dir, "trainer=ddp") == 0
     assert_same_fit(tmp_path, any_speed)
+    [dense] = [results.read(file) for file in tmp_path.glob("*/none*")]
+    assert dense["phases"]["lora"]["steps"] == 8 and not dense["config"]["evaluation"].get("skip_rates")
 
 
 def test_commands_take_a_rate(any_speed: Path, capsys: pytest.CaptureFixture[str]):
