@@ -184,3 +184,14 @@ def test_a_blend_is_what_halves_of_both_systems_give(share):
     assert Scores.blend(a, b, share).value == pytest.approx(mixed.value)
     with pytest.raises(ValueError, match=r"sizes: \[4, 2\]"):
         Scores.blend(a, bleu(["x", "y"], references[:2]), share)
+
+
+def test_a_mixture_is_the_mean_of_its_parts_and_resampled_as_one():
+    first, second = normal_scores(40, 60, 0), bleu(sentences(8, 0), [(text,) for text in sentences(8, 1)])
+    mixture = Scores.mixture([first, second])
+    assert len(mixture) == 48 and mixture.value == pytest.approx((first.value + second.value) / 2)
+    moved = Scores.mixture([Scores.mean([value + 5 for value in first.per_example]), second])
+    assert paired_test(moved, mixture, resamples=200).difference == pytest.approx(2.5)
+    low, high = bootstrap_interval(Scores.mixture([first, first]), resamples=2000)
+    alone = bootstrap_interval(first, resamples=2000)
+    assert high - low == pytest.approx((alone[1] - alone[0]) / np.sqrt(2), rel=0.15)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +92,38 @@ def test_a_run_that_lost_its_last_steps_repeats_only_these(any_speed: Path, tiny
     for name, variant in before["variants"].items():
         assert after["variants"][name]["metrics"] == variant["metrics"]
         assert after["variants"][name]["skip"] == variant["skip"]
+
+
+def trained(directory: Path, model: Path, *extra: str, until: str | None = None) -> int:
+    """Train in a process of its own, which is killed once a file of the run is there."""
+    command = [sys.executable, "-m", "firstlab.train", *overrides(model, directory, *ROUTES, *extra)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while until and process.poll() is None and not list(directory.rglob(until)):
+        time.sleep(0.01)
+    if until:
+        process.kill()
+    return process.wait()
+
+
+def assert_same_fit(directory: Path, reference: Path) -> None:
+    found = results.read(directory / reference.parent.name / reference.name)
+    wanted = results.read(reference)
+    for step in ("router", "refit"):
+        for key in ("harm_r2", "gain", "skip_rate_by_token", "routes"):
+            assert found["phases"][step][key] == pytest.approx(wanted["phases"][step][key], abs=1e-4), (step, key)
+    for name, variant in wanted["variants"].items():
+        assert found["variants"][name]["skip"]["per_layer"] == pytest.approx(variant["skip"]["per_layer"])
+        assert found["variants"][name]["perplexity"] == pytest.approx(variant["perplexity"], rel=1e-4)
+
+
+def test_a_killed_fit_goes_on_in_two_processes_as_in_one(any_speed: Path, tiny_model_dir: Path, tmp_path: Path):
+    assert trained(tmp_path, tiny_model_dir, until="*.0.jsonl") == -signal.SIGKILL
+    assert not list(tmp_path.rglob("result.json"))
+    assert trained(tmp_path, tiny_model_dir, "trainer=ddp") == 0
+    assert_same_fit(tmp_path, any_speed)
+    [dense] = [results.read(file) for file in tmp_path.glob("*/none*")]
+    assert dense["phases"]["lora"]["steps"] == 8 and not dense["config"]["evaluation"].get("skip_rates")
 
 
 def test_commands_take_a_rate(any_speed: Path, capsys: pytest.CaptureFixture[str]):

@@ -69,13 +69,23 @@ class Scores:
         if len({len(part) for part in parts}) != 1:
             raise ValueError(f"an average needs scores of the same examples; sizes: {[len(part) for part in parts]}")
         ends = np.cumsum([part.rows.shape[1] for part in parts])[:-1]
+        return cls(
+            np.concatenate([part.rows for part in parts], axis=1),
+            lambda sums: _mean_of([part.aggregate for part in parts], np.split(sums, ends, axis=1)),
+            parts[0].signature,
+        )
 
-        def aggregate(sums: FloatArray) -> FloatArray:
-            pieces = np.split(sums, ends, axis=1)
-            scores = [part.aggregate(piece) for part, piece in zip(parts, pieces, strict=True)]
-            return np.asarray(np.mean(scores, axis=0))
-
-        return cls(np.concatenate([part.rows for part in parts], axis=1), aggregate, parts[0].signature)
+    @classmethod
+    def mixture(cls, parts: Sequence[Scores]) -> Scores:
+        """The mean score of parts, each on examples of its own; all examples are resampled together."""
+        widths = [part.rows.shape[1] for part in parts]
+        ends = np.cumsum(widths)
+        rows = np.zeros((sum(map(len, parts)), ends[-1]))
+        first = 0
+        for part, end, width in zip(parts, ends, widths, strict=True):
+            rows[first : first + len(part), end - width : end] = part.rows
+            first += len(part)
+        return cls(rows, lambda sums: _mean_of([part.aggregate for part in parts], np.split(sums, ends[:-1], axis=1)))
 
     @classmethod
     def blend(cls, a: Scores, b: Scores, share: float) -> Scores:
@@ -96,6 +106,11 @@ def check_pairs(predictions: Texts, references: References) -> None:
             raise ValueError(f"references[{index}] is a string; give a tuple of accepted strings")
         if not accepted:
             raise ValueError(f"references[{index}] is empty: every example needs at least one reference")
+
+
+def _mean_of(aggregates: Sequence[Aggregate], pieces: Sequence[FloatArray]) -> FloatArray:
+    scores = [aggregate(piece) for aggregate, piece in zip(aggregates, pieces, strict=True)]
+    return np.asarray(np.mean(scores, axis=0))
 
 
 def _ratio(sums: FloatArray) -> FloatArray:

@@ -72,11 +72,19 @@ def load_run(
 
 
 def dense_counterpart(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
-    """The same settings with method=none: what skipping is compared with."""
+    """The same settings with method=none, and as many steps of LoRA in all: what skipping is compared with."""
     directory = config.run_dir and f"{Path(config.run_dir)}-none"
     node = {"_target_": f"{Dense.__module__}.{Dense.__qualname__}"}
     phases = list(PAPER_ORDER) if "lora" in config.phases else ["evaluate"]
-    dense = replace(config, method=node, run_dir=directory, init_from=None, phases=phases, overwrite=False)
+    evaluation = replace(config.evaluation, skip_rates=[])
+    dense = replace(
+        config, method=node, run_dir=directory, init_from=None, phases=phases, overwrite=False, evaluation=evaluation
+    )
+    if {"tune", "lora"} <= set(config.phases):
+        phase = config.lora_phase
+        steps = phase.max_steps and 2 * phase.max_steps
+        note = "-".join(filter(None, [config.note, "as_tuned"]))
+        dense = replace(dense, note=note, lora_phase=replace(phase, epochs=2 * phase.epochs, max_steps=steps))
     return _without_routers(dense), Dense()
 
 

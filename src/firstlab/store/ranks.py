@@ -14,3 +14,12 @@ def barrier() -> None:
     """Wait for the other processes, if there are any."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather(number: int) -> list[int]:
+    """The number of every process, by rank."""
+    if not dist.is_initialized():
+        return [number]
+    found: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(found, number)
+    return found

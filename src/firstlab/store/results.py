@@ -61,6 +61,7 @@ _VARIANT = {
     "timing?": {"tpot_ratio?": float, "tpot_ratio_quartiles?": [float]},
     "examples?": _EXAMPLES,
 }
+_VARIANT["rates?"] = {"*": dict(_VARIANT)}  # the same model at other rates, by the rate that was asked for
 #: `ExperimentConfig.identity()` of the run: data to compare with, never to build objects from.
 _SECTIONS = ("model", "data", "method", "router", "lora", "router_phase", "lora_phase", "evaluation")
 #: A finished run; beside these keys it says which code, packages and machine it ran on.
@@ -166,11 +167,13 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 def _qualities(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     run = {key: row.get(key) for key in ("name", "model", "data", "method", "level", "seed")}
     for name, variant in row["variants"].items():
-        metric, skip = variant["primary_metric"], variant["skip"]
-        rates = {"skip_rate": skip["skip_rate"], "skip_rate_by_token": skip.get("skip_rate_by_token")}
-        value = {"metric": metric} | {key: variant["metrics"][metric][key] for key in ("value", "low", "high")}
-        times = {"perplexity": variant.get("perplexity"), "tpot_ratio": variant.get("timing", {}).get("tpot_ratio")}
-        yield run | {"variant": name} | rates | value | times
+        asked = {f"asked {100 * float(rate):g} %": part for rate, part in variant.get("rates", {}).items()}
+        for level, part in {row.get("level"): variant, **asked}.items():
+            metric, skip = part["primary_metric"], part["skip"]
+            rates = {"skip_rate": skip["skip_rate"], "skip_rate_by_token": skip.get("skip_rate_by_token")}
+            value = {"metric": metric} | {key: part["metrics"][metric][key] for key in ("value", "low", "high")}
+            times = {"perplexity": part.get("perplexity"), "tpot_ratio": part.get("timing", {}).get("tpot_ratio")}
+            yield run | {"level": level, "variant": name} | rates | value | times
 
 
 def _timings(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -189,6 +192,10 @@ def checked(node: Any, schema: dict[str, Any]) -> dict[str, Any]:
     if schema is RECORD:
         for name, variant in node["variants"].items():
             _check_variant(variant, f"variants.{name}", node["num_layers"])
+            for rate, part in variant.get("rates", {}).items():
+                if not rate.replace(".", "", 1).isdecimal():
+                    raise ValueError(f"variants.{name}.rates has a rate that is no number")
+                _check_variant(part, f"variants.{name}.rates.{rate}", node["num_layers"])
         for name, phase in node.get("phases", {}).items():
             _check(phase or {}, dict, f"phases.{name}")  # null where a run has not trained it
     return dict(node)
@@ -316,10 +323,12 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
         # The shortest decimals that give the same float32.
         return np.asarray(array.astype(str), dtype=np.float64).tolist() if array.dtype.kind == "f" else array.tolist()
 
-    variants = {
-        name: {**variant, "examples": listed(variant["examples"])} if variant.get("examples") else variant
-        for name, variant in record.get("variants", {}).items()
-    }
+    def opened(variant: Mapping[str, Any]) -> dict[str, Any]:
+        found = {"examples": listed(variant["examples"])} if variant.get("examples") else {}
+        rates = {rate: opened(part) for rate, part in variant.get("rates", {}).items()}
+        return {**variant, **found, **({"rates": rates} if rates else {})}
+
+    variants = {name: opened(variant) for name, variant in record.get("variants", {}).items()}
     return {**record, **({"variants": variants} if variants else {})}
 
 

@@ -14,7 +14,7 @@ from firstlab.config.command_line import command
 from firstlab.config.grid import quality_of, tpot_of
 from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
-from firstlab.tables import analysis, pictures, printed
+from firstlab.tables import analysis, any_speed, pictures, printed
 from firstlab.tables.cells import BETTER, WORSE, Cells
 from firstlab.tables.config import TablesConfig, load
 from firstlab.tables.records import Library, read
@@ -33,6 +33,8 @@ def build(config: TablesConfig, library: Library) -> list[Table]:
     if config.scale.ablation_model is not None:
         tables.append(analysis.ablations(cells))
     tables.append(analysis.adaptivity(cells))
+    if any(each.node["method"] == "routes" for each in library.records):
+        tables += [any_speed.fits(cells), any_speed.any_speed(cells)]
     tables.append(analysis.by_group(cells, "difficulty", "difficulty level", "difficulty"))
     tables.append(analysis.by_group(cells, "length", "prompt tokens", "prompt_tokens"))
     tables += [printed.splits_table(cells), analysis.every_run(cells)]

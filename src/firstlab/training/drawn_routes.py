@@ -11,14 +11,15 @@ from torch import Tensor
 
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routes import FixedRoutes, Routes
+from firstlab.store.ranks import gather, rank
 
 
 @dataclass(frozen=True, eq=False)
 class DrawnRoutes(Routes):
     """Each prompt of a batch gets the route that the router chooses for it at a rate of its own.
 
-    The rates of a batch are spread evenly from dense to the highest one and dealt out at random, so that every step
-    sees all speeds. Drawn from torch's generator, which a training step seeds.
+    The rates of a global batch are spread evenly from dense to the highest one and dealt out at random, so that every
+    step sees all speeds, and the same ones for any number of processes. The seed is that of the step.
     """
 
     router: RouteRouter
@@ -35,9 +36,14 @@ class DrawnRoutes(Routes):
         raise ValueError("DrawnRoutes are drawn for the rows of a batch: take rows() first")
 
     def rows(self, index: Sequence[int]) -> FixedRoutes:
-        """Routes drawn for these prompts."""
-        rates = torch.linspace(0, self.router.highest_rate, max(2, len(index)))[torch.randperm(max(2, len(index)))]
-        return self.at(index, rates[: len(index)])
+        """Routes drawn for these prompts, the rank's own of the global batch."""
+        my_rank, world = rank()
+        sizes = gather(len(index))
+        count, start = max(2, sum(sizes)), sum(sizes[:my_rank])
+        # A step seeds rank r of w with w · number + r.
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(torch.initial_seed() // world))
+        rates = torch.linspace(0, self.router.highest_rate, count)[order]
+        return self.at(index, rates[start : start + len(index)])
 
     def at(self, index: Sequence[int], rates: Tensor | float | None) -> FixedRoutes:
         """The routes of these prompts at given rates."""
