@@ -64,8 +64,8 @@ ASKED = st.builds(
 
 
 @cache
-def engine(batch_size: int, patience: int, recording: bool, lookahead: int = 0) -> DecodeEngine:
-    made = DecodeEngine(routed(), 24, batch_size, "graphs" if recording else "eager", lookahead, patience)
+def engine(batch_size: int, patience: int, recording: bool, lookahead: int = 0, reserve: int = 0) -> DecodeEngine:
+    made = DecodeEngine(routed(), 24, batch_size, "graphs" if recording else "eager", lookahead, patience, reserve)
     if recording:
         assert isinstance(made.step, GraphStep)
         made.step._graphs = Tape()
@@ -93,7 +93,7 @@ def one_layer(count: int) -> list[torch.Tensor]:
     st.lists(st.tuples(ASKED, st.integers(0, 4), st.none() | st.integers(0, 6)), min_size=1, max_size=9),
     st.integers(1, 4),
     st.sampled_from([0, 1, 4]),
-    st.sampled_from([(False, 0), (False, 2), (True, 1)]),
+    st.sampled_from([(False, 0), (False, 2, 3), (True, 1)]),
 )
 def test_tokens_do_not_depend_on_who_else_is_there(arrivals, batch_size, patience, way) -> None:
     """Every request comes some turns behind the one before it; some clients hang up a few turns later."""

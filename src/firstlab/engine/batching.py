@@ -86,9 +86,10 @@ class _Reading:
 class ContinuousBatch:
     """Rows that decode together and prompts that wait, over one step; `DecodeEngine.batch` makes it.
 
-    Waiting prompts are prefilled together, in the order in which they came. Of those that are prefilled, the one
-    whose route adds the fewest layers to the batch gets the next place, as long as none is overtaken more than
-    `patience` times: a decode step reads the weights of every layer that some row runs.
+    Waiting prompts are prefilled together, in the order in which they came, as soon as there is a place and fewer than
+    `reserve` others are prefilled. Of these, the one whose route adds the fewest layers to the batch gets the next
+    place, as long as none is overtaken more than `patience` times: a decode step reads the weights of every layer that
+    some row runs.
 
     Attributes:
         waiting: Requests that are not prefilled.
@@ -106,9 +107,10 @@ class ContinuousBatch:
         max_batch_size: int,
         lookahead: int,
         patience: int,
+        reserve: int,
     ) -> None:
         self._step, self._prefill, self._size = step, prefill, max_batch_size
-        self._most_ahead, self._patience = lookahead, patience
+        self._most_ahead, self._patience, self._reserve = lookahead, patience, max(1, reserve)
         self.waiting: deque[Request] = deque()
         self.ready: list[Request] = []
         self.active: list[Request] = []
@@ -160,10 +162,12 @@ class ContinuousBatch:
             for place in reversed(range(len(self.active))):
                 if self.active[place].cancelled:
                     self._leave(place)
-            while len(self.active) < self._size and self._fits(self.ready):
+            while len(self.active) < self._size:
+                if len(self.ready) < self._reserve and self._fits(self.waiting):
+                    return self._start(self._next_prompts())
+                if not self._fits(self.ready):
+                    break
                 self._join(self._next_ready())
-            if len(self.active) < self._size and not self.ready and self._fits(self.waiting):
-                return self._start(self._next_prompts())
             if not self.active:
                 return Progress({}, [])
             self._left = self._safe_steps()
@@ -188,11 +192,16 @@ class ContinuousBatch:
         return chosen
 
     def _next_ready(self) -> Request:
-        """The prefilled request that adds the fewest layers, or the oldest once it has been overtaken often enough."""
-        place = 0
-        if self.ready[0].overtaken < self._patience:
-            union = self._union()
-            place = min(range(len(self.ready)), key=lambda each: (self.ready[each].layers & ~union).bit_count())
+        """The prefilled request that adds the fewest layers, of several the one that runs the most; or the oldest once
+        it has been overtaken often enough."""
+        place, union, oldest = 0, self._union(), self.ready[0]
+        if oldest.overtaken < self._patience:
+            fits = {
+                index: ((each.layers & ~union).bit_count(), -each.layers.bit_count())
+                for index, each in enumerate(self.ready)
+                if each.exit_rule == oldest.exit_rule
+            }
+            place = min(fits, key=fits.__getitem__)
         for other in self.ready[:place]:
             other.overtaken += 1
         return self.ready.pop(place)

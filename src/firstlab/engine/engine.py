@@ -56,7 +56,9 @@ class DecodeEngine:
             without it.
         patience: How many prompts may overtake one that is prefilled and waits for a place, since their routes share
             more layers with the rows in the batch; 0: first come, first served. No token depends on it; prompts that
-            draw from one generator keep their order. None: as many as there are rows.
+            draw from one generator keep their order. None: four times the rows.
+        reserve: How many prompts are prefilled before they have a place, so that there is more to choose from. Their
+            keys and values take memory, and the rows in the batch wait for their prefill.
     """
 
     # Weights that are ordered anew, keys and values outlive an inference mode that is on now.
@@ -69,6 +71,7 @@ class DecodeEngine:
         mode: str = "auto",
         lookahead: int | None = None,
         patience: int | None = None,
+        reserve: int = 0,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
@@ -76,9 +79,10 @@ class DecodeEngine:
             raise ValueError("the decode engine runs merged weights only: call model.merge_and_unload() first")
         on_cuda = model.device.type == "cuda"
         self.lookahead = int(on_cuda) if lookahead is None else lookahead
-        self.patience = max_batch_size if patience is None else patience
-        least_sizes = {"max_length": 1, "max_batch_size": 1, "lookahead": 0, "patience": 0}
-        sizes = (max_length, max_batch_size, self.lookahead, self.patience)
+        self.patience = 4 * max_batch_size if patience is None else patience
+        self.reserve = reserve
+        least_sizes = {"max_length": 1, "max_batch_size": 1, "lookahead": 0, "patience": 0, "reserve": 0}
+        sizes = (max_length, max_batch_size, self.lookahead, self.patience, reserve)
         for (name, least), value in zip(least_sizes.items(), sizes, strict=True):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
@@ -185,8 +189,8 @@ class DecodeEngine:
         """An empty batch, which requests may join and leave at any time; it ends what this engine decoded before."""
         if (former := self._batch()) is not None:
             former.closed = True
-        patience = self.patience if patience is None else patience
-        batch = ContinuousBatch(self.step, self._prefill, self.max_batch_size, self.lookahead, patience)
+        choice = self.patience if patience is None else patience, self.reserve
+        batch = ContinuousBatch(self.step, self._prefill, self.max_batch_size, self.lookahead, *choice)
         self._batch = ref(batch)
         return batch
 
@@ -195,8 +199,7 @@ class DecodeEngine:
 
     def output(self, row: Request) -> EngineOutput:
         """What has come of a request until now."""
-        rule = row.rule
-        steps, layers = len(row.tokens) - 1, len(row.route)
+        rule, steps, layers = row.rule, max(0, len(row.tokens) - 1), len(row.route)
         schedule = None if rule is None else rule.window(0, steps)
         ran = row.route.expand(steps, -1) if schedule is None else schedule
         if row.depths:
