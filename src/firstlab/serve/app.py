@@ -22,7 +22,7 @@ from firstlab.config.schema import LEAST_TEMPERATURE
 from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.sampling import Sampling
 from firstlab.hub.source import Source
-from firstlab.model.generation_options import stop_tokens
+from firstlab.model.generation_options import pinned_generation, stop_tokens
 from firstlab.model.routes import FixedRoutes
 from firstlab.serve.metrics import Metrics
 from firstlab.serve.protocol import ApiError, Asked, Chat, Completion, Json, Reply, parse
@@ -71,15 +71,17 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self.worker.start()
-        yield
-        await self.worker.stop()
+        with pinned_generation(self.source.model.routed.lm):  # requests alone say how tokens are chosen
+            self.worker.start()
+            yield
+            await self.worker.stop()
 
     # -- endpoints --
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are taken."""
-        return JSONResponse({"status": "ok", "model": self.name})
+        """200 while requests are answered, else 503."""
+        alive = self.worker.alive
+        return JSONResponse({"status": "ok" if alive else "dead", "model": self.name}, 200 if alive else 503)
 
     async def prometheus(self, request: Request) -> Response:
         """Text for Prometheus."""

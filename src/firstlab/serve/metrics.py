@@ -15,7 +15,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()
         self.requests = Counter(
-            "firstlab_requests", "Requests; status 499: the client hung up", ("endpoint", "status"), registry=own
+            "firstlab_requests",
+            "Requests; 499: the client left early",
+            ("endpoint", "status"),
+            registry=own,
         )
         self.prompt_tokens = Counter("firstlab_prompt_tokens", "Tokens of accepted prompts", registry=own)
         self.tokens = Counter("firstlab_generated_tokens", "Tokens of responses", registry=own)

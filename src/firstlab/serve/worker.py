@@ -64,6 +64,11 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests will be answered."""
+        return self._thread.is_alive()
+
     async def stop(self) -> None:
         """End the thread after its present step."""
         self._orders.put(None)
@@ -89,7 +94,7 @@ class Worker:
     def _run(self) -> None:
         batch, inside = self.engine.batch(), set[Request]()
         while True:
-            ended: dict[Request, EngineOutput | Exception] = {}
+            cancelled = []
             for order in self._taken(wait=not batch.busy):
                 if order is None:
                     return
@@ -99,17 +104,16 @@ class Worker:
                     inside.add(request)
                 elif request in inside:
                     batch.cancel(request)
-                    ended[request] = self.engine.output(request)
-            inside -= ended.keys()
+                    cancelled.append(request)
             steps, layers = batch.steps, batch.layers_read
+            ended: dict[Request, EngineOutput | Exception]
             try:
-                progress = batch.advance()
-                ended |= {request: self.engine.output(request) for request in progress.ended}
-                tokens = progress.tokens
+                tokens, complete = batch.advance()
+                ended = {request: self.engine.output(request) for request in (*complete, *cancelled)}
             except Exception as error:  # of whatever kind: nobody may wait for ever
                 log.exception("the engine failed; every request in it is refused")
-                ended |= dict.fromkeys(inside, error)
-                batch, tokens = self.engine.batch(), {}
+                ended, tokens = dict.fromkeys(inside, error), {}
+                batch = self.engine.batch()
                 steps = layers = 0
             inside -= ended.keys()
             done = (batch.steps - steps, batch.layers_read - layers, len(batch.active))
