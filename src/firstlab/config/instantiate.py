@@ -22,7 +22,7 @@ from firstlab.data.task import Task
 _OURS = {
     "method": r"firstlab\.methods\.\w+\.\w+",
     "task": r"firstlab\.data(\.\w+)+",
-    "logger": r"lightning\.pytorch\.loggers\.(CSVLogger|TensorBoardLogger|WandbLogger)",
+    "logger": r"lightning\.pytorch\.loggers\.(CSVLogger|TensorBoardLogger|WandbLogger|MLFlowLogger)",
 }
 _KINDS = {"method": "firstlab method", "task": "firstlab task", "logger": "Lightning logger"}
 _MIXTURE, _PART = "firstlab.data.mixture.Mixture", "firstlab.data.mixture.Part"

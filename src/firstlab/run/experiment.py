@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import Logger
 
-from firstlab.config import instantiate
 from firstlab.config.build import (
     build_data,
     check_device,
@@ -34,11 +33,13 @@ from firstlab.run.context import Run, say
 from firstlab.run.decisions import static_routes
 from firstlab.run.directory import check_directory, finished_record, taken_over, variant_names, wanted_variants
 from firstlab.run.loggers import (
+    LOG_MODEL,
     JsonLinesLogger,
+    build_logger,
     close_failed,
     close_logger,
+    keep_model,
     log_evaluation,
-    logger_options,
     open_logger,
 )
 from firstlab.run.phases import (
@@ -95,6 +96,8 @@ class Experiment(Run):
             try:
                 return self._run()
             except Exception as error:
+                for logger in getattr(self, "loggers", ()):
+                    logger.finalize("failed")
                 if results.SWEEP_JOB in os.environ:
                     results.write_failure(self.directory, error)
                 raise
@@ -145,6 +148,9 @@ class Experiment(Run):
                 for logger in self.loggers:
                     log_evaluation(logger, record, self.directory / "predictions.jsonl")
                 results.write(self.directory, record)
+                if (self.config.logger or {}).get(LOG_MODEL):
+                    for logger in self.loggers:
+                        keep_model(logger, self.directory)
             for logger in self.loggers:
                 close_logger(logger)
         barrier()
@@ -178,8 +184,7 @@ class Experiment(Run):
     def _open_loggers(self) -> None:
         self.loggers: list[Logger] = [JsonLinesLogger(self.directory / "metrics.jsonl")]
         if self.config.logger:
-            node = dict(self.config.logger)
-            logger = instantiate.build(node, "logger", Logger, **logger_options(node, self.directory, self.method.name))
+            logger = build_logger(dict(self.config.logger), self.directory, self.method.name)
             if rank()[0] == 0:
                 open_logger(logger)
                 logger.log_hyperparams(self.config.identity())

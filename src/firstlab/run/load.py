@@ -117,10 +117,6 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
         from lightning.pytorch.loggers import Logger
 
         instantiate.check(config.logger, "logger", Logger)
-        if uploads := config.logger.get("log_model"):
-            raise ValueError(
-                f"logger.log_model={uploads} has no effect: models stay in the run directory; leave the option out"
-            )
     if config.model.revision is not None and Path(model_path(config.model.path)).is_dir():
         raise ValueError(
             f"model.revision={config.model.revision!r} is for models of the hub, and model.path={config.model.path!r} "
