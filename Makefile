@@ -80,7 +80,7 @@ clean: ## remove caches and build output; keep environments and runs
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --constraint constraints.txt --editable ".[dev,sweep,tensorboard,dashboard,docs,gguf,lm-eval,mlflow]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[dev,sweep,tensorboard,dashboard,docs,gguf,lm-eval,mlflow,page,serve]"
 	@touch $@
 
 $(COMET_INSTALLED): constraints-comet.txt | $(COMET_VENV)/bin/python

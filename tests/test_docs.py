@@ -8,6 +8,8 @@ import itertools
 import pkgutil
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,9 @@ from firstlab.hub.__main__ import HubOptions
 from firstlab.run.dashboard import DashboardOptions
 from firstlab.run.load import load, read
 from firstlab.run.sweep import expand
+from firstlab.serve.__main__ import ServeOptions, build
+from firstlab.serve.load import LoadOptions
+from firstlab.serve.page import PageOptions
 from firstlab.tables import config as tables
 from support.any_speed import routed
 from support.models import prompts
@@ -32,7 +37,9 @@ from support.tiny_run import SMALL, composed
 
 RESULTS = ROOT / "docs" / "results" / "nano.html"
 GATED = "meta-llama/Llama-3.2-3B"  # what snippets load; here the bundled model takes its place
+ADDRESS = LoadOptions.url  # what snippets ask; here a tiny model answers
 HYDRA_FLAGS = ("--help", "--cfg", "job", "--multirun")
+SERVING = {"serve": ServeOptions, "serve.load": LoadOptions, "serve.page": PageOptions}
 TEXT_COMMANDS = ("generate", "evaluate", "dashboard")
 
 
@@ -115,6 +122,9 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("firstlab.model.quantization.find_spec", lambda package: True)  # an extra
     if name == "hub":
         check_hub(arguments)
+        return
+    if name in SERVING:
+        assert parse_options(SERVING[name](), arguments)[1] == []
         return
     if name in TEXT_COMMANDS:
         check_text_command(name, arguments, command.piped, monkeypatch)
@@ -212,12 +222,24 @@ def test_every_snippet_runs(page: Path, page_files: Path) -> None:
     ids, mask = prompts()
     # Pages whose snippets go on with a trained model and its prompts.
     given = {"model": routed(), "batch": {"input_ids": ids, "attention_mask": mask}} if page.stem == "any-speed" else {}
-    for text in blocks(page, "python"):
-        if "# model/" not in text:  # pseudo-code
-            exec(
-                compile(text.replace(GATED, model_path("bundled:nano")), page.name, "exec"),
-                {"__name__": page.name, **given},
-            )
+    with served(page, page_files) as address:
+        for text in blocks(page, "python"):
+            if "# model/" not in text:  # pseudo-code
+                text = text.replace(GATED, model_path("bundled:nano")).replace(ADDRESS, address)
+                exec(compile(text, page.name, "exec"), {"__name__": page.name, **given})
+
+
+@contextmanager
+def served(page: Path, folder: Path) -> Iterator[str]:
+    """A server for a page whose snippets ask one; its address."""
+    if not any(ADDRESS in text for text in blocks(page, "python")):
+        yield ADDRESS
+        return
+    pytest.importorskip("uvicorn", reason="needs the extra: pip install 'firstlab[serve]'")
+    from support.serving import running, save_any_speed
+
+    with running(build(ServeOptions(run=str(save_any_speed(folder)), device="cpu"), {}, None)) as address:
+        yield address
 
 
 def test_the_method_and_the_task_of_ones_own_train(page_files: Path, tiny_model_dir: Path) -> None:

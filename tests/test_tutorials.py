@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib
+import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from firstlab.config.compose import conf_dir
 from support.pages import BLOCK, ROOT, SHELL, Command, commands_of
-from support.tiny_run import SMALL, started_with
+from support.tiny_run import SMALL, save_tiny_model, started_with
 
 TUTORIALS = ROOT / "docs" / "tutorials"
 
@@ -94,3 +96,41 @@ def test_table1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None
         row["Method"] for row in rows
     }
     assert "15 % FiRST (ours) + LoRA 95.7" in capsys.readouterr().out
+
+
+def test_serve_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("uvicorn", reason="needs the extra: pip install 'firstlab[serve]'")
+    from firstlab.serve.__main__ import ServeOptions, build
+    from support.serving import running
+
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny_model(tmp_path / "model", num_layers=8)
+    run_directory = "runs/mini_ende-nano/routes-skip0.25-seed0"
+    small = [each for each in SMALL if not each.startswith(("phases", "method.", "model.name"))]
+    small += ["method.fit_prompts=24", "method.calibration_prompts=4"]
+    done: list[str] = []
+    with ExitStack() as serving:
+
+        def run(command: Command) -> None:
+            words = [word for word in command.words if not word.startswith("FIRSTLAB_API_KEY")]
+            if words[0] == "pip":
+                return
+            module, *arguments = words[2:]
+            done.append(module)
+            if module == "firstlab.train":
+                train([*arguments, *small, f"model.path={model}", "model.name=nano"])
+                serving.enter_context(
+                    running(build(ServeOptions(run=run_directory, device="cpu"), {}, None), port=port)
+                )
+            elif module == "firstlab.serve.load":
+                importlib.import_module(module).main([*arguments, f"url=http://127.0.0.1:{port}", "rounds=1"])
+            else:
+                assert module == "firstlab.serve.page" or f"run={run_directory}" in arguments
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        fewer = {"127.0.0.1:8000": f"127.0.0.1:{port}", "requests=32": "requests=4", "max_tokens=32": "max_tokens=8"}
+        follow("serve.md", fewer, run)
+    assert done == [f"firstlab.{each}" for each in ("train", "serve", "serve.load", "serve.page", "serve")]
+    printed = capsys.readouterr().out
+    assert "8 layers, skip rates up to" in printed and "0% skipped, layers [0, 1, 2, 3, 4, 5, 6, 7]:" in printed

@@ -4,14 +4,15 @@ routes are, each layer for the rows that run it, and a row that ends gives its p
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from firstlab.engine.batching import ContinuousBatch, Request, choose_each, routes_together
 from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep, orders_anew
@@ -32,58 +33,12 @@ class EngineOutput:
     layer_skips: Tensor  # [B, L], the share of the prompt's decode steps that skipped the layer
     kv_bytes: int  # keys and values that the prompts' layers kept, at their final lengths
     kv_bytes_dense: int  # the same if no layer were skipped
+    union_layers: float  # layers that a decode step of the call ran for some row, mean until now
 
     @property
     def skip_rate(self) -> Tensor:
         """[B], skipped layers ÷ L of every prompt, mean over its decode steps."""
         return self.layer_skips.mean(1)
-
-
-@dataclass
-class _Row:
-    """A prefilled prompt."""
-
-    index: int
-    length: int  # tokens whose keys and values it has
-    tokens: list[int]  # response
-    route: Tensor  # [L], layers of the first decode step
-    kv: dict[int, Tensor]  # layer to [2, kv heads, length, head dim], until it gets a place in the batch
-    depths: list[int] = field(default_factory=list)  # layers that each decode step ran under `EarlyExit`
-
-
-@dataclass
-class _Task:
-    """What all rows of one call have in common."""
-
-    prompts: Sequence[Sequence[int]]
-    routes: Routes | None
-    choose: Callable[[Tensor], Tensor]  # next tokens [B] of logits [B, V]
-    limits: Sequence[int]  # new tokens of each prompt, at most
-    ends: set[int]  # tokens that end a row
-    lookahead: int  # steps given to the device before the first of them is read
-    notify: Callable[[dict[int, int]], None]  # called with what has been read, prompt to token
-    dropped: dict[int, list[int]]  # decode step to the layers that the step before still ran
-
-    def has_ended(self, row: _Row) -> bool:
-        return len(row.tokens) >= self.limits[row.index] or row.tokens[-1] in self.ends
-
-    def safe_steps(self, rows: list[_Row]) -> int:
-        """How many steps no row is too long for, and none runs other layers than now."""
-        until_drops = (step - len(row.tokens) + 1 for step in self.dropped for row in rows)
-        return min([self.limits[row.index] - len(row.tokens) for row in rows] + [n for n in until_drops if n > 0])
-
-
-class _Reading:
-    """A tensor on its way to the host."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._host = values.to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
-
-    def tolist(self) -> list[int]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host.tolist()
 
 
 class DecodeEngine:
@@ -97,7 +52,13 @@ class DecodeEngine:
         mode: "eager" (`LlamaStep`), "graphs" (`GraphStep`: CUDA graphs, on a CPU the same without them) or "auto",
             which is graphs on CUDA, else eager.
         lookahead: Decode steps that the device is given before the tokens of the first of them are read; a step is in
-            vain where a row ends. None: 1 on CUDA, else 0. Sampling and `EarlyExit` go without it.
+            vain where a row ends. None: 1 on CUDA, else 0. `EarlyExit` and prompts that draw from one generator go
+            without it.
+        patience: How many prompts may overtake one that is prefilled and waits for a place, since their routes share
+            more layers with the rows in the batch; 0: first come, first served. No token depends on it; prompts that
+            draw from one generator keep their order. None: four times the rows.
+        reserve: How many prompts are prefilled before they have a place, so that there is more to choose from. Their
+            keys and values take memory, and the rows in the batch wait for their prefill.
     """
 
     # Weights that are ordered anew, keys and values outlive an inference mode that is on now.
@@ -109,6 +70,8 @@ class DecodeEngine:
         max_batch_size: int = 1,
         mode: str = "auto",
         lookahead: int | None = None,
+        patience: int | None = None,
+        reserve: int = 0,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
@@ -116,12 +79,18 @@ class DecodeEngine:
             raise ValueError("the decode engine runs merged weights only: call model.merge_and_unload() first")
         on_cuda = model.device.type == "cuda"
         self.lookahead = int(on_cuda) if lookahead is None else lookahead
-        sizes = (("max_length", max_length, 1), ("max_batch_size", max_batch_size, 1), ("lookahead", self.lookahead, 0))
-        for name, value, least in sizes:
+        self.patience = 4 * max_batch_size if patience is None else patience
+        self.reserve = reserve
+        least_sizes = {"max_length": 1, "max_batch_size": 1, "lookahead": 0, "patience": 0, "reserve": 0}
+        sizes = (max_length, max_batch_size, self.lookahead, self.patience, reserve)
+        for (name, least), value in zip(least_sizes.items(), sizes, strict=True):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         self.model, self.max_length, self.max_batch_size = model, max_length, max_batch_size
         self.mode = mode if mode != "auto" else "graphs" if on_cuda else "eager"
+        # The batch that has the step; weak, as it knows this engine, and a cycle would keep keys and values alive.
+        self._batch: Callable[[], ContinuousBatch | None] = lambda: None
+        self.step: LlamaStep
         if self.mode == "eager":
             self.step = LlamaStep(model.lm, max_batch_size, max_length)
         else:
@@ -156,6 +125,7 @@ class DecodeEngine:
             torch.cat([output.layer_skips for output in outputs]),
             sum(output.kv_bytes for output in outputs),
             sum(output.kv_bytes_dense for output in outputs),
+            list(found.values())[-1].union_layers,  # of the prompt that ended last
         )
 
     def as_completed(
@@ -172,70 +142,64 @@ class DecodeEngine:
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         rule = as_asked(routes, skip_rate)
         # What cannot work is refused here, not when the first row is asked for.
-        check_score_settings(self.model.lm.generation_config, drawn=sampling is not None)
-        self._check(prompts, limits, rule)
-        task = _Task(
-            prompts,
-            rule,
-            chooser(sampling, self.model.device),
-            limits,
-            set(stop_tokens(self.model.lm, None) if eos is None else eos),
-            # A step in vain would draw for the other rows, too.
-            0 if sampling is not None or (rule is not None and rule.exit_rule) else self.lookahead,
-            on_step or (lambda tokens: None),
-            {} if rule is None else rule.drops(),
-        )
-        return self._outputs(task)
+        self._check(prompts, limits, rule, sampling)
+        shares = sampling is not None and len(prompts) > 1  # a generator
+        ends, choose = self._ends(eos), chooser(sampling, self.model.device)
+        requests = [
+            Request(prompt, limit, ends, None if rule is None else rule.rows([index]), choose, not shares, index)
+            for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        ]
+        return self._completed(requests, 0 if shares else self.patience, on_step)
 
-    def _outputs(self, task: _Task) -> Iterator[tuple[int, EngineOutput]]:
+    def _completed(
+        self, requests: list[Request], patience: int, on_step: Callable[[dict[int, int]], None] | None
+    ) -> Iterator[tuple[int, EngineOutput]]:
         """The outputs of one call, as long as no other one has taken the places of the batch."""
-        self._call = call = object()
-        for row in self._decode(task):
-            yield row.index, self._output(row, task.routes)
-            if self._call is not call:
-                raise ValueError(
-                    "another call of this engine began before all rows of this one were taken: take them all first, "
-                    "or make a second engine"
-                )
+        batch = self.batch(patience)
+        for request in requests:
+            batch.add(request)
+        while batch.busy:
+            progress = batch.advance()
+            if on_step is not None and progress.tokens:
+                on_step({request.index: token for request, token in progress.tokens.items()})
+            for request in progress.ended:
+                yield request.index, self.output(request)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _decode(self, task: _Task) -> Iterator[_Row]:
-        waiting = deque(range(len(task.prompts)))
-        ready: deque[_Row] = deque()
-        active: list[_Row] = []  # as numbered by the step
-        self.step.clear()
-        while waiting or ready or active:
-            free = self.max_batch_size - len(active)
-            if free and ready:
-                row = ready.popleft()
-                self.step.join(row.kv, row.length)
-                row.kv.clear()
-                active.append(row)
-            elif free and waiting:
-                batch = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch_size))]
-                rows = self._prefill(batch, task)
-                task.notify({row.index: row.tokens[0] for row in rows})
-                for row in rows:
-                    if task.has_ended(row):
-                        yield row
-                    else:
-                        ready.append(row)
-            else:
-                self._advance(active, task)
-                for place in reversed(range(len(active))):
-                    row = active[place]
-                    if task.has_ended(row):
-                        self.step.leave(place)
-                        last = active.pop()
-                        if last is not row:
-                            active[place] = last
-                        yield row
-                    elif layers := task.dropped.get(len(row.tokens) - 1):
-                        self.step.drop(place, layers)
+    # -- requests that come at any time --
 
-    def _output(self, row: _Row, rule: Routes | None) -> EngineOutput:
-        steps, layers = len(row.tokens) - 1, len(row.route)
+    def request(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        routes: Routes | Tensor | None = None,
+        eos: Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+        skip_rate: float | None = None,
+    ) -> Request:
+        """One prompt for a `batch`, with the arguments of `generate`; it draws from a generator of its own.
+
+        Raises:
+            ValueError: It can never be decoded.
+        """
+        rule = as_asked(routes, skip_rate)
+        self._check([prompt], [max_new_tokens], rule, sampling)
+        return Request(prompt, max_new_tokens, self._ends(eos), rule, chooser(sampling, self.model.device))
+
+    def batch(self, patience: int | None = None) -> ContinuousBatch:
+        """An empty batch, which requests may join and leave at any time; it ends what this engine decoded before."""
+        if (former := self._batch()) is not None:
+            former.closed = True
+        choice = self.patience if patience is None else patience, self.reserve
+        batch = ContinuousBatch(self.step, self._prefill, self.max_batch_size, self.lookahead, *choice)
+        self._batch = ref(batch)
+        return batch
+
+    def _ends(self, eos: Sequence[int] | None) -> frozenset[int]:
+        return frozenset(stop_tokens(self.model.lm, None) if eos is None else eos)
+
+    def output(self, row: Request) -> EngineOutput:
+        """What has come of a request until now."""
+        rule, steps, layers = row.rule, max(0, len(row.tokens) - 1), len(row.route)
         schedule = None if rule is None else rule.window(0, steps)
         ran = row.route.expand(steps, -1) if schedule is None else schedule
         if row.depths:
@@ -246,9 +210,17 @@ class DecodeEngine:
         # Above an exit every layer keeps what the token had there.
         holds = row.route if row.depths or not steps else ran[-1]
         kv_bytes = row.length * self.step.bytes_per_token
-        return EngineOutput([row.tokens], row.route[None], skips, int(holds.sum()) * kv_bytes, layers * kv_bytes)
+        held = int(holds.sum()) * kv_bytes
+        return EngineOutput([row.tokens], row.route[None], skips, held, layers * kv_bytes, row.union_layers)
 
-    def _check(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], routes: Routes | None) -> None:
+    def _check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        routes: Routes | None,
+        sampling: Sampling | None,
+    ) -> None:
+        check_score_settings(self.model.lm.generation_config, drawn=sampling is not None)
         if self.model.has_lora:
             raise ValueError("the model got LoRA after its engine was made; merge_and_unload() it, make a new engine")
         if not self.step.is_current():
@@ -269,57 +241,26 @@ class DecodeEngine:
         if isinstance(routes, RoutersDecide):
             self.model.routers.checked_rate(routes.skip_rate, len(prompts))
 
-    def _prefill(self, batch: list[int], task: _Task) -> list[_Row]:
-        prompts, routes, device = [task.prompts[index] for index in batch], task.routes, self.model.device
+    def _prefill(self, batch: list[Request]) -> None:
+        prompts, device = [request.prompt for request in batch], self.model.device
         ids = torch.zeros(len(batch), max(map(len, prompts)), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for place, prompt in enumerate(prompts):
             ids[place, -len(prompt) :] = torch.as_tensor(prompt)
             mask[place, -len(prompt) :] = 1
-        cache = self.model.new_cache(routes=None if routes is None else routes.rows(batch))
+        cache = self.model.new_cache(routes=routes_together(batch, self.model.num_layers, self._default_rate))
         out = self.model(ids.to(device), mask.to(device), past_key_values=cache, logits_to_keep=1)
-        first = task.choose(out.logits[:, -1]).tolist()
+        first = choose_each(out.logits[:, -1], [request.choose for request in batch]).tolist()
         assert cache.routes is not None
-        rows = []
         for place, route in enumerate(cache.routes.cpu()):
             length, kv = len(prompts[place]), {}
             for layer in route.nonzero()[:, 0].tolist():
                 cached = cache.layers[layer]
                 kv[layer] = torch.stack([cached.keys[place, :, -length:], cached.values[place, :, -length:]])
-            rows.append(_Row(batch[place], length, [first[place]], route, kv))
-        return rows
+            batch[place].prefilled(first[place], route, kv)
 
-    def _advance(self, active: list[_Row], task: _Task) -> None:
-        """More tokens of every row, until one ends or is to run fewer layers."""
-        tokens = torch.tensor([row.tokens[-1] for row in active], device=self.model.device)
-        on_the_way: deque[_Reading] = deque()
-        left = task.safe_steps(active)
-        while left or on_the_way:
-            if left:
-                tokens = task.choose(self._logits(tokens, active, task.routes))
-                on_the_way.append(_Reading(tokens))
-                left -= 1
-                if left and len(on_the_way) <= task.lookahead:
-                    continue
-            read = {}
-            for row, token in zip(active, on_the_way.popleft().tolist(), strict=True):
-                if not task.has_ended(row):  # else the step was in vain
-                    row.tokens.append(token)
-                    row.length += 1
-                    read[row.index] = token
-            task.notify(read)
-            if any(map(task.has_ended, active)):
-                left = 0
-
-    def _logits(self, tokens: Tensor, active: list[_Row], routes: Routes | None) -> Tensor:
-        """[B, V] after one more token [B] of every row."""
-        if routes is None or routes.exit_rule is None:
-            return self.step(tokens)
-        steps = torch.tensor([len(row.tokens) - 1 for row in active], device=self.model.device)
-        logits, depths = self.step.exit_early(tokens, routes.exit_rule, steps)
-        for row, depth in zip(active, depths.tolist(), strict=True):
-            row.depths.append(depth)
-        return logits
+    def _default_rate(self) -> float:
+        return float(self.model.routers.checked_rate(None))
 
 
 def engine_for(model: RouterAugmentedLM, max_length: int, max_batch_size: int) -> DecodeEngine:

@@ -15,7 +15,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 class Sampling:
     """How tokens are drawn, as by transformers' `generate` with `do_sample=True`.
 
-    All rows of a call draw from one generator, so that a prompt's tokens depend on the prompts and places beside it.
+    All prompts of one call draw from one generator, so that a prompt's tokens depend on the prompts and places beside
+    it. `DecodeEngine.request` gives a prompt a generator of its own.
     """
 
     temperature: float = 1.0
@@ -33,10 +34,15 @@ class Sampling:
                 raise ValueError(f"Sampling: {name}={getattr(self, name)} must be {allowed}")
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """Next tokens [B] of logits [B, V], greedily."""
+    return logits.argmax(-1)
+
+
 def chooser(sampling: Sampling | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Next tokens [B] of logits [B, V]; None: the most likely ones."""
     if sampling is None:
-        return lambda logits: logits.argmax(-1)
+        return most_likely
     warpers, generator = LogitsProcessorList(), torch.Generator(device).manual_seed(sampling.seed)
     if sampling.temperature != 1:  # in the order of transformers
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from firstlab.config.build import build_data, model_path
+from firstlab.data.task import Task
 from firstlab.hub.card import PublishedRun
 from firstlab.hub.modeling import FirstlabForCausalLM, local_folder
 from firstlab.methods.base import routes_without
@@ -24,12 +25,14 @@ class Source(NamedTuple):
     Attributes:
         routes: What its method has fixed; None where routers decide.
         run: The run that it is from.
+        task: What a run was trained on.
     """
 
     model: FirstlabForCausalLM
     tokenizer: Any
     routes: Routes | None
     run: PublishedRun | None
+    task: Task | None = None
 
 
 def is_run(path: str | Path) -> bool:
@@ -49,7 +52,7 @@ def open_run(path: str | Path, variant: str | None = None, overrides: dict[str, 
     data = build_data(config)
     routes = decided_routes(directory, method, variant, PromptSet(model, data, [], 1))
     run = PublishedRun(directory, results.read(directory), variant, routes is not None)
-    return Source(FirstlabForCausalLM(model), data.tokenizer, routes, run)
+    return Source(FirstlabForCausalLM(model), data.tokenizer, routes, run, data.task)
 
 
 def open_model(path: str, variant: str | None = None, **options: Any) -> Source:

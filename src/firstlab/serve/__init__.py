@@ -1,0 +1,1 @@
+"""Serve a model over HTTP to programs that speak to OpenAI's API."""

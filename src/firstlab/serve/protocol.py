@@ -1,0 +1,159 @@
+"""What clients may send, and the JSON that they get: OpenAI's, with `skip_rate` and the layers that ran."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Json = dict[str, Any]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class ApiError(Exception):
+    """A refusal as OpenAI's API puts it; `message` names the field, its value and a way out."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.body: Json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Sent(BaseModel):
+    """Anything unknown is refused; null is the same as nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+
+class StreamOptions(_Sent):
+    """Options of a stream."""
+
+    include_usage: bool = False
+
+
+class Asked(_Sent):
+    """What both endpoints take. Without a temperature the most likely token is taken."""
+
+    model: str = ""
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, ge=1)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    skip_rate: float | None = Field(None, ge=0, lt=1)
+    # Many clients send these at values that change nothing.
+    n: int = Field(1, ge=1, le=1)
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    logprobs: Literal[False] = False
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The field that says how many tokens are wanted at most, and what it says."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the response."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class Completion(Asked):
+    """POST /v1/completions."""
+
+    prompt: str | list[int]
+
+
+class Part(_Sent):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Sent):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: Any = None
+
+    @property
+    def text(self) -> str:
+        """The content in one piece."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class Chat(Asked):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        newer = self.max_completion_tokens
+        return super().limit if newer is None else ("max_completion_tokens", newer)
+
+
+Kind = TypeVar("Kind", bound=Asked)
+
+
+def parse(kind: type[Kind], body: bytes) -> Kind:
+    """The request in a body; ApiError for the first field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    first, place = errors[0], errors[0]["loc"]
+    if first["type"] == "json_invalid":
+        raise ApiError(400, f"the body is not valid JSON ({first['ctx']['error']}): send one JSON object")
+    # Without what pydantic calls the alternatives of a field.
+    field = ".".join(str(each) for each in place if isinstance(each, int) or str(each).isidentifier() and each != "str")
+    if first["type"] == "missing":
+        raise ApiError(400, f"{field} is missing: add it", field)
+    says = " or ".join(dict.fromkeys(each["msg"] for each in errors if each["loc"][:1] == place[:1]))
+    if first["type"] == "extra_forbidden":
+        says = "this server does not know the field; leave it out"
+    value = repr(first["input"])
+    raise ApiError(400, f"{field or 'body'}={value[:80]}{'...' * (len(value) > 80)}: {says}", field or None)
+
+
+class Reply:
+    """The JSON of one answer, whole or piece by piece."""
+
+    def __init__(self, chat: bool, model: str) -> None:
+        self.chat = chat
+        self._head: Json = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, text: str, reason: str, usage: Json) -> Json:
+        """The body of an answer that is not streamed."""
+        said: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return self._body(said, reason, "chat.completion") | {"usage": usage}
+
+    def piece(self, text: str, reason: str | None = None) -> Json:
+        """One event of a stream; with a reason the last one of the text."""
+        delta = {"role": "assistant", "content": text} if reason is None else {}
+        return self._body({"delta": delta} if self.chat else {"text": text}, reason, "chat.completion.chunk")
+
+    def usage(self, usage: Json) -> Json:
+        """The last event of a stream that asked for it."""
+        return self.piece("") | {"choices": [], "usage": usage}
+
+    def _body(self, said: Json, reason: str | None, name: str) -> Json:
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+        return {**self._head, "object": name if self.chat else "text_completion", "choices": [choice]}
