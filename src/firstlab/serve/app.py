@@ -14,7 +14,7 @@ import torch
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -119,6 +119,9 @@ class Server:
         except ApiError as error:
             status = error.status
             raise
+        except ClientDisconnect:  # while it sent
+            status = _HUNG_UP
+            return Response(status_code=status)
         finally:
             self.metrics.requests.labels(request.url.path, str(status)).inc()
 
@@ -144,11 +147,15 @@ class Server:
         # A page in a browser can send other types to this machine without asking.
         if content.partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, f"Content-Type={content!r}: send application/json")
-        body, most = b"", self.limits.body
+        body, size, most = b"", 0, self.limits.body
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise ApiError(413, f"the body has more than {most} bytes, the most allowed: send a shorter prompt")
+            size += len(chunk)
+            if size <= most:
+                body += chunk
+            elif size > 16 * most:
+                break  # less is read to its end: the client would not see an answer while it sends
+        if size > most:
+            raise ApiError(413, f"the body has more than {most} bytes, the most allowed: send a shorter prompt")
         return body
 
     def _submit(self, asked: Asked) -> Job:

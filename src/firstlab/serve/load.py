@@ -1,7 +1,7 @@
 """Measure a running server: throughput, TTFT and TPOT, with and without skipping.
 
     python -m firstlab.serve.load url=http://127.0.0.1:8000 requests=64 concurrency=16
-    python -m firstlab.serve.load "skip_rates=[0,0.15,0.25]" max_tokens=64 out=load.json
+    python -m firstlab.serve.load skip_rates=0,0.15,0.25 max_tokens=64 out=load.json
 
 Prompts are those of the four bundled tasks, mixed. FIRSTLAB_API_KEY is sent if it is set.
 """
@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -42,9 +42,16 @@ class LoadOptions:
     requests: int = option(64, least=1)
     concurrency: int = option(16, least=1)
     rounds: int = option(3, least=1)
-    skip_rates: list[float | None] = field(default_factory=lambda: [0.0, None])
+    skip_rates: str = "0,null"
     max_tokens: int = option(64, least=1)
     out: str | None = None
+
+
+def _rates(text: str) -> list[float | None]:
+    try:
+        return [None if each == "null" else float(each) for each in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"skip_rates={text!r}: give numbers or null, with commas between them") from error
 
 
 async def _answer(client: Any, turns: asyncio.Semaphore, body: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +119,7 @@ async def measure(options: LoadOptions) -> list[dict[str, Any]]:
     told = {"stream": True, "stream_options": {"include_usage": True}}
     sent = [{"prompt": prompt, "max_tokens": limit, **told} for prompt, limit in drawn]
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get("FIRSTLAB_API_KEY")) else None
-    rounds: dict[float | None, list[dict[str, Any]]] = {rate: [] for rate in options.skip_rates}
+    rounds: dict[float | None, list[dict[str, Any]]] = {rate: [] for rate in _rates(options.skip_rates)}
     try:
         async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600) as client:
             for _ in range(1 + options.rounds):
