@@ -221,12 +221,13 @@ def test_every_command_would_start(command: Command, page_files: Path, monkeypat
 def test_every_snippet_runs(page: Path, page_files: Path) -> None:
     ids, mask = prompts()
     # Pages whose snippets go on with a trained model and its prompts.
-    given = {"model": routed(), "batch": {"input_ids": ids, "attention_mask": mask}} if page.stem == "any-speed" else {}
+    names = {"model": routed(), "batch": {"input_ids": ids, "attention_mask": mask}} if page.stem == "any-speed" else {}
+    names["__name__"] = page.name
     with served(page, page_files) as address:
         for text in blocks(page, "python"):
             if "# model/" not in text:  # pseudo-code
                 text = text.replace(GATED, model_path("bundled:nano")).replace(ADDRESS, address)
-                exec(compile(text, page.name, "exec"), {"__name__": page.name, **given})
+                exec(compile(text, page.name, "exec"), names)  # a snippet goes on with what those before it made
 
 
 @contextmanager
