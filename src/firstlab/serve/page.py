@@ -121,8 +121,8 @@ def build(url: str, max_tokens: int) -> Any:
         prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt")
         with gr.Row():
             kind = gr.Radio([*ENDPOINTS], value="chat", label="Sent as")
-            limits = {"minimum": 0, "maximum": round(highest or 1, 2), "value": round((highest or 0) / 2, 2)}
-            rate = gr.Slider(**limits, step=0.01, label="Skip rate", visible=highest is not None, elem_id="rate")
+            most = highest or 1  # without a rate the model decides by itself
+            rate = gr.Slider(0, most, most / 2, step=0.01, label="Skip rate", visible=bool(highest), elem_id="rate")
             button = gr.Button("Run", variant="primary", elem_id="run")
         with gr.Row():
             (routed, routed_times), (dense, dense_times) = side("With skipping", "routed"), side("Every layer", "dense")
