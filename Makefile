@@ -17,7 +17,7 @@ COMET_INSTALLED := $(COMET_VENV)/.installed
 # Removes a half-made environment's marker, so that an interrupted set-up starts over.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nano lint format nano nano-data comet reproduce-tables lock clean
+.PHONY: help setup demo test test-nano lint format docs nano nano-data comet reproduce-tables lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,10 @@ lint: setup ## check style, formatting and types
 format: setup ## fix what style and formatting checks can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup ## write the documentation's site to site/; look at it: python -m http.server --directory site
+	$(PY) -m mkdocs build --strict
 
 nano: setup ## train the bundled model again, from generated text
 	$(PY) experiments/nano/train.py
@@ -72,11 +76,11 @@ lock: setup ## renew constraints.txt: the newest versions that work together on 
 	mv $(VENV)/constraints.txt constraints.txt
 
 clean: ## remove caches and build output; keep environments and runs
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --constraint constraints.txt --editable ".[dev,sweep,tensorboard,dashboard,gguf,lm-eval,serve]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[dev,sweep,tensorboard,dashboard,docs,gguf,lm-eval,mlflow,page,serve]"
 	@touch $@
 
 $(COMET_INSTALLED): constraints-comet.txt | $(COMET_VENV)/bin/python

@@ -7,12 +7,10 @@ import io
 import itertools
 import pkgutil
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
@@ -30,49 +28,19 @@ from firstlab.run.load import load, read
 from firstlab.run.sweep import expand
 from firstlab.serve.__main__ import ServeOptions, build
 from firstlab.serve.load import LoadOptions
+from firstlab.serve.page import PageOptions
 from firstlab.tables import config as tables
 from support.any_speed import routed
 from support.models import prompts
+from support.pages import PAGES, ROOT, Command, blocks, commands
 from support.tiny_run import SMALL, composed
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RESULTS = ROOT / "docs" / "results" / "nano.html"
 GATED = "meta-llama/Llama-3.2-3B"  # what snippets load; here the bundled model takes its place
 ADDRESS = LoadOptions.url  # what snippets ask; here a tiny model answers
 HYDRA_FLAGS = ("--help", "--cfg", "job", "--multirun")
-SERVING = {"serve": ServeOptions, "serve.load": LoadOptions}
-TEXT_COMMANDS = ("generate", "evaluate", "run.dashboard")
-
-
-class Command(NamedTuple):
-    """One command line of a page.
-
-    Attributes:
-        words: As a shell splits it.
-        piped: Whether another command writes its standard input.
-    """
-
-    page: str
-    words: list[str]
-    piped: bool = False
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    return [text for language, text in BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages]
-
-
-def commands(page: Path) -> Iterator[Command]:
-    """Every command of a page's shell blocks, without comments, split at && and |."""
-    for line in "".join(blocks(page, "bash", "sh", "shell")).replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;()<>")
-        lexer.whitespace_split, piped = True, False
-        for separator, words in itertools.groupby(lexer, lambda word: word in ("&&", "|", ";")):
-            if separator:
-                piped = "|" in words
-            else:
-                yield Command(page.name, list(words), piped)
+SERVING = {"serve": ServeOptions, "serve.load": LoadOptions, "serve.page": PageOptions}
+TEXT_COMMANDS = ("generate", "evaluate", "dashboard")
 
 
 COMMANDS = {" ".join(command.words): command for page in PAGES for command in commands(page)}
@@ -101,8 +69,9 @@ def page_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def check(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises if the command could not start; nothing is trained, downloaded or installed."""
     words = list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=.*", word), command.words))
+    words = words[words[0] == "srun" :]  # which starts what follows on every node
     program, arguments = Path(words[0]).name, words[1:]
-    if program in ("echo", "cd", "git"):
+    if program in ("echo", "cd", "git") or command.words == ["source", ".venv/bin/activate"]:
         return
     if program == "make":
         check_make(arguments)
@@ -218,7 +187,7 @@ class Reached(Exception):
 
 def check_text_command(name: str, arguments: list[str], piped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command that parses its own options, up to where it would load a model."""
-    if name == "run.dashboard":
+    if name == "dashboard":
         assert parse_options(DashboardOptions(), arguments)[1] == []
         return
 
@@ -246,16 +215,19 @@ def test_every_command_would_start(command: Command, page_files: Path, monkeypat
     check(command, monkeypatch)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parent.name != "tutorials"], ids=lambda page: page.name
+)
 def test_every_snippet_runs(page: Path, page_files: Path) -> None:
     ids, mask = prompts()
     # Pages whose snippets go on with a trained model and its prompts.
-    given = {"model": routed(), "batch": {"input_ids": ids, "attention_mask": mask}} if page.stem == "any-speed" else {}
+    names = {"model": routed(), "batch": {"input_ids": ids, "attention_mask": mask}} if page.stem == "any-speed" else {}
+    names["__name__"] = page.name
     with served(page, page_files) as address:
         for text in blocks(page, "python"):
             if "# model/" not in text:  # pseudo-code
                 text = text.replace(GATED, model_path("bundled:nano")).replace(ADDRESS, address)
-                exec(compile(text, page.name, "exec"), {"__name__": page.name, **given})
+                exec(compile(text, page.name, "exec"), names)  # a snippet goes on with what those before it made
 
 
 @contextmanager
@@ -297,10 +269,8 @@ def test_pages_are_short() -> None:
     for page in PAGES[1:]:
         assert len(page.read_text(encoding="utf-8").split()) <= 1300, page.name
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} == {
-        "index.md",
-        *re.findall(r"\]\(([\w-]+\.md)\)", index),
-    }
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert pages == {"index.md", *re.findall(r"\]\(([\w/-]+\.md)\)", index)}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])

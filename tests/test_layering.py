@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "firstlab"
 
 # Top to bottom: a folder imports from lower rows and from itself, never from its neighbours.
 ROWS = (
-    {"train", "evaluate", "generate", "benchmark"},
+    {"train", "evaluate", "generate", "benchmark", "dashboard"},
     {"serve"},
     {"hub"},
     {"run", "bench", "tables"},

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import Parser
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from firstlab import __version__
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,31 +60,70 @@ def test_wheel_carries_package_assets_configuration_and_licence(wheel: Path) -> 
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"firstlab", "hydra_plugins"}
 
 
-def test_wheel_finds_its_configuration_without_the_repository(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    program = "import firstlab.config.compose as c; print(c.__file__); print(c.conf_dir())"
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    done = run(sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", folder)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(folder.glob("firstlab-*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def test_the_wheel_installs_and_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+    """As pip puts it into a fresh environment: the packages it needs are those of this one, to need no network."""
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-cache-dir", "--no-compile"]
+    done = run(sys.executable, *pip, "--target", tmp_path / "site", wheel)
+    assert done.returncode == 0, done.stderr
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "method:" in python("-m", "firstlab.train", "--help")
+    assert "_target_: firstlab.methods.sleb.SLEB" in python("-m", "firstlab.train", "method=sleb", "--cfg", "job")
+    program = "import firstlab, firstlab.config.compose as c; print(firstlab.__file__, c.conf_dir(), sep='\\n')"
+    module, conf = (Path(line) for line in python("-c", program).splitlines())
+    assert module == tmp_path / "site" / "firstlab" / "__init__.py"
+    assert conf == tmp_path / "site" / "firstlab" / "conf"
+
+
+def test_what_the_index_shows(wheel: Path) -> None:
+    """Metadata of the wheel: a description that renders, the licence, every extra."""
+    archive = zipfile.ZipFile(wheel)
+    [name] = (each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(archive.read(name).decode("utf-8"))
+    assert metadata["Name"] == "firstlab" and metadata["Version"] == __version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["project"]["optional-dependencies"])
+
+
+def test_a_wheel_built_from_the_sdist_is_the_same(sdist: Path, wheel: Path) -> None:
+    names = files_of(sdist)
+    assert {"pyproject.toml", "LICENSE", "Makefile", "constraints.txt", "CITATION.cff", "mkdocs.yml"} <= names
+    assert {"conf/train.yaml", "docs/index.md", "tests/test_packaging.py"} <= names
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel"],
+        cwd=sdist,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    module, conf = (Path(line) for line in done.stdout.splitlines()[-2:])
-    assert module == tmp_path / "firstlab" / "config" / "compose.py"
-    assert conf == tmp_path / "firstlab" / "conf"
-    assert (conf / "train.yaml").is_file()
-
-
-def test_sdist_carries_what_a_wheel_is_built_from(tmp_path: Path) -> None:
-    done = run(sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", tmp_path)
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(next(tmp_path.glob("firstlab-*.tar.gz"))) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "Makefile", "constraints.txt", "conf/train.yaml"} <= names
-    assert "src/firstlab/__init__.py" in names
+    again = zipfile.ZipFile(next((sdist / "dist").glob("*.whl")))
+    assert {each.filename: each.CRC for each in again.infolist()} == {
+        each.filename: each.CRC for each in zipfile.ZipFile(wheel).infolist()
+    }
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
@@ -112,7 +154,7 @@ def test_pins_are_exact_and_hold_on_every_machine() -> None:
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    used = ("dashboard", "lm-eval", "quantization", "serve", "sweep")
+    used = ("dashboard", "lm-eval", "mlflow", "page", "quantization", "serve", "sweep")
     optional = (Requirement(line) for name in used for line in extras[name])
     declared = {canonicalize_name(requirement.name) for requirement in (*RUNTIME, *optional)}
     declared.add("triton")  # comes with torch where there is a GPU, and is not imported elsewhere

@@ -74,8 +74,8 @@ def test_a_logger_is_looked_at_before_anything_is_loaded():
         composed("logger=csv", "logger._target_=nothing.here")
     with pytest.raises(ValueError, match=r"logger\.offline='maybe' is not allowed: it takes true or false"):
         composed("logger=wandb", "logger.offline=maybe")
-    with pytest.raises(ValueError, match=r"logger\.log_model=True has no effect: models stay in the run directory"):
-        composed("logger=wandb", "+logger.log_model=true")
+    with pytest.raises(ValueError, match=r"logger\.log_model is unknown: .*CSVLogger takes save_dir"):
+        composed("logger=csv", "+logger.log_model=true")
 
 
 def test_a_folder_of_ones_own_is_searched_beside_the_bundled_one(tmp_path: Path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from firstlab.run.dashboard import main, specification, workspace
+from firstlab.dashboard import main
+from firstlab.run.dashboard import specification, workspace
 
 
 def test_a_dry_run_writes_the_specification(tmp_path: Path):

@@ -41,9 +41,9 @@ def save_any_speed(folder: Path) -> Path:
 
 
 @contextmanager
-def running(server: Server) -> Iterator[str]:
-    """The server on a free port, in a thread; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
+def running(server: Server, port: int = 0) -> Iterator[str]:
+    """The server on a port, a free one by default, in a thread; its address."""
+    with socket.create_server(("127.0.0.1", port)) as sock:
         process = uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=process.run, args=([sock],))
         thread.start()

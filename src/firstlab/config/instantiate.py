@@ -21,7 +21,7 @@ from firstlab.data.task import Task
 _OURS = {
     "method": r"firstlab\.methods\.\w+\.\w+",
     "task": r"firstlab\.data(\.\w+)+",
-    "logger": r"lightning\.pytorch\.loggers\.(CSVLogger|TensorBoardLogger|WandbLogger)",
+    "logger": r"lightning\.pytorch\.loggers\.(CSVLogger|TensorBoardLogger|WandbLogger|MLFlowLogger)",
 }
 _MIXTURE, _PART = "firstlab.data.mixture.Mixture", "firstlab.data.mixture.Part"
 #: Classes and packages of the user's own that this process may import.

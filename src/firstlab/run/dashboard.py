@@ -1,7 +1,7 @@
 """Save a W&B workspace of the runs, built from code.
 
-python -m firstlab.run.dashboard entity=USER_OR_TEAM [project=firstlab] [name=TITLE]   # needs `wandb login`
-python -m firstlab.run.dashboard dry_run=dashboard.json    # write what it would save: no login, no network
+python -m firstlab.dashboard entity=USER_OR_TEAM [project=firstlab] [name=TITLE]   # needs `wandb login`
+python -m firstlab.dashboard dry_run=dashboard.json    # write what it would save: no login, no network
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from firstlab.methods.base import Method
 from firstlab.model.routes import Routes
 from firstlab.run import directory
 from firstlab.run.context import Run, say
-from firstlab.run.loggers import close_failed, close_logger, log_evaluation, open_loggers
+from firstlab.run.loggers import LOG_MODEL, close_failed, close_logger, keep_model, log_evaluation, open_loggers
 from firstlab.run.phases import compensate_with_lora, refit, train_routers, tune
 from firstlab.store import machine, results
 from firstlab.store.files import claimed, read_own, sealed, write_atomically, yaml_text
@@ -52,6 +52,8 @@ class Experiment(Run):
             try:
                 return self._finished() or self._run()
             except Exception as error:
+                for logger in getattr(self, "loggers", ()):
+                    logger.finalize("failed")
                 if number == 0 and results.SWEEP_JOB in os.environ:
                     results.write_failure(self.directory, error)
                 raise
@@ -186,6 +188,9 @@ class Experiment(Run):
                 for logger in self.loggers:
                     log_evaluation(logger, record, joined)
                 results.write(self.directory, record)
+                if (self.config.logger or {}).get(LOG_MODEL):
+                    for logger in self.loggers:
+                        keep_model(logger, self.directory)
             for logger in self.loggers:
                 close_logger(logger)
         barrier()

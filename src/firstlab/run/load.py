@@ -107,8 +107,6 @@ def _checked(config: ExperimentConfig) -> tuple[ExperimentConfig, Method]:
     instantiate.check(config.data.task, "data.task", Task)
     if config.logger:
         instantiate.check(config.logger, "logger", Logger)
-        if uploads := config.logger.get("log_model"):
-            raise ValueError(f"logger.log_model={uploads} has no effect: models stay in the run directory; drop it")
     if (rev := config.model.revision) is not None and Path(model_path(path := config.model.path)).is_dir():
         raise ValueError(f"model.revision={rev!r} is for models of the hub, and model.path={path!r} a folder; drop it")
     if not config.phases:
