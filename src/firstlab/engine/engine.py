@@ -15,6 +15,7 @@ from torch import Tensor
 from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep, orders_anew
+from firstlab.engine.prefill import read_through_model
 from firstlab.engine.sampling import Sampling, chooser
 from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
@@ -270,23 +271,16 @@ class DecodeEngine:
             self.model.routers.checked_rate(routes.skip_rate, len(prompts))
 
     def _prefill(self, batch: list[int], task: _Task) -> list[_Row]:
-        prompts, routes, device = [task.prompts[index] for index in batch], task.routes, self.model.device
-        ids = torch.zeros(len(batch), max(map(len, prompts)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, prompt in enumerate(prompts):
-            ids[place, -len(prompt) :] = torch.as_tensor(prompt)
-            mask[place, -len(prompt) :] = 1
-        cache = self.model.new_cache(routes=None if routes is None else routes.rows(batch))
-        out = self.model(ids.to(device), mask.to(device), past_key_values=cache, logits_to_keep=1)
-        first = task.choose(out.logits[:, -1]).tolist()
-        assert cache.routes is not None
-        rows = []
-        for place, route in enumerate(cache.routes.cpu()):
-            length, kv = len(prompts[place]), {}
-            for layer in route.nonzero()[:, 0].tolist():
-                cached = cache.layers[layer]
-                kv[layer] = torch.stack([cached.keys[place, :, -length:], cached.values[place, :, -length:]])
-            rows.append(_Row(batch[place], length, [first[place]], route, kv))
+        prompts = [task.prompts[index] for index in batch]
+        rule = None if task.routes is None else task.routes.rows(batch)
+        if isinstance(self.step, GraphStep) and not (rule is not None and rule.skips_prompt):
+            read = self.step.read(prompts, self.model.routers, rule)
+        else:
+            read = read_through_model(self.model, prompts, rule)
+        first, rows = task.choose(read.logits).tolist(), []
+        for place, route in enumerate(read.routes.cpu()):
+            kv = {layer: read.keys_values(place, layer) for layer in route.nonzero()[:, 0].tolist()}
+            rows.append(_Row(batch[place], len(prompts[place]), [first[place]], route, kv))
         return rows
 
     def _advance(self, active: list[_Row], task: _Task) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firstlab.model.quantization import is_quantized, stored_tensors
+from firstlab.model.quantization import Int8Linear, is_quantized, stored_tensors
 from firstlab.model.routes import EarlyExit
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
@@ -70,6 +70,30 @@ def _fuse(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
         for linear, part in zip(linears, bias.split([len(each) for each in biases]), strict=True):
             linear.bias.data = part
     return weight, bias
+
+
+@dataclass
+class Maps:
+    """Linear maps of one input, for kernels that read their weights."""
+
+    linears: Sequence[Any]
+    weight: Tensor | None  # of all, side by side; None where only the modules can read theirs
+    bias: Tensor | None
+    scale: Tensor | None = None  # of each output, where the weights are 8-bit integers
+
+    @classmethod
+    def of(cls, linears: Sequence[Any], weight: Tensor | None, bias: Tensor | None) -> Maps:
+        """Fuses 8-bit weights, whose modules become views of them."""
+        if weight is not None or not all(isinstance(each, Int8Linear) for each in linears):
+            return cls(linears, weight, bias)
+        scale = torch.cat([linear.scale.data for linear in linears])
+        for linear, part in zip(linears, scale.split([len(each.scale) for each in linears]), strict=True):
+            linear.scale.data = part
+        return cls(linears, *_fuse(linears), scale)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What they give, side by side."""
+        return _apply(x, self.linears, self.weight if self.scale is None else None, self.bias)
 
 
 def _save_by_row(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -143,6 +167,10 @@ class Layer:
         self.outputs, self.downs = [attention.o_proj], [mlp.down_proj]
         self.out, self.out_bias = unfused if quantized else _fuse(self.outputs)
         self.down, self.down_bias = unfused if quantized else _fuse(self.downs)
+        self.maps_qkv = Maps.of(self.inputs, self.qkv, self.qkv_bias)
+        self.maps_out = Maps.of(self.outputs, self.out, self.out_bias)
+        self.maps_gate_up = Maps.of(self.gates, self.gate_up, self.gate_up_bias)
+        self.maps_down = Maps.of(self.downs, self.down, self.down_bias)
         self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self.norm_1, self.norm_2 = _RMSNorm(layer.input_layernorm), _RMSNorm(layer.post_attention_layernorm)
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
@@ -151,12 +179,13 @@ class Layer:
         self._watched = [layer.input_layernorm, self.inputs[0], self.gates[0]]
         self._read = self._stored()  # kept, so that nothing else gets their addresses
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, normed: Tensor | None = None) -> Tensor:
         """Queries, keys, values [n, heads + 2 · kv heads, head dim] of the layer's input x [n, D], the former turned.
 
-        Angles are [n or 1, 1, head dim].
+        Angles are [n or 1, 1, head dim]; `normed` is the normed x where that is known.
         """
-        qkv = _apply(self.norm_1(x), self.inputs, self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
+        normed = self.norm_1(x) if normed is None else normed
+        qkv = _apply(normed, self.inputs, self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
         if self.query_norm is not None:
             queries = qkv[:, : self.heads]
             queries.copy_(self.query_norm(queries))
