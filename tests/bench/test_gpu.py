@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from firstlab.bench import gpu, gpu_parts, gpu_run
 from firstlab.bench.gpu import PARTS, Found, GpuConfig, MissingError, Target
 from firstlab.bench.gpu_run import print_targets, run
-from firstlab.config.compose import conf_dir
+from firstlab.bench.workload import distinct_routes
+from firstlab.config.build import model_path
+from firstlab.config.compose import compose_file, conf_dir, register
+from firstlab.run.load import load
 from support.models import tiny_model
 from support.tiny_run import SMALL
 
@@ -91,7 +95,7 @@ def test_run(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gpu_parts, "sizes_of", lambda *given: replace(sizes_of(*given), run=options))
     record = measured(tmp_path, "run")
     [(name, result)] = record["record"]["results"].items()
-    assert name.startswith("mini_ende-tiny/none") and set(result["variants"]) == {"dense"}
+    assert name.startswith("mini_ende-tiny/none") and set(result["variants"]) == {"base"}
 
 
 def test_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +245,18 @@ def test_the_folder_of_another_preset_is_left_alone(tmp_path: Path) -> None:
 def test_settings_out_of_range(tmp_path: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(GpuConfig(out=str(tmp_path)), **given).check()
+
+
+def test_the_preset_for_a_gpu_fits_its_models() -> None:
+    register()
+    sizes = gpu_parts.sizes_of(GpuConfig(), "cuda")
+    for model in (sizes.large, sizes.small):
+        model.check_trainable()
+        config = AutoConfig.from_pretrained(model_path(model.path, config_only=True))
+        longest = max(sizes.long_prompt + sizes.tokens, *(length + 1 for _, length in sizes.prefills))
+        assert longest <= config.max_position_embeddings and sizes.prompt + 60 <= config.max_position_embeddings
+        assert len(distinct_routes(config.num_hidden_layers, 0.25, sizes.mixed[1], 0)) == 8
+    assert load(compose_file("train", [*sizes.run, "trainer=gpu"]))[0].trainer.accelerator == "gpu"
 
 
 def test_the_preset_for_a_gpu_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

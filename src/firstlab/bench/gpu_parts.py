@@ -87,8 +87,8 @@ def sizes_of(config: GpuConfig, device: str) -> Sizes:
             SpeedModelConfig(name, path, dtype="bfloat16", random_init=True)
             for name, path in zip(("llama3_8b", "llama32_3b"), ARCHITECTURES, strict=True)
         )
-        prefills = ((1, 128), (1, 512), (1, 2048), (1, 8192), (32, 128))
-        numbers: dict[str, Any] = {"prompt": 512, "long_prompt": 8192, "tokens": 64, "batches": (8, 32)}
+        prefills = ((1, 128), (1, 512), (1, 2048), (1, 8000), (32, 128))
+        numbers: dict[str, Any] = {"prompt": 512, "long_prompt": 8000, "tokens": 64, "batches": (8, 32)}
         numbers |= {"long_batch": 8, "mixed": (32, 8), "waiting": 64, "prefills": prefills, "training": (8, 128, 64)}
         numbers |= {"run": _RUN.split(), "repetitions": 5, "matrix": 8192, "copy_mib": 1024, "examples": 100}
         return Sizes(device, large, small, decoders=("transformers_static",), **numbers)

@@ -104,8 +104,8 @@ class Prefill:
             logits.append(found[0])
             sums.append(found[1])
             kv += [found[2][:, row, : len(prompts[place])] for row, place in enumerate(some)]
-        device = self._ids.device
-        back = torch.tensor(order, device=device).argsort()
+        places, device = torch.tensor(order).argsort(), self._ids.device
+        back, of_prompt = places.to(device), places.tolist()
         if measuring is None:
             assert rule is not None
             routes = rule.first(len(self._step.layers)).to(device).expand(len(prompts), -1)
@@ -114,10 +114,10 @@ class Prefill:
             rate = rule.skip_rate if isinstance(rule, RoutersDecide) else None
             means = torch.cat([each for each in sums if each is not None])[back] / lengths
             routes = routers.decision(means, rate)[1]
-        heads, places = (2, self._step.kv_heads), back.tolist()
+        heads = (2, self._step.kv_heads)
 
         def keys_values(place: int, layer: int) -> Tensor:
-            return kv[places[place]][layer].unflatten(1, heads).permute(1, 2, 0, 3)
+            return kv[of_prompt[place]][layer].unflatten(1, heads).permute(1, 2, 0, 3)
 
         return Prompts(torch.cat(logits)[back], routes, keys_values)
 
