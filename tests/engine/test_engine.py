@@ -402,22 +402,22 @@ def test_saved_model_is_whole(tmp_path: Path) -> None:
 def test_weights_in_the_order_that_products_are_fast_in() -> None:
     model = routed_model()
     layer = DecodeEngine(model, 16).step.layers[0]
-    for fused, maps in ((layer.qkv, layer.inputs), (layer.gate_up, layer.gates), (layer.down, layer.downs)):
-        assert fused.stride() == (1, len(fused))
-        storages = {each.weight.untyped_storage().data_ptr() for each in maps}
-        assert storages == {fused.untyped_storage().data_ptr()}  # nothing is stored twice
+    for maps in (layer.qkv, layer.gate_up, layer.down):
+        assert maps.weight.stride() == (1, len(maps.weight))
+        storages = {each.weight.untyped_storage().data_ptr() for each in maps.linears}
+        assert storages == {maps.weight.untyped_storage().data_ptr()}  # nothing is stored twice
     assert all(weight.is_contiguous() for weight in model.lm.state_dict().values())
     halved = DecodeEngine(model.to(torch.bfloat16), 16).step.layers[0]
-    assert halved.qkv.is_contiguous() and halved.down.is_contiguous()
-    assert torch.equal(halved.qkv, torch.cat([each.weight for each in halved.inputs]))
+    assert halved.qkv.weight.is_contiguous() and halved.down.weight.is_contiguous()
+    assert torch.equal(halved.qkv.weight, torch.cat([each.weight for each in halved.qkv.linears]))
 
 
 def test_engines_of_one_model_share_its_weights() -> None:
     model = routed_model()
     first, second = DecodeEngine(model, 32), DecodeEngine(model, 32)
     for one, other in zip(first.step.layers, second.step.layers, strict=True):
-        assert one.qkv.data_ptr() == other.qkv.data_ptr() and torch.equal(one.qkv, other.qkv)
-        assert one.gate_up.data_ptr() == other.gate_up.data_ptr() and torch.equal(one.gate_up, other.gate_up)
+        for mine, theirs in ((one.qkv.weight, other.qkv.weight), (one.gate_up.weight, other.gate_up.weight)):
+            assert mine.data_ptr() == theirs.data_ptr() and torch.equal(mine, theirs)
     with torch.no_grad():
         for parameter in model.lm.parameters():
             parameter.mul_(1.1)

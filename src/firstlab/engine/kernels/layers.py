@@ -50,12 +50,12 @@ class FusedLayers:
     def __call__(self, index: int, x: Tensor, kv: Tensor, at: Tensor) -> None:
         """x [n, D] becomes the layer's output; its keys and values go to the places `at` [n] of kv."""
         layer: Any = self._layers[index]
-        self.finish(layer, x, self._attend(layer, self.product(x, layer.maps_qkv, layer.norm_1), kv, at))
+        self.finish(layer, x, self._attend(layer, self.product(x, layer.qkv, layer.norm_1), kv, at))
 
     def finish(self, layer: Any, x: Tensor, mixed: Tensor) -> None:
         """The layer's input x [n, D] becomes its output, from what attention read [n, heads · head dim]."""
-        self.product(mixed, layer.maps_out, out=x, add=True)
-        self.product(self._gate(x, layer.maps_gate_up, layer.norm_2), layer.maps_down, out=x, add=True)
+        self.product(mixed, layer.out, out=x, add=True)
+        self.product(self._gate(x, layer.gate_up, layer.norm_2), layer.down, out=x, add=True)
 
     def product(self, x: Tensor, maps: Maps, norm: Any = None, out: Tensor | None = None, add: bool = False) -> Tensor:
         """The maps of norm(x) side by side, in `out` if that is given, or added to it."""

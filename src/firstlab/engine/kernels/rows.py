@@ -62,8 +62,10 @@ def add_product(sums, some, tile, KIND: tl.constexpr, ROWS: tl.constexpr):
     """Adds the product of rows [ROWS, DEPTH] in float32 and a tile of a weight [COLUMNS, DEPTH], both as KIND."""
     if ROWS == 1:
         return sums + tile.to(tl.float32) * some
-    else:
-        return dot(tile.to(KIND), tl.trans(some.to(KIND)), sums)
+    elif tile.dtype == KIND:
+        return dot(tile, tl.trans(some.to(KIND)), sums)
+    else:  # by way of float32: the interpreter takes integers for the bits of bfloat16
+        return dot(tile.to(tl.float32).to(KIND), tl.trans(some.to(KIND)), sums)
 
 
 @triton.jit
