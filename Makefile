@@ -17,7 +17,7 @@ COMET_INSTALLED := $(COMET_VENV)/.installed
 # Removes a half-made environment's marker, so that an interrupted set-up starts over.
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-nano lint format docs nano nano-data comet reproduce-tables lock clean
+.PHONY: help setup demo gpu test test-nano lint format docs nano nano-data comet reproduce-tables lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo test test-nano: export HF_HUB_OFFLINE := 1
 demo: setup ## train, evaluate and plot the bundled model twice: 15 % and 25 % of layers skipped
 	$(PY) -m firstlab.train +experiment=demo
 	$(PY) -m firstlab.train +experiment=demo method.target_skip=0.25
+
+gpu: setup ## measure everything on one H100 or H200, at most 20 minutes; without a GPU: docs/gpu.md
+	$(PY) -m firstlab.benchmark preset=gpu
 
 test: export OMP_NUM_THREADS := 1
 test: lint ## lint, then run the test suite

@@ -119,7 +119,6 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
     name = module.removeprefix("firstlab.")
     assert name != module, f"{module} is not firstlab's"
     importlib.import_module(module)
-    monkeypatch.setattr("firstlab.model.quantization.find_spec", lambda package: True)  # an extra
     if name == "hub":
         check_hub(arguments)
         return
@@ -135,6 +134,8 @@ def check_module(words: list[str], command: Command, monkeypatch: pytest.MonkeyP
             importlib.import_module(each.name)  # registers its schema
         if arguments[:1] == ["training"]:
             config_name = f"{arguments.pop(0)}_speed"
+        elif any(each.startswith("preset=") for each in arguments):
+            config_name = "gpu_benchmark"
     arguments, folders = own_folders([each for each in arguments if each not in HYDRA_FLAGS])
     overrides = [*search_path(folders), *arguments]
     with initialize_config_dir(conf_dir(), version_base="1.3"):

@@ -3,6 +3,7 @@
 python -m firstlab.benchmark [model=hf model.path=ID_OR_FOLDER model.name=NAME] [skip_rates=[0.25]] [out=FOLDER]
 python -m firstlab.benchmark model=llama3_8b model.random_init=true model.dtype=bfloat16 routes=paper
 python -m firstlab.benchmark training [model=hf model.path=ID_OR_FOLDER model.name=NAME] [batch_size=4] [out=FOLDER]
+python -m firstlab.benchmark preset=gpu [parts=[tests,decode,mixed,prefill,train,run,quantize]] [out=FOLDER]
 """
 
 from __future__ import annotations
@@ -26,10 +27,24 @@ def main(composed: DictConfig) -> None:
     run(config)
 
 
-if __name__ == "__main__":
-    import firstlab.bench.config  # noqa: F401  registers the schemas
+def main_of_parts(composed: DictConfig) -> None:
+    """Check the settings, then measure every part."""
+    from firstlab.bench.gpu import load
 
-    training = sys.argv[1:2] == ["training"]
-    if training:
-        del sys.argv[1]
-    command("training_speed" if training else "benchmark", main, resumes=False)
+    config = load(composed)
+    from firstlab.bench.gpu_run import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    import firstlab.bench.config
+    import firstlab.bench.gpu  # noqa: F401  registers the schemas, as the line above
+
+    if any(each.startswith("preset=") for each in sys.argv[1:]):
+        command("gpu_benchmark", main_of_parts)
+    else:
+        training = sys.argv[1:2] == ["training"]
+        if training:
+            del sys.argv[1]
+        command("training_speed" if training else "benchmark", main, resumes=False)

@@ -16,10 +16,11 @@ from firstlab.engine.engine import DecodeEngine, EngineOutput
 from firstlab.engine.graph_step import GraphStep, runs_of
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep
+from firstlab.engine.prefill import read_through_model
 from firstlab.engine.sampling import Sampling
 from firstlab.model.generation_options import pinned_generation
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.routes import EarlyExit, PrunedRoutes, StepRoutes
+from firstlab.model.routes import EarlyExit, FixedRoutes, PrunedRoutes, StepRoutes
 from firstlab.model.settings import LoraSettings
 from support.models import prompts as padded_prompts
 from support.models import random_routers, routed_model, tiny_model
@@ -401,22 +402,22 @@ def test_saved_model_is_whole(tmp_path: Path) -> None:
 def test_weights_in_the_order_that_products_are_fast_in() -> None:
     model = routed_model()
     layer = DecodeEngine(model, 16).step.layers[0]
-    for fused, maps in ((layer.qkv, layer.inputs), (layer.gate_up, layer.gates), (layer.down, layer.downs)):
-        assert fused.stride() == (1, len(fused))
-        storages = {each.weight.untyped_storage().data_ptr() for each in maps}
-        assert storages == {fused.untyped_storage().data_ptr()}  # nothing is stored twice
+    for maps in (layer.qkv, layer.gate_up, layer.down):
+        assert maps.weight.stride() == (1, len(maps.weight))
+        storages = {each.weight.untyped_storage().data_ptr() for each in maps.linears}
+        assert storages == {maps.weight.untyped_storage().data_ptr()}  # nothing is stored twice
     assert all(weight.is_contiguous() for weight in model.lm.state_dict().values())
     halved = DecodeEngine(model.to(torch.bfloat16), 16).step.layers[0]
-    assert halved.qkv.is_contiguous() and halved.down.is_contiguous()
-    assert torch.equal(halved.qkv, torch.cat([each.weight for each in halved.inputs]))
+    assert halved.qkv.weight.is_contiguous() and halved.down.weight.is_contiguous()
+    assert torch.equal(halved.qkv.weight, torch.cat([each.weight for each in halved.qkv.linears]))
 
 
 def test_engines_of_one_model_share_its_weights() -> None:
     model = routed_model()
     first, second = DecodeEngine(model, 32), DecodeEngine(model, 32)
     for one, other in zip(first.step.layers, second.step.layers, strict=True):
-        assert one.qkv.data_ptr() == other.qkv.data_ptr() and torch.equal(one.qkv, other.qkv)
-        assert one.gate_up.data_ptr() == other.gate_up.data_ptr() and torch.equal(one.gate_up, other.gate_up)
+        for mine, theirs in ((one.qkv.weight, other.qkv.weight), (one.gate_up.weight, other.gate_up.weight)):
+            assert mine.data_ptr() == theirs.data_ptr() and torch.equal(mine, theirs)
     with torch.no_grad():
         for parameter in model.lm.parameters():
             parameter.mul_(1.1)
@@ -447,22 +448,30 @@ def gpu_tokens(model: RouterAugmentedLM, prompt: list[int], rule: object, new: i
     return out[0, len(prompt) :].tolist()
 
 
+@cache
+def gpu_cases(architecture: str) -> tuple[list[list[int]], list[tuple[Any, list[list[int]]]]]:
+    """Prompts, and rules with the tokens that `generate` gives under them, once for all engines."""
+    model, generator = on_gpu(architecture), torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in (57, 3, 70, 1, 30, 61, 5)]
+    choices = torch.rand(4, 6, generator=generator) > 0.3
+    routes = choices[torch.arange(len(prompts)) % 4]
+    cases: list[tuple[Any, list[list[int]]]] = []
+    for rule in (routes, routes.flip(0), None):
+        each = [None] * len(prompts) if rule is None else rule
+        cases.append((rule, [gpu_tokens(model, *pair, 12) for pair in zip(prompts, each, strict=True)]))
+    return prompts, cases
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["eager", "graphs"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3"])
 def test_gpu_tokens_of_generate(mode: str, architecture: str) -> None:
     """Mixed routes, lengths and ends over several windows, replayed and captured in turn."""
-    model, generator = on_gpu(architecture), torch.Generator().manual_seed(3)
-    lengths = (57, 3, 70, 12, 1, 30, 61, 8, 5)
-    prompts = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
-    choices = torch.rand(4, 6, generator=generator) > 0.3
-    routes = choices[torch.arange(len(prompts)) % 4]
+    prompts, cases = gpu_cases(architecture)
     for batch_size in (1, 4):
-        engine = DecodeEngine(model, 128, batch_size, mode=mode)
-        for rule in (routes, routes.flip(0), None):
-            tokens = engine.generate(prompts, 30, rule).tokens
-            each = [None] * len(prompts) if rule is None else rule
-            assert tokens == [gpu_tokens(model, *pair, 30) for pair in zip(prompts, each, strict=True)]
+        engine = DecodeEngine(on_gpu(architecture), 88, batch_size, mode=mode)
+        for rule, expected in cases:
+            assert engine.generate(prompts, 12, rule).tokens == expected
 
 
 @pytest.mark.gpu
@@ -470,13 +479,13 @@ def test_gpu_captures_each_run_of_layers_once() -> None:
     model, engine = on_gpu(), DecodeEngine(on_gpu(), 64)
     assert engine.mode == "graphs" and engine.lookahead == 1 and isinstance(engine.step, GraphStep)
     engine.generate([[5, 6, 7]], NEW, torch.ones(6, dtype=torch.bool))
-    assert len(engine.step._graphs) == 1 + 2
+    assert len(engine.step._graphs) == 1 + 3  # one run, begin and end, and the prompt
     known = {tuple(range(6))}
     for seed in (*range(6), *range(6)):
         route = torch.rand(6, generator=torch.Generator().manual_seed(seed)) > 0.4
         assert engine.generate([[5, 6, 7]], NEW, route).tokens == [gpu_tokens(model, [5, 6, 7], route, NEW)]
         known |= set(map(tuple, runs_of(route.nonzero().flatten().tolist())))
-        assert len(engine.step._graphs) == len(known) + 2
+        assert len(engine.step._graphs) == len(known) + 3
 
 
 @pytest.mark.gpu
@@ -491,10 +500,20 @@ def test_gpu_schedules_early_exit_and_sampling() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("way", ["kernels", "torch", "compiled"])
-def test_gpu_half_precision(dtype: torch.dtype, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        ("kernels", torch.bfloat16),
+        ("kernels", torch.float16),
+        ("torch", torch.bfloat16),
+        ("torch", torch.float16),
+        ("compiled", torch.bfloat16),  # one type: every type is compiled anew
+    ],
+)
+def test_gpu_half_precision(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits along the same tokens, hardly further from float64 than plain torch in the same type."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda what, options, **given: compiler(what, **given))  # untuned: seconds
     lm = deepcopy(on_gpu().lm).to(dtype)
     exact = LlamaStep(deepcopy(lm).double(), 4, 96)
     eager, other = LlamaStep(lm, 4, 96), GraphStep(lm, 4, 96, Graphs(torch.device("cuda")), way)
@@ -504,10 +523,37 @@ def test_gpu_half_precision(dtype: torch.dtype, way: str) -> None:
     for route, each in zip(routes, kv, strict=True):
         for step in (exact, eager, other):
             step.join(dict.fromkeys(route, each), 62)
+    logits: list[list[torch.Tensor]] = [[], [], []]
     for token in range(8):  # over the edge of a window
         tokens = torch.tensor([10 + token, 20, 30], device="cuda")
-        wanted, plain, found = (step(tokens).double() for step in (exact, eager, other))
-        assert (found - wanted).norm() < 1.5 * (plain - wanted).norm() < 0.2 * wanted.norm()
+        for step, kept in zip((exact, eager, other), logits, strict=True):
+            kept.append(step(tokens).double())
+    # All steps together: in a single one plain torch may be right by chance.
+    assert_hardly_further(*map(torch.stack, logits))
+
+
+def assert_hardly_further(wanted: torch.Tensor, plain: torch.Tensor, found: torch.Tensor) -> None:
+    assert (found - wanted).norm() < 1.5 * (plain - wanted).norm() < 0.2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_gpu_half_precision_of_prompts(dtype: torch.dtype, in_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above for what the engine's own prefill reads."""
+    if in_chunks:
+        monkeypatch.setattr("firstlab.engine.prefill.REPLAYED", 0)
+        monkeypatch.setattr("firstlab.engine.prefill.MOST", 48)
+    lm = deepcopy(on_gpu().lm).to(dtype)
+    model, exact = RouterAugmentedLM(lm), RouterAugmentedLM(deepcopy(lm).double())
+    step, rule = GraphStep(lm, 3, 128, Graphs(torch.device("cuda"))), FixedRoutes(torch.ones(6, dtype=torch.bool))
+    for seed in range(2):  # captured, replayed
+        generator = torch.Generator().manual_seed(seed)
+        prompts = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in (9, 110, 30)]
+        found = step.read(prompts, model.routers, rule)
+        wanted, plain = (read_through_model(each, prompts, rule) for each in (exact, model))
+        assert_hardly_further(*(each.logits.double() for each in (wanted, plain, found)))
+        assert_hardly_further(*(each.keys_values(1, 5).double() for each in (wanted, plain, found)))
 
 
 def test_what_happens_to_the_model_after_its_engine_was_made() -> None:

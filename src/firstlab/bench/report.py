@@ -45,7 +45,7 @@ def run(config: SpeedConfig) -> None:
     print(f"record:  {file}")
 
 
-def _print_table(title: str, rows: Sequence[dict[str, str | None]]) -> None:
+def print_table(title: str, rows: Sequence[dict[str, str | None]]) -> None:
     """The first column holds the names; columns without any value are left out."""
     view = Table(title=title, title_justify="left")
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
@@ -60,7 +60,7 @@ def print_decoding(record: dict[str, Any]) -> None:
     """One table per batch size and prompt length, then a line for each mixed batch and queue."""
     for cell in record["cells"]:
         title = f"{record['model']}, batch {cell['batch_size']}, prompt of {cell['prompt_length']} tokens"
-        _print_table(title, [_decoding_row(row) for row in cell["variants"]])
+        print_table(title, [_decoding_row(row) for row in cell["variants"]])
         least = {row["quantization"]: row["limit_tpot_s"] for row in cell["variants"] if row["skip_rate"] == 0}
         limits = [f"{1000 * seconds:.2f} ms" + (f" ({name})" if name else "") for name, seconds in least.items()]
         print(
@@ -132,7 +132,7 @@ def print_training(record: dict[str, Any]) -> None:
         shown |= {"step ms": f"{1000 * row['step_s']:.1f}", "tokens/s": f"{row['tokens_per_s']:.0f}"}
         shown |= {"speed-up": f"{row['speedup_over_plain']:.2f}"}
         rows.append({**shown, "peak MiB": None if peak is None else f"{peak / 2**20:.0f}"})
-    _print_table(title, rows)
+    print_table(title, rows)
     if all(row["peak MiB"] is None for row in rows):
         print("peak memory is measured on CUDA devices only")
 

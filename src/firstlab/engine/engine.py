@@ -16,6 +16,7 @@ from firstlab.engine.batching import ContinuousBatch, Request, choose_each, rout
 from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep, orders_anew
+from firstlab.engine.prefill import read_through_model
 from firstlab.engine.sampling import Sampling, chooser
 from firstlab.model.generation_options import check_score_settings, stop_tokens
 from firstlab.model.lm import RouterAugmentedLM
@@ -242,21 +243,15 @@ class DecodeEngine:
             self.model.routers.checked_rate(routes.skip_rate, len(prompts))
 
     def _prefill(self, batch: list[Request]) -> None:
-        prompts, device = [request.prompt for request in batch], self.model.device
-        ids = torch.zeros(len(batch), max(map(len, prompts)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, prompt in enumerate(prompts):
-            ids[place, -len(prompt) :] = torch.as_tensor(prompt)
-            mask[place, -len(prompt) :] = 1
-        cache = self.model.new_cache(routes=routes_together(batch, self.model.num_layers, self._default_rate))
-        out = self.model(ids.to(device), mask.to(device), past_key_values=cache, logits_to_keep=1)
-        first = choose_each(out.logits[:, -1], [request.choose for request in batch]).tolist()
-        assert cache.routes is not None
-        for place, route in enumerate(cache.routes.cpu()):
-            length, kv = len(prompts[place]), {}
-            for layer in route.nonzero()[:, 0].tolist():
-                cached = cache.layers[layer]
-                kv[layer] = torch.stack([cached.keys[place, :, -length:], cached.values[place, :, -length:]])
+        prompts = [request.prompt for request in batch]
+        rule = routes_together(batch, self.model.num_layers, self._default_rate)
+        if isinstance(self.step, GraphStep) and not (rule is not None and rule.skips_prompt):
+            read = self.step.read(prompts, self.model.routers, rule)
+        else:
+            read = read_through_model(self.model, prompts, rule)
+        first = choose_each(read.logits, [request.choose for request in batch]).tolist()
+        for place, route in enumerate(read.routes.cpu()):
+            kv = {layer: read.keys_values(place, layer) for layer in route.nonzero()[:, 0].tolist()}
             batch[place].prefilled(first[place], route, kv)
 
     def _default_rate(self) -> float:

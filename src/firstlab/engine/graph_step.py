@@ -23,9 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firstlab.engine.graphs import Body, Graphs
-from firstlab.engine.llama_step import Layer, LlamaStep, Plan, Positions
+from firstlab.engine.llama_step import Layer, LlamaStep, Maps, Plan, Positions
+from firstlab.engine.prefill import Prefill, Prompts
 from firstlab.model.quantization import is_quantized, stored_tensors
-from firstlab.model.routes import EarlyExit
+from firstlab.model.route_router import RouteRouter
+from firstlab.model.routers import Routers
+from firstlab.model.routes import EarlyExit, Routes
 
 if TYPE_CHECKING:
     from firstlab.engine.kernels.layers import FusedLayers
@@ -77,8 +80,8 @@ class GraphStep(LlamaStep):
         lm, max_batch_size, max_length: See `LlamaStep`.
         graphs: Makes the replays.
         way: How layers are computed: with our "kernels", by "torch", or "compiled" by it, which takes a minute at the
-            first tokens. None: kernels on CUDA where they fit and Triton is there; compiled for quantized weights on
-            CUDA, whose products are made for it; else torch.
+            first tokens. None: kernels on CUDA where they fit and Triton is there; without it compiled for quantized
+            weights, whose products are made for that; else torch.
     """
 
     def __init__(self, lm: Any, max_batch_size: int, max_length: int, graphs: Graphs, way: str | None = None) -> None:
@@ -92,7 +95,7 @@ class GraphStep(LlamaStep):
         self._finish: Callable[..., Tensor] = Layer.finish
         self._fused: FusedLayers | None = None
         if way is None and device.type == "cuda":
-            way = "compiled" if is_quantized(lm) else "kernels" if find_spec("triton") else "torch"
+            way = "kernels" if find_spec("triton") else "compiled" if is_quantized(lm) else "torch"
         if way == "kernels":
             from firstlab.engine.kernels.layers import FusedLayers, fits
 
@@ -120,6 +123,11 @@ class GraphStep(LlamaStep):
         self._x = torch.zeros(max_batch_size + 1, weight.shape[1], dtype=weight.dtype, device=device)
         self._scores = torch.zeros(max_batch_size, len(self.embedding), dtype=weight.dtype, device=device)
         self._replays: tuple[int, list[Body]] | None = None
+        self._prefill = Prefill(self, self._fused, max_batch_size)
+
+    def read(self, prompts: Sequence[Sequence[int]], routers: Routers | RouteRouter, rule: Routes | None) -> Prompts:
+        """What `join` takes of prompts, and their first logits; the rule must let a prompt run every layer."""
+        return self._prefill(prompts, routers, rule, self._graphs)
 
     def is_current(self) -> bool:
         """Whether all weights still are where the graphs read them."""
@@ -217,7 +225,7 @@ class GraphStep(LlamaStep):
         """Logits, and the rows are one token longer."""
         x, scores = self._x[:rows], self._scores[:rows]
         if self._fused is not None:
-            self._fused.product(x, self.head.weight, self.head.bias, self.norm, scores)
+            self._fused.product(x, Maps([self.head], self.head.weight, self.head.bias), self.norm, scores)
         else:
             scores.copy_(self._logits(x))
         self._filled += self._grows

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from firstlab.model.quantization import is_quantized, stored_tensors
+from firstlab.model.quantization import Int8Linear, is_quantized, stored_tensors
 from firstlab.model.routes import EarlyExit
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM")
@@ -60,16 +60,48 @@ def _fuse(linears: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
             linear.weight.data = part
             if by_column:
                 linear.register_state_dict_post_hook(_save_by_row)
-    if linears[0].bias is None:
-        return weight, None
-    biases = [linear.bias.data.unsqueeze(1) for linear in linears]
-    if _is_fused(biases, False):
-        bias = biases[0].as_strided((len(weight),), (1,))
-    else:
-        bias = torch.cat(biases).squeeze(1)
-        for linear, part in zip(linears, bias.split([len(each) for each in biases]), strict=True):
-            linear.bias.data = part
-    return weight, bias
+    return weight, None if linears[0].bias is None else _fuse_vectors([linear.bias for linear in linears])
+
+
+def _fuse_vectors(parameters: Sequence[Tensor]) -> Tensor:
+    """One vector of several, which become views of it."""
+    columns = [each.data.unsqueeze(1) for each in parameters]
+    if _is_fused(columns, False):
+        return columns[0].as_strided((sum(map(len, columns)),), (1,))
+    whole = torch.cat(columns).squeeze(1)
+    for each, part in zip(parameters, whole.split([len(each) for each in columns]), strict=True):
+        each.data = part
+    return whole
+
+
+@dataclass
+class Maps:
+    """Linear maps of one input, side by side."""
+
+    linears: Sequence[Any]
+    weight: Tensor | None = None  # of all; None where only the modules can read theirs
+    bias: Tensor | None = None
+    scale: Tensor | None = None  # of each output, where the weights are 8-bit integers
+
+    @classmethod
+    def of(cls, linears: Sequence[Any], plain: bool) -> Maps:
+        """Fuse plain weights or 8-bit ones, of which the modules become views; other quantized ones stay apart."""
+        if plain:
+            return cls(linears, *_fuse(linears))
+        if not all(isinstance(each, Int8Linear) for each in linears):
+            return cls(linears)
+        return cls(linears, *_fuse(linears), _fuse_vectors([linear.scale for linear in linears]))
+
+    def without_first(self, width: int) -> Maps:
+        """The same but for the first map, of this width; all of a single map that cannot be split."""
+        if self.weight is None or self.scale is not None:
+            return Maps(self.linears[1:] or self.linears)
+        return Maps(self.linears[1:], self.weight[width:], None if self.bias is None else self.bias[width:])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is not None and self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        return self.linears[0](x) if len(self.linears) == 1 else torch.cat([linear(x) for linear in self.linears], -1)
 
 
 def _save_by_row(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -91,13 +123,6 @@ def _is_fused(weights: Sequence[Tensor], by_column: bool) -> bool:
 def _parts(module: Any, fused: str, apart: Sequence[str]) -> list[Any]:
     """The linear maps of one input."""
     return [getattr(module, name) for name in ([fused] if hasattr(module, fused) else apart)]
-
-
-def _apply(x: Tensor, linears: Sequence[Any], weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What the maps give, side by side: through their fused weight, or one by one where there is none."""
-    if weight is not None:
-        return F.linear(x, weight, bias)
-    return linears[0](x) if len(linears) == 1 else torch.cat([linear(x) for linear in linears], -1)
 
 
 class _RMSNorm:
@@ -131,32 +156,26 @@ class Layer:
     def __init__(self, layer: Any, heads: int, kv_heads: int, head_dim: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        plain = not is_quantized(layer)
         # Phi-3 has them in one map already.
-        self.inputs = _parts(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
-        self.gates = _parts(mlp, "gate_up_proj", ("gate_proj", "up_proj"))
-        # Quantized maps are not fused.
-        quantized = is_quantized(layer)
-        unfused: tuple[Tensor | None, Tensor | None] = (None, None)
-        self.qkv, self.qkv_bias = unfused if quantized else _fuse(self.inputs)
-        self.gate_up, self.gate_up_bias = unfused if quantized else _fuse(self.gates)
+        self.qkv = Maps.of(_parts(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")), plain)
+        self.gate_up = Maps.of(_parts(mlp, "gate_up_proj", ("gate_proj", "up_proj")), plain)
         # Not fused with anything, but read like the others: calling a module takes longer than a small product.
-        self.outputs, self.downs = [attention.o_proj], [mlp.down_proj]
-        self.out, self.out_bias = unfused if quantized else _fuse(self.outputs)
-        self.down, self.down_bias = unfused if quantized else _fuse(self.downs)
+        self.out, self.down = Maps.of([attention.o_proj], plain), Maps.of([mlp.down_proj], plain)
         self.act = getattr(mlp, "act_fn", None) or mlp.activation_fn
         self.norm_1, self.norm_2 = _RMSNorm(layer.input_layernorm), _RMSNorm(layer.post_attention_layernorm)
         query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.query_norm = None if query_norm is None else _RMSNorm(query_norm)
         self.key_norm = None if key_norm is None else _RMSNorm(key_norm)
-        self._watched = [layer.input_layernorm, self.inputs[0], self.gates[0]]
+        self._watched = [layer.input_layernorm, self.qkv.linears[0], self.gate_up.linears[0]]
         self._read = self._stored()  # kept, so that nothing else gets their addresses
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, normed: Tensor | None = None) -> Tensor:
         """Queries, keys, values [n, heads + 2 · kv heads, head dim] of the layer's input x [n, D], the former turned.
 
-        Angles are [n or 1, 1, head dim].
+        Angles are [n or 1, 1, head dim]; `normed` is the normed x where that is known.
         """
-        qkv = _apply(self.norm_1(x), self.inputs, self.qkv, self.qkv_bias).view(len(x), -1, self.head_dim)
+        qkv = self.qkv(self.norm_1(x) if normed is None else normed).view(len(x), -1, self.head_dim)
         if self.query_norm is not None:
             queries = qkv[:, : self.heads]
             queries.copy_(self.query_norm(queries))
@@ -166,9 +185,7 @@ class Layer:
 
     def project_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The keys and values [n, 2 · kv heads, head dim] of `project` alone."""
-        queries = self.heads * self.head_dim
-        weight, bias = (None if each is None else each[queries:] for each in (self.qkv, self.qkv_bias))
-        found = _apply(self.norm_1(x), self.inputs[1:] or self.inputs, weight, bias)
+        found = self.qkv.without_first(self.heads * self.head_dim)(self.norm_1(x))
         # A single quantized map gives queries as well.
         keys_values = found[:, -2 * self.kv_heads * self.head_dim :].unflatten(1, (-1, self.head_dim))
         keys = keys_values[:, : self.kv_heads]
@@ -183,13 +200,13 @@ class Layer:
     def gate(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """From the layer's input x [n, D] and what attention read [n, heads · head dim]: x behind attention, and the
         gated numbers that `finish` takes."""
-        after = x + _apply(mixed, self.outputs, self.out, self.out_bias)
-        gate, up = _apply(self.norm_2(after), self.gates, self.gate_up, self.gate_up_bias).chunk(2, -1)
+        after = x + self.out(mixed)
+        gate, up = self.gate_up(self.norm_2(after)).chunk(2, -1)
         return after, self.act(gate) * up
 
     def finish(self, after: Tensor, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """The layer's output [n, D], in `out` if that is given."""
-        return torch.add(after, _apply(hidden, self.downs, self.down, self.down_bias), out=out)
+        return torch.add(after, self.down(hidden), out=out)
 
     def is_current(self) -> bool:
         return [each.data_ptr() for each in self._stored()] == [each.data_ptr() for each in self._read]

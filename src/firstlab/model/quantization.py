@@ -1,11 +1,10 @@
-"""Weight-only quantization of the decoder layers through torchao, on a CPU with torch's own kernels; to decode only."""
+"""Weight-only quantization of the decoder layers with torch's own kernels; to decode only."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from firstlab.model.layers import find_decoder
+from firstlab.model.routers import float32_kept
 
 QUANTIZATIONS = ("int8", "int4")
 # The CPU kernel of 8-bit weights reads blocks of this size, even past a row's end; that of 4-bit weights computes
@@ -20,14 +20,14 @@ QUANTIZATIONS = ("int8", "int4")
 _BLOCK = 16
 # Numbers of a row that share a scale and a zero in 4-bit weights.
 _GROUP = 32
+# Blocks of the GPU's kernel of 4-bit weights.
+_CUDA_INPUTS, _CUDA_OUTPUTS = 128, 8
 
 
 def check_quantization(name: str | None) -> None:
-    """Raises ValueError if `name` is neither None nor known, or torchao is not installed."""
+    """Raises ValueError if `name` is neither None nor known."""
     if name not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization={name!r} is unknown: choose one of {', '.join(QUANTIZATIONS)}, or null")
-    if name is not None and find_spec("torchao") is None:
-        raise ValueError(f"quantization={name!r} needs torchao: pip install 'firstlab[quantization]'")
 
 
 def quantize(lm: PreTrainedModel, name: str | None) -> None:
@@ -51,7 +51,10 @@ def quantize(lm: PreTrainedModel, name: str | None) -> None:
             "stay as they are; only nn.Linear is quantized",
             stacklevel=2,
         )
-    (_to_int8 if name == "int8" else _to_int4)(layers, linears[0].weight)
+    if name == "int8":
+        _exchange(layers, Int8Linear, lambda linear: True)
+    else:
+        _to_int4(layers, linears[0].weight)
 
 
 def _is_plain(module: nn.Module, name: str = "") -> TypeGuard[nn.Linear]:
@@ -59,31 +62,18 @@ def _is_plain(module: nn.Module, name: str = "") -> TypeGuard[nn.Linear]:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _to_int8(layers: nn.Module, one: Tensor) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(layers, Int8WeightOnlyConfig(), _is_plain)
-    if one.device.type == "cpu":
-        _exchange(layers, Int8Linear, lambda linear: not linear.in_features % _BLOCK)
-
-
 def _to_int4(layers: nn.Module, one: Tensor) -> None:
     """Maps whose sizes do not fit stay as they are."""
-    if one.device.type == "cpu":
-        _exchange(layers, Int4Linear, lambda linear: not (linear.in_features % _GROUP or linear.out_features % _BLOCK))
-        if not any(isinstance(module, Int4Linear) for module in layers.modules()):
-            raise ValueError(
-                f"quantization='int4': no linear map has inputs in groups of {_GROUP} and outputs in blocks of "
-                f"{_BLOCK}; use int8, or leave it null"
-            )
-        return
-    if one.dtype != torch.bfloat16:
+    on_cpu = one.device.type == "cpu"
+    if not on_cpu and one.dtype != torch.bfloat16:
         raise ValueError(f"quantization='int4' on {one.device.type} is for bfloat16, not {one.dtype}; set model.dtype")
-    from torchao.quantization import Int4WeightOnlyConfig, quantize_
-    from torchao.quantization.quantize_.workflows import Int4PackingFormat
-
-    chosen = Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D)
-    quantize_(layers, chosen, _is_plain)
+    inputs, outputs = (_GROUP, _BLOCK) if on_cpu else (_CUDA_INPUTS, _CUDA_OUTPUTS)
+    _exchange(layers, Int4Linear, lambda linear: not (linear.in_features % inputs or linear.out_features % outputs))
+    if not any(isinstance(module, Int4Linear) for module in layers.modules()):
+        raise ValueError(
+            f"quantization='int4': no linear map has inputs in groups of {inputs} and outputs in blocks of "
+            f"{outputs}; use int8, or leave it null"
+        )
 
 
 def _exchange(layers: nn.Module, kind: Callable[[nn.Linear], nn.Module], fits: Callable[[nn.Linear], bool]) -> None:
@@ -94,50 +84,85 @@ def _exchange(layers: nn.Module, kind: Callable[[nn.Linear], nn.Module], fits: C
 
 
 class Int8Linear(nn.Module):
-    """A linear map with torchao's 8-bit weight, which on a CPU is read as it is.
+    """`linear` with 8-bit integers, and one float32 scale for each output, which no conversion changes.
 
-    There x is rounded to bfloat16, and so is its product with the integers, which is summed in float32. `linear` is
-    quantized already, with a scale per row and zero points of zero; its inputs are a multiple of 16.
+    On a CPU, if its inputs are a multiple of 16, x is rounded to bfloat16, and so is its product with the integers,
+    which is summed in float32.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        integers, scale = to_int8(linear.weight.detach())
+        self.weight = nn.Parameter(integers, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         # The kernel takes scales in bfloat16, whose rounding would cost up to half a step of the integers. Therefore
         # it gets these, and the scales come after it. No buffer: `to` must not convert them.
-        self._ones = torch.ones(len(linear.weight), dtype=torch.bfloat16)
+        self._ones = torch.ones(len(integers), dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        stored: Any = self.weight
-        if x.device.type != "cpu":
-            return F.linear(x, stored, self.bias)
+        if x.device.type != "cpu" or self.in_features % _BLOCK:
+            # Compiled, a product with a single row reads the integers as they are.
+            whole = F.linear(x, self.weight.to(x.dtype)).float() * self.scale
+            return whole.to(x.dtype) if self.bias is None else (whole + self.bias).to(x.dtype)
         # With many rows of float32, expanding the weights would be faster, but a prompt's numbers would depend on how
         # many prompts are beside it.
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-        out = torch._weight_int8pack_mm(rows, stored.qdata, self._ones) * stored.scale.view(-1)
+        out = torch._weight_int8pack_mm(rows, self.weight, self._ones) * self.scale
         out = out.to(x.dtype).view(*x.shape[:-1], len(self._ones))
         return out if self.bias is None else out + self.bias
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        with float32_kept([self.scale]):
+            super()._apply(fn, recurse)
+        return self
+
 
 class Int4Linear(nn.Module):
-    """`linear`, whose inputs are a multiple of 32 and outputs of 16, with 4-bit weights on a CPU."""
+    """`linear` with 4-bit weights, 32 of which share a scale and a zero; of sizes that the device's kernel takes."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        from torchao.quantization.utils import groupwise_affine_quantize_tensor
-
-        old = linear.weight.detach()
-        integers, scales_and_zeros = groupwise_affine_quantize_tensor(old, 4, _GROUP, old.dtype)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1)
+        integers, scales_and_zeros = to_int4(linear.weight.detach())
+        pack = torch.ops.aten
+        if integers.device.type == "cpu":
+            packed = pack._convert_weight_to_int4pack_for_cpu(integers, 1)
+        else:
+            packed = pack._convert_weight_to_int4pack((integers[:, ::2] << 4 | integers[:, 1::2]).to(torch.uint8), 8)
         self.weight = nn.Parameter(packed, requires_grad=False)  # two numbers a byte
         self.scales_and_zeros = nn.Parameter(scales_and_zeros, requires_grad=False)
         self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, _GROUP, self.scales_and_zeros)
-        out = out.view(*x.shape[:-1], out.shape[-1])
+        on_cpu = x.device.type == "cpu"
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
+        out = product(rows, self.weight, _GROUP, self.scales_and_zeros).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [N, K] and scales [N] in float32 of a weight: ±127.5 steps to the largest number of a row."""
+    largest = weight.abs().amax(1) / 127.5
+    scale = largest.clamp_min(torch.finfo(torch.float32).eps).float()
+    integers = (weight * (1 / scale).unsqueeze(1)).round().clamp(-128, 127).to(torch.int8)
+    return integers, scale
+
+
+def to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [N, K] from 0 to 15, and scales and zeros [K ÷ 32, N, 2] of a weight, in groups of 32 inputs.
+
+    A number is (q - 8) · scale + zero: 16 steps from the least to the largest number of its group.
+    """
+    groups = weight.view(len(weight), -1, _GROUP)
+    least, largest = groups.amin(-1), groups.amax(-1)
+    scale = ((largest - least) / 15).clamp_min(1e-6)
+    zero = least + scale * 8
+    start = (zero - scale * 8).unsqueeze(-1)
+    integers = ((groups - start) / scale.unsqueeze(-1)).round().clamp(0, 15).to(torch.int32)
+    return integers.view_as(weight), torch.stack([scale, zero], -1).transpose(0, 1).contiguous()
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -11,9 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from firstlab.engine.kernels.attention import attend
-from firstlab.engine.kernels.gated import gated
-from firstlab.engine.kernels.pointwise import rms_norm, silu_times_up
-from firstlab.engine.kernels.product import product
+from firstlab.engine.kernels.pointwise import rms_norm, rms_norm_and_reading, silu_times_up
+from firstlab.engine.kernels.product import gated, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -73,7 +72,7 @@ def test_product(dtype: torch.dtype, rows: int, n: int, k: int, norm: bool, bias
     if dtype == torch.float32:  # column by column, as on a CPU
         weight = weight.t().contiguous().t()
     out = before.clone()
-    product(x, weight, b if bias else None, g if norm else None, EPS, add, out, list(tile))
+    product(x, weight, None, b if bias else None, g if norm else None, EPS, add, out, list(tile))
     assert_as_close_as_torch(out, reference, x, weight, b, g, before)
 
 
@@ -89,8 +88,32 @@ def test_gated(dtype: torch.dtype, rows: int, n: int, k: int, bias: bool) -> Non
         return F.silu(gate) * up
 
     out = x.new_empty(rows, n)
-    gated(x, weight, b if bias else None, g, EPS, out, [16, 32, 4, 2])
+    gated(x, weight, None, b if bias else None, g, EPS, out, [16, 32, 4, 2])
     assert_as_close_as_torch(out, reference, x, weight, b, g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_eight_bit_weights(dtype: torch.dtype, rows: int) -> None:
+    random, (n, k) = Numbers(dtype), (42, 75)
+    x, b, g, before = random(rows, k), random(n), random(k), random(rows, n)
+    integers = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
+    scales = torch.rand(n, device=DEVICE) / 100 + 0.001
+
+    def reference(x: Tensor, integers: Tensor, scales: Tensor, b: Tensor, g: Tensor, before: Tensor) -> Tensor:
+        return before + F.linear(normed(x, g), integers.to(x.dtype) * scales.unsqueeze(1), b)
+
+    out = before.clone()
+    product(x, integers, scales, b, g, EPS, True, out, [16, 32, 4, 2])
+    assert_as_close_as_torch(out, reference, x, integers, scales, b, g, before)
+
+    def gate_reference(x: Tensor, integers: Tensor, scales: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        gate, up = F.linear(normed(x, g), integers.to(x.dtype) * scales.unsqueeze(1), b).chunk(2, -1)
+        return F.silu(gate) * up
+
+    out = x.new_empty(rows, n // 2)
+    gated(x, integers, scales, b, g, EPS, out, [16, 32, 4, 2])
+    assert_as_close_as_torch(out, gate_reference, x, integers, scales, b, g)
 
 
 def test_a_norm_of_large_numbers_in_half_precision() -> None:
@@ -99,7 +122,7 @@ def test_a_norm_of_large_numbers_in_half_precision() -> None:
     for rows in (1, 2):
         x, weight, g = random(rows, 64, scale=9000), random(32, 64, scale=0.2), random(64, scale=20)
         out = x.new_empty(rows, 32)
-        product(x, weight, None, g, EPS, False, out, [16, 32, 4, 2])
+        product(x, weight, None, None, g, EPS, False, out, [16, 32, 4, 2])
         exact = normed(x.double(), g.double()) @ weight.double().t()
         assert (out.double() - exact).norm() < 1e-3 * exact.norm()
 
@@ -110,6 +133,11 @@ def test_rms_norm_and_silu_times_up(dtype: torch.dtype, rows: int, k: int) -> No
     random = Numbers(dtype)
     x, g, both = random(rows, k), random(k), random(rows, 2 * k)
     assert_as_close_as_torch(rms_norm(x, g, EPS), normed, x, g)
+    router = torch.randn(k, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    same, products, lengths = rms_norm_and_reading(x, g, EPS, router)
+    assert torch.equal(same, rms_norm(x, g, EPS))
+    assert_as_close_as_torch(products, lambda x, router: x.to(router.dtype) @ router, x.float(), router)
+    assert_as_close_as_torch(lengths, lambda x: x.norm(dim=-1), x.float())
     assert_as_close_as_torch(silu_times_up(both), lambda both: F.silu(both[:, :k]) * both[:, k:], both)
 
 

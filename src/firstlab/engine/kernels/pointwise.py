@@ -1,6 +1,7 @@
 """What stands between the libraries' products of larger batches, each in one pass: RMS norm, and SiLU times up.
 
 y = x ÷ sqrt(mean x² + ε) · g            x, y [rows, K], g [K]; reads and writes rows · K numbers
+p = x · r, n = sqrt(Σ x²)                the reading of a router r [K] from the same pass, p, n [rows] in float32
 a = silu(h[:, :N]) · h[:, N:]            h [rows, 2 N], a [rows, N]; reads 2, writes 1 · rows · N numbers
 """
 
@@ -11,11 +12,16 @@ from torch import Tensor
 
 
 @triton.jit
-def _rms_norm(x, norm, out, k, eps, WIDTH: tl.constexpr):
+def _rms_norm(x, norm, out, router, products, lengths, k, eps, READ: tl.constexpr, WIDTH: tl.constexpr):
     inner = tl.arange(0, WIDTH)
     start = tl.program_id(0).to(tl.int64) * k
     some = tl.load(x + start + inner, mask=inner < k, other=0.0).to(tl.float32)
-    some = some / tl.sqrt(tl.sum(some * some, 0) / k + eps)
+    squares = tl.sum(some * some, 0)
+    if READ:
+        weight = tl.load(router + inner, mask=inner < k, other=0.0).to(tl.float32)
+        tl.store(products + tl.program_id(0), tl.sum(some * weight, 0))
+        tl.store(lengths + tl.program_id(0), tl.sqrt(squares))
+    some = some / tl.sqrt(squares / k + eps)
     some = some * tl.load(norm + inner, mask=inner < k, other=0.0).to(tl.float32)
     tl.store(out + start + inner, some.to(out.dtype.element_ty), mask=inner < k)
 
@@ -32,9 +38,27 @@ def _silu_times_up(both, out, n, WIDTH: tl.constexpr):
 def rms_norm(x: Tensor, norm: Tensor, eps: float) -> Tensor:
     """Of every row of x [rows, K], which stands row by row."""
     out = torch.empty_like(x)
-    width = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(len(x),)](x, norm, out, x.shape[1], eps, WIDTH=width, num_warps=min(max(width // 512, 1), 16))
+    _launch_norm(x, norm, eps, out, out, out, out, False)
     return out
+
+
+@torch.library.custom_op("firstlab::rms_norm_and_reading", mutates_args=())
+def rms_norm_and_reading(x: Tensor, norm: Tensor, eps: float, router: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The RMS norm of x [rows, K], its products with a router [K] and its lengths [rows], both in float32."""
+    out = torch.empty_like(x)
+    products = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    lengths = torch.empty_like(products)
+    _launch_norm(x, norm, eps, out, router, products, lengths, True)
+    return out, products, lengths
+
+
+def _launch_norm(
+    x: Tensor, norm: Tensor, eps: float, out: Tensor, router: Tensor, products: Tensor, lengths: Tensor, read: bool
+) -> None:
+    width = triton.next_power_of_2(x.shape[1])
+    warps = min(max(width // 512, 1), 16)
+    given = (x, norm, out, router, products, lengths, x.shape[1], eps)
+    _rms_norm[(len(x),)](*given, READ=read, WIDTH=width, num_warps=warps)
 
 
 @torch.library.custom_op("firstlab::silu_times_up", mutates_args=())

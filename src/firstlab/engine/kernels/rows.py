@@ -58,12 +58,14 @@ def no_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def add_product(sums, some, tile, ROWS: tl.constexpr):
-    """Adds the product of rows [ROWS, DEPTH] in float32 and a tile of a weight [COLUMNS, DEPTH]."""
+def add_product(sums, some, tile, KIND: tl.constexpr, ROWS: tl.constexpr):
+    """Adds the product of rows [ROWS, DEPTH] in float32 and a tile of a weight [COLUMNS, DEPTH], both as KIND."""
     if ROWS == 1:
         return sums + tile.to(tl.float32) * some
-    else:
-        return dot(tile, tl.trans(some.to(tile.dtype)), sums)
+    elif tile.dtype == KIND:
+        return dot(tile, tl.trans(some.to(KIND)), sums)
+    else:  # by way of float32: the interpreter takes integers for the bits of bfloat16
+        return dot(tile.to(tl.float32).to(KIND), tl.trans(some.to(KIND)), sums)
 
 
 @triton.jit
