@@ -10,6 +10,9 @@ SWEEP_nano ?= quality
 SWEEP_llama ?= llama/tables
 SWEEP_multi30k ?= multi30k
 
+# What `make setup` installs. Not there: page, whose gradio asks for older packages than the others, and liger, for GPUs.
+EXTRAS := dev dashboard docs gguf lm-eval mlflow serve sweep tensorboard
+
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 COMET_INSTALLED := $(COMET_VENV)/.installed
@@ -71,7 +74,7 @@ reproduce-tables: setup ## run what the tables lack (SCALE=nano, or llama on a G
 
 lock: setup ## renew constraints.txt: the newest versions that work together on Python 3.10 and later
 	$(PY) -m pip install --quiet uv
-	$(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --all-extras \
+	$(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.10 $(EXTRAS:%=--extra %) \
 	  --no-annotate --no-header --upgrade --output-file $(VENV)/resolved.txt
 	sed -n '/^#/p' constraints.txt > $(VENV)/constraints.txt
 	sed -E "/^(cuda-|nvidia-|triton=)/d; /sys_platform == 'emscripten'/d; s/ (and|;) sys_platform != 'emscripten'//" \
@@ -83,7 +86,7 @@ clean: ## remove caches and build output; keep environments and runs
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --constraint constraints.txt --editable ".[dev,sweep,tensorboard,dashboard,docs,gguf,lm-eval,mlflow,page,serve]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[$(shell echo $(EXTRAS) | tr ' ' ,)]"
 	@touch $@
 
 $(COMET_INSTALLED): constraints-comet.txt | $(COMET_VENV)/bin/python

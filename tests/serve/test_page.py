@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("gradio", reason="needs the extra: pip install 'firstlab[page]'")
-pytest.importorskip("selenium", reason="needs the extra: pip install 'firstlab[dev]'")
+pytest.importorskip("selenium", reason="needs a browser's driver: pip install selenium")
 pytest.importorskip("uvicorn", reason="needs the extra: pip install 'firstlab[serve]'")
 import httpx
 from selenium import webdriver
