@@ -73,7 +73,7 @@ def check_directory(directory: Path, config: ExperimentConfig) -> None:
         if directory.is_file():
             raise ValueError(f"run_dir={directory} is a file; choose another run_dir") from None
         if has_begun(directory):
-            raise ValueError(f"run_dir={directory} holds files but no run's {CONFIG}; choose another run_dir") from None
+            raise ValueError(f"run_dir={directory} holds no {CONFIG} of a run; choose another run_dir") from None
     else:
         if not config.overwrite:
             check_same(directory, config)

@@ -178,7 +178,7 @@ def _fit(run: Run, phase: str, module: Phase) -> dict[str, Any]:
     checkpoints = run.directory / "checkpoints" / phase
     resume, begun = run.config.ckpt == "last", time.perf_counter()
     resumed = resume and (checkpoints / "last.ckpt").is_file()
-    loggers = [PhaseLogger(each, phase) for each in run.loggers]
+    loggers: list[Any] = [PhaseLogger(each, phase) for each in run.loggers]
     with during(f"phase {phase} with {phase}_phase.batch_size={settings.batch_size}"):
         kept: dict[str, Any] = fit_phase(
             module, run.data, config=trainer, max_steps=steps, directory=checkpoints, loggers=loggers, resume=resume
