@@ -255,7 +255,9 @@ class DecodeEngine:
             batch[place].prefilled(first[place], route, kv)
 
     def _default_rate(self) -> float:
-        return float(self.model.routers.checked_rate(None))
+        rate = self.model.routers.checked_rate(None)
+        assert rate is not None  # only a router of any rate is asked
+        return float(rate)
 
 
 def engine_for(model: RouterAugmentedLM, max_length: int, max_batch_size: int) -> DecodeEngine:

@@ -78,7 +78,7 @@ class Decoder:
     def text(self, tokens: Sequence[int]) -> str:
         """A response without the tokens that end it."""
         spoken = tokens[:-1] if tokens and tokens[-1] in self.settings["stop_tokens"] else tokens
-        return str(self.data.tokenizer.decode(spoken, skip_special_tokens=True)).strip()
+        return str(self.data.tokenizer.decode(list(spoken), skip_special_tokens=True)).strip()
 
     def responses(self, batches: Sequence[Sequence[int]]) -> Iterator[Response]:
         """Respond to batches of test prompts, given by position; a response comes as soon as it has ended."""

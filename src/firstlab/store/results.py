@@ -167,8 +167,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 def _qualities(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     run = {key: row.get(key) for key in ("name", "model", "data", "method", "level", "seed")}
     for name, variant in row["variants"].items():
-        asked = {f"asked {100 * float(rate):g} %": part for rate, part in variant.get("rates", {}).items()}
-        for level, part in {row.get("level"): variant, **asked}.items():
+        asked = [(f"asked {100 * float(rate):g} %", part) for rate, part in variant.get("rates", {}).items()]
+        for level, part in [(row.get("level"), variant), *asked]:
             metric, skip = part["primary_metric"], part["skip"]
             rates = {"skip_rate": skip["skip_rate"], "skip_rate_by_token": skip.get("skip_rate_by_token")}
             value = {"metric": metric} | {key: part["metrics"][metric][key] for key in ("value", "low", "high")}

@@ -229,7 +229,7 @@ def _groups(
 
 def _perplexity_of(match: Match | None, members: np.ndarray) -> float | None:
     names = ("nll", "response_tokens")
-    nll, tokens = (match and column(match.records[0], match.variant, name) for name in names)
+    nll, tokens = (None if match is None else column(match.records[0], match.variant, name) for name in names)
     if nll is None or tokens is None or len(nll) != len(members) or not tokens[members].sum():
         return None
     return float(np.exp(nll[members].sum() / tokens[members].sum()))

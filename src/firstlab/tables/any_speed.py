@@ -18,8 +18,8 @@ from firstlab.tables.table import LORA, Cell, Table, columns, interval, number, 
 
 STATIC = "sleb"
 #: What a fit says, see `firstlab.training.route_fit.fit_router`.
-_NUMBERS = ("prompts", "routes", "routes_used", "harm_r2", "length_r2", "skip_rate_by_token", "dense_loss")
-_NUMBERS += ("static_loss", "routed_loss", "gain", "predicted_harm", "measured_harm", "worth")
+_NUMBERS = {"prompts", "routes", "routes_used", "harm_r2", "length_r2", "skip_rate_by_token", "dense_loss"}
+_NUMBERS |= {"static_loss", "routed_loss", "gain", "predicted_harm", "measured_harm", "worth"}
 #: Rates that are nearer to each other count as equal.
 _SAME_RATE = 0.0025
 

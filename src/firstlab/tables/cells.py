@@ -57,7 +57,7 @@ class Match:
 
     def mean(self, key: str, section: str | None = None) -> float | None:
         """Mean over seeds of a number of the variant, or of a section of it; None where a record lacks it."""
-        found = [(part.get(section, {}) if section else part).get(key) for part in self.parts]
+        found: list[Any] = [(part.get(section, {}) if section else part).get(key) for part in self.parts]
         return None if None in found else fmean(found)
 
 
