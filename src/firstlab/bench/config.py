@@ -114,6 +114,7 @@ class TrainingSpeedConfig(SpeedConfig):
     prompt_length: int = 128
     response_length: int = 64
     gradient_checkpointing: bool = False  # in all variants
+    compile: bool = False  # the decoder layer of both phases
     loss_chunk: int = 1024  # positions whose logits exist at a time; the plain step knows no such thing
     learning_rate: float = 3e-4
     gradient_clip: float = 1.0

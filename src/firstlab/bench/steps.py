@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from firstlab.bench.config import TrainingSpeedConfig
 from firstlab.evaluation.timing import synchronize
+from firstlab.model.layers import compiled, find_decoder
 from firstlab.training.modules import Phase
 
 Row = dict[str, Tensor]
@@ -62,7 +64,8 @@ def firstlab_steps(module: Phase, config: TrainingSpeedConfig, rows: Sequence[Ro
     )
     # Lists are datasets to torch, whatever its types say.
     loader: Any = DataLoader(rows, config.batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
-    with warnings.catch_warnings():
+    layers = compiled(find_decoder(module.model.lm)[1]) if config.compile else nullcontext()
+    with warnings.catch_warnings(), layers:
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
         trainer.fit(module.train(), loader)
     module.to(device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger
 
 from firstlab.config import instantiate
@@ -214,6 +215,8 @@ class Experiment(Run):
                 "set init_from to a saved model, or add router to phases"
             )
         self.model = load_model(config, model_path(path))
+        if config.trainer.tf32 and self.model.lm.dtype == torch.float32:
+            say("float32 products use TF32; trainer.tf32=false computes them in full precision, much slower")
         self.method.rounding(self.model.num_layers)
         if "evaluate" in config.phases:
             check_engine(self.model, "evaluation.decoder", config.evaluation.decoder)
@@ -243,7 +246,7 @@ class Experiment(Run):
             variant = evaluate_variant(
                 self.model,
                 self.data,
-                self.config.evaluation,
+                self.config.evaluated(),
                 directory,
                 name,
                 routes,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from firstlab.config.build import load_model, model_path
 from firstlab.config.command_line import during
@@ -27,7 +28,7 @@ from firstlab.store.files import read_own, sealed, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, Phase, RouterModule
 from firstlab.training.router_start import calibrate_rate, start_phase_1
-from firstlab.training.trainer import fit_phase, read_checkpoint
+from firstlab.training.trainer import fit_phase
 
 PHASES = ("tune", "router", "lora", "refit")
 # Training prompts whose per-layer decisions a refit keeps.
@@ -113,7 +114,13 @@ def compensate_with_lora(run: Run) -> None:
         if not run.model.has_lora:
             _add_lora(run)
         module = LoRACompensationModule(
-            run.model, objective=objective, phase=phase, seed=config.seed, routes=routes, val_routes=val_routes
+            run.model,
+            objective=objective,
+            phase=phase,
+            seed=config.seed,
+            routes=routes,
+            val_routes=val_routes,
+            held_rho=_held_rho(run) if routes is None and objective.hold_routes > 0 else None,
         )
     _finish(run, "lora", _fit(run, "lora", module, steps))
 
@@ -219,6 +226,17 @@ def _training_routes(run: Run) -> Routes | None:
     return FixedRoutes(routes)
 
 
+def _held_rho(run: Run) -> Tensor | None:
+    """rho of the prompts that the phase comes to, read in large batches rather than beside each step."""
+    if run.config.trainer.read_batch_size is None:
+        return None
+    used = run.data.trained_on()
+    rho = torch.zeros(len(run.data.train), run.model.num_layers)
+    with run.reading("the reading of training prompts"):
+        rho[used] = run.prompts([run.data.train[i] for i in used]).rho()
+    return rho
+
+
 def _add_lora(run: Run) -> None:
     torch.manual_seed(run.config.seed)
     run.model.add_lora(run.config.lora)
@@ -231,6 +249,8 @@ def _fit(run: Run, phase: str, module: Phase, steps: int) -> dict[str, Any]:
     checkpoints = run.directory / "checkpoints" / phase
     resume = run.config.ckpt == "last"
     resumed = resume and (checkpoints / "last.ckpt").is_file()
+    small, large = run.config.evaluation.batch_size, run.config.read_batch_size
+    run.data.eval_batch_size = small if module.reads_training_loss else large
     begun = time.perf_counter()
     with during(f"phase {phase} with {phase}_phase.batch_size={settings.batch_size}"):
         kept: dict[str, Any] = fit_phase(
@@ -255,8 +275,6 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
     run.data.max_length = run.config.data.max_length_lora
     if rank()[0] == 0:
         write_atomically(run.directory / f"{phase}.yaml", sealed(yaml_text(record)))
-    if run.config.trainer.strategy == "fsdp":
-        _load_best(run, phase)
     skip_rate = run.method.threshold_skip
     if phase == "router" and skip_rate is not None:
         with run.reading("the threshold's calibration"):
@@ -287,17 +305,3 @@ def _keep_decisions(run: Run) -> None:
         decided = run.prompts(run.data.train).take(_KEPT_DECISIONS).routed()
         if rank()[0] == 0:
             write_atomically(run.directory / "decided.json", json.dumps(decided.tolist()) + "\n")
-
-
-def _load_best(run: Run, phase: str) -> None:
-    """After sharded training: an unsharded model with the weights of the phase's best checkpoint."""
-    router = run.directory / "router"
-    start = router if phase == "lora" and router.is_dir() else model_path(run.config.model.path)
-    run.model = load_model(run.config, start)
-    if phase == "lora":
-        _add_lora(run)
-    file = run.directory / "checkpoints" / phase / "best.ckpt"
-    if phase == "router" and not file.is_file():
-        return  # one phase trains them later
-    best = read_checkpoint(file)["state_dict"]
-    run.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)
