@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
         variants[variant] = evaluate_variant(
             model,
             data,
-            config.evaluation,
+            config.evaluated(),
             out,
             variant,
             routes,

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from firstlab.config.schema import EvaluationConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows, collate_prompts
+from firstlab.data.room import Room
 from firstlab.engine.engine import engine_for
 from firstlab.engine.llama_step import check_supported
 from firstlab.engine.sampling import Sampling
@@ -107,7 +109,8 @@ class Decoder:
         }
         if settings.do_sample:
             options |= {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-        for indices in batches:
+
+        def respond(indices: Sequence[int]) -> list[Response]:
             batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
             ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
             torch.manual_seed(settings.seed * 1_000_003 + indices[0])
@@ -117,7 +120,12 @@ class Decoder:
                 for i, tokens in zip(indices, result.sequences[:, ids.shape[1] :].tolist(), strict=True)
             ]
             skips = self._skips(result.past_key_values, [len(tokens) for tokens in responses])
-            yield from zip(indices, responses, skips, strict=True)
+            return list(zip(indices, responses, skips, strict=True))
+
+        room = Room()
+        for indices in batches:  # drawn tokens depend on the prompts beside them
+            passes = [respond(indices)] if settings.do_sample else room.passes(indices, respond)
+            yield from chain.from_iterable(passes)
 
     def _skips(self, cache: RoutedCache, new_tokens: Sequence[int]) -> list[list[float]]:
         """Of every row, the share of its own decode steps that skipped each layer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import Row, TrainingRows, collate_training
+from firstlab.data.room import go_on_with
 from firstlab.data.task import Example
 from firstlab.methods.base import rows_of
 from firstlab.methods.early_exit import teacher_forced_skip_rates
@@ -22,6 +23,7 @@ from firstlab.model.prompt_cache import PromptReading
 from firstlab.model.routes import EarlyExit, Routes, as_routes
 
 Batch = dict[str, Tensor]
+Found = TypeVar("Found")
 Watch = Callable[[int, Tensor, Tensor], None]
 
 
@@ -36,6 +38,8 @@ class PromptSet:
         cache_bytes: Room for the prompts' keys and values, so that measuring losses again under other routes computes
             the responses only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
         progress_bar: Show one.
+        loss_batch_size: Prompts in one pass where losses are measured, halved where memory runs out; by default
+            `batch_size`.
     """
 
     def __init__(
@@ -46,10 +50,13 @@ class PromptSet:
         batch_size: int,
         cache_bytes: int = 0,
         progress_bar: bool = False,
+        loss_batch_size: int | None = None,
     ) -> None:
         self.model, self.data, self.examples, self.batch_size = model, data, examples, batch_size
         self.cache_bytes, self.progress_bar = cache_bytes, progress_bar
+        self.loss_batch_size = loss_batch_size or batch_size
         self._readings: list[PromptReading | None] = []
+        self._responses: dict[int, _Responses] = {}  # of batches whose prompts are kept
         self.num_layers, self.max_new_tokens = model.num_layers, data.max_new_tokens
         self.texts: Sequence[str] = [data.task.prompt(example) for example in examples]
 
@@ -65,18 +72,19 @@ class PromptSet:
 
     def select(self, index: Iterable[int]) -> PromptSet:
         """Those at these places."""
-        examples = [self.examples[i] for i in index]
-        return PromptSet(self.model, self.data, examples, self.batch_size, self.cache_bytes, self.progress_bar)
+        examples, sizes = [self.examples[i] for i in index], (self.batch_size, self.cache_bytes)
+        return PromptSet(self.model, self.data, examples, *sizes, self.progress_bar, self.loss_batch_size)
 
     @cached_property
     def batches(self) -> list[Batch]:
         """Teacher-forced batches in the order of the examples, on the model's device."""
-        return self._collate(self._rows)
+        return self._collate(self._rows, self.batch_size)
 
     @cached_property
     def _by_length(self) -> list[Batch]:
         """The same rows, those of similar length together: little of a batch is padding."""
-        return self._collate(sorted(self._rows, key=lambda row: len(row.prompt) + len(row.response)))
+        rows = sorted(self._rows, key=lambda row: len(row.prompt) + len(row.response))
+        return self._collate(rows, self.loss_batch_size)
 
     @cached_property
     def _rows(self) -> list[Row]:
@@ -87,10 +95,10 @@ class PromptSet:
         rows = TrainingRows(self.data.task, self.examples, self.data.tokenizer, self.data.max_length)
         return [rows[i] for i in range(len(rows))]
 
-    def _collate(self, rows: Sequence[Row]) -> list[Batch]:
+    def _collate(self, rows: Sequence[Row], size: int) -> list[Batch]:
         batches = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = collate_training(rows[start : start + self.batch_size], pad=self.data.pad, loss_on="response")
+        for start in range(0, len(rows), size):
+            batch = collate_training(rows[start : start + size], pad=self.data.pad, loss_on="response")
             batches.append({k: v.to(self.model.device) for k, v in batch.items()})
         return batches
 
@@ -103,6 +111,9 @@ class PromptSet:
 
         Each prompt is read once, and layers that routes share from the bottom up are run once.
         """
+        return self._with_room(lambda: self._losses_each(routes, title))
+
+    def _losses_each(self, routes: Tensor, title: str) -> Tensor:
         order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
         total, quiet = len(self._by_length) * len(routes), not self.progress_bar
         passes = tqdm(total=total, desc=title, unit="pass", leave=False, disable=quiet)
@@ -119,13 +130,57 @@ class PromptSet:
         return float(sums.sum() / counts.sum())
 
     def _sums(self, routes: Tensor | Routes) -> tuple[Tensor, Tensor]:
+        return self._with_room(lambda: self._measured(routes))
+
+    def _measured(self, routes: Tensor | Routes) -> tuple[Tensor, Tensor]:
         order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
-        forced = as_routes(routes).rows(order.tolist())
         with self.model.lora_disabled():
-            sums, counts = losses_under_routes(self.model, self._by_length, forced, self._read())
+            if isinstance(routes, Tensor) and routes.ndim == 1:
+                read = enumerate(zip(self._by_length, self._read(), strict=True))
+                found = [self._under(routes, place, *each) for place, each in read]
+                sums, counts = (torch.cat(each) for each in zip(*found, strict=True))
+            else:
+                forced = as_routes(routes).rows(order.tolist())
+                sums, counts = losses_under_routes(self.model, self._by_length, forced, self._read())
         check_finite(sums / counts, "losses of prompts")
         back = order.argsort()
         return sums[back], counts[back]
+
+    def _under(self, route: Tensor, place: int, batch: Batch, reading: PromptReading | None) -> tuple[Tensor, Tensor]:
+        """Sums and counts of a batch under one route; keeps its states for the next route if there is room."""
+        if reading is None:
+            return losses_under_routes(self.model, [batch], route, [None])
+        responses = self._responses.get(place) or _Responses(batch, len(route))
+        sums = responses.losses(self.model, reading, route)
+        if len(self._readings) == len(self._by_length):  # prompts come first
+            self._responses[place] = responses
+            kept = [each for each in self._readings if each is not None]
+            if sum(each.num_bytes for each in (*kept, *self._responses.values())) > self.cache_bytes:
+                del self._responses[place]
+        return sums, responses.counts
+
+    def _with_room(self, measure: Callable[[], Found]) -> Found:
+        """What `measure` finds, from smaller batches and with less kept from the time that memory ran out."""
+        while True:
+            try:
+                return measure()
+            except torch.OutOfMemoryError:
+                if self.loss_batch_size == 1:
+                    raise
+            self.loss_batch_size, self.cache_bytes = self.loss_batch_size // 2, self.cache_bytes // 2
+            self._readings, self._responses = [], {}
+            del self._by_length
+            go_on_with(self.loss_batch_size)
+
+    def rho(self) -> Tensor:
+        """[N, L], what the model's routers measure on every prompt."""
+        return self._with_room(self._rho)
+
+    def _rho(self) -> Tensor:
+        order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
+        with self.model.lora_disabled():
+            found = [self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"]) for batch in self._by_length]
+        return torch.cat(found).cpu()[order.argsort()]
 
     def _read(self) -> Iterator[PromptReading | None]:
         """The prompts of each batch by length; kept while there is room."""
@@ -246,29 +301,47 @@ def losses_under_routes(
     return torch.cat(sums), torch.cat(counts)
 
 
+class _Responses:
+    """A batch of responses under one route after another: layers below the first that differs do not run again."""
+
+    def __init__(self, batch: Batch, num_layers: int) -> None:
+        self.labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
+        self.counts = (self.labels[:, 1:] != -100).sum(1).cpu()
+        self._states: list[Tensor | None] = [None] * num_layers
+        self._route: Tensor | None = None
+
+    @torch.no_grad()
+    def losses(self, model: RouterAugmentedLM, reading: PromptReading, route: Tensor) -> Tensor:
+        """[B] summed over the tokens of each response."""
+        known, last = 0, self._route
+        if last is not None:
+            # The input of the first layer that differs is the same, too.
+            known = 1 + next((i for i in range(len(route)) if route[i] != last[i]), len(route) - 1)
+        self._route = None  # until the states are this route's
+        out = model.respond(reading, self.labels, routes=route.to(self.labels.device), states=self._states, known=known)
+        self._route = route
+        assert out.token_losses is not None
+        return out.token_losses.sum(1).cpu()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.nbytes for each in self._states if each is not None)
+
+
 @torch.no_grad()
 def _losses_of_batch(
     model: RouterAugmentedLM, batch: Batch, reading: PromptReading | None, routes: Tensor, bar: Any
 ) -> Tensor:
     """[B, K] loss per response token of a batch under each of [K, L] routes."""
     losses: list[Tensor] = [torch.empty(0)] * len(routes)
-    states: list[Tensor | None] = [None] * routes.shape[1]
-    labels = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
-    counts = (labels[:, 1:] != -100).sum(1).cpu()
-    previous = None
+    responses = _Responses(batch, routes.shape[1])
     # In this order neighbours have most layers in common.
     for place in sorted(range(len(routes)), key=lambda k: routes[k].tolist()):
-        route = routes[place]
         if reading is None:
-            sums, _ = losses_under_routes(model, [batch], route, [None])
+            sums, _ = losses_under_routes(model, [batch], routes[place], [None])
         else:
-            # The input of the first layer that differs is the same, too.
-            known = 0 if previous is None else 1 + int((torch.cat([route != previous, torch.ones(1)])).nonzero()[0])
-            known = min(known, len(route))
-            out = model.respond(reading, labels, routes=route.to(labels.device), states=states, known=known)
-            assert out.token_losses is not None
-            sums, previous = out.token_losses.sum(1).cpu(), route
-        losses[place] = sums / counts
+            sums = responses.losses(model, reading, routes[place])
+        losses[place] = sums / responses.counts
         bar.update()
     return torch.stack(losses, 1)
 
