@@ -141,8 +141,8 @@ def test_compiled_layers_train_alike_and_are_compiled_once(
     again = TinyPhase(setup.directory)
     kept = again.fit(again.module("lora", replace(OURS, hold_routes=10.0)), tmp_path / "compiled", compile=True)
     assert kept["val/score"] == pytest.approx(full["val/score"], rel=1e-5)
-    # With LoRA and gradient, without gradient, without LoRA; not once for each of four layers.
-    assert 2 <= counter.frame_count <= 4
+    # With LoRA and gradient, without gradient, without LoRA, perhaps without a mask; not for each of four layers.
+    assert 2 <= counter.frame_count <= 6
     assert not any("compiled_forward" in vars(layer) for layer in again.model.lm.model.layers)
 
 
