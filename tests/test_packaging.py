@@ -154,7 +154,7 @@ def test_pins_are_exact_and_hold_on_every_machine() -> None:
 
 def test_every_import_of_the_package_is_a_declared_dependency() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    used = ("dashboard", "lm-eval", "mlflow", "page", "serve", "sweep")
+    used = ("dashboard", "liger", "lm-eval", "mlflow", "page", "serve", "sweep")
     optional = (Requirement(line) for name in used for line in extras[name])
     declared = {canonicalize_name(requirement.name) for requirement in (*RUNTIME, *optional)}
     # One comes with torch where there is a GPU; the benchmark there compares with the other if somebody installed it.

@@ -80,6 +80,10 @@ def test_names_match_their_files():
         ("evaluation.confidence=95", r"evaluation\.confidence=95"),
         ("trainer.devices=2", r"trainer\.devices=2 needs trainer\.strategy=ddp"),
         ("trainer.precision=8", r"trainer\.precision='8'.*32-true"),
+        (
+            "trainer.cross_entropy=liger",
+            r"trainer\.cross_entropy='liger' needs trainer\.accelerator=gpu",
+        ),
         ("phases=[train]", r"phases=\['train'\].*tune, router, lora, refit, evaluate"),
         ("ckpt=best", r"ckpt='best'.*last, none"),
         ("model.dtype=fp8", r"model\.dtype='fp8'.*bfloat16"),
@@ -102,6 +106,20 @@ def test_identity_ignores_where_and_how_a_run_is_started():
     assert same.hash() == composed(paper)[0].hash() != composed()[0].hash()
     assert composed("seed=1")[0].hash() != composed()[0].hash()
     assert composed("trainer.loss_chunk=7", "data.bucket=1")[0].hash() == composed()[0].hash()
+
+
+def test_a_gpu_reads_larger_batches_where_no_result_depends_on_them():
+    cpu, gpu = composed()[0], composed("trainer=gpu")[0]
+    assert gpu.hash() == cpu.hash() and gpu.trainer.tf32 and not cpu.trainer.tf32
+    assert (cpu.read_batch_size, gpu.read_batch_size) == (32, 256)
+    assert cpu.evaluated() == cpu.evaluation and gpu.evaluated().batch_size == 256
+    for fixed in ("evaluation.do_sample=true", "evaluation.decoder=engine"):
+        assert composed("trainer=gpu", fixed)[0].evaluated().batch_size == 32
+
+
+def test_sharded_training_refuses_what_its_strategy_cannot():
+    with pytest.raises(ValueError, match=r"trainer\.precision='16-mixed' needs another strategy than fsdp"):
+        composed("trainer=fsdp", "trainer.precision=16-mixed")
 
 
 @pytest.mark.parametrize("method", ["sleb", "shortgpt"])

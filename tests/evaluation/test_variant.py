@@ -73,6 +73,28 @@ RULES: dict[str, Routes | None] = {
 }
 
 
+def test_a_greedy_evaluation_goes_on_where_memory_runs_out(setting, tmp_path: Path, monkeypatch, capsys) -> None:
+    options = {"batch_size": 8, "tpot_prompts": 0}
+    whole = evaluate(setting, tmp_path / "whole", None, **options)
+
+    def scarce(original: Any) -> Any:
+        def run(self: RouterAugmentedLM, *args: Any, **kwargs: Any) -> Any:
+            if len(args[0] if args else kwargs["input_ids"]) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(self, *args, **kwargs)
+
+        return run
+
+    for name in ("generate", "forward"):
+        monkeypatch.setattr(RouterAugmentedLM, name, scarce(getattr(RouterAugmentedLM, name)))
+    halved = evaluate(setting, tmp_path / "halved", None, **options)
+    said = [(tmp_path / each / "router.jsonl").read_text() for each in ("whole", "halved")]
+    assert said[0] == said[1] and halved["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-4)
+    assert "going on with 3 rows" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):  # drawn tokens depend on the prompts beside them
+        evaluate(setting, tmp_path / "drawn", None, do_sample=True, **options)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_engine_says_what_generate_says(setting, tmp_path: Path, name: str) -> None:
     weights = {key: value.clone() for key, value in setting[2].state_dict().items()}

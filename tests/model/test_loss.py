@@ -181,3 +181,21 @@ def test_head_of_a_model_whose_layers_may_share_keys_and_values() -> None:
     arguments = {"attention_mask": mask, "labels": labels, "prompt_mask": prompt_mask}
     full, lean = model(ids, **arguments), model(ids, **arguments, keep_logits=False)
     torch.testing.assert_close(lean.loss, full.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ligers_kernel_gives_torchs_losses_and_gradients(dtype: torch.dtype) -> None:
+    pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(16, 50).to(dtype), torch.randn(7, 16, dtype=dtype, requires_grad=True)
+    targets, weights = torch.randint(0, 50, (7,)), torch.rand(7)
+    found = {}
+    for kernel in ("torch", "liger"):
+        for chunk in (3, 100):
+            losses = token_cross_entropy(lambda x: torch.tanh(head(x)), states, targets, chunk, kernel)
+            [gradient] = torch.autograd.grad((losses * weights).sum(), states)
+            found[kernel, chunk] = losses.detach(), gradient
+    for each in found.values():
+        assert each[0].dtype == torch.float32
+        torch.testing.assert_close(each[0], found["torch", 100][0], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(each[1], found["torch", 100][1])

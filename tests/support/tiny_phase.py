@@ -32,6 +32,7 @@ class TinyPhase:
     """A model, data of `STEPS` steps and one phase of training."""
 
     def __init__(self, model_dir: Path) -> None:
+        self.directory = model_dir
         config, self.data = _prepared(model_dir)
         self.data.consumed_batches = 0
         self.data.batch_size, self.data.loss_on, self.data.total_batches = 4, "response", 2 * STEPS
@@ -47,10 +48,10 @@ class TinyPhase:
         given |= {"validate_every": 2, "checkpoint_every": 1}
         return PHASES[name](self.model, objective=objective, phase=PhaseConfig(**{**given, **phase}), seed=3)
 
-    def fit(self, module: Phase, directory: Path, loggers: Any = ()) -> dict[str, Any]:
-        """Train it, or go on with it."""
+    def fit(self, module: Phase, directory: Path, loggers: Any = (), **trainer: Any) -> dict[str, Any]:
+        """Train it, or go on with it, with settings of its `TrainerConfig`."""
         self.data.total_batches = STEPS * module.phase.accumulate
-        config = TrainerConfig(progress_bar=False)
+        config = TrainerConfig(progress_bar=False, **trainer)
         given = {"directory": directory, "loggers": list(loggers), "resume": True}
         return fit_phase(module, self.data, config=config, max_steps=STEPS, **given)
 

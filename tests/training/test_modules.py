@@ -10,6 +10,7 @@ import torch
 
 from firstlab.methods.objective import RoutingObjective
 from firstlab.training.calibration import start_routers
+from firstlab.training.modules import Phase
 from firstlab.training.prompt_set import PromptSet
 from support.tiny_phase import TinyPhase, weights
 from support.tiny_run import composed
@@ -74,6 +75,75 @@ def test_routes_are_held_against_what_lora_does_to_the_prompt(setup: TinyPhase, 
     module.eval()
     assert module._drift(module._routed(batch, None), batch).item() < moved
     assert kept["val/cross_entropy"] > 0
+
+
+def test_validation_goes_on_where_memory_runs_out(
+    setup: TinyPhase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    objective = replace(OURS, target_skip=0.3)
+    whole = setup.fit(setup.module("router", objective), tmp_path / "whole")
+    measured = Phase._measured
+
+    def scarce(self: Phase, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if len(batch["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measured(self, batch)
+
+    monkeypatch.setattr(Phase, "_measured", scarce)
+    torch.manual_seed(0)
+    setup = TinyPhase(setup.directory)
+    halved = setup.fit(setup.module("router", objective), tmp_path / "halved")
+    assert {k: v for k, v in halved.items() if k != "warning"} == pytest.approx(
+        {k: v for k, v in whole.items() if k != "warning"}, rel=1e-4
+    )
+    assert "going on with 1 rows" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):  # the paper's stopping rule weighs batches
+        setup.fit(setup.module("router", PAPER), tmp_path / "paper")
+
+
+def test_rho_that_was_read_before_is_the_rho_of_each_step(setup: TinyPhase):
+    module = setup.module("lora", replace(OURS, hold_routes=10.0)).eval()
+    with torch.no_grad():
+        for name, parameter in setup.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    batch = next(iter(setup.data.train_dataloader()))
+    out = module._routed(batch, None)
+    beside = module._drift(out, batch)
+    module.held_rho = PromptSet(setup.model, setup.data, setup.data.train, 8).rho()
+    torch.testing.assert_close(module._drift(out, batch), beside)
+    assert beside.item() > 1e-8
+
+
+@pytest.mark.parametrize("name", ["router", "lora"])
+def test_mixed_precision_trains_what_full_precision_trains(setup: TinyPhase, tmp_path: Path, name: str):
+    objective = replace(OURS, hold_routes=10.0)
+    full = setup.fit(setup.module(name, objective), tmp_path / "full")
+    mixed = TinyPhase(setup.directory)
+    module = mixed.module(name, objective)
+    before = weights(module)
+    kept = mixed.fit(module, tmp_path / "mixed", precision="bf16-mixed")
+    assert kept["val/cross_entropy"] == pytest.approx(full["val/cross_entropy"], rel=0.01)
+    changed = {k for k, v in weights(module).items() if not torch.equal(v, before[k])}
+    assert {v.dtype for v in weights(module).values()} == {torch.float32}
+    assert changed == {k for k in before if ("lora_" in k if name == "lora" else "routers" in k)}
+
+
+def test_compiled_layers_train_alike_and_are_compiled_once(
+    setup: TinyPhase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from torch._dynamo.testing import CompileCounter
+
+    full = setup.fit(setup.module("lora", replace(OURS, hold_routes=10.0)), tmp_path / "full")
+    counter, compile_it = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_it(*args, backend=counter, **options))
+    torch._dynamo.reset()
+    again = TinyPhase(setup.directory)
+    kept = again.fit(again.module("lora", replace(OURS, hold_routes=10.0)), tmp_path / "compiled", compile=True)
+    assert kept["val/score"] == pytest.approx(full["val/score"], rel=1e-5)
+    # With LoRA and gradient, without gradient, without LoRA, perhaps without a mask; not for each of four layers.
+    assert 2 <= counter.frame_count <= 6
+    assert not any("compiled_forward" in vars(layer) for layer in again.model.lm.model.layers)
 
 
 @pytest.mark.parametrize("other", ["objective=soft", "one_phase=true"])

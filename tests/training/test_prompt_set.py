@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from firstlab.config.build import build_data, load_model
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import EarlyExit, PrunedRoutes
+from firstlab.model.teacher_forcing import TeacherForcedPass
 from firstlab.training.prompt_set import PromptSet
 from support.reference import without_layers
 from support.tiny_run import composed, overrides
@@ -107,3 +109,41 @@ def test_what_there_is_room_for_is_read_once(
     assert len(seen) == 3  # 11 prompts, 4 at a time
     prompts.loss(routes)
     assert len(seen) == 3 + again
+
+
+def test_neighbouring_routes_share_layers_and_lose_no_bit(prompts: PromptSet, monkeypatch: pytest.MonkeyPatch):
+    every = torch.ones(prompts.num_layers, dtype=torch.bool)
+    routes = [every, every & (torch.arange(prompts.num_layers) != 2), every & (torch.arange(prompts.num_layers) != 3)]
+    alone = [prompts.loss(route) for route in routes]  # nothing is kept
+    kept = prompts.take(COUNT)
+    kept.cache_bytes = 2**30
+    run, ran = TeacherForcedPass.run_layer, []
+
+    def noted(self: Any, index: int, hidden: Tensor, run_it: Any, skip: Any) -> Any:
+        return run(self, index, hidden, lambda: ran.append(index) or run_it(), skip)
+
+    monkeypatch.setattr(TeacherForcedPass, "run_layer", noted)
+    assert [kept.loss(route) for route in routes] == alone
+    # Three batches; states are kept once all prompts are.
+    assert ran == [*[0, 1, 2, 3] * 3, *[0, 1, 3] * 2, 3, *[2] * 3]
+
+
+def test_losses_go_on_where_memory_runs_out(
+    prompts: PromptSet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    prompts.cache_bytes = 2**30
+    routes = torch.tensor([[True, True, True, True], [True, False, True, True]])
+    before, each = prompts.loss(routes[1]), prompts.losses_each(routes)
+    respond = RouterAugmentedLM.respond
+
+    def scarce(self: Any, reading: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(labels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return respond(self, reading, labels, *args, **kwargs)
+
+    monkeypatch.setattr(RouterAugmentedLM, "respond", scarce)
+    again = prompts.take(COUNT)
+    assert again.loss(routes[1]) == pytest.approx(before, rel=1e-5)
+    assert (again.loss_batch_size, again.cache_bytes) == (2, 2**29) and again.batch_size == 4
+    assert capsys.readouterr().err.splitlines() == ["warning: out of memory: going on with 2 rows in a pass"]
+    torch.testing.assert_close(again.losses_each(routes), each)

@@ -96,6 +96,7 @@ class TrainingSpeedConfig(SpeedConfig):
     prompt_length: int = option(128, least=1)
     response_length: int = option(64, least=1)
     gradient_checkpointing: bool = False  # in all variants
+    compile: bool = False  # the decoder layer of both phases
     loss_chunk: int = option(1024, least=1)  # positions whose logits exist at a time; the plain step has all
     learning_rate: float = option(3e-4, above=0)
     gradient_clip: float = option(1.0, above=0)

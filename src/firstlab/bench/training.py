@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from firstlab.bench.models import Models, load_models, twin
 from firstlab.bench.workload import in_turn
 from firstlab.config.schema import PhaseConfig
 from firstlab.evaluation.timing import synchronize
+from firstlab.model.layers import compiled, find_decoder
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.store import machine
 from firstlab.training.modules import LoRACompensationModule, Phase, RouterModule, RoutingObjective
@@ -162,7 +164,8 @@ def firstlab_steps(module: Phase, config: TrainingSpeedConfig, rows: Sequence[Ro
     )
     # Lists are datasets to torch, whatever its types say.
     loader: Any = DataLoader(rows, config.batch_size, collate_fn=default_data_collator)  # type: ignore[arg-type]
-    with warnings.catch_warnings():
+    layers = compiled(find_decoder(module.model.lm)[1]) if config.compile else nullcontext()
+    with warnings.catch_warnings(), layers:
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
         trainer.fit(module.train(), loader)
     module.to(device)

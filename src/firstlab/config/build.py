@@ -103,12 +103,15 @@ def load_model(config: ExperimentConfig, path: str | Path) -> RouterAugmentedLM:
     base = None if saved is None or own_base else base_path
     on_gpu = config.trainer.accelerator == "gpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     with during(f"the loading of {path}"):
         model = RouterAugmentedLM.from_pretrained(path, settings=config.router, base=base, merge=True, **options)
         model = model.to(device)
     check_lengths(config, model.max_positions)
     model.gradient_checkpointing = config.trainer.gradient_checkpointing
     model.loss_chunk = config.trainer.loss_chunk
+    model.cross_entropy = config.trainer.cross_entropy
     return model.eval()
 
 

@@ -42,9 +42,9 @@ _SYSTEM_ERRORS = {
     errno.ENAMETOOLONG: "a name is longer than the file system allows: shorten it",
 }
 _LOWER_MEMORY = (
-    "lower the phase's batch_size (raise accumulate instead), data.max_length_*, evaluation.batch_size or "
-    "trainer.prompt_cache_mib, set trainer.gradient_checkpointing=true, or choose a smaller trainer.precision or "
-    "model.dtype"
+    "lower the phase's batch_size (raise accumulate instead), data.max_length_*, evaluation.batch_size, "
+    "trainer.read_batch_size or trainer.prompt_cache_mib, set trainer.gradient_checkpointing=true, or choose a smaller "
+    "trainer.precision or model.dtype"
 )
 
 

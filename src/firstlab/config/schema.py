@@ -216,7 +216,14 @@ class TrainerConfig:
     precision: str = option("32-true", choices="32-true, bf16-true, bf16-mixed, 16-mixed")
     gradient_checkpointing: bool = False
     loss_chunk: int = option(1024, least=1)  # positions whose logits exist at a time; fewer need less memory
-    prompt_cache_mib: int = option(2048, least=0)  # room for keys and values, so that calibration reads a prompt once
+    # Room for keys and values, so that calibration reads a prompt once; on a GPU at most half of what is free.
+    prompt_cache_mib: int = option(2048, least=0)
+    # Rows in a pass where no result depends on it (validation at a target, calibration, greedy evaluation), halved
+    # where memory runs out; null is evaluation.batch_size.
+    read_batch_size: int | None = option(None, least=1)
+    tf32: bool = False  # let a GPU multiply float32 on its tensor cores: much faster, 10 bits of mantissa
+    compile: bool = False  # the decoder layer in training, once for all layers, where prompts are not read apart
+    cross_entropy: str = option("torch", choices="torch, liger")  # Liger's fused kernel: GPU, the extra `liger`
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
@@ -227,8 +234,15 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.devices={self.devices} needs trainer.strategy=ddp or fsdp; or choose trainer=ddp"
             )
-        if self.strategy == "fsdp" and self.accelerator != "gpu":
-            raise ValueError("trainer.strategy='fsdp' needs trainer.accelerator=gpu; on CPU use trainer=ddp")
+        if self.cross_entropy == "liger":
+            if self.accelerator == "cpu":
+                raise ValueError("trainer.cross_entropy='liger' needs trainer.accelerator=gpu; on CPU use torch")
+            if find_spec("liger_kernel") is None:
+                raise ValueError(
+                    "trainer.cross_entropy='liger' needs the package liger-kernel: pip install 'firstlab[liger]'"
+                )
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise ValueError("trainer.precision='16-mixed' needs another strategy than fsdp, which takes bf16-mixed")
 
 
 @dataclass
@@ -278,6 +292,16 @@ class ExperimentConfig:
             raise ValueError(f"phases={self.phases!r} is not allowed: choose from {', '.join(PHASES)}")
         if "tune" in self.phases and self.init_from is not None:
             raise ValueError(f"init_from={self.init_from!r} brings a trained model: leave tune out of phases")
+
+    @property
+    def read_batch_size(self) -> int:
+        """Rows in a pass where no result depends on it."""
+        return self.trainer.read_batch_size or self.evaluation.batch_size
+
+    def evaluated(self) -> EvaluationConfig:
+        """How to evaluate: `evaluation`, where greedy responses do not depend on the batch, in larger ones."""
+        whole = self.evaluation.do_sample or self.evaluation.decoder == "engine"
+        return self.evaluation if whole else replace(self.evaluation, batch_size=self.read_batch_size)
 
     def directory(self, label: str) -> Path:
         """The run directory of a method of this label."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from firstlab.config.schema import EvaluationConfig
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows, collate_prompts
+from firstlab.data.room import Room
 from firstlab.engine.engine import engine_for
 from firstlab.engine.llama_step import check_supported
 from firstlab.engine.sampling import Sampling
@@ -91,7 +93,8 @@ class Decoder:
         names += ["temperature", "top_k", "top_p"] if self.config.do_sample else []
         options = {name: self.settings[name] for name in names}
         options |= {"pad_token_id": data.pad, "eos_token_id": stops or None, "return_dict_in_generate": True}
-        for indices in batches:
+
+        def respond(indices: Sequence[int]) -> list[Response]:
             batch = collate_prompts([rows[i] for i in indices], pad=data.pad)
             ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
             torch.manual_seed(self.seed * 1_000_003 + indices[0])
@@ -101,7 +104,12 @@ class Decoder:
                 for i, tokens in zip(indices, result.sequences[:, ids.shape[1] :].tolist(), strict=True)
             ]
             skips = self._skips(result.past_key_values, [len(tokens) for tokens in responses])
-            yield from zip(indices, responses, skips, strict=True)
+            return list(zip(indices, responses, skips, strict=True))
+
+        room = Room()
+        for indices in batches:  # drawn tokens depend on the prompts beside them
+            passes = [respond(indices)] if self.config.do_sample else room.passes(indices, respond)
+            yield from chain.from_iterable(passes)
 
     def _skips(self, cache: RoutedCache, new_tokens: Sequence[int]) -> list[list[float]]:
         """Of every row, the share of its own decode steps that skipped each layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from firstlab.config.schema import EvaluationConfig
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import TrainingRows, collate_training, response_ids
+from firstlab.data.room import Room
 from firstlab.evaluation.decoding import Decoder, check_engine
 from firstlab.evaluation.predictions import fingerprint, generate_predictions, skip_statistics, write_predictions
 from firstlab.evaluation.scoring import primary_metric, score_texts
@@ -116,13 +118,19 @@ def _response_nll(
     my_rank, world = rank()
     rows = TrainingRows(data.task, data.test, data.tokenizer, data.max_length)
     totals = torch.zeros(len(data.test), 2, dtype=torch.float64)
-    for indices in shard_batches(len(data.test), batch_size, my_rank, world):
+
+    def measure(indices: Sequence[int]) -> None:
         batch = collate_training([rows[i] for i in indices], pad=data.pad, loss_on="response")
         batch = {k: v.to(model.device) for k, v in batch.items() if k != "index"}
         forced = rows_of(routes, indices, model.device)
         out = model(**batch, objective="decode_consistent", gate="hard", routes=forced, keep_logits=False)
         counts = (batch["labels"][:, 1:] != -100).sum(1)
         totals[indices] = torch.stack([out.token_losses.sum(1).cpu(), counts.cpu()], 1).double()
+
+    room = Room()
+    for indices in shard_batches(len(data.test), batch_size, my_rank, world):
+        for _ in room.passes(indices, measure):
+            pass
     if world > 1:
         dist.all_reduce(totals)
     return totals.numpy()

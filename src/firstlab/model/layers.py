@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from firstlab.model.cache import RoutedCache
 
@@ -50,9 +51,13 @@ class RoutableLayer(nn.Module):
     layer_index: int
     # Of a tuple, as older architectures return it; None of a bare tensor. Learned from the first call, 0 until then.
     output_length: int | None = 0
+    # Set by `compiled`; for passes without a cache, whose code is the same for every layer.
+    compiled_forward: Callable[..., Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = partial(super().forward, *args, **kwargs)
+        cached = any(isinstance(x, Cache) for x in (*args, *kwargs.values()))
+        forward = super().forward if cached or self.compiled_forward is None else self.compiled_forward
+        run = partial(forward, *args, **kwargs)
         current = find_cache(args, kwargs) or _current.get()
         if current is None:
             return run()
@@ -77,7 +82,8 @@ class RoutableLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass is made at run time: pickle by the dense class and make it again.
-        return _rebuild, (self.dense_class,), self.__dict__
+        own = {name: value for name, value in self.__dict__.items() if name != "compiled_forward"}
+        return _rebuild, (self.dense_class,), own
 
 
 def _as_output(hidden: Tensor, length: int | None) -> Any:
@@ -105,6 +111,22 @@ def make_routable(layers: nn.ModuleList) -> None:
         layer.layer_index = index  # type: ignore[assignment]
         if not isinstance(layer, RoutableLayer):
             _set_class(layer, _routable_class(type(layer)))
+
+
+@contextmanager
+def compiled(layers: nn.ModuleList) -> Iterator[None]:
+    """Within it, routable layers run through torch.compile where no cache takes part: once compiled for all layers."""
+    limit = torch._dynamo.config.recompile_limit  # with and without LoRA, gradient, and sizes that change
+    torch._dynamo.config.recompile_limit = max(64, limit)
+    for layer in layers:
+        dense: Any = layer.dense_class
+        layer.__dict__["compiled_forward"] = torch.compile(MethodType(dense.forward, layer), dynamic=True)
+    try:
+        yield
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        for layer in layers:
+            del layer.__dict__["compiled_forward"]
 
 
 def make_dense(layers: nn.ModuleList) -> None:

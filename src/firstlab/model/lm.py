@@ -67,6 +67,7 @@ class RouterAugmentedLM(nn.Module):
         caches = {type(each) for each in RoutedCache(lm.config, self.routers).layers}
         self._reads_prompts_apart = caches <= {DynamicLayer, DynamicSlidingWindowLayer}
         self.gradient_checkpointing = False  # recompute layer activations in the backward pass
+        self.cross_entropy = "torch"  # or "liger", see `firstlab.model.loss`
         self.loss_chunk = LOSS_CHUNK  # positions whose logits exist at a time with `forward(keep_logits=False)`
         self._takes_positions = "position_ids" in signature(lm.forward).parameters
         self._decoder_name = next(name for name, module in lm.named_modules() if module is decoder)
@@ -238,7 +239,9 @@ class RouterAugmentedLM(nn.Module):
         shape_source = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if shape_source is None:
             raise ValueError("forward needs input_ids [batch, tokens] or inputs_embeds")
-        inputs.check_forward(self.lm, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs)
+        inputs.check_forward(
+            self._decoder, shape_source, labels, routes, keep_logits, past_key_values is not None, kwargs
+        )
         if attention_mask is None and not getattr(past_key_values, "decided", False):
             inputs.warn_of_padding(shape_source, self.lm.generation_config.pad_token_id)
         if past_key_values is not None:
@@ -354,7 +357,7 @@ class RouterAugmentedLM(nn.Module):
     def _losses(
         self, found: Tensor, head: OutputHead | None, labels: Tensor, attended: Tensor, rho: Tensor
     ) -> dict[str, Any]:
-        losses: dict[str, Any] = labelled_losses(found, head, labels, attended, self.loss_chunk)
+        losses: dict[str, Any] = labelled_losses(found, head, labels, attended, self.loss_chunk, self.cross_entropy)
         terms = {
             "cross_entropy": losses["loss"],
             "regularization": self.routers.squared_norm(),

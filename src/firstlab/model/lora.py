@@ -115,17 +115,15 @@ def has_lora(model: nn.Module) -> bool:
 
 @contextmanager
 def lora_disabled(model: PreTrainedModel) -> Iterator[None]:
-    # PEFT's switch also flips requires_grad; what is trainable is not its business here.
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for layer in lora_layers(model):
-        layer.enable_adapters(False)
+    # Not PEFT's `enable_adapters`, which also goes through all parameters to flip requires_grad.
+    layers = list(lora_layers(model))
+    for layer in layers:
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in lora_layers(model):
-            layer.enable_adapters(True)
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def merge_lora(model: PreTrainedModel) -> None:

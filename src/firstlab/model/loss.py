@@ -61,16 +61,21 @@ def _with_module(root: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def labelled_losses(
-    found: Tensor, head: Callable[[Tensor], Tensor] | None, labels: Tensor, attended: Tensor, chunk: int
+    found: Tensor,
+    head: Callable[[Tensor], Tensor] | None,
+    labels: Tensor,
+    attended: Tensor,
+    chunk: int,
+    kernel: str = "torch",
 ) -> dict[str, Tensor | None]:
     """`loss`, `token_losses`, `states` of a `RouterAugmentedOutput`, and the number `count` of label tokens.
 
     `found` is [B, T, D] states, or [B, T, V] logits where there is no head; the logits of `chunk` positions exist at a
-    time.
+    time, and `kernel` ("torch" or "liger") computes the cross-entropy.
     """
     wanted = predicting(labels, attended).to(found.device)
     states = found[:, :-1][wanted]
-    losses = token_cross_entropy(head or nn.Identity(), states, labels[:, 1:].to(found.device)[wanted], chunk)
+    losses = token_cross_entropy(head or nn.Identity(), states, labels[:, 1:].to(found.device)[wanted], chunk, kernel)
     token_losses = losses.new_zeros(labels.shape)
     token_losses[:, 1:][wanted] = losses.detach()
     count = wanted.sum()
@@ -89,11 +94,25 @@ def in_chunks(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> T
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def token_cross_entropy(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def token_cross_entropy(
+    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, chunk: int, kernel: str = "torch"
+) -> Tensor:
     """[N] fp32 cross-entropy of `targets` [N] by `head` on `states` [N, D], `chunk` positions at a time."""
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
         logits = head(states)
-        return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+        targets = targets.to(logits.device)
+        if kernel == "liger":
+            # A copy, in whose place the kernel puts the gradient.
+            return liger_cross_entropy(logits.to(torch.float32, copy=True), targets)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
 
     return in_chunks(losses, chunk, states, targets)
+
+
+def liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N] cross-entropy of logits [N, V], which it overwrites, and its gradient in one kernel."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    losses: Tensor = LigerCrossEntropyFunction.apply(logits, targets, None, -100, 0.0, 0.0, "none")[0]
+    return losses

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
 
 from firstlab.config.command_line import during
@@ -43,9 +44,13 @@ class Run:
 
     def prompts(self, examples: Sequence[Example]) -> PromptSet:
         """Prompts for the method to look at."""
-        room = self.config.trainer.prompt_cache_mib * 2**20
-        shown = self.config.trainer.progress_bar and rank()[0] == 0
-        return PromptSet(self.model, self.data, examples, self.config.evaluation.batch_size, room, shown)
+        trainer, device = self.config.trainer, self.model.device
+        room = trainer.prompt_cache_mib * 2**20
+        if device.type == "cuda":
+            room = min(room, torch.cuda.mem_get_info(device)[0] // 2)
+        shown = trainer.progress_bar and rank()[0] == 0
+        batch_size, at_once = self.config.evaluation.batch_size, self.config.read_batch_size
+        return PromptSet(self.model, self.data, examples, batch_size, room, shown, at_once)
 
     def routes(self, examples: Sequence[Example]) -> Routes | None:
         """The method's decision: [L] for all prompts, [N, L] for these, or None where the routers decide."""
@@ -60,7 +65,7 @@ class Run:
             return evaluate_variant(
                 self.model,
                 self.data,
-                self.config.evaluation,
+                self.config.evaluated(),
                 out,
                 variant,
                 routes=routes,
@@ -97,7 +102,9 @@ class Run:
 
     def reading(self, step: str) -> AbstractContextManager[None]:
         """A step that reads prompts in batches, to be named where memory runs out."""
-        return during(f"{step} with evaluation.batch_size={self.config.evaluation.batch_size}")
+        larger = self.config.trainer.read_batch_size
+        option = f"evaluation.batch_size={self.config.evaluation.batch_size}"
+        return during(f"{step} with {option if larger is None else f'trainer.read_batch_size={larger}'}")
 
 
 def say(message: str) -> None:

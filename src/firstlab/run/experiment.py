@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from firstlab.config import build
 from firstlab.config.schema import TRAINED, ExperimentConfig
@@ -140,6 +141,8 @@ class Experiment(Run):
         if self.method.trains_routers and "router" not in config.phases and not trained:
             raise ValueError(f"phases={config.phases} needs trained routers: set init_from, or add router to phases")
         self.model = build.load_model(config, build.model_path(config.init_from or config.model.path))
+        if config.trainer.tf32 and self.model.lm.dtype == torch.float32:
+            say("float32 products use TF32; trainer.tf32=false computes them in full precision, much slower")
         self.method.rounding(self.model.num_layers)
         if "evaluate" in config.phases:
             check_engine(self.model, "evaluation.decoder", config.evaluation.decoder)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from firstlab.config.build import load_model, model_path
 from firstlab.config.command_line import during
@@ -28,7 +29,7 @@ from firstlab.store.files import sealed, write_atomically, yaml_text
 from firstlab.store.ranks import barrier, rank
 from firstlab.training.modules import LoRACompensationModule, OnePhaseModule, Phase, RouterModule
 from firstlab.training.router_start import calibrate_rate, start_phase_1
-from firstlab.training.trainer import fit_phase, read_checkpoint
+from firstlab.training.trainer import fit_phase
 
 # Training prompts whose per-layer decisions a refit keeps.
 _KEPT_DECISIONS = 512
@@ -98,7 +99,13 @@ def compensate_with_lora(run: Run) -> None:
         if not run.model.has_lora:
             _add_lora(run)
         module = LoRACompensationModule(
-            run.model, objective=objective, phase=phase, seed=config.seed, routes=routes, val_routes=val_routes
+            run.model,
+            objective=objective,
+            phase=phase,
+            seed=config.seed,
+            routes=routes,
+            val_routes=val_routes,
+            held_rho=_held_rho(run) if routes is None and objective.hold_routes > 0 else None,
         )
     _finish(run, "lora", _fit(run, "lora", module))
 
@@ -153,6 +160,17 @@ def _begin(run: Run, phase: str) -> bool:
     return True
 
 
+def _held_rho(run: Run) -> Tensor | None:
+    """rho of the prompts that the phase comes to, read in large batches rather than beside each step."""
+    if run.config.trainer.read_batch_size is None:
+        return None
+    used = run.data.trained_on()
+    rho = torch.zeros(len(run.data.train), run.model.num_layers)
+    with run.reading("the reading of training prompts"):
+        rho[used] = run.prompts([run.data.train[i] for i in used]).rho()
+    return rho
+
+
 def _add_lora(run: Run) -> None:
     torch.manual_seed(run.config.seed)
     run.model.add_lora(run.config.lora)
@@ -179,6 +197,8 @@ def _fit(run: Run, phase: str, module: Phase) -> dict[str, Any]:
     resume, begun = run.config.ckpt == "last", time.perf_counter()
     resumed = resume and (checkpoints / "last.ckpt").is_file()
     loggers: list[Any] = [PhaseLogger(each, phase) for each in run.loggers]
+    small, large = run.config.evaluation.batch_size, run.config.read_batch_size
+    run.data.eval_batch_size = small if module.reads_training_loss else large
     with during(f"phase {phase} with {phase}_phase.batch_size={settings.batch_size}"):
         kept: dict[str, Any] = fit_phase(
             module, run.data, config=trainer, max_steps=steps, directory=checkpoints, loggers=loggers, resume=resume
@@ -196,8 +216,6 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
     run.data.max_length = run.config.data.max_length_lora
     if rank()[0] == 0:
         write_atomically(run.directory / f"{phase}.yaml", sealed(yaml_text(record)))
-    if run.config.trainer.strategy == "fsdp":
-        _load_best(run, phase)
     skip_rate = run.method.threshold_skip
     if phase == "router" and skip_rate is not None:
         with run.reading("the threshold's calibration"):
@@ -218,17 +236,3 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
         temporary.rename(run.directory / phase)
     barrier()
     run.model = load_product(run.config, run.directory, phase)
-
-
-def _load_best(run: Run, phase: str) -> None:
-    """After sharded training: an unsharded model with the weights of the phase's best checkpoint."""
-    router = run.directory / "router"
-    start = router if phase == "lora" and router.is_dir() else model_path(run.config.model.path)
-    run.model = load_model(run.config, start)
-    if phase == "lora":
-        _add_lora(run)
-    file = run.directory / "checkpoints" / phase / "best.ckpt"
-    if phase == "router" and not file.is_file():
-        return  # one phase trains them later
-    best = read_checkpoint(file)["state_dict"]
-    run.model.load_state_dict({k.removeprefix("model."): v for k, v in best.items()}, strict=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from firstlab.config.schema import PhaseConfig
+from firstlab.data.room import Room
 from firstlab.methods.base import rows_of
 from firstlab.methods.objective import RoutingObjective
 from firstlab.model.lm import RouterAugmentedLM
@@ -22,6 +24,7 @@ from firstlab.model.loss import in_chunks
 from firstlab.model.output import RouterAugmentedOutput
 from firstlab.model.routes import Routes, layer_skips
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
+from firstlab.training.sharding import ShardedBase, shard_base
 
 # Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.
 _TARGET_WEIGHT = 10.0
@@ -42,6 +45,7 @@ class Phase(L.LightningModule):
         router_learning_rate: float | None = None,
         routes: Routes | None = None,
         val_routes: Routes | None = None,
+        held_rho: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.phase, self.seed = model, objective, phase, seed
@@ -52,17 +56,31 @@ class Phase(L.LightningModule):
         self._broken_at = torch.tensor(math.inf)
         # A method's routes of training and validation prompts; None lets the routers decide.
         self.routes, self.val_routes = routes, val_routes
+        # [N, L] rho of the training prompts without LoRA, if they were read before; see `_drift`.
+        self.held_rho = held_rho
         # Checkpoints hold the trainable weights only.
         self.strict_loading = False
         self._skip_rates: list[Tensor] = []
         self._validation: dict[str, Tensor] = {}
+        self._room = Room()
         model.freeze_all_but(*self.trainable)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedBase):
+            assert self.device_mesh is not None
+            shard_base(self.model, self.device_mesh["data_parallel"])
 
     @abstractmethod
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
         """What the phase minimises, from globally normalised terms."""
 
     # -- training --
+
+    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, _: int) -> dict[str, Tensor]:
+        # Places in the data are read on the host, which would wait for the device.
+        return {
+            name: value if name == "index" else value.to(device, non_blocking=True) for name, value in batch.items()
+        }
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # Dropout and sampled gates depend on the step alone, so that a resumed run repeats an uninterrupted one.
@@ -116,8 +134,11 @@ class Phase(L.LightningModule):
 
     def _drift(self, out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
         """How far LoRA moved what the frozen routers read in the prompts, by the rho that they had without it."""
-        with self.model.lora_disabled():
-            before = self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
+        if self.held_rho is None:
+            with self.model.lora_disabled():
+                before = self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
+        else:
+            before = self.held_rho[batch["index"]].to(self.device)
         assert out.rho is not None
         return (out.rho - before).square().sum(1).mean()
 
@@ -157,27 +178,41 @@ class Phase(L.LightningModule):
         self._validation = {name: torch.zeros(size, device=self.device) for name, size in sizes.items()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        def measure(rows: Sequence[int]) -> dict[str, Tensor]:
+            return self._measured({name: values[rows[0] : rows[-1] + 1] for name, values in batch.items()})
+
+        # The mean of the training loss depends on the batch; processes that share a base must take the same passes.
+        whole = self.reads_training_loss or isinstance(self.trainer.strategy, ShardedBase)
+        rows = range(len(batch["input_ids"]))
+        for found in [measure(rows)] if whole else self._room.passes(rows, measure):
+            for name, value in found.items():
+                self._validation[name] += value
+
+    @property
+    def reads_training_loss(self) -> bool:
+        """Whether validation also takes the loss of training, on which the paper stops (A.4)."""
+        return self.objective.target_skip is None and self.routes is None
+
+    def _measured(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What validation sums up over batches."""
         response = batch["labels"].masked_fill(batch["prompt_mask"].bool(), -100)
         routes = rows_of(self.val_routes, batch["index"].tolist(), self.device)
         out = self._routed(batch, routes, labels=response, objective="decode_consistent", gate="hard")
         assert out.loss is not None and out.rho is not None
-        sums, rows, tokens = self._validation, len(batch["input_ids"]), out.loss_terms["token_count"]
+        rows, tokens = torch.tensor(len(batch["input_ids"])), out.loss_terms["token_count"]
         skips = (~self.model.routers.decide(out.rho)).float() if routes is None else _step_skips(out, batch)
-        sums["nll"] += out.loss * tokens
-        sums["tokens"] += tokens
-        sums["rows"] += rows
-        sums["rho"] += out.rho.sum(0)
-        sums["skip"] += skips.sum(0)
-        if self.objective.target_skip is None and routes is None:
+        found = {"nll": out.loss * tokens, "tokens": tokens, "rows": rows}
+        found |= {"rho": out.rho.sum(0), "skip": skips.sum(0)}
+        if self.reads_training_loss:
             training = self._routed(batch, None).loss_terms
-            sums["soft"] += rows * self.loss(training["cross_entropy"], training["non_skip"])
+            found["soft"] = rows * self.loss(training["cross_entropy"], training["non_skip"])
+        return found
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.trainer.strategy.reduce(x, reduce_op="sum") for name, x in self._validation.items()}
         rho, skip = sums["rho"] / sums["rows"], sums["skip"] / sums["rows"]
         cross_entropy, skip_rate = float(sums["nll"] / sums["tokens"]), float(skip.mean())
-        if self.objective.target_skip is None and self.routes is None:
-            # The paper stops on its own training loss (A.4).
+        if self.reads_training_loss:
             score = float(sums["soft"] / sums["rows"])
         else:
             target, tolerance = self.objective.target_skip, self.objective.tolerance
@@ -191,9 +226,9 @@ class Phase(L.LightningModule):
         for index in range(self.model.num_layers):
             values[f"rho/layer{index:02d}"] = float(rho[index])
             values[f"skip/layer{index:02d}"] = float(skip[index])
-        # Already reduced: the same number on every rank.
-        self.log_dict(values, rank_zero_only=False, sync_dist=False)
-        self.log("val/score", score, prog_bar=True)
+        # The same number on every rank already, which the greatest of them is, exactly.
+        self.log_dict(values, reduce_fx="max", sync_dist=True)
+        self.log("val/score", score, prog_bar=True, reduce_fx="max", sync_dist=True)
 
     @property
     def broken_at(self) -> int | None:
@@ -223,8 +258,7 @@ class Phase(L.LightningModule):
 
     def trainable_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of a state dict that this phase trains; all that its checkpoints hold."""
-        named = ((name.replace("_fsdp_wrapped_module.", ""), p) for name, p in self.named_parameters())
-        trainable = {name for name, p in named if p.requires_grad}
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         return {name: value for name, value in state.items() if name in trainable}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

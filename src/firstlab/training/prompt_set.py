@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import Row, TrainingRows, collate_training
+from firstlab.data.room import go_on_with
 from firstlab.data.task import Example
 from firstlab.methods.base import Observer, rows_of
 from firstlab.methods.early_exit import teacher_forced_skip_rates
@@ -22,6 +23,7 @@ from firstlab.model.prompt_cache import PromptReading
 from firstlab.model.routes import EarlyExit, Routes, as_routes
 
 Batch = dict[str, Tensor]
+Found = TypeVar("Found")
 
 
 @dataclass(eq=False)
@@ -36,9 +38,12 @@ class PromptSet:
     # only. The base model must stay as it is meanwhile. Prompts beyond it are read again each time.
     cache_bytes: int = 0
     progress_bar: bool = False
+    loss_batch_size: int = 0  # prompts in a pass that measures losses, halved where memory runs out; 0: `batch_size`
 
     def __post_init__(self) -> None:
+        self.loss_batch_size = self.loss_batch_size or self.batch_size
         self._readings: list[PromptReading | None] = []
+        self._responses: dict[int, _Responses] = {}  # of batches whose prompts are kept
         self.num_layers, self.max_new_tokens = self.model.num_layers, self.data.max_new_tokens
         self.texts: Sequence[str] = [self.data.task.prompt(example) for example in self.examples]
 
@@ -59,12 +64,13 @@ class PromptSet:
     @cached_property
     def batches(self) -> list[Batch]:
         """Teacher-forced batches in the order of the examples, on the model's device."""
-        return self._collate(self._rows)
+        return self._collate(self._rows, self.batch_size)
 
     @cached_property
     def _by_length(self) -> list[Batch]:
         """The same rows, those of similar length together: little of a batch is padding."""
-        return self._collate(sorted(self._rows, key=lambda row: len(row.prompt) + len(row.response)))
+        rows = sorted(self._rows, key=lambda row: len(row.prompt) + len(row.response))
+        return self._collate(rows, self.loss_batch_size)
 
     @cached_property
     def _rows(self) -> list[Row]:
@@ -75,10 +81,10 @@ class PromptSet:
         rows = TrainingRows(self.data.task, self.examples, self.data.tokenizer, self.data.max_length)
         return [rows[i] for i in range(len(rows))]
 
-    def _collate(self, rows: Sequence[Row]) -> list[Batch]:
+    def _collate(self, rows: Sequence[Row], size: int) -> list[Batch]:
         batches = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = collate_training(rows[start : start + self.batch_size], pad=self.data.pad, loss_on="response")
+        for start in range(0, len(rows), size):
+            batch = collate_training(rows[start : start + size], pad=self.data.pad, loss_on="response")
             batches.append({k: v.to(self.model.device) for k, v in batch.items()})
         return batches
 
@@ -91,6 +97,9 @@ class PromptSet:
 
         Each prompt is read once, and layers that routes share from the bottom up are run once.
         """
+        return self._with_room(lambda: self._losses_each(routes, title))
+
+    def _losses_each(self, routes: Tensor, title: str) -> Tensor:
         order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
         total, quiet = len(self._by_length) * len(routes), not self.progress_bar
         passes = tqdm(total=total, desc=title, unit="pass", leave=False, disable=quiet)
@@ -111,13 +120,55 @@ class PromptSet:
         return float(sums.sum() / counts.sum())
 
     def _sums(self, routes: Tensor | Routes) -> tuple[Tensor, Tensor]:
+        return self._with_room(lambda: self._measured(routes))
+
+    def _measured(self, routes: Tensor | Routes) -> tuple[Tensor, Tensor]:
         order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
-        forced = as_routes(routes).rows(order.tolist())
         with self.model.lora_disabled():
-            sums, counts = losses_under_routes(self.model, self._by_length, forced, self._read())
+            if isinstance(routes, Tensor) and routes.ndim == 1:
+                read = enumerate(zip(self._by_length, self._read(), strict=True))
+                found = [self._under(routes, place, *each) for place, each in read]
+                sums, counts = (torch.cat(each) for each in zip(*found, strict=True))
+            else:
+                forced = as_routes(routes).rows(order.tolist())
+                sums, counts = losses_under_routes(self.model, self._by_length, forced, self._read())
         check_finite(sums / counts, "losses of prompts")
         back = order.argsort()
         return sums[back], counts[back]
+
+    def _under(self, route: Tensor, place: int, batch: Batch, reading: PromptReading | None) -> tuple[Tensor, Tensor]:
+        """Sums and counts of a batch under one route; keeps its states for the next route if there is room."""
+        responses = self._responses.get(place) or _Responses(batch, len(route))
+        found = responses.sums(self.model, reading, route)
+        if reading is not None and len(self._readings) == len(self._by_length):  # prompts come first
+            self._responses[place] = responses
+            kept = sum(each.num_bytes for each in self._readings if each is not None)
+            if kept + sum(each.num_bytes for each in self._responses.values()) > self.cache_bytes:
+                del self._responses[place]
+        return found
+
+    def _with_room(self, measure: Callable[[], Found]) -> Found:
+        """What `measure` finds, from smaller batches and with less kept from the time that memory ran out."""
+        while True:
+            try:
+                return measure()
+            except torch.OutOfMemoryError:
+                if self.loss_batch_size == 1:
+                    raise
+            self.loss_batch_size, self.cache_bytes = self.loss_batch_size // 2, self.cache_bytes // 2
+            self._readings, self._responses = [], {}
+            del self._by_length
+            go_on_with(self.loss_batch_size)
+
+    def rho(self) -> Tensor:
+        """[N, L], what the model's routers measure on every prompt."""
+        return self._with_room(self._rho)
+
+    def _rho(self) -> Tensor:
+        order = torch.cat([batch["index"] for batch in self._by_length]).cpu()
+        with self.model.lora_disabled():
+            found = [self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"]) for batch in self._by_length]
+        return torch.cat(found).cpu()[order.argsort()]
 
     def _read(self) -> Iterator[PromptReading | None]:
         """The prompts of each batch by length; kept while there is room."""
@@ -212,22 +263,40 @@ def _sums_of_batch(
     return out.token_losses.sum(1).cpu(), (labels[:, 1:] != -100).sum(1).cpu()
 
 
+class _Responses:
+    """A batch of responses under one route after another: layers below the first that differs do not run again."""
+
+    def __init__(self, batch: Batch, num_layers: int) -> None:
+        self._batch = batch
+        self._states: list[Tensor | None] = [None] * num_layers
+        self._route: Tensor | None = None
+
+    def sums(self, model: RouterAugmentedLM, reading: PromptReading | None, route: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_sums_of_batch` under a route [L]."""
+        # The input of the first layer that differs is the same, too.
+        known = 0 if self._route is None else 1 + int((route == self._route)[:-1].cumprod(0).sum())
+        self._route = None  # until the states are this route's
+        forced = route.to(self._batch["labels"].device)
+        found = _sums_of_batch(model, self._batch, reading, forced, states=self._states, known=known)
+        self._route = route
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.nbytes for each in self._states if each is not None)
+
+
 @torch.no_grad()
 def _losses_of_batch(
     model: RouterAugmentedLM, batch: Batch, reading: PromptReading | None, routes: Tensor, bar: Any
 ) -> Tensor:
     """[B, K] loss per response token of a batch under each of [K, L] routes."""
     losses: list[Tensor] = [torch.empty(0)] * len(routes)
-    states: list[Tensor | None] = [None] * routes.shape[1]
-    previous = None
+    responses = _Responses(batch, routes.shape[1])
     # In this order neighbours have most layers in common.
     for place in sorted(range(len(routes)), key=lambda k: routes[k].tolist()):
-        route = routes[place]
-        # The input of the first layer that differs is the same, too.
-        known = 0 if previous is None else 1 + int((route == previous)[:-1].cumprod(0).sum())
-        forced = route.to(batch["labels"].device)
-        sums, counts = _sums_of_batch(model, batch, reading, forced, states=states, known=known)
-        losses[place], previous = sums / counts, route
+        sums, counts = responses.sums(model, reading, routes[place])
+        losses[place] = sums / counts
         bar.update()
     return torch.stack(losses, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,17 +16,17 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from firstlab.config.schema import PhaseConfig, TrainerConfig
 from firstlab.data.datamodule import PromptDataModule
-from firstlab.model.layers import find_decoder
-from firstlab.store.ranks import barrier, rank
+from firstlab.model.layers import compiled, find_decoder
 from firstlab.training.modules import Phase
+from firstlab.training.sharding import ShardedBase, SharedGradients
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -138,8 +139,8 @@ def _trainer(module: Phase, config: TrainerConfig, progress: _Progress, loggers:
         # Buffers are constants here, and ranks may validate different numbers of batches.
         strategy = DDPStrategy(broadcast_buffers=False)
     elif config.strategy == "fsdp":
-        layer_class = type(find_decoder(module.model.lm)[1][0])
-        strategy = FSDPStrategy(auto_wrap_policy={layer_class}, use_orig_params=True, state_dict_type="full")
+        strategy = ShardedBase(config.devices * config.num_nodes)
+        callbacks.append(SharedGradients())
     return L.Trainer(
         default_root_dir=progress.directory,
         accelerator=config.accelerator,
@@ -177,8 +178,7 @@ def fit_phase(
 ) -> dict[str, Any]:
     """Train for `max_steps` optimizer steps and leave the best weights in the module.
 
-    With `resume` it goes on from `directory/last.ckpt` if there is one. Sharded weights stay where they are; the best
-    ones are in `directory/best.ckpt` then.
+    With `resume` it goes on from `directory/last.ckpt` if there is one. A base that was sharded stays so.
 
     Returns:
         Validation figures of the weights kept, and as `warning` what is wrong with the training, or None.
@@ -192,7 +192,8 @@ def fit_phase(
     progress.start_score = before["val/score"]
     last = directory / LAST
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.is_file() else None)
+        with compiled(find_decoder(module.model.lm)[1]) if config.compile else nullcontext():
+            trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.is_file() else None)
     except SystemExit:
         # Lightning ends the process on Ctrl-C; our caller says how to go on.
         if trainer.interrupted:
@@ -201,22 +202,14 @@ def fit_phase(
     start_score = progress.start_score if math.isfinite(progress.start_score) else math.inf
     kept_score = min(start_score, progress.best_score)
     kept = start if start_score == kept_score else progress.best_weights
-    final = {"val/score": kept_score}
-    if config.strategy == "fsdp":
-        if rank()[0] == 0:
-            AtomicCheckpointIO().save_checkpoint({"state_dict": kept}, directory / BEST)
-        barrier()
-        last_is_best = False
-    else:
+    [figures] = trainer.validate(module, datamodule=data, verbose=False)
+    last_is_best = figures["val/score"] <= kept_score < math.inf  # training that diverges ends at NaN
+    if not last_is_best:
+        module.load_state_dict(kept, strict=False)
         [figures] = trainer.validate(module, datamodule=data, verbose=False)
-        last_is_best = figures["val/score"] <= kept_score < math.inf  # training that diverges ends at NaN
-        if not last_is_best:
-            module.load_state_dict(kept, strict=False)
-            [figures] = trainer.validate(module, datamodule=data, verbose=False)
-        final.update(figures)
     warning = None
     if module.broken_at is not None:
         warning = f"non-finite loss at step {module.broken_at}"
     elif kept is start and not last_is_best:
         warning = "did not improve on its start"
-    return {**final, "start/score": progress.start_score, "warning": warning}
+    return {**figures, "start/score": progress.start_score, "warning": warning}
