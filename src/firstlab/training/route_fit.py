@@ -21,6 +21,7 @@ from tqdm import tqdm
 from firstlab.methods.objective import RouteFit
 from firstlab.model.route_router import RouteRouter
 from firstlab.store.ranks import barrier, rank
+from firstlab.store.results import rate_by_token
 from firstlab.training.prompt_set import PromptSet, check_finite
 
 # A prompt's harm below this is noise of a lucky answer.
@@ -209,8 +210,8 @@ def _set(router: RouteRouter, ridge: Ridge, measured: Measured, choice: Choice) 
 
 
 def rate_over_tokens(router: RouteRouter, chosen: Tensor, tokens: Tensor) -> float:
-    """Skipped layers ÷ L, mean over response tokens, when prompts take the chosen routes."""
-    return float((router.skips.cpu()[chosen] * tokens).sum() / tokens.sum())
+    """Skipped layers ÷ L, mean over the decode steps of responses, when prompts take the chosen routes."""
+    return rate_by_token(router.skips.cpu()[chosen].numpy(), tokens.numpy())
 
 
 @dataclass
