@@ -246,7 +246,7 @@ def test_chat_of_a_run_is_the_text_of_its_task(server: Server) -> None:
 BAD: list[tuple[str, Any, int, str | None, str]] = [
     ("completions", {}, 400, "prompt", "prompt is missing"),
     ("completions", {"prompt": 5}, 400, "prompt", "prompt=5: Input should be a valid string or"),
-    ("completions", {"prompt": ""}, 400, "prompt", "empty"),
+    ("completions", {"prompt": []}, 400, "prompt", "empty"),
     ("completions", {"prompt": [5, 10**6]}, 400, "prompt", "token 1000000: give ids from 0 to"),
     ("completions", {"prompt": "x", "temperature": 3}, 400, "temperature", "temperature=3: .*less than or equal to 2"),
     ("completions", {"prompt": "x", "temperature": "1"}, 400, "temperature", "valid number"),
