@@ -55,8 +55,8 @@ class RoutableLayer(nn.Module):
     compiled_forward: Callable[..., Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plain = self.compiled_forward is None or any(isinstance(x, Cache) for x in (*args, *kwargs.values()))
-        run = partial(super().forward if plain else self.compiled_forward, *args, **kwargs)
+        cached = any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
+        run = partial((None if cached else self.compiled_forward) or super().forward, *args, **kwargs)
         current = find_cache(args, kwargs) or _current.get()
         if current is None:
             return run()

@@ -154,8 +154,8 @@ class PromptSet:
         sums = responses.losses(self.model, reading, route)
         if len(self._readings) == len(self._by_length):  # prompts come first
             self._responses[place] = responses
-            kept = [each for each in self._readings if each is not None]
-            if sum(each.num_bytes for each in (*kept, *self._responses.values())) > self.cache_bytes:
+            kept = sum(each.num_bytes for each in self._readings if each is not None)
+            if kept + sum(each.num_bytes for each in self._responses.values()) > self.cache_bytes:
                 del self._responses[place]
         return sums, responses.counts
 
