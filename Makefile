@@ -74,7 +74,7 @@ reproduce-tables: setup ## run what the tables lack (SCALE=nano, or llama on a G
 
 lock: setup ## renew constraints.txt: the newest versions that work together on Python 3.10 and later
 	$(PY) -m pip install --quiet uv
-	$(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.10 $(EXTRAS:%=--extra %) \
+	$(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.10 $(EXTRAS:%=--extra %) --extra liger \
 	  --no-annotate --no-header --upgrade --output-file $(VENV)/resolved.txt
 	sed -n '/^#/p' constraints.txt > $(VENV)/constraints.txt
 	sed -E "/^(cuda-|nvidia-|triton=)/d; /sys_platform == 'emscripten'/d; s/ (and|;) sys_platform != 'emscripten'//" \

@@ -106,7 +106,7 @@ class _Progress(Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         if trainer.global_step % self.phase.checkpoint_every == 0:
-            trainer.save_checkpoint(self.directory / LAST)
+            trainer.save_checkpoint(self.directory / LAST, weights_only=False)
 
 
 class _ProgressBar(TQDMProgressBar):
