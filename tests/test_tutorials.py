@@ -64,7 +64,7 @@ def test_skip_a_quarter(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytes
     assert done == ["firstlab.train", "firstlab.train", "firstlab.generate", "firstlab.evaluate"]
     assert sorted(each.parent.name for each in tmp_path.glob("runs/*/*/result.json")) == [
         "first-skip0.25-seed0",
-        "none-seed0",
+        "none-as_tuned-seed0",
         "sleb-skip0.25-seed0",
     ]
     printed = capsys.readouterr().out

@@ -183,7 +183,7 @@ def test_rows_of_different_routes_lengths_and_ends(batch_size: int, different: s
 
 @pytest.mark.parametrize("rule", [None, StepRoutes(torch.ones(2, 6, dtype=torch.bool)), EarlyExit(0.3)])
 def test_prompts_are_given_as_they_end_each_with_its_own_limit(rule: Any) -> None:
-    engine = DecodeEngine(llama(True), 40, 2)
+    engine = DecodeEngine(llama(True), 40, 2, patience=0)
     prompts, limits = [[5 + row, 3] for row in range(5)], [9, 1, 4, 2, 30]
     read: dict[int, list[int]] = {place: [] for place in range(5)}
     order = []

@@ -339,7 +339,14 @@ def test_all_methods_share_one_dense_run():
 
     by_hand = load(make(["method=none"]))[0]
     assert by_hand.hash() == load(make(["method=none", "router.input_norm=none", "router_phase.epochs=3"]))[0].hash()
-    assert by_hand.hash() == dense_counterpart(load(make([]))[0])[0].hash()
+    paper = "phases=[router,lora,evaluate]"
+    assert by_hand.hash() == dense_counterpart(load(make([paper]))[0])[0].hash()
+    # A run that also tunes trains for twice as long, and so does its dense run.
+    twice = dense_counterpart(load(make([]))[0])[0]
+    steps = 2 * by_hand.lora_phase.max_steps
+    epochs = 2 * by_hand.lora_phase.epochs
+    longer = ["method=none", f"lora_phase.max_steps={steps}", f"lora_phase.epochs={epochs}"]
+    assert twice.hash() == load(make(longer))[0].hash()
     assert by_hand.hash() != load(make(["method=none", "lora.rank=2"]))[0].hash()
 
 
