@@ -22,16 +22,15 @@ from firstlab import bench
 from firstlab.config.build import model_path
 from firstlab.config.command_line import own_folders, parse_options
 from firstlab.config.compose import conf_dir, register, search_path, settings
+from firstlab.dashboard import DashboardOptions
 from firstlab.hub.__main__ import HubOptions
-from firstlab.run.dashboard import DashboardOptions
 from firstlab.run.load import load, read
 from firstlab.run.sweep import expand
 from firstlab.serve.__main__ import ServeOptions, build
 from firstlab.serve.load import LoadOptions
 from firstlab.serve.page import PageOptions
 from firstlab.tables import config as tables
-from support.any_speed import routed
-from support.models import prompts
+from support.models import prompts, routed
 from support.pages import PAGES, ROOT, Command, blocks, commands
 from support.tiny_run import SMALL, composed
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.prompts import QuestionAnswering, Translation
 from firstlab.data.task import Example
-from support.tiny_tokenizer import tiny_tokenizer
+from support.texts import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

@@ -24,7 +24,7 @@ from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_summarization import MiniSummarization
 from firstlab.data.mini_translation import MiniTranslation
 from firstlab.data.task import Example
-from support.tiny_tokenizer import tiny_tokenizer
+from support.texts import tiny_tokenizer
 
 BOS, EOS = 0, 1
 TOKENIZER = tiny_tokenizer()

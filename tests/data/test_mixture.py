@@ -14,8 +14,8 @@ from firstlab.data.mixture import Mixture, Part
 from firstlab.data.task import Example
 from firstlab.evaluation.scoring import mean_score, score_texts
 from firstlab.metrics import evaluate_predictions
+from support.texts import tiny_tokenizer
 from support.tiny_run import composed
-from support.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,14 @@ import re
 import pytest
 
 from firstlab.data.parallel_text import ParallelText
-from support.parallel_files import write
+from support.texts import write_parallel
 
 
 def test_texts_are_joined_in_order(tmp_path):
-    write(tmp_path, "a", [("one", "eins"), ("two", "zwei")])
-    write(tmp_path, "b", [("three", "drei")])
-    write(tmp_path, "val", [("four", "vier")])
-    write(tmp_path, "test", [("five", "fünf")])
+    write_parallel(tmp_path, "a", [("one", "eins"), ("two", "zwei")])
+    write_parallel(tmp_path, "b", [("three", "drei")])
+    write_parallel(tmp_path, "val", [("four", "vier")])
+    write_parallel(tmp_path, "test", [("five", "fünf")])
     task = ParallelText("en", "de", str(tmp_path), train=["a", "b"], validation="val", test="test")
     assert [example.id for example in task.train_pool()] == ["a:1", "a:2", "b:1"]
     assert [example.references for example in task.train_pool()] == [("eins",), ("zwei",), ("drei",)]
@@ -20,7 +20,7 @@ def test_texts_are_joined_in_order(tmp_path):
 
 
 def test_pairs_without_one_side_can_be_left_out(tmp_path, capsys):
-    write(tmp_path, "test", [("one", "eins"), ("", "zwei"), ("three", "drei")])
+    write_parallel(tmp_path, "test", [("one", "eins"), ("", "zwei"), ("three", "drei")])
     with pytest.raises(ValueError, match=r"test\.en, line 2: .* is empty; .*data\.task\.drop_empty=true"):
         ParallelText("en", "de", str(tmp_path), test="test").test()
     examples = ParallelText("en", "de", str(tmp_path), test="test", drop_empty=True).test()
@@ -37,13 +37,13 @@ def test_pairs_without_one_side_can_be_left_out(tmp_path, capsys):
     ],
 )
 def test_tags_say_more_than_the_language(tmp_path, source, target, names):
-    write(tmp_path, "test", [("one", "two")], source=source, target=target)
+    write_parallel(tmp_path, "test", [("one", "two")], source=source, target=target)
     task = ParallelText(source, target, str(tmp_path), test="test")
     assert names in task.prompt(task.test()[0]) and task.target_language == target
 
 
 def test_prompt_names_the_languages(tmp_path):
-    write(tmp_path, "test", [("five", "五")], target="zh")
+    write_parallel(tmp_path, "test", [("five", "五")], target="zh")
     task = ParallelText("en", "zh", str(tmp_path), test="test")
     (example,) = task.test()
     assert task.prompt(example) == (
@@ -74,14 +74,14 @@ def test_impossible_options(options, message):
 
 
 def test_links_to_one_file_are_one_text(tmp_path):
-    write(tmp_path, "a", [("one", "eins")])
+    write_parallel(tmp_path, "a", [("one", "eins")])
     (tmp_path / "b.en").symlink_to("a.en")
     with pytest.raises(ValueError, match=r"data\.task\.train=a and data\.task\.test=b are the same text"):
         ParallelText("en", "de", str(tmp_path), train="a", test="b")
 
 
 def test_every_missing_file_is_named_at_once(tmp_path):
-    write(tmp_path, "a", [("one", "eins")])
+    write_parallel(tmp_path, "a", [("one", "eins")])
     with pytest.raises(ValueError, match=r"lacks b\.en, b\.de, c\.en, c\.de of the expected a\.en, a\.de, b\.en"):
         ParallelText("en", "de", str(tmp_path), train=["a", "b", "c"]).train_pool()
 

@@ -4,13 +4,13 @@ import pytest
 import sacrebleu
 
 from firstlab.data.wmt import WMTTranslation
-from support.parallel_files import write
+from support.texts import write_parallel
 
 
 @pytest.fixture
 def root(tmp_path):
     for year in (2017, 2018, 2019, 2020, 2022):
-        write(tmp_path, f"newstest{year}.en-zh", [(f"news {year}", f"新闻 {year}")] * 2, target="zh")
+        write_parallel(tmp_path, f"newstest{year}.en-zh", [(f"news {year}", f"新闻 {year}")] * 2, target="zh")
     return str(tmp_path)
 
 
@@ -40,7 +40,7 @@ def test_missing_files(root):
 
 
 def test_without_root_the_sets_come_from_sacrebleu(tmp_path, monkeypatch):
-    write(tmp_path, "wmt22", [("news", "Nachrichten")], source="src", target="ref-A")
+    write_parallel(tmp_path, "wmt22", [("news", "Nachrichten")], source="src", target="ref-A")
     data_set = sacrebleu.DATASETS["wmt22"]
     monkeypatch.setattr(data_set, "get_source_file", lambda pair: str(tmp_path / "wmt22.src"))
     monkeypatch.setattr(data_set, "get_reference_files", lambda pair: [str(tmp_path / "wmt22.ref-A"), "other"])

@@ -16,8 +16,7 @@ from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.graph_step import GraphStep
 from firstlab.engine.sampling import Sampling
 from firstlab.model.routes import EarlyExit, PrunedRoutes, StepRoutes
-from support.any_speed import routed
-from support.models import LAYERS
+from support.models import LAYERS, routed
 from support.tape import Tape
 
 RULES: list[Any] = [

@@ -15,8 +15,7 @@ from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.route_router import RouteRouter, read_layers
 from firstlab.model.routes import RoutersDecide
 from firstlab.model.settings import RouterSettings
-from support.any_speed import SETS, filled, routed
-from support.models import HIDDEN, LAYERS, pair, prompts
+from support.models import HIDDEN, LAYERS, SETS, filled, pair, prompts, routed
 
 
 def reference_means(model: RouterAugmentedLM, ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from firstlab.model.lora import check_lora
 from firstlab.model.settings import LoraSettings, RouterSettings
 from firstlab.model.storage import ModelUnavailableError, load_base_config, load_tokenizer
 from support.models import ARCHITECTURES, LAYERS, logits, pair, prompts, random_lora, random_routers, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from support.texts import tiny_tokenizer
 
 
 @pytest.fixture

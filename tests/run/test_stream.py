@@ -15,7 +15,7 @@ from firstlab.config.schema import GenerateConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.storage import load_tokenizer
 from support.models import random_routers, tiny_model
-from support.tiny_tokenizer import tiny_tokenizer
+from support.texts import tiny_tokenizer
 
 
 @pytest.mark.parametrize(

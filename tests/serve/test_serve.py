@@ -36,7 +36,7 @@ from firstlab.serve.protocol import ApiError, Chat, parse
 from firstlab.serve.text import TextStream, prompt_of
 from support.models import LAYERS
 from support.serving import CHAT_TEMPLATE, running, save_any_speed
-from support.tiny_tokenizer import TEXT
+from support.texts import TEXT
 
 WORDS = " ".join(TEXT).split()
 NEW = 24

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from firstlab.model.lm import RouterAugmentedLM
+from firstlab.model.route_router import RouteRouter
+from firstlab.model.settings import RouterSettings
 
 LAYERS = 6
 HIDDEN = 32
@@ -152,3 +154,34 @@ def batch(side: str = "right"):
     prompt_mask = mask.bool() & (place < torch.tensor([[5], [6], [7]]))
     labels = ids.masked_fill(prompt_mask | ~mask.bool(), -100)
     return ids, mask, labels, prompt_mask
+
+
+#: Skipped layers of the routes in the codebook of `routed`.
+SETS = [(), (3,), (2, 3), (2, 4), (1, 2, 4)]
+
+
+def filled(router: RouteRouter, seed: int = 0) -> None:
+    """A fit that makes prompts choose differently."""
+    torch.manual_seed(seed)
+    features = router.harm_weight.shape[1]
+    codebook = torch.ones(len(SETS), LAYERS)
+    for place, skipped in enumerate(SETS):
+        codebook[place, list(skipped)] = 0
+    router.set_fit(
+        codebook=codebook,
+        harm_weight=0.3 * torch.randn(len(SETS), features),
+        harm_bias=torch.tensor([0, 0.05, 0.1, 0.1, 0.2]),
+        length_weight=0.2 * torch.randn(features),
+        length_bias=torch.tensor(1.0),
+        rates=torch.tensor([0, 0.1, 0.3, 0.5]),
+        prices=torch.tensor([0, 0.05, 0.2, 1.0]),
+        default_rate=torch.tensor(0.25),
+    )
+
+
+def routed(architecture: str = "llama", **options) -> RouterAugmentedLM:
+    """With a `RouteRouter` whose made-up fit lets prompts choose differently."""
+    lm, _ = pair(architecture)
+    model = RouterAugmentedLM(deepcopy(lm), RouterSettings(kind="routes", **{"price": "length", **options})).eval()
+    filled(model.routers)
+    return model

@@ -16,8 +16,7 @@ from transformers import AutoTokenizer
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.settings import RouterSettings
 from firstlab.serve.app import Server
-from support.any_speed import filled
-from support.models import LAYERS
+from support.models import LAYERS, filled
 from support.tiny_run import save_tiny_model
 
 CHAT_TEMPLATE = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,19 +13,10 @@ import torch.distributed as dist
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.distributed.tensor import DTensor
 
-from firstlab.methods.objective import RoutingObjective
 from firstlab.training.prompt_set import PromptSet
-from support.tiny_phase import TinyPhase
+from support.tiny_phase import TARGET, TinyPhase
 
-OBJECTIVE = RoutingObjective(
-    objective="decode_consistent",
-    gate="bernoulli",
-    pooled_tokens="prompt",
-    multiplier=0.1,
-    target_skip=0.3,
-    dual_rate=0.5,
-    hold_routes=10.0,
-)
+OBJECTIVE = replace(TARGET, hold_routes=10.0)
 #: Low enough that every step is clipped.
 CLIP = 0.01
 

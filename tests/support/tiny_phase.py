@@ -19,6 +19,14 @@ from support.tiny_run import composed, overrides
 
 STEPS = 6
 PHASES = {"router": RouterModule, "lora": LoRACompensationModule, "one": OnePhaseModule}
+TARGET = RoutingObjective(
+    objective="decode_consistent",
+    gate="bernoulli",
+    pooled_tokens="prompt",
+    multiplier=0.1,
+    target_skip=0.3,
+    dual_rate=0.5,
+)
 
 
 @cache

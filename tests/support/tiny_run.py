@@ -16,7 +16,7 @@ from firstlab.config.compose import conf_dir, register
 from firstlab.config.schema import ExperimentConfig
 from firstlab.methods.base import Method
 from firstlab.run.load import load
-from support.tiny_tokenizer import tiny_tokenizer
+from support.texts import tiny_tokenizer
 
 SMALL = [
     "model=hf",

@@ -16,16 +16,8 @@ from firstlab.methods.objective import RoutingObjective
 from firstlab.training import modules
 from firstlab.training.modules import Phase
 from firstlab.training.trainer import AtomicCheckpointIO, read_checkpoint
-from support.tiny_phase import TinyPhase, weights
+from support.tiny_phase import TARGET, TinyPhase, weights
 
-TARGET = RoutingObjective(
-    objective="decode_consistent",
-    gate="bernoulli",
-    pooled_tokens="prompt",
-    multiplier=0.1,
-    target_skip=0.3,
-    dual_rate=0.5,
-)
 OURS = replace(TARGET, target_skip=None)
 PAPER = RoutingObjective(objective="soft", gate="soft", pooled_tokens="sequence", multiplier=0.1)
 HARD = replace(TARGET, gate="hard", multiplier=0.0, target_skip=0.2)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from firstlab.dashboard import main
-from firstlab.run.dashboard import specification, workspace
+from firstlab.dashboard import main, specification, workspace
 
 
 def test_a_dry_run_writes_the_specification(tmp_path: Path):

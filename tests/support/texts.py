@@ -1,4 +1,6 @@
-"""A byte-level BPE tokenizer small enough to train in a test: any text, no unknown tokens."""
+"""Texts of tests: line-aligned files, and a tokenizer small enough to train in a test."""
+
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +14,7 @@ TEXT = [
 
 
 def tiny_tokenizer(*, bos: bool = True, closes: bool = False, pad: bool = False) -> PreTrainedTokenizerFast:
-    """Adds BOS (0) in front by default and, with `closes`, EOS (1) behind every text; PAD only where asked."""
+    """Byte-level BPE: any text, no unknown tokens. BOS is 0, EOS is 1; `closes` puts EOS behind every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,3 +35,9 @@ def tiny_tokenizer(*, bos: bool = True, closes: bool = False, pad: bool = False)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **({"pad_token": "<pad>"} if pad else {})
     )
+
+
+def write_parallel(root: Path, name: str, pairs: list[tuple[str, str]], source: str = "en", target: str = "de") -> None:
+    """Two line-aligned files, as parallel text comes."""
+    (root / f"{name}.{source}").write_text("".join(f"{pair[0]}\n" for pair in pairs), encoding="utf-8")
+    (root / f"{name}.{target}").write_text("".join(f"{pair[1]}\n" for pair in pairs), encoding="utf-8")
