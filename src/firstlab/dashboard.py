@@ -22,10 +22,10 @@ CURVES = {"training loss": "train/loss", "validation loss": "val/cross_entropy",
 
 @dataclass
 class DashboardOptions:
-    """Command line; `project` is the one that conf/logger/wandb.yaml writes to."""
+    """Command line."""
 
     entity: str | None = None
-    project: str = "firstlab"
+    project: str = "firstlab"  # the one that conf/logger/wandb.yaml writes to
     name: str = "Layer skipping: quality, skip rate, speed"
     dry_run: str | None = None
 
@@ -40,13 +40,12 @@ def specification(name: str) -> dict[str, Any]:
         return panels("bar", {key.replace("_", " "): [f"test/{row}/{key}" for row in ROW_NAMES] for key in keys})
 
     curves = {title: [f"{phase}/{key}" for phase in ("router", "lora")] for title, key in CURVES.items()}
-    sections = {
-        "Quality": tested(*QUALITY),
-        "Skip rate and speed": tested("skip_rate", "tpot_ratio", "perplexity"),
-        "Training": panels("line", curves),
-    }
-    parts = [{"name": title, "panels": shown} for title, shown in sections.items()]
-    return {"name": name, "group_by": ["group", "job_type"], "sections": parts}
+    sections = [
+        {"name": "Quality", "panels": tested(*QUALITY)},
+        {"name": "Skip rate and speed", "panels": tested("skip_rate", "tpot_ratio", "perplexity")},
+        {"name": "Training", "panels": panels("line", curves)},
+    ]
+    return {"name": name, "group_by": ["group", "job_type"], "sections": sections}
 
 
 def workspace(spec: dict[str, Any], entity: str, project: str) -> Any:
@@ -57,9 +56,10 @@ def workspace(spec: dict[str, Any], entity: str, project: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{error}: install it with pip install 'firstlab[dashboard]', or use dry_run=FILE") from error
 
-    def panel(kind: str, title: str, metrics: list[str]) -> Any:
-        line = kind == "line"
-        return wr.LinePlot(title=title, x="Step", y=metrics) if line else wr.BarPlot(title=title, metrics=metrics)
+    def panel(kind: str, title: str, metrics: Any) -> Any:
+        if kind == "bar":
+            return wr.BarPlot(title=title, metrics=metrics)
+        return wr.LinePlot(title=title, x="Step", y=metrics)
 
     sections = [
         ws.Section(name=each["name"], panels=[panel(**node) for node in each["panels"]], is_open=True)
@@ -78,14 +78,15 @@ def main(arguments: list[str]) -> None:
     options, words = parse_options(DashboardOptions(), arguments)
     if words:
         raise ValueError(f"{words[0]!r} is not an option; use entity=, project=, name= or dry_run=")
-    spec, target = specification(options.name), {"entity": options.entity, "project": options.project}
+    spec = specification(options.name)
     if options.dry_run is not None:
-        write_atomically(Path(options.dry_run), json.dumps(target | spec, indent=2) + "\n")
+        saved = {"entity": options.entity, "project": options.project, **spec}
+        write_atomically(Path(options.dry_run), json.dumps(saved, indent=2) + "\n")
         print(f"specification: {options.dry_run}")
         return
     if options.entity is None:
         raise ValueError("entity is not set; give your W&B user or team with entity=NAME, or use dry_run=FILE")
-    built = workspace(spec, **target)
+    built = workspace(spec, options.entity, options.project)
     from wandb.errors import Error
 
     try:
