@@ -29,8 +29,8 @@ from firstlab.data.mini_translation import MiniTranslation
 from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.sampling import Sampling
 from firstlab.model.routes import FixedRoutes
-from firstlab.serve import load
-from firstlab.serve.__main__ import ServeOptions, build, main
+from firstlab.serve import ServeOptions, load
+from firstlab.serve.__main__ import build, main
 from firstlab.serve.app import Server
 from firstlab.serve.protocol import ApiError, Chat, parse
 from firstlab.serve.text import TextStream, prompt_of
@@ -157,12 +157,11 @@ def test_load(server: Server, address: str) -> None:
     for _ in range(500):
         told = metrics(address)
         answered = sum(n for name, n in told.items() if name.startswith("firstlab_requests_total"))
-        if answered == 200 and not server.worker.jobs:
+        if answered == 200 and told["firstlab_requests_running"] == told["firstlab_requests_waiting"] == 0:
             break
         time.sleep(0.01)
-    assert answered == 200 and not server.worker.jobs
-    assert told["firstlab_ttft_seconds_count"] >= 180
-    assert told["firstlab_requests_running"] == told["firstlab_requests_waiting"] == 0
+    assert answered == 200 and told["firstlab_requests_running"] == told["firstlab_requests_waiting"] == 0
+    assert told["firstlab_ttft_seconds_count"] >= 180 and not server.worker.jobs
     assert told["firstlab_union_layers_total"] <= LAYERS * told["firstlab_decode_steps_total"]
     run, skipped = (told[f'firstlab_layers_total{{state="{state}"}}'] for state in ("run", "skipped"))
     assert 0.05 < skipped / (run + skipped) < 0.5
@@ -484,12 +483,14 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 def test_measuring_a_server(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["requests=5", "concurrency=3", "rounds=1", "max_tokens=4"]
     load.main([f"url={address}", *few, "skip_rates=0,0.3,null", f"out={tmp_path / 'load.json'}"])
-    dense, some, own = json.loads((tmp_path / "load.json").read_text())
+    record = json.loads((tmp_path / "load.json").read_text())
+    dense, some, own = record["variants"]
+    assert record["settings"]["concurrency"] == 3 and record["device"]
     assert (dense["asked"], some["asked"], own["asked"]) == (0, 0.3, None)
     assert dense["skip_rate"] == 0 and dense["union_layers"] == LAYERS and 0 <= some["skip_rate"] < 1
     for row in (dense, some, own):
         assert row["tokens_per_s"] > 0 and 0 < row["ttft_ms"] <= row["ttft_p95_ms"] and row["tpot_ms"] > 0
-        assert 0 < row["union_layers"] <= LAYERS
+        assert 0 < row["union_layers"] <= LAYERS and len(row["rounds"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 4
     for arguments, message in (
         ([f"url={address}", *few, "skip_rates=0.9"], "skip_rate=0.9 must lie between"),
@@ -503,6 +504,8 @@ def test_measuring_a_server(address: str, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--help"])
-    load.main(["--help"])
+    for command in (main, load.main):
+        with pytest.raises(SystemExit) as stopped:
+            command(["--help"])
+        assert stopped.value.code == 0
     assert capsys.readouterr().out.count("FIRSTLAB_API_KEY") > 2

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.exceptions import HTTPException
 
 Json = dict[str, Any]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class ApiError(Exception):
-    """A refusal as OpenAI's API puts it; `message` names the field, its value and a way out."""
+class ApiError(HTTPException):
+    """A refusal; `message` names the field, its value and a way out, `param` is the field."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         self.body: Json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -47,7 +55,7 @@ class Asked(_Sent):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -60,11 +68,6 @@ class Asked(_Sent):
     user: Any = None
     metadata: Any = None
     store: Any = None
-
-    @property
-    def limit(self) -> tuple[str, int | None]:
-        """The field that says how many tokens are wanted at most, and what it says."""
-        return "max_tokens", self.max_tokens
 
     @property
     def stops(self) -> list[str]:
@@ -102,12 +105,6 @@ class Chat(Asked):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    @property
-    def limit(self) -> tuple[str, int | None]:
-        newer = self.max_completion_tokens
-        return super().limit if newer is None else ("max_completion_tokens", newer)
 
 
 Kind = TypeVar("Kind", bound=Asked)
@@ -134,26 +131,17 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
 
 
 class Reply:
-    """The JSON of one answer, whole or piece by piece."""
+    """The JSON of one answer, whole or part by part."""
 
     def __init__(self, chat: bool, model: str) -> None:
         self.chat = chat
         self._head: Json = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, reason: str, usage: Json) -> Json:
-        """The body of an answer that is not streamed."""
-        said: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self._body(said, reason, "chat.completion") | {"usage": usage}
-
-    def piece(self, text: str, reason: str | None = None) -> Json:
-        """One event of a stream; with a reason the last one of the text."""
-        delta = {"role": "assistant", "content": text} if reason is None else {}
-        return self._body({"delta": delta} if self.chat else {"text": text}, reason, "chat.completion.chunk")
-
-    def usage(self, usage: Json) -> Json:
-        """The last event of a stream that asked for it."""
-        return self.piece("") | {"choices": [], "usage": usage}
-
-    def _body(self, said: Json, reason: str | None, name: str) -> Json:
+    def json(self, text: str, reason: str | None = None, whole: bool = False) -> Json:
+        """The body of an answer, or a part of one that is streamed; the last of these has a reason."""
+        kind, said = "text_completion", {"text": text}
+        if self.chat:
+            kind = "chat.completion" if whole else "chat.completion.chunk"
+            said = {"message" if whole else "delta": {"role": "assistant", "content": text}}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
-        return {**self._head, "object": name if self.chat else "text_completion", "choices": [choice]}
+        return {**self._head, "object": kind, "choices": [choice]}
