@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from firstlab.config.schema import option
@@ -44,3 +45,8 @@ class ServeOptions:
     patience: int | None = option(None, least=0)
     reserve: int = option(0, least=0)
     grace: int = option(30, least=0)
+
+
+def api_key() -> str | None:
+    """FIRSTLAB_API_KEY, which a server wants and clients send; without the line end that a secret from a file has."""
+    return os.environ.get("FIRSTLAB_API_KEY", "").strip() or None

@@ -9,14 +9,13 @@ Where a run's base model has moved, model.path=FOLDER says where it is.
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
 from firstlab.config.command_line import guarded, read_options
-from firstlab.serve import ServeOptions
+from firstlab.serve import ServeOptions, api_key
 
 if TYPE_CHECKING:
     from firstlab.serve.app import Server
@@ -35,8 +34,7 @@ def main(arguments: list[str]) -> None:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'firstlab[serve]'") from error
-    key = os.environ.get("FIRSTLAB_API_KEY") or None
-    if key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+    if (key := api_key()) is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: everybody who reaches {options.host} may use this: set FIRSTLAB_API_KEY", file=sys.stderr)
     with _listening(options.host, options.port) as sock:
         server = build(options, dict(each.split("=", 1) for each in moved), key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -40,6 +41,7 @@ class Server:
     def __init__(self, source: Source, engine: DecodeEngine, options: ServeOptions, api_key: str | None) -> None:
         self.source, self.options, self.api_key = source, options, api_key
         self.name = options.name or Path(options.run).resolve().name
+        self.created = int(time.time())
         self.worker = Worker(engine, options.waiting)
         self.ends = stop_tokens(source.model.routed.lm, source.tokenizer)
 
@@ -48,6 +50,7 @@ class Server:
         routes = [
             *(Route(path, partial(self.answer, kind), methods=["POST"]) for path, kind in ENDPOINTS.items()),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
             Route("/health", self.health),
             Route("/metrics", self.prometheus),
         ]
@@ -74,18 +77,22 @@ class Server:
         return Response(generate_latest(self.worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
-        """The one model, and what may be asked of it."""
+        """The one model, alone by its name or in a list, and what may be asked of it."""
         self._authorize(request)
         routed = self.source.model.routed
         model = {
             "id": self.name,
             "object": "model",
+            "created": self.created,
             "owned_by": "firstlab",
             "max_length": self.worker.engine.max_length,
             "num_layers": routed.num_layers,
             "highest_skip_rate": getattr(routed.routers, "highest_rate", None) if self.source.routes is None else None,
         }
-        return JSONResponse({"object": "list", "data": [model]})
+        if (name := request.path_params.get("name")) is None:
+            return JSONResponse({"object": "list", "data": [model]})
+        self._check_name(name)
+        return JSONResponse(model)
 
     async def answer(self, kind: type[Asked], request: Request) -> Response:
         """See OpenAI's `chat.completions` and `completions`."""
@@ -125,6 +132,11 @@ class Server:
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            message = f"model={name!r} is not served here; ask for {self.name!r}, or leave it out"
+            raise ApiError(404, message, "model", "model_not_found")
+
     async def _body(self, request: Request) -> bytes:
         content = request.headers.get("content-type", "")
         # A page in a browser can send other types to this machine without asking.
@@ -142,9 +154,7 @@ class Server:
         return body
 
     def _submit(self, asked: Asked) -> Job:
-        if asked.model not in ("", self.name):
-            message = f"model={asked.model!r} is not served here; ask for {self.name!r}, or leave it out"
-            raise ApiError(404, message, "model", "model_not_found")
+        self._check_name(asked.model or self.name)
         prompt, limit, longest = prompt_of(self.source, asked), asked.max_tokens, self.worker.engine.max_length
         room, most = longest - len(prompt), min(self.options.max_new_tokens, longest - 1)
         if limit is not None and limit > most:

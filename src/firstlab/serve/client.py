@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+from firstlab.serve import api_key
 
 
 @dataclass
@@ -29,8 +30,7 @@ class Answer:
 
 def connect(url: str) -> httpx.Client:
     """A client that sends the API key in FIRSTLAB_API_KEY, if there is one."""
-    key = os.environ.get("FIRSTLAB_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {key}"} if (key := api_key()) else {}
     return httpx.Client(base_url=url, headers=headers, timeout=600, limits=httpx.Limits())
 
 

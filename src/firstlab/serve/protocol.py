@@ -7,11 +7,15 @@ import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 Json = dict[str, Any]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+#: What many clients send at a value that changes nothing; at others it is refused.
+_NEUTRAL: Json = {"n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+_NEUTRAL |= {"echo": False, "logprobs": False, "tools": [], "response_format": {"type": "text"}}
 
 
 class ApiError(HTTPException):
@@ -41,6 +45,11 @@ class _Sent(BaseModel):
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
+def _changes_nothing(name: str, value: Any) -> bool:
+    same = name in _NEUTRAL and value == _NEUTRAL[name] and isinstance(value, bool) == isinstance(_NEUTRAL[name], bool)
+    return same or name in ("user", "metadata", "store", "max_completion_tokens")
+
+
 class StreamOptions(_Sent):
     """Options of a stream."""
 
@@ -55,19 +64,20 @@ class Asked(_Sent):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens"))
+    max_tokens: int | None = Field(None, ge=1)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     skip_rate: float | None = Field(None, ge=0, lt=1)
-    # Many clients send these at values that change nothing.
-    n: int = Field(1, ge=1, le=1)
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    logprobs: Literal[False] = False
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_changes_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "max_completion_tokens" in values:
+            values = values | {"max_tokens": values["max_completion_tokens"]}
+        return {name: value for name, value in values.items() if not _changes_nothing(name, value)}
 
     @property
     def stops(self) -> list[str]:
@@ -125,7 +135,8 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         raise ApiError(400, f"{field} is missing: add it", field)
     says = " or ".join(dict.fromkeys(each["msg"] for each in errors if each["loc"][:1] == place[:1]))
     if first["type"] == "extra_forbidden":
-        says = "this server does not know the field; leave it out"
+        known = f"takes only {field}={_NEUTRAL[field]!r}" if field in _NEUTRAL else "does not know the field"
+        says = f"this server {known}; leave it out"
     value = repr(first["input"])
     raise ApiError(400, f"{field or 'body'}={value[:80]}{'...' * (len(value) > 80)}: {says}", field or None)
 
