@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,22 +32,20 @@ def main(arguments: list[str]) -> None:
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'firstlab[serve]'") from error
     if (key := api_key()) is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: everybody who reaches {options.host} may use this: set FIRSTLAB_API_KEY", file=sys.stderr)
+    from firstlab.serve.app import Process
+
     with _listening(options.host, options.port) as sock:
         server = build(options, dict(each.split("=", 1) for each in moved), key)
-        config = uvicorn.Config(
-            server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=options.grace
-        )
         where = f"http://{options.host}:{sock.getsockname()[1]}"
         print(f"{server.name} at {where}/v1; metrics at {where}/metrics; SIGTERM or Ctrl-C ends it", flush=True)
-        try:
-            uvicorn.Server(config).run([sock])
-        except KeyboardInterrupt:  # uvicorn raises again what it has ended on
-            print("stopped", flush=True)
+        with suppress(KeyboardInterrupt):  # uvicorn raises again what it has ended on
+            Process(server).run([sock])
+        print("stopped", flush=True)
 
 
 def _listening(host: str, port: int) -> socket.socket:

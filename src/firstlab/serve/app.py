@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -237,6 +239,19 @@ class Server:
             "skip_rate": float(skips.mean()),
         }
         return reason, usage
+
+
+class Process(uvicorn.Server):
+    """Serves until SIGTERM or Ctrl-C; requests that still run when the grace is over are told so, not cut off."""
+
+    def __init__(self, server: Server) -> None:
+        self._worker, self._grace = server.worker, server.options.grace
+        last = self._grace + 5  # then uvicorn cuts off what is left
+        super().__init__(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=last))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace, self._worker.give_up)
+        await super().shutdown(sockets)
 
 
 def _event(body: Json) -> str:

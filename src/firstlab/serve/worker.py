@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,14 +47,14 @@ class Job:
         self.request, self.begun = request, time.perf_counter()
         self.first_token: float | None = None
         self.output: EngineOutput | None = None
-        self.news: asyncio.Queue[int | EngineOutput | Exception] = asyncio.Queue()
+        self.news: asyncio.Queue[int | EngineOutput | ApiError] = asyncio.Queue()
 
     async def tokens(self) -> AsyncIterator[int]:
         """Each token as soon as it is there; then `output` is."""
         while self.output is None:
             news = await self.news.get()
-            if isinstance(news, Exception):
-                raise ApiError(500, "the engine failed on this request; send it again") from news
+            if isinstance(news, ApiError):
+                raise news
             if isinstance(news, int):
                 yield news
             else:
@@ -82,7 +82,7 @@ class Worker:
     def submit(self, prompt: list[int], max_new_tokens: int, **asked: Any) -> Job:
         """Queue a request, with the arguments of `DecodeEngine.request`; ApiError if too many wait."""
         if not self.alive:
-            raise ApiError(503, "the engine has stopped for good: the server must be started again")
+            raise ApiError(503, "the server has stopped; send it again")
         if len(self.jobs) >= self.most:
             message = f"{len(self.jobs)} requests are being answered or wait, the most allowed: send it again later"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
@@ -99,6 +99,13 @@ class Worker:
             self._left.append(job.request)
             self._wake.set()
 
+    def give_up(self) -> None:
+        """Refuse what is here and what will come."""
+        self.alive = False
+        for job in self.jobs.values():
+            job.news.put_nowait(ApiError(503, "the server has stopped; send it again"))
+            self.cancel(job)
+
     async def run(self) -> None:
         """Decode until cancelled; then nobody waits any more."""
         batch = self.engine.batch()
@@ -111,13 +118,13 @@ class Worker:
                     try:
                         self._take_orders(batch)
                         await self._turn(batch, thread)
-                    except Exception as error:  # of whatever kind
+                    except Exception:  # of whatever kind
                         log.exception("the engine failed; every request in it is refused")
-                        self._refuse(self.jobs.keys() - set(self._new), error)
+                        for request in self.jobs.keys() - set(self._new):
+                            self.jobs.pop(request).news.put_nowait(ApiError(500, "the engine failed; send it again"))
                         batch = self.engine.batch()
         finally:
-            self.alive = False
-            self._refuse(self.jobs.keys(), RuntimeError("the engine has stopped"))
+            self.give_up()
 
     def _take_orders(self, batch: ContinuousBatch) -> None:
         new, left, self._new, self._left = self._new, self._left, [], []
@@ -140,10 +147,6 @@ class Worker:
             self._deliver(self.jobs[request], token)
         for request in ended:
             self._end(request, self.engine.output(request))
-
-    def _refuse(self, requests: Iterable[Request], error: Exception) -> None:
-        for request in [*requests]:
-            self.jobs.pop(request).news.put_nowait(error)
 
     def _deliver(self, job: Job, token: int) -> None:
         if job.first_token is None:
