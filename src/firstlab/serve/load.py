@@ -53,8 +53,12 @@ class LoadOptions:
     out: str | None = None
 
 
-def measure(options: LoadOptions) -> list[dict[str, Any]]:
-    """For each rate its medians over the rounds, and the figures of every round; ValueError where the server fails."""
+def measure(options: LoadOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the server says of its model, and for each rate its medians over the rounds, and the figures of every round.
+
+    Raises:
+        ValueError: The server is not there, or refuses a request.
+    """
     try:
         rates = [None if each == "null" else float(each) for each in options.skip_rates.split(",")]
     except ValueError as error:
@@ -63,16 +67,18 @@ def measure(options: LoadOptions) -> list[dict[str, Any]]:
     rounds: dict[float | None, list[dict[str, float]]] = {rate: [] for rate in rates}
     try:
         with connect(options.url) as client:
+            [model] = client.get("/v1/models").raise_for_status().json()["data"]
             for number in range(1 + options.rounds):
                 for rate in rates[:: (-1) ** number]:  # forwards and backwards, so that drift hits all alike
                     rounds[rate].append(_round(client, requests, rate, options.concurrency))
     except httpx.HTTPError as error:
         raise ValueError(f"url={options.url} gave no answer ({error!r}): start the server, or correct it") from error
     counted = {rate: done[1:] for rate, done in rounds.items()}
-    return [
+    rows = [
         {"asked": rate, **{name: median(each[name] for each in done) for name in done[0]}, "rounds": done}
         for rate, done in counted.items()
     ]
+    return model, rows
 
 
 def _requests(options: LoadOptions) -> list[dict[str, Any]]:
@@ -117,13 +123,13 @@ def _counted(client: httpx.Client) -> list[float]:
 def main(arguments: list[str]) -> None:
     """Parse, measure, print."""
     options = read_options(LoadOptions, arguments, __doc__)
-    rows = measure(options)
+    model, rows = measure(options)
     print("".join(f"{name:>14}" for name in rows[0] if name != "rounds"))
     for row in rows:
         shown = ["default" if value is None else f"{value:.3g}" for name, value in row.items() if name != "rounds"]
         print("".join(f"{value:>14}" for value in shown))
     if options.out is not None:
-        record = {"settings": asdict(options), "variants": rows, **provenance()}
+        record = {"model": model, "settings": asdict(options), "variants": rows, **provenance()}
         Path(options.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
