@@ -26,7 +26,8 @@ from firstlab.dashboard import DashboardOptions
 from firstlab.hub.__main__ import HubOptions
 from firstlab.run.load import load, read
 from firstlab.run.sweep import expand
-from firstlab.serve.__main__ import ServeOptions, build
+from firstlab.serve import ServeOptions
+from firstlab.serve.__main__ import build
 from firstlab.serve.load import LoadOptions
 from firstlab.serve.page import PageOptions
 from firstlab.tables import config as tables

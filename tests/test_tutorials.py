@@ -100,7 +100,8 @@ def test_table1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None
 
 def test_serve_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     pytest.importorskip("uvicorn", reason="needs the extra: pip install 'firstlab[serve]'")
-    from firstlab.serve.__main__ import ServeOptions, build
+    from firstlab.serve import ServeOptions
+    from firstlab.serve.__main__ import build
     from support.serving import running
 
     monkeypatch.chdir(tmp_path)

@@ -19,8 +19,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from firstlab.serve import page
-from firstlab.serve.__main__ import ServeOptions, build
+from firstlab.serve import ServeOptions, page
+from firstlab.serve.__main__ import build
+from firstlab.serve.client import Answer, ask
 from support.serving import running, save_any_speed
 
 PROMPT = "The old <b>farmer</b> sees a small dog."
@@ -106,8 +107,8 @@ def test_the_page_shows_both_answers_their_times_and_the_layers_that_ran(server:
 
 def test_an_answer_comes_piece_by_piece(server: str) -> None:
     with httpx.Client(base_url=server) as client:
-        texts, answer = [], page.Answer()
-        for answer in page.ask(client, "text", PROMPT, 0.3, TOKENS):
+        texts, answer = [], Answer()
+        for answer in ask(client, PROMPT, skip_rate=0.3, max_tokens=TOKENS):
             texts.append(answer.text)
     assert texts[-1] == asked(server, PROMPT, 0.3)["choices"][0]["text"]
     assert len(set(texts)) > 4 and all(after.startswith(before) for before, after in pairwise(texts))
@@ -116,7 +117,7 @@ def test_an_answer_comes_piece_by_piece(server: str) -> None:
 
 def test_what_the_server_refuses_is_said(server: str) -> None:
     with httpx.Client(base_url=server) as client, pytest.raises(ValueError, match="skip_rate=0.99"):
-        list(page.ask(client, "text", PROMPT, 0.99, 8))
+        list(ask(client, PROMPT, skip_rate=0.99, max_tokens=8))
 
 
 def test_no_server_is_one_message() -> None:
@@ -127,4 +128,4 @@ def test_no_server_is_one_message() -> None:
 def test_a_strip_has_a_box_for_each_layer() -> None:
     html = page.strip({"layers_run": [0, 2]}, 3, "<i>")
     assert html.count("<i") == 3 and html.count("class=skipped") == 1 and "&lt;i&gt;" in html
-    assert page.Answer().times() == "…"
+    assert page.times(Answer()) == "…"

@@ -29,8 +29,8 @@ from firstlab.data.mini_translation import MiniTranslation
 from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.sampling import Sampling
 from firstlab.model.routes import FixedRoutes
-from firstlab.serve import load
-from firstlab.serve.__main__ import ServeOptions, build, main
+from firstlab.serve import ServeOptions, load
+from firstlab.serve.__main__ import build, main
 from firstlab.serve.app import Server
 from firstlab.serve.protocol import ApiError, Chat, parse
 from firstlab.serve.text import TextStream, prompt_of
@@ -157,12 +157,11 @@ def test_load(server: Server, address: str) -> None:
     for _ in range(500):
         told = metrics(address)
         answered = sum(n for name, n in told.items() if name.startswith("firstlab_requests_total"))
-        if answered == 200 and not server.worker.jobs:
+        if answered == 200 and told["firstlab_requests_running"] == told["firstlab_requests_waiting"] == 0:
             break
         time.sleep(0.01)
-    assert answered == 200 and not server.worker.jobs
-    assert told["firstlab_ttft_seconds_count"] >= 180
-    assert told["firstlab_requests_running"] == told["firstlab_requests_waiting"] == 0
+    assert answered == 200 and told["firstlab_requests_running"] == told["firstlab_requests_waiting"] == 0
+    assert told["firstlab_ttft_seconds_count"] >= 180 and not server.worker.jobs
     assert told["firstlab_union_layers_total"] <= LAYERS * told["firstlab_decode_steps_total"]
     run, skipped = (told[f'firstlab_layers_total{{state="{state}"}}'] for state in ("run", "skipped"))
     assert 0.05 < skipped / (run + skipped) < 0.5
@@ -209,6 +208,7 @@ def test_chat_by_the_template(server: Server, address: str, stream: bool, monkey
     parts = [{"type": "text", "text": "the small"}, {"type": "text", "text": " dog"}]
     messages = [{"role": "system", "content": "sleeps"}, {"role": "user", "content": parts}]
     body = {"messages": messages, "max_completion_tokens": 9, "model": server.name, "n": 1, "user": "me"}
+    body |= {"logprobs": False, "frequency_penalty": 0.0, "tools": [], "seed": None, "metadata": {"a": "b"}}
     text = "<system>sleeps<user>the small dog<answer>"
     plain = httpx.post(f"{address}/v1/completions", json={"prompt": text, "max_tokens": 9}).json()
     answer = httpx.post(f"{address}/v1/chat/completions", json=body | {"stream": stream})
@@ -251,8 +251,12 @@ BAD: list[tuple[str, Any, int, str | None, str]] = [
     ("completions", {"prompt": "x", "temperature": 3}, 400, "temperature", "temperature=3: .*less than or equal to 2"),
     ("completions", {"prompt": "x", "temperature": "1"}, 400, "temperature", "valid number"),
     ("completions", {"prompt": "x", "top_p": 0}, 400, "top_p", "top_p=0: .*greater than 0"),
-    ("completions", {"prompt": "x", "n": 2}, 400, "n", "n=2: .*less than or equal to 1"),
-    ("completions", {"prompt": "x", "best_of": 2}, 400, "best_of", "best_of=2: this server does not know the field"),
+    ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens", "max_tokens=0: .*greater than or equal to 1"),
+    ("completions", {"prompt": "x", "max_tokens": -1}, 400, "max_tokens", "greater than or equal to 1"),
+    ("completions", {"prompt": "x", "n": 2}, 400, "n", "n=2: this server takes only n=1; leave it out"),
+    ("completions", {"prompt": "x", "logprobs": 0}, 400, "logprobs", "takes only logprobs=False"),
+    ("completions", {"prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias", "takes only logit_bias={}"),
+    ("completions", {"prompt": "x", "suffix": "y"}, 400, "suffix", "suffix='y': this server does not know the field"),
     ("completions", {"prompt": "x", "stop": ""}, 400, "stop", "at least 1 character"),
     ("completions", {"prompt": "x", "stop": ["a"] * 5}, 400, "stop", "at most 4 items"),
     ("completions", {"prompt": "x", "max_tokens": NEW + 1}, 400, "max_tokens", "max_tokens=25: .*at most 24"),
@@ -289,6 +293,9 @@ def test_other_methods_and_types_of_content(address: str) -> None:
     assert answer.status_code == 415 and "text/plain" in answer.json()["error"]["message"]
     [model] = httpx.get(f"{address}/v1/models").json()["data"]
     assert (model["id"], model["num_layers"], model["highest_skip_rate"]) == ("routed", LAYERS, 0.5)
+    assert httpx.get(f"{address}/v1/models/routed").json() == model and model["created"] > 0
+    unknown = httpx.get(f"{address}/v1/models/gpt-4")
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
     assert httpx.get(f"{address}/health").json() == {"status": "ok", "model": "routed"}
 
 
@@ -346,6 +353,14 @@ def test_a_failing_engine_refuses_and_goes_on(folder: Path, caplog: pytest.LogCa
             assert "server_error" in streamed.text and "[DONE]" not in streamed.text
             assert (await client.post("/v1/completions", json=body)).status_code == 200
             assert not server.worker.jobs
+
+            failures.append(True)
+            engine.batch = failing  # type: ignore[method-assign]
+            assert (await client.post("/v1/completions", json=body)).status_code == 500
+            while server.worker.alive:
+                await asyncio.sleep(0.01)
+            assert (await client.post("/v1/completions", json=body)).status_code == 503
+            assert (await client.get("/health")).status_code == 503
 
     inside(server, work)
     assert "no such kernel" in caplog.text
@@ -421,12 +436,12 @@ def test_fixed_routes_take_no_rate_but_zero(folder: Path) -> None:
     inside(server, work)
 
 
-def test_sigterm_lets_running_requests_end(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FIRSTLAB_API_KEY", "secret-key")
+def terminated(folder: Path, *options: str, tokens: int) -> tuple[str, list[str]]:
+    """The address of a server that gets SIGTERM after a stream's first line, and all lines of the stream."""
     lines: list[str] = []
-    address = ""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
 
     def client() -> None:
         try:
@@ -435,7 +450,7 @@ def test_sigterm_lets_running_requests_end(
                     httpx.get(f"{address}/health").raise_for_status()
                     break
                 time.sleep(0.01)
-            body = {"prompt": "the dog", "max_tokens": 100, "stream": True}
+            body = {"prompt": "the dog", "max_tokens": tokens, "stream": True}
             key = {"Authorization": "Bearer secret-key"}
             with httpx.stream("POST", f"{address}/v1/completions", json=body, headers=key, timeout=60) as response:
                 events = response.iter_lines()
@@ -446,17 +461,29 @@ def test_sigterm_lets_running_requests_end(
             if not lines:
                 os.kill(os.getpid(), signal.SIGTERM)  # so that this ends
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
     thread = threading.Thread(target=client)
     thread.start()
-    main([f"run={folder}", f"port={port}", "max_length=128", "device=cpu", "name=tiny"])
+    main([f"run={folder}", f"port={port}", "device=cpu", "name=tiny", *options])
     thread.join()
+    return address, lines
+
+
+def test_sigterm_lets_running_requests_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FIRSTLAB_API_KEY", "secret-key\n")  # as secrets in files often end
+    address, lines = terminated(folder, "max_length=128", tokens=100)
     assert len(lines) > 1 and lines[-1] == "data: [DONE]"
     out, err = capfd.readouterr()
     assert out.startswith(f"tiny at {address}/v1;") and out.endswith("stopped\n")
     assert "secret-key" not in out + err
+
+
+def test_requests_are_told_when_the_grace_is_over(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _, lines = terminated(folder, "max_length=2048", "max_new_tokens=2000", "grace=0", tokens=2000)
+    assert "the server has stopped" in lines[-1] and len(lines) < 2000
+    out, err = capfd.readouterr()
+    assert out.endswith("stopped\n") and "Traceback" not in err
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
@@ -484,12 +511,14 @@ def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureF
 def test_measuring_a_server(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["requests=5", "concurrency=3", "rounds=1", "max_tokens=4"]
     load.main([f"url={address}", *few, "skip_rates=0,0.3,null", f"out={tmp_path / 'load.json'}"])
-    dense, some, own = json.loads((tmp_path / "load.json").read_text())
+    record = json.loads((tmp_path / "load.json").read_text())
+    dense, some, own = record["variants"]
+    assert record["settings"]["concurrency"] == 3 and record["device"]
     assert (dense["asked"], some["asked"], own["asked"]) == (0, 0.3, None)
     assert dense["skip_rate"] == 0 and dense["union_layers"] == LAYERS and 0 <= some["skip_rate"] < 1
     for row in (dense, some, own):
         assert row["tokens_per_s"] > 0 and 0 < row["ttft_ms"] <= row["ttft_p95_ms"] and row["tpot_ms"] > 0
-        assert 0 < row["union_layers"] <= LAYERS
+        assert 0 < row["union_layers"] <= LAYERS and len(row["rounds"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 4
     for arguments, message in (
         ([f"url={address}", *few, "skip_rates=0.9"], "skip_rate=0.9 must lie between"),
@@ -503,6 +532,8 @@ def test_measuring_a_server(address: str, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--help"])
-    load.main(["--help"])
+    for command in (main, load.main):
+        with pytest.raises(SystemExit) as stopped:
+            command(["--help"])
+        assert stopped.value.code == 0
     assert capsys.readouterr().out.count("FIRSTLAB_API_KEY") > 2

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from firstlab.config import compose
+from firstlab.config.schema import check_options
 
 Input = TypeVar("Input")
 Options = TypeVar("Options")
@@ -245,6 +246,18 @@ def parse_options(defaults: Options, arguments: list[str]) -> tuple[Options, lis
         else:
             words.append(argument)
     return compose.settings(schema, type(defaults)), words + arguments[end + 1 :]
+
+
+def read_options(kind: type[Options], arguments: list[str], about: str | None) -> Options:
+    """The checked options of a command that takes nothing else; --help prints what it is about, and ends it."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{about}\n{kind.__doc__}")
+        sys.exit(0)
+    options, words = parse_options(kind(), arguments)
+    if words:
+        raise ValueError(f"{words[0]!r} is not KEY=VALUE; see --help")
+    check_options(options)
+    return options
 
 
 def _interrupted_early(kind: type[BaseException], error: BaseException, trace: Any) -> None:

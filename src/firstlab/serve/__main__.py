@@ -9,106 +9,51 @@ Where a run's base model has moved, model.path=FOLDER says where it is.
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from firstlab.config.command_line import guarded, parse_options
-from firstlab.config.schema import check_options, option
+from firstlab.config.command_line import guarded, read_options
+from firstlab.serve import ServeOptions, api_key
 
 if TYPE_CHECKING:
     from firstlab.serve.app import Server
 
 
-@dataclass
-class ServeOptions:
-    """Options of `python -m firstlab.serve`.
-
-    Attributes:
-        run: Run directory, folder or hub id.
-        variant: Of a run: base, base_lora, router or router_lora; the most trained one by default.
-        name: What clients call the model; the last part of `run` by default.
-        host, port: Where it listens. Others than this machine reach it with host=0.0.0.0: set FIRSTLAB_API_KEY then.
-        device: cuda or cpu; null for CUDA where there is one.
-        dtype: Of the weights (bfloat16, ...); null for that of the files. Runs keep their own.
-        batch_size: Requests that decode together.
-        waiting: Requests that may wait beyond these; more are refused with status 429.
-        max_length: Tokens of prompt and response.
-        max_new_tokens: Tokens of a response; also where a request names no limit.
-        max_body: Bytes of a request.
-        patience: How many prompts with layers in common may overtake one that waits for a place; 0: none. Null: four
-            times batch_size.
-        reserve: Prompts that are prefilled before they have a place, so that there is more to choose from.
-        grace: Seconds that requests have to end after SIGTERM.
-    """
-
-    run: str = ""
-    variant: str | None = None
-    name: str = ""
-    host: str = "127.0.0.1"
-    port: int = option(8000, least=0, most=65535)
-    device: str | None = option(None, choices="cuda, cpu")
-    dtype: str | None = None
-    batch_size: int = option(16, least=1)
-    waiting: int = option(64, least=0)
-    max_length: int = option(2048, least=2)
-    max_new_tokens: int = option(512, least=1)
-    max_body: int = option(256 * 1024, least=256)
-    patience: int | None = option(None, least=0)
-    reserve: int = option(0, least=0)
-    grace: int = option(30, least=0)
-
-
 @partial(guarded, resumes=False)
 def main(arguments: list[str]) -> None:
     """Parse, load, serve until SIGTERM or Ctrl-C."""
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\n{ServeOptions.__doc__}")
-        return
-    base = "model.path="
-    moved = dict(each.split("=", 1) for each in arguments if each.startswith(base))
-    options, words = parse_options(ServeOptions(), [each for each in arguments if not each.startswith(base)])
-    if words:
-        raise ValueError(f"{words[0]!r} is not KEY=VALUE; see python -m firstlab.serve --help")
+    moved = [each for each in arguments if each.startswith("model.path=")]
+    options = read_options(ServeOptions, [each for each in arguments if each not in moved], __doc__)
     if not options.run:
         raise ValueError("run=DIR is missing; try: python -m firstlab.serve run=DIR")
-    check_options(options)
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}: pip install 'firstlab[serve]'") from error
-    key = os.environ.get("FIRSTLAB_API_KEY") or None
-    if key is None and options.host not in ("127.0.0.1", "::1", "localhost"):
+    if (key := api_key()) is None and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: everybody who reaches {options.host} may use this: set FIRSTLAB_API_KEY", file=sys.stderr)
-    with _bound(options.host, options.port) as sock:
-        server = build(options, moved, key)
-        config = uvicorn.Config(
-            server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=options.grace
-        )
+    from firstlab.serve.app import Process
+
+    with _listening(options.host, options.port) as sock:
+        server = build(options, dict(each.split("=", 1) for each in moved), key)
         where = f"http://{options.host}:{sock.getsockname()[1]}"
         print(f"{server.name} at {where}/v1; metrics at {where}/metrics; SIGTERM or Ctrl-C ends it", flush=True)
-        try:
-            uvicorn.Server(config).run([sock])
-        except KeyboardInterrupt:  # uvicorn raises again what it has ended on
-            print("stopped", flush=True)
+        with suppress(KeyboardInterrupt):  # uvicorn raises again what it has ended on
+            Process(server).run([sock])
+        print("stopped", flush=True)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket at that place, on which nothing listens yet."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket at that place, from now on: a second server must not load its model in vain."""
     try:
-        sock.bind((host, port))
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        sock.close()
         raise ValueError(f"host={host} port={port} cannot be used ({error}): choose another port or host") from error
-    return sock
 
 
 def build(options: ServeOptions, moved: dict[str, str], api_key: str | None) -> Server:
@@ -117,7 +62,7 @@ def build(options: ServeOptions, moved: dict[str, str], api_key: str | None) -> 
 
     from firstlab.engine.engine import DecodeEngine
     from firstlab.hub.source import is_run, open_model, open_run
-    from firstlab.serve.app import Limits, Server
+    from firstlab.serve.app import Server
 
     if is_run(options.run):
         if options.dtype:
@@ -135,8 +80,7 @@ def build(options: ServeOptions, moved: dict[str, str], api_key: str | None) -> 
     room = getattr(routed.config.get_text_config(decoder=True), "max_position_embeddings", None)
     length = min(options.max_length, room or options.max_length)
     engine = DecodeEngine(routed, length, options.batch_size, patience=options.patience, reserve=options.reserve)
-    limits = Limits(options.waiting, min(options.max_new_tokens, length - 1), options.max_body)
-    return Server(source, engine, options.name or Path(options.run).resolve().name, limits, api_key)
+    return Server(source, engine, options, api_key)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,57 +28,44 @@ from firstlab.engine.sampling import Sampling
 from firstlab.hub.source import Source
 from firstlab.model.generation_options import pinned_generation, stop_tokens
 from firstlab.model.routes import FixedRoutes
-from firstlab.serve.metrics import Metrics
+from firstlab.serve import ServeOptions
 from firstlab.serve.protocol import ApiError, Asked, Chat, Completion, Json, Reply, parse
 from firstlab.serve.text import TextStream, prompt_of
 from firstlab.serve.worker import Job, Worker
 
+ENDPOINTS: dict[str, type[Asked]] = {"/v1/chat/completions": Chat, "/v1/completions": Completion}
 _HUNG_UP = 499  # nginx's name for a client that left
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one client may ask for."""
-
-    waiting: int = 64  # requests beyond those that decode
-    new_tokens: int = 512  # of a response; also where a request names no limit
-    body: int = 256 * 1024  # bytes
-
-
 class Server:
-    """Answers requests with one model.
+    """Answers requests with one merged model, which the engine decodes; with an API key, only to those who send it."""
 
-    Args:
-        source: The model, merged, with its tokenizer.
-        engine: Decodes it, and nothing else meanwhile.
-        name: The model's name for clients.
-        api_key: What clients must send; None: nothing.
-    """
-
-    def __init__(self, source: Source, engine: DecodeEngine, name: str, limits: Limits, api_key: str | None) -> None:
-        self.source, self.name, self.limits, self.api_key = source, name, limits, api_key
-        self.metrics = Metrics()
-        self.worker = Worker(engine, limits.waiting, self.metrics)
+    def __init__(self, source: Source, engine: DecodeEngine, options: ServeOptions, api_key: str | None) -> None:
+        self.source, self.options, self.api_key = source, options, api_key
+        self.name = options.name or Path(options.run).resolve().name
+        self.created = int(time.time())
+        self.worker = Worker(engine, options.waiting)
         self.ends = stop_tokens(source.model.routed.lm, source.tokenizer)
 
     def app(self) -> Starlette:
         """The ASGI application."""
         routes = [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
+            *(Route(path, partial(self.answer, kind), methods=["POST"]) for path, kind in ENDPOINTS.items()),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
             Route("/health", self.health),
             Route("/metrics", self.prometheus),
         ]
-        handlers: Any = {ApiError: _refusal, HTTPException: _not_found, Exception: _failure}
+        handlers: Any = dict.fromkeys((HTTPException, ClientDisconnect, Exception), self._refused)
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         with pinned_generation(self.source.model.routed.lm):  # requests alone say how tokens are chosen
-            self.worker.start()
+            decoding = asyncio.create_task(self.worker.run())
             yield
-            await self.worker.stop()
+            decoding.cancel()
+            await asyncio.wait([decoding])
 
     # -- endpoints --
 
@@ -85,69 +76,75 @@ class Server:
 
     async def prometheus(self, request: Request) -> Response:
         """Text for Prometheus."""
-        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self.worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
-        """The one model, and what may be asked of it."""
+        """The one model, alone by its name or in a list, and what may be asked of it."""
         self._authorize(request)
-        routed, engine = self.source.model.routed, self.worker.engine
-        facts = {
-            "max_length": engine.max_length,
+        routed = self.source.model.routed
+        model = {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "firstlab",
+            "max_length": self.worker.engine.max_length,
             "num_layers": routed.num_layers,
             "highest_skip_rate": getattr(routed.routers, "highest_rate", None) if self.source.routes is None else None,
         }
-        return JSONResponse(
-            {"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "firstlab", **facts}]}
-        )
+        if (name := request.path_params.get("name")) is None:
+            return JSONResponse({"object": "list", "data": [model]})
+        self._check_name(name)
+        return JSONResponse(model)
 
-    async def chat(self, request: Request) -> Response:
-        """See OpenAI's `chat.completions`."""
-        return await self._counted(request, Chat)
-
-    async def completions(self, request: Request) -> Response:
-        """See OpenAI's `completions`."""
-        return await self._counted(request, Completion)
-
-    # -- one request --
-
-    async def _counted(self, request: Request, kind: type[Asked]) -> Response:
-        status = 500
-        try:
-            response = await self._answer(request, kind)
-            status = response.status_code
-            return response
-        except ApiError as error:
-            status = error.status
-            raise
-        except ClientDisconnect:  # while it sent
-            status = _HUNG_UP
-            return Response(status_code=status)
-        finally:
-            self.metrics.requests.labels(request.url.path, str(status)).inc()
-
-    async def _answer(self, request: Request, kind: type[Asked]) -> Response:
+    async def answer(self, kind: type[Asked], request: Request) -> Response:
+        """See OpenAI's `chat.completions` and `completions`."""
         self._authorize(request)
         asked = parse(kind, await self._body(request))
-        job = self._submit(asked)
+        job, reply = self._submit(asked), Reply(kind is Chat, self.name)
         text = TextStream(self.source.tokenizer, self.ends, asked.stops)
-        reply = Reply(isinstance(asked, Chat), self.name)
         if asked.stream:
             events = self._events(job, text, reply, asked.stream_options.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return await _unless_gone(request, self._whole(job, text, reply))
+            response: Response = StreamingResponse(events, 200, {"Cache-Control": "no-cache"}, "text/event-stream")
+        else:
+            response = await self._whole(request, job, text, reply)
+        self._count(request, response.status_code)
+        return response
+
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        """The answer to a request that failed, as OpenAI's API gives it."""
+        if isinstance(error, ClientDisconnect):
+            error = ApiError(_HUNG_UP, "the client left while it sent")
+        elif not isinstance(error, HTTPException):
+            error = ApiError(500, "the server failed on this request; its log says why")
+        elif not isinstance(error, ApiError):
+            message = f"{request.method} {request.url.path}: {error.detail}; try POST {' or '.join(ENDPOINTS)}"
+            error = ApiError(error.status_code, message, headers=error.headers)
+        self._count(request, error.status_code)
+        return JSONResponse(error.body, error.status_code, error.headers)
+
+    def _count(self, request: Request, status: int) -> None:
+        if (path := request.url.path) in ENDPOINTS:
+            self.worker.metrics.requests.labels(path, str(status)).inc()
+
+    # -- from a request to its tokens --
 
     def _authorize(self, request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
         if self.api_key is not None and not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key")
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            message = f"model={name!r} is not served here; ask for {self.name!r}, or leave it out"
+            raise ApiError(404, message, "model", "model_not_found")
 
     async def _body(self, request: Request) -> bytes:
         content = request.headers.get("content-type", "")
         # A page in a browser can send other types to this machine without asking.
         if content.partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, f"Content-Type={content!r}: send application/json")
-        body, size, most = b"", 0, self.limits.body
+        body, size, most = b"", 0, self.options.max_body
         async for chunk in request.stream():
             size += len(chunk)
             if size <= most:
@@ -159,17 +156,15 @@ class Server:
         return body
 
     def _submit(self, asked: Asked) -> Job:
-        if asked.model not in ("", self.name):
-            message = f"model={asked.model!r} is not served here; ask for {self.name!r}, or leave it out"
-            raise ApiError(404, message, "model", "model_not_found")
-        prompt, most, (field, limit) = prompt_of(self.source, asked), self.limits.new_tokens, asked.limit
+        self._check_name(asked.model or self.name)
+        prompt, limit, longest = prompt_of(self.source, asked), asked.max_tokens, self.worker.engine.max_length
+        room, most = longest - len(prompt), min(self.options.max_new_tokens, longest - 1)
         if limit is not None and limit > most:
-            raise ApiError(400, f"{field}={limit}: this server gives at most {most}; ask for fewer", field)
-        longest = self.worker.engine.max_length
-        room = longest - len(prompt)
+            raise ApiError(400, f"max_tokens={limit}: this server gives at most {most}; ask for fewer", "max_tokens")
         if room < (limit or 1):
-            message = f"the prompt has {len(prompt)} tokens and {field}={limit or 1}, but there is room for {longest}"
-            raise ApiError(400, f"{message}: shorten the prompt or lower {field}", field, "context_length_exceeded")
+            message = f"the prompt has {len(prompt)} tokens and max_tokens={limit or 1}, but there is room for "
+            message += f"{longest}: shorten the prompt or lower max_tokens"
+            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
         sampling = None
         if asked.temperature >= LEAST_TEMPERATURE:
             seed = torch.seed() % 2**63 if asked.seed is None else asked.seed
@@ -180,27 +175,56 @@ class Server:
         elif rate is not None and routes is not None:
             message = f"skip_rate={rate}: the layers of this model are fixed; leave it out, or 0: every layer"
             raise ApiError(400, message, "skip_rate")
-        asked_for: dict[str, Any] = {"routes": routes, "skip_rate": rate, "eos": self.ends, "sampling": sampling}
         try:
-            job = self.worker.submit(prompt, limit or min(most, room), **asked_for)
+            return self.worker.submit(
+                prompt, limit or min(most, room), routes=routes, skip_rate=rate, eos=self.ends, sampling=sampling
+            )
         except ValueError as error:  # of a rate that the routers do not reach
             raise ApiError(400, str(error), "skip_rate" if rate is not None else None) from error
-        self.metrics.prompt_tokens.inc(len(prompt))
-        return job
 
-    async def _pieces(self, job: Job, text: TextStream) -> AsyncIterator[str]:
-        """The text as it comes; a request whose reader leaves is cancelled."""
+    # -- from tokens to an answer --
+
+    async def _whole(self, request: Request, job: Job, text: TextStream, reply: Reply) -> Response:
+        """The answer at once, or an empty one as soon as the client has hung up."""
+        gone = asyncio.ensure_future(request.receive())  # the body has been read: only the end can come
+        gone.add_done_callback(lambda _: self.worker.cancel(job))
         try:
-            async for token in job.tokens():
-                if text.stopped:
-                    continue  # on the way when the stop came
-                yield text.feed(token)
-                if text.stopped:
-                    self.worker.cancel(job)
-            if not text.stopped:
-                yield text.feed(None)
+            said = "".join([piece async for piece in self._pieces(job, text)])
+        finally:
+            gone.cancel()
+        if gone.done():
+            return Response(status_code=_HUNG_UP)
+        reason, usage = self._end(job, text)
+        return JSONResponse({**reply.json(said, reason, whole=True), "usage": usage})
+
+    async def _events(self, job: Job, text: TextStream, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events; Starlette ends this where the client has hung up."""
+        try:
+            if reply.chat:
+                yield _event(reply.json(""))
+            async for piece in self._pieces(job, text):
+                if piece:
+                    yield _event(reply.json(piece))
+            reason, usage = self._end(job, text)
+            yield _event(reply.json("", reason))
+            if with_usage:
+                yield _event({**reply.json(""), "choices": [], "usage": usage})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:  # the status has gone out
+            yield _event(error.body)
         finally:
             self.worker.cancel(job)
+
+    async def _pieces(self, job: Job, text: TextStream) -> AsyncIterator[str]:
+        """The text as it comes; then the job has its output."""
+        async for token in job.tokens():
+            if text.stopped:
+                continue  # on the way when the stop came
+            yield text.feed(token)
+            if text.stopped:
+                self.worker.cancel(job)
+        if not text.stopped:
+            yield text.feed(None)
 
     def _end(self, job: Job, text: TextStream) -> tuple[str, Json]:
         """Why a response ended, and what it used."""
@@ -216,55 +240,19 @@ class Server:
         }
         return reason, usage
 
-    async def _whole(self, job: Job, text: TextStream, reply: Reply) -> Response:
-        async with aclosing(self._pieces(job, text)) as pieces:  # type: ignore[type-var]
-            said = "".join([piece async for piece in pieces])
-        return JSONResponse(reply.whole(said, *self._end(job, text)))
 
-    async def _events(self, job: Job, text: TextStream, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
-        try:
-            if reply.chat:
-                yield _event(reply.piece(""))
-            async with aclosing(self._pieces(job, text)) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    if piece:
-                        yield _event(reply.piece(piece))
-            reason, usage = self._end(job, text)
-            yield _event(reply.piece("", reason))
-            if with_usage:
-                yield _event(reply.usage(usage))
-            yield "data: [DONE]\n\n"
-        except ApiError as error:  # the status has gone out
-            yield _event(error.body)
-        finally:
-            self.worker.cancel(job)
+class Process(uvicorn.Server):
+    """Serves until SIGTERM or Ctrl-C; requests that still run when the grace is over are told so, not cut off."""
+
+    def __init__(self, server: Server) -> None:
+        self._worker, self._grace = server.worker, server.options.grace
+        last = self._grace + 5  # then uvicorn cuts off what is left
+        super().__init__(uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=last))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace, self._worker.give_up)
+        await super().shutdown(sockets)
 
 
 def _event(body: Json) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The answer, or an empty one as soon as the client has hung up."""
-    answer = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(request.receive())  # the body has been read: only the end can come
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else Response(status_code=_HUNG_UP)
-    finally:
-        answer.cancel()
-        gone.cancel()
-
-
-async def _refusal(request: Request, error: ApiError) -> Response:
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
-    return JSONResponse(error.body, error.status, headers)
-
-
-async def _not_found(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}; try POST /v1/chat/completions or /v1/completions"
-    return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
-
-
-async def _failure(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, "the server failed on this request; its log says why").body, 500)

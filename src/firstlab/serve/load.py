@@ -8,20 +8,26 @@ Prompts are those of the four bundled tasks, mixed. FIRSTLAB_API_KEY is sent if 
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from firstlab.config.command_line import guarded, parse_options
-from firstlab.config.schema import check_options, option
+import httpx
+
+from firstlab.config.command_line import guarded, read_options
+from firstlab.config.schema import option
+from firstlab.data.mini_qa import MiniQA
+from firstlab.data.mini_summarization import MiniSummarization
+from firstlab.data.mini_translation import MiniTranslation
+from firstlab.serve.client import ask, connect
+from firstlab.store.machine import provenance
 
 
 @dataclass
@@ -35,7 +41,7 @@ class LoadOptions:
         rounds: In which the rates take turns, after one that does not count.
         skip_rates: 0 runs every layer; null leaves it to the model.
         max_tokens: Of a response, which may end earlier; each limit is drawn from a quarter of it up to it.
-        out: A file for the figures.
+        out: A file for the record: the figures of every round, and the machine that asked.
     """
 
     url: str = "http://127.0.0.1:8000"
@@ -47,106 +53,84 @@ class LoadOptions:
     out: str | None = None
 
 
-def _rates(text: str) -> list[float | None]:
+def measure(options: LoadOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the server says of its model, and for each rate its medians over the rounds, and the figures of every round.
+
+    Raises:
+        ValueError: The server is not there, or refuses a request.
+    """
     try:
-        return [None if each == "null" else float(each) for each in text.split(",")]
+        rates = [None if each == "null" else float(each) for each in options.skip_rates.split(",")]
     except ValueError as error:
-        raise ValueError(f"skip_rates={text!r}: give numbers or null, with commas between them") from error
+        raise ValueError(f"skip_rates={options.skip_rates!r}: give numbers or null, with commas between") from error
+    requests = _requests(options)
+    rounds: dict[float | None, list[dict[str, float]]] = {rate: [] for rate in rates}
+    try:
+        with connect(options.url) as client:
+            [model] = client.get("/v1/models").raise_for_status().json()["data"]
+            for number in range(1 + options.rounds):
+                for rate in rates[:: (-1) ** number]:  # forwards and backwards, so that drift hits all alike
+                    rounds[rate].append(_round(client, requests, rate, options.concurrency))
+    except httpx.HTTPError as error:
+        raise ValueError(f"url={options.url} gave no answer ({error!r}): start the server, or correct it") from error
+    counted = {rate: done[1:] for rate, done in rounds.items()}
+    rows = [
+        {"asked": rate, **{name: median(each[name] for each in done) for name in done[0]}, "rounds": done}
+        for rate, done in counted.items()
+    ]
+    return model, rows
 
 
-async def _answer(client: Any, turns: asyncio.Semaphore, body: dict[str, Any]) -> dict[str, Any]:
-    """The usage of a request, with its times."""
-    async with turns:
-        begun, first, usage = time.perf_counter(), 0.0, None
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                raise ValueError(json.loads(await response.aread())["error"]["message"])
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    first = first or time.perf_counter()
-                    usage = json.loads(line.removeprefix("data: ")).get("usage") or usage
-        if usage is None:
-            raise ValueError(f"{client.base_url} ended a stream without its usage: its log says why")
-        per_token = (time.perf_counter() - first) / max(1, usage["completion_tokens"] - 1)
-        return {**usage, "ttft_ms": 1000 * (first - begun), "tpot_ms": 1000 * per_token}
-
-
-async def _round(client: Any, bodies: list[dict[str, Any]], concurrency: int) -> dict[str, Any]:
-    """Every request once."""
-    begun, before = time.perf_counter(), await _counted(client)
-    turns = asyncio.Semaphore(concurrency)
-    answers = await asyncio.gather(*(_answer(client, turns, body) for body in bodies))
-    steps, union = (now - then for now, then in zip(await _counted(client), before, strict=True))
-    tokens = sum(answer["completion_tokens"] for answer in answers)
-    seconds = time.perf_counter() - begun
-    return {"answers": answers, "tokens_per_s": tokens / seconds, "union_layers": union / max(1, steps)}
-
-
-async def _counted(client: Any) -> list[float]:
-    """Decode steps, and the layers that they read, since the server was started."""
-    lines = (await client.get("/metrics")).text.splitlines()
-    found = dict(line.rsplit(" ", 1) for line in lines if line[:1] != "#")
-    return [float(found[f"firstlab_{name}_total"]) for name in ("decode_steps", "union_layers")]
-
-
-def _row(rate: float | None, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    answers = [answer for each in rounds for answer in each["answers"]]
-    ttft = sorted(answer["ttft_ms"] for answer in answers)
-    decoded = [answer for answer in answers if answer["completion_tokens"] > 1]
-    return {
-        "asked": rate,
-        "skip_rate": fmean([answer["skip_rate"] for answer in decoded] or [0.0]),
-        "tokens_per_s": median(each["tokens_per_s"] for each in rounds),
-        "ttft_ms": median(ttft),
-        "ttft_p95_ms": ttft[int(0.95 * (len(ttft) - 1))],
-        "tpot_ms": median([answer["tpot_ms"] for answer in decoded] or [0.0]),
-        "union_layers": fmean(each["union_layers"] for each in rounds),
-    }
-
-
-async def measure(options: LoadOptions) -> list[dict[str, Any]]:
-    """A row of figures per rate; ValueError if the server cannot be reached or refuses a request."""
-    import httpx
-
-    from firstlab.data.mini_qa import MiniQA
-    from firstlab.data.mini_summarization import MiniSummarization
-    from firstlab.data.mini_translation import MiniTranslation
-
+def _requests(options: LoadOptions) -> list[dict[str, Any]]:
     tasks = (MiniTranslation(), MiniTranslation("en-zh"), MiniSummarization(), MiniQA())
     prompts = [task.prompt(example) for task in tasks for example in task.test()]
     draw, most = random.Random(0), options.max_tokens
-    drawn = [(draw.choice(prompts), draw.randint(-(-most // 4), most)) for _ in range(options.requests)]
-    told = {"stream": True, "stream_options": {"include_usage": True}}
-    sent = [{"prompt": prompt, "max_tokens": limit, **told} for prompt, limit in drawn]
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get("FIRSTLAB_API_KEY")) else None
-    rounds: dict[float | None, list[dict[str, Any]]] = {rate: [] for rate in _rates(options.skip_rates)}
-    try:
-        async with httpx.AsyncClient(base_url=options.url, headers=headers, timeout=600) as client:
-            for _ in range(1 + options.rounds):
-                for rate, done in rounds.items():
-                    bodies = [{**body, "skip_rate": rate} for body in sent]
-                    done.append(await _round(client, bodies, options.concurrency))
-    except httpx.HTTPError as error:
-        raise ValueError(f"url={options.url} gave no answer ({error!r}): start the server, or correct it") from error
-    return [_row(rate, done[1:]) for rate, done in rounds.items()]
+    return [
+        {"prompt": draw.choice(prompts), "max_tokens": draw.randint(-(-most // 4), most)}
+        for _ in range(options.requests)
+    ]
+
+
+def _round(
+    client: httpx.Client, requests: list[dict[str, Any]], rate: float | None, concurrency: int
+) -> dict[str, float]:
+    """Every request once: throughput, the medians of the times, and what the decode steps of the server ran."""
+    begun, before = time.perf_counter(), _counted(client)
+    with ThreadPoolExecutor(concurrency) as threads:
+        answers = list(threads.map(lambda each: [*ask(client, **each, skip_rate=rate)][-1], requests))
+    seconds = time.perf_counter() - begun
+    steps, layers = (after - count for after, count in zip(_counted(client), before, strict=True))
+    ttft = sorted(1000 * each.first_s for each in answers)
+    decoded = [each for each in answers if each.usage["completion_tokens"] > 1]
+    return {
+        "skip_rate": fmean([each.usage["skip_rate"] for each in decoded] or [0.0]),
+        "tokens_per_s": sum(each.usage["completion_tokens"] for each in answers) / seconds,
+        "ttft_ms": median(ttft),
+        "ttft_p95_ms": ttft[int(0.95 * (len(ttft) - 1))],
+        "tpot_ms": median([1000 * each.per_token_s for each in decoded] or [0.0]),
+        "union_layers": layers / max(1, steps),
+    }
+
+
+def _counted(client: httpx.Client) -> list[float]:
+    """Decode steps, and the layers that they read, since the server was started."""
+    lines = client.get("/metrics").text.splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines if line[:1] != "#")
+    return [float(found[f"firstlab_{name}_total"]) for name in ("decode_steps", "union_layers")]
 
 
 @partial(guarded, resumes=False)
 def main(arguments: list[str]) -> None:
     """Parse, measure, print."""
-    if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\n{LoadOptions.__doc__}")
-        return
-    options, words = parse_options(LoadOptions(), arguments)
-    if words:
-        raise ValueError(f"{words[0]!r} is not KEY=VALUE; see python -m firstlab.serve.load --help")
-    check_options(options)
-    rows = asyncio.run(measure(options))
-    print("".join(f"{name:>14}" for name in rows[0]))
+    options = read_options(LoadOptions, arguments, __doc__)
+    model, rows = measure(options)
+    print("".join(f"{name:>14}" for name in rows[0] if name != "rounds"))
     for row in rows:
-        print("".join(f"{'default' if value is None else f'{value:.3g}':>14}" for value in row.values()))
+        shown = ["default" if value is None else f"{value:.3g}" for name, value in row.items() if name != "rounds"]
+        print("".join(f"{value:>14}" for value in shown))
     if options.out is not None:
-        Path(options.out).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        record = {"model": model, "settings": asdict(options), "variants": rows, **provenance()}
+        Path(options.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.exceptions import HTTPException
 
 Json = dict[str, Any]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
+#: What many clients send at a value that changes nothing; at others it is refused.
+_NEUTRAL: Json = {"n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
+_NEUTRAL |= {"echo": False, "logprobs": False, "tools": [], "response_format": {"type": "text"}}
 
-class ApiError(Exception):
-    """A refusal as OpenAI's API puts it; `message` names the field, its value and a way out."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
+class ApiError(HTTPException):
+    """A refusal; `message` names the field, its value and a way out, `param` is the field."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         self.body: Json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -31,6 +43,11 @@ class _Sent(BaseModel):
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    same = name in _NEUTRAL and value == _NEUTRAL[name] and isinstance(value, bool) == isinstance(_NEUTRAL[name], bool)
+    return same or name in ("user", "metadata", "store", "max_completion_tokens")
 
 
 class StreamOptions(_Sent):
@@ -52,19 +69,15 @@ class Asked(_Sent):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     skip_rate: float | None = Field(None, ge=0, lt=1)
-    # Many clients send these at values that change nothing.
-    n: int = Field(1, ge=1, le=1)
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    logprobs: Literal[False] = False
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
 
-    @property
-    def limit(self) -> tuple[str, int | None]:
-        """The field that says how many tokens are wanted at most, and what it says."""
-        return "max_tokens", self.max_tokens
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_changes_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "max_completion_tokens" in values:
+            values = values | {"max_tokens": values["max_completion_tokens"]}
+        return {name: value for name, value in values.items() if not _changes_nothing(name, value)}
 
     @property
     def stops(self) -> list[str]:
@@ -102,12 +115,6 @@ class Chat(Asked):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    @property
-    def limit(self) -> tuple[str, int | None]:
-        newer = self.max_completion_tokens
-        return super().limit if newer is None else ("max_completion_tokens", newer)
 
 
 Kind = TypeVar("Kind", bound=Asked)
@@ -128,32 +135,24 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         raise ApiError(400, f"{field} is missing: add it", field)
     says = " or ".join(dict.fromkeys(each["msg"] for each in errors if each["loc"][:1] == place[:1]))
     if first["type"] == "extra_forbidden":
-        says = "this server does not know the field; leave it out"
+        known = f"takes only {field}={_NEUTRAL[field]!r}" if field in _NEUTRAL else "does not know the field"
+        says = f"this server {known}; leave it out"
     value = repr(first["input"])
     raise ApiError(400, f"{field or 'body'}={value[:80]}{'...' * (len(value) > 80)}: {says}", field or None)
 
 
 class Reply:
-    """The JSON of one answer, whole or piece by piece."""
+    """The JSON of one answer, whole or part by part."""
 
     def __init__(self, chat: bool, model: str) -> None:
         self.chat = chat
         self._head: Json = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, reason: str, usage: Json) -> Json:
-        """The body of an answer that is not streamed."""
-        said: Json = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self._body(said, reason, "chat.completion") | {"usage": usage}
-
-    def piece(self, text: str, reason: str | None = None) -> Json:
-        """One event of a stream; with a reason the last one of the text."""
-        delta = {"role": "assistant", "content": text} if reason is None else {}
-        return self._body({"delta": delta} if self.chat else {"text": text}, reason, "chat.completion.chunk")
-
-    def usage(self, usage: Json) -> Json:
-        """The last event of a stream that asked for it."""
-        return self.piece("") | {"choices": [], "usage": usage}
-
-    def _body(self, said: Json, reason: str | None, name: str) -> Json:
+    def json(self, text: str, reason: str | None = None, whole: bool = False) -> Json:
+        """The body of an answer, or a part of one that is streamed; the last of these has a reason."""
+        kind, said = "text_completion", {"text": text}
+        if self.chat:
+            kind = "chat.completion" if whole else "chat.completion.chunk"
+            said = {"message" if whole else "delta": {"role": "assistant", "content": text}}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
-        return {**self._head, "object": name if self.chat else "text_completion", "choices": [choice]}
+        return {**self._head, "object": kind, "choices": [choice]}
