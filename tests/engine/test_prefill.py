@@ -23,8 +23,8 @@ def prompts(seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
 
 
-def step_of(model: RouterAugmentedLM, way: str = "torch") -> GraphStep:
-    return GraphStep(model.lm, len(LENGTHS), 64, Tape(), way)
+def step_of(model: RouterAugmentedLM, kernels: bool = False) -> GraphStep:
+    return GraphStep(model.lm, len(LENGTHS), 64, Tape(), kernels)
 
 
 def same_as_the_model(step: GraphStep, model: RouterAugmentedLM, given: list[list[int]], rule: Any = None) -> None:
@@ -59,7 +59,7 @@ def test_routers_read_in_the_pass_of_the_norm(norm: str) -> None:
     pytest.importorskip("triton")
     model = routed_model("qwen2")
     model.routers.settings = RouterSettings(input_norm=norm)
-    step = step_of(model, "kernels")
+    step = step_of(model, kernels=True)
     assert step._prefill._reads_in_norm
     for seed in range(2):
         same_as_the_model(step, model, prompts(seed))

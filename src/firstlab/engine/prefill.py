@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+from weakref import proxy
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,9 @@ class Prefill:
     """
 
     def __init__(self, step: LlamaStep, fused: FusedLayers | None, max_batch_size: int) -> None:
-        self._step, self._fused = step, fused
+        # Weak: the step has this, and a cycle would keep keys, values and graphs alive.
+        self._step: LlamaStep = proxy(step)
+        self._fused = fused
         self._reads_in_norm = fused is not None or (step.embedding.is_cuda and find_spec("triton") is not None)
         self._longest, device = len(step.cos), step.embedding.device
         room = min(REPLAYED, max_batch_size * self._longest)

@@ -77,10 +77,8 @@ class Phase(L.LightningModule):
     # -- training --
 
     def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, _: int) -> dict[str, Tensor]:
-        # Places in the data are read on the host, which would wait for the device.
-        return {
-            name: value if name == "index" else value.to(device, non_blocking=True) for name, value in batch.items()
-        }
+        # The rest says which tokens count, which is asked on the host without a wait for the device.
+        return batch | {"input_ids": batch["input_ids"].to(device, non_blocking=True)}
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # Dropout and sampled gates depend on the step alone, so that a resumed run repeats an uninterrupted one.
@@ -97,7 +95,7 @@ class Phase(L.LightningModule):
             divergence = self._global_mean(self._divergence(out, batch), terms["token_count"])
             self.log("train/divergence", divergence.detach(), sync_dist=True)
             fit = cross_entropy + self.phase.distill * divergence
-        rows = torch.tensor(len(batch["input_ids"]), device=self.device)
+        rows = torch.full((), len(batch["input_ids"]), device=self.device)
         non_skip = self._global_mean(terms["non_skip"], rows)
         loss = self.loss(fit, non_skip)
         if self.objective.hold_routes > 0 and routes is None:
@@ -138,7 +136,7 @@ class Phase(L.LightningModule):
             with self.model.lora_disabled():
                 before = self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
         else:
-            before = self.held_rho[batch["index"]].to(self.device)
+            before = self.held_rho[batch["index"]].to(self.device, non_blocking=True)
         assert out.rho is not None
         return (out.rho - before).square().sum(1).mean()
 
@@ -300,4 +298,5 @@ class OnePhaseModule(RouterModule):
 def _step_skips(out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
     """[B, L], how often the response's tokens skipped each layer under forced routes."""
     assert out.ran is not None
-    return layer_skips(out.ran, batch["attention_mask"].bool() & ~batch["prompt_mask"].bool())
+    response = batch["attention_mask"].bool() & ~batch["prompt_mask"].bool()
+    return layer_skips(out.ran, response.to(out.ran.device, non_blocking=True))
