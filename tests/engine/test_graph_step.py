@@ -1,24 +1,20 @@
 """The step from replays: what it makes, when, and that it reads its buffers only."""
 
+from collections.abc import Callable
+from weakref import ref
+
 import pytest
 import torch
 
-from firstlab.engine.graph_step import GraphStep, runs_of, size_of, window_of
+from firstlab.engine.graph_step import GraphStep, runs_of, size_of
+from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep
+from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import EarlyExit
 from support.models import ARCHITECTURES, HIDDEN, LAYERS, tiny_model
 from support.tape import Tape
 
 HEADS, DIM = 2, 8  # of keys and values
-
-
-def test_windows() -> None:
-    assert [window_of(n, 10**6) for n in (1, 64, 65, 80, 81, 128, 129, 545, 640, 8191)] == [
-        *(64, 64, 80, 80, 96, 128, 160, 640, 640, 8192)
-    ]
-    assert window_of(70, 72) == 72
-    for length in range(1, 5000, 7):
-        assert length <= window_of(length, 10**6) < max(64, 1.25 * length) + 1
 
 
 def test_sizes() -> None:
@@ -137,6 +133,23 @@ def test_graphs_grow_with_sizes_and_windows_only() -> None:
     joined(step, [EVERY], [10])
     step(torch.tensor([5, 6, 7, 8]))  # the size of four rows stands for three
     assert len(tape) == made[-1]
+
+
+def test_a_step_that_nobody_needs_is_gone() -> None:
+    class Captured(Graphs):
+        """Forgets what it captured, as on a GPU."""
+
+        def make(self, body: Callable[[], None]) -> Callable[[], None]:
+            bodies = [body]
+            return lambda: bodies.pop()()
+
+    model = RouterAugmentedLM(tiny_model("llama"))
+    step = joined(GraphStep(model.lm, 2, 64, Captured(torch.device("cpu"))), [EVERY], [4])
+    step.read([[5, 6, 7]], model.routers, None)
+    step(torch.tensor([5]))
+    gone = ref(step)
+    del step
+    assert gone() is None  # at once: nothing waits for the garbage collector with keys, values and graphs
 
 
 def test_early_exit_between_steps() -> None:

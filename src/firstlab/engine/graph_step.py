@@ -22,7 +22,7 @@ from torch import Tensor
 
 from firstlab.engine.graphs import Body, Graphs
 from firstlab.engine.llama_step import LlamaStep, Maps, Plan, Positions
-from firstlab.engine.prefill import Prefill, Prompts
+from firstlab.engine.prefill import Prefill, Prompts, bucket_of
 from firstlab.model.quantization import stored_tensors
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
@@ -32,15 +32,6 @@ if TYPE_CHECKING:
     from firstlab.engine.kernels.layers import FusedLayers
 
 SMALLEST_WINDOW = 64
-
-
-def window_of(length: int, longest: int) -> int:
-    """The smallest of 64, 80, 96, 112, 128, 160, … that holds `length` places, at most `longest`."""
-    window = SMALLEST_WINDOW
-    while window < length:
-        # A quarter of the power of two below.
-        window += 1 << (window.bit_length() - 3)
-    return min(window, longest)
 
 
 def size_of(rows: int, most: int) -> int:
@@ -116,7 +107,7 @@ class GraphStep(LlamaStep):
             self._plan = self._make_plan()
             self._place(self._plan)
             self._replays = None
-        window = 0 if self._fused else window_of(max(self.lengths) + 1, len(self._places))
+        window = 0 if self._fused else bucket_of(max(self.lengths) + 1, len(self._places), SMALLEST_WINDOW)
         if self._replays is None or self._replays[0] != window:
             self._replays = window, self._list_replays(self._plan, window)
         self._tokens[: len(tokens)] = tokens

@@ -41,9 +41,9 @@ class Prompts:
     keys_values: Callable[[int, int], Tensor]  # of a prompt and layer of its route: [2, kv heads, length, head dim]
 
 
-def bucket_of(length: int, longest: int) -> int:
+def bucket_of(length: int, longest: int, smallest: int = 16) -> int:
     """The smallest of 16, 20, 24, 28, 32, 40, … that holds `length` tokens, at most `longest`."""
-    size = 16
+    size = smallest
     while size < length:
         size += 1 << (size.bit_length() - 3)  # a quarter of the power of two below
     return min(size, longest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -25,6 +25,9 @@ from firstlab.model.output import RouterAugmentedOutput
 from firstlab.model.routes import Routes, layer_skips
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
 from firstlab.training.sharding import ShardedBase, shard_base
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.
 _TARGET_WEIGHT = 10.0
@@ -73,6 +76,10 @@ class Phase(L.LightningModule):
     @abstractmethod
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
         """What the phase minimises, from globally normalised terms."""
+
+    def cpu(self) -> Self:
+        """Stay on the device, which Lightning empties behind every fit and validation; `fit_phase` does it once."""
+        return self
 
     # -- training --
 
@@ -136,7 +143,8 @@ class Phase(L.LightningModule):
             with self.model.lora_disabled():
                 before = self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
         else:
-            before = self.held_rho[batch["index"]].to(self.device, non_blocking=True)
+            # Lightning's DDP moves whole batches to the device.
+            before = self.held_rho[batch["index"].cpu()].to(self.device, non_blocking=True)
         assert out.rho is not None
         return (out.rho - before).square().sum(1).mean()
 
