@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from firstlab.bench import gpu, gpu_parts, gpu_run
-from firstlab.bench.gpu import PARTS, Found, GpuConfig, MissingError, Target
-from firstlab.bench.gpu_run import print_targets, run
+from firstlab.bench import gpu, gpu_parts
+from firstlab.bench.gpu import PARTS, GpuConfig, run
+from firstlab.bench.gpu_parts import Found, MissingError, Target
 from firstlab.bench.workload import distinct_routes
 from firstlab.config.build import model_path
 from firstlab.config.compose import compose_file, conf_dir, register
@@ -149,12 +149,10 @@ def test_kernels_beside_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(results[3 * place], each.view_as(results[3 * place]))
 
 
-def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_targets() -> None:
     assert Target("a", 1.0, 1.0).met and not Target("a", 1.1, 1.0).met
     assert Target("a", 1.0, 1.0, at_most=False).met and not Target("a", 0.9, 1.0, at_most=False).met
     assert not Target("a", math.nan, 1.0).met and not Target("a", math.nan, 1.0, at_most=False).met
-    print_targets("part", [Target("a", 1.234567, 1.0), Target("b", 1, 2)])
-    assert capsys.readouterr().out == "part: 1 of 2 targets met\n  missed: a: 1.23, wanted at most 1\n"
 
 
 class Children:
@@ -163,14 +161,14 @@ class Children:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[str] = []
         self.outcome: dict[str, Any] = {}
-        monkeypatch.setattr(gpu_run, "_exit_code", self)
+        monkeypatch.setattr(gpu, "_exit_code", self)
         monkeypatch.setattr(gpu_parts, "MEASURES", {part: self.measure for part in PARTS})
 
     def measure(self, sizes: object, out: Path) -> Found:
         outcome = self.outcome.get(self.parts[-1])
         if isinstance(outcome, Exception):
             raise outcome
-        return Found({"number": len(self.parts)}, [Target("time", 2, 1)])
+        return Found({"number": len(self.parts)}, [Target("time", 1.234567, 1.0), Target("speed", 2, 1, at_most=False)])
 
     def __call__(self, command: list[str], seconds: float) -> Any:
         assert command[:3] == [sys.executable, "-m", "firstlab.benchmark"] and 0 < seconds <= 20 * 60
@@ -199,7 +197,7 @@ def test_what_was_measured_is_kept(
         "train: left out, no such library",
         "run: ended, minutes=20 are over",
         "failed: mixed, run",
-        "missed: time: 2, wanted at most 1",
+        "decode: 1 of 2 targets met\n  missed: time: 1.23, wanted at most 1\n",
     ):
         assert text in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -219,11 +217,11 @@ def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> No
     file = tmp_path / "number"
     code = "import subprocess; p = subprocess.Popen(['sleep', '60']); "
     code += f"open({str(file)!r}, 'w').write(str(p.pid)); p.wait()"
-    assert gpu_run._exit_code([sys.executable, "-c", code], 2) is None
+    assert gpu._exit_code([sys.executable, "-c", code], 2) is None
     state = Path(f"/proc/{file.read_text()}/stat")
     assert not state.exists() or ") Z " in state.read_text()
     code = "import os, firstlab; assert os.environ['HF_HUB_OFFLINE'] == '1'; raise SystemExit(3)"
-    assert gpu_run._exit_code([sys.executable, "-c", code], 60) == 3
+    assert gpu._exit_code([sys.executable, "-c", code], 60) == 3
 
 
 def test_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +255,7 @@ def test_settings_out_of_range(tmp_path: Path, given: dict[str, Any], message: s
 
 def test_the_preset_for_a_gpu_fits_its_models() -> None:
     register()
-    sizes = gpu_parts.sizes_of(GpuConfig(), "cuda")
+    sizes = gpu_parts.sizes_of("gpu", "cuda", Path())
     for model in (sizes.large, sizes.small):
         model.check_trainable()
         config = AutoConfig.from_pretrained(model_path(model.path, config_only=True))
@@ -269,7 +267,7 @@ def test_the_preset_for_a_gpu_fits_its_models() -> None:
 
 def test_the_preset_for_a_gpu_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(gpu_run, "_exit_code", None)  # nothing is begun
+    monkeypatch.setattr(gpu, "_exit_code", None)  # nothing is begun
     for parts in (["decode"], list(PARTS)):
         with pytest.raises(ValueError, match="preset=gpu: torch finds no CUDA device; preset=mini runs on a CPU"):
             run(GpuConfig(parts=parts, out=str(tmp_path)))
@@ -288,7 +286,7 @@ def test_the_command_without_optional_packages(tmp_path: Path) -> None:
     package = str(Path(conf_dir()).parent / "src")
     done = subprocess.run(
         [sys.executable, "-c", BARE, str(tmp_path / "out")],
-        env={**gpu.environment(), "PYTHONPATH": package},
+        env={**gpu_parts.environment(), "PYTHONPATH": package},
         cwd=tmp_path,
         capture_output=True,
         text=True,

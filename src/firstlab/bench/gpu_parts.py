@@ -1,16 +1,17 @@
-"""The parts of `preset=gpu`: each measures, prints its tables and says what was wanted; see `firstlab.bench.gpu`."""
+"""The parts of `preset=gpu`, which `firstlab.bench.gpu` runs: each measures, prints its tables, says what was wanted."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,6 @@ from transformers import LlamaConfig
 
 from firstlab.bench import decoding, training
 from firstlab.bench.config import BenchmarkConfig, TrainingSpeedConfig
-from firstlab.bench.gpu import Found, GpuConfig, MissingError, Target, environment
 from firstlab.bench.models import Models, load_models
 from firstlab.bench.report import print_decoding, print_table, print_training, tpot_against_skip
 from firstlab.bench.workload import copy_bandwidth, read_bytes
@@ -39,6 +39,39 @@ from firstlab.store import paper
 
 ROOT = Path(__file__).resolve().parents[3]
 BUNDLED_MODEL = str(BUNDLED["bundled:nano"])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that was measured, and what it should be."""
+
+    what: str
+    value: float
+    wanted: float
+    at_most: bool = True
+
+    @property
+    def met(self) -> bool:
+        """NaN never is."""
+        return self.value <= self.wanted if self.at_most else self.value >= self.wanted
+
+
+@dataclass
+class Found:
+    """What a part measured."""
+
+    record: dict[str, Any]
+    targets: list[Target] = field(default_factory=list)
+
+
+class MissingError(Exception):
+    """A part cannot run here: a library or folder is not there."""
+
+
+def environment() -> dict[str, str]:
+    """Of further processes: they find the package where it is, installed or not, and ask no network."""
+    places = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "HF_HUB_OFFLINE": "1"}
 
 
 #: Enough for routes and losses to move, in a minute or two.
@@ -81,12 +114,12 @@ class Sizes:
         return torch.device(self.device)
 
 
-def sizes_of(config: GpuConfig, device: str) -> Sizes:
-    """Those of a preset."""
-    if config.preset == "gpu":
+def sizes_of(preset: str, device: str, out: Path) -> Sizes:
+    """Those of a preset; `out` takes the config of a tiny model."""
+    if preset == "gpu":
         names = zip(("llama3_8b", "llama32_3b"), ARCHITECTURES, strict=True)
         return Sizes(device, *(SpeedModelConfig(*each, dtype="bfloat16", random_init=True) for each in names))
-    folder = Path(config.out) / "tiny-model"
+    folder = out / "tiny-model"
     shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     LlamaConfig(**shape).save_pretrained(folder)

@@ -118,7 +118,8 @@ class Phase(L.LightningModule):
         # The progress bar shows the fit: the loss with its driven penalty can fall while the fit gets worse.
         self.log("train/cross_entropy", cross_entropy.detach(), prog_bar=True, sync_dist=True)
         self.log("train/skip_rate", skip_rate, prog_bar=True, sync_dist=True)
-        self.log("train/multiplier", self.multiplier, rank_zero_only=True)
+        # Of a number Lightning makes a tensor that the host waits for.
+        self.log("train/multiplier", torch.full((), self.multiplier, device=self.device), rank_zero_only=True)
         return loss
 
     def _routed(self, batch: dict[str, Tensor], routes: Routes | None, **changed: Any) -> RouterAugmentedOutput:
@@ -216,8 +217,9 @@ class Phase(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.trainer.strategy.reduce(x, reduce_op="sum") for name, x in self._validation.items()}
-        rho, skip = sums["rho"] / sums["rows"], sums["skip"] / sums["rows"]
-        cross_entropy, skip_rate = float(sums["nll"] / sums["tokens"]), float(skip.mean())
+        skips = sums["skip"] / sums["rows"]
+        rho, skip = torch.stack([sums["rho"] / sums["rows"], skips]).tolist()
+        cross_entropy, skip_rate = float(sums["nll"] / sums["tokens"]), float(skips.mean())
         if self.reads_training_loss:
             score = float(sums["soft"] / sums["rows"])
         else:
@@ -230,8 +232,7 @@ class Phase(L.LightningModule):
         )
         values = {"val/cross_entropy": cross_entropy, "val/skip_rate": skip_rate}
         for index in range(self.model.num_layers):
-            values[f"rho/layer{index:02d}"] = float(rho[index])
-            values[f"skip/layer{index:02d}"] = float(skip[index])
+            values[f"rho/layer{index:02d}"], values[f"skip/layer{index:02d}"] = rho[index], skip[index]
         # The same number on every rank already, which the greatest of them is, exactly.
         self.log_dict(values, reduce_fx="max", sync_dist=True)
         self.log("val/score", score, prog_bar=True, reduce_fx="max", sync_dist=True)
