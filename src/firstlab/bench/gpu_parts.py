@@ -1,4 +1,4 @@
-"""The parts of `preset=gpu`, which `firstlab.bench.gpu` runs: each measures, prints its tables, says what was wanted."""
+"""The parts that `firstlab.bench.gpu` runs: each measures, prints its tables and says what was wanted."""
 
 from __future__ import annotations
 
