@@ -43,7 +43,7 @@ def test_no_step_waits_for_the_device(
     # transformers asks once whether there is padding.
     monkeypatch.setattr("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *_, **__: False)
     device = torch.device("meta")  # it has no values that anybody could wait for
-    module = setup.module(name, objective).to(device)
+    module = setup.module(name, objective).to(device).cpu()
     module.held_rho = torch.zeros(len(setup.data.train), setup.model.num_layers)
     batch = module.transfer_batch_to_device(next(iter(setup.data.train_dataloader())), device, 0)
     out = module._routed(batch, None)

@@ -78,7 +78,7 @@ class Phase(L.LightningModule):
         """What the phase minimises, from globally normalised terms."""
 
     def cpu(self) -> Self:
-        """Stay on the device, which Lightning empties behind every fit and validation; `fit_phase` does it once."""
+        """Stay: Lightning would move all weights to the host behind every fit and validation, and back before them."""
         return self
 
     # -- training --

@@ -188,27 +188,25 @@ def fit_phase(
     data.consumed_batches = 0
     # The start competes with what training makes of it: a calibrated router may not be worth changing.
     start = {name: value.cpu().clone() for name, value in module.trainable_weights(module.state_dict()).items()}
+    [before] = trainer.validate(module, datamodule=data, verbose=False)
+    progress.start_score = before["val/score"]
     last = directory / LAST
     try:
-        [before] = trainer.validate(module, datamodule=data, verbose=False)
-        progress.start_score = before["val/score"]
         with compiled(find_decoder(module.model.lm)[1]) if config.compile else nullcontext():
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if resume and last.is_file() else None)
-        start_score = progress.start_score if math.isfinite(progress.start_score) else math.inf
-        kept_score = min(start_score, progress.best_score)
-        kept = start if start_score == kept_score else progress.best_weights
-        [figures] = trainer.validate(module, datamodule=data, verbose=False)
-        last_is_best = figures["val/score"] <= kept_score < math.inf  # training that diverges ends at NaN
-        if not last_is_best:
-            module.load_state_dict(kept, strict=False)
-            [figures] = trainer.validate(module, datamodule=data, verbose=False)
     except SystemExit:
         # Lightning ends the process on Ctrl-C; our caller says how to go on.
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    finally:
-        module.to("cpu")
+    start_score = progress.start_score if math.isfinite(progress.start_score) else math.inf
+    kept_score = min(start_score, progress.best_score)
+    kept = start if start_score == kept_score else progress.best_weights
+    [figures] = trainer.validate(module, datamodule=data, verbose=False)
+    last_is_best = figures["val/score"] <= kept_score < math.inf  # training that diverges ends at NaN
+    if not last_is_best:
+        module.load_state_dict(kept, strict=False)
+        [figures] = trainer.validate(module, datamodule=data, verbose=False)
     warning = None
     if module.broken_at is not None:
         warning = f"non-finite loss at step {module.broken_at}"
