@@ -131,11 +131,10 @@ class GraphStep(LlamaStep):
             for layer, _, _ in plan.layers:
                 slots = self._slots[layer]
                 lines[1 + layer, : len(slots)] = torch.tensor(slots)
-        self._order.copy_(lines)
         filled = torch.zeros(2, len(self._filled), dtype=torch.long)
         filled[0, :rows], filled[1, :rows] = torch.tensor(self.lengths), 1
-        self._filled.copy_(filled[0])
-        self._grows.copy_(filled[1])
+        for there, here in ((self._order, lines), (self._filled, filled[0]), (self._grows, filled[1])):
+            there.copy_(here, non_blocking=True)
 
     def _list_replays(self, plan: Plan, window: int) -> list[Body]:
         size = size_of(len(self.lengths), self._spare)

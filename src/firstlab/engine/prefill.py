@@ -108,12 +108,12 @@ class Prefill:
             sums.append(found[1])
             kv += [found[2][:, row, : len(prompts[place])] for row, place in enumerate(some)]
         places, device = torch.tensor(order).argsort(), self._ids.device
-        back, of_prompt = places.to(device), places.tolist()
+        back, of_prompt = places.to(device, non_blocking=True), places.tolist()
         if measuring is None:
             assert rule is not None
             routes = rule.first(len(self._step.layers)).to(device).expand(len(prompts), -1)
         else:
-            lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(1)
+            lengths = torch.tensor([[len(prompt)] for prompt in prompts]).to(device, non_blocking=True)
             rate = rule.skip_rate if isinstance(rule, RoutersDecide) else None
             means = torch.cat([each for each in sums if each is not None])[back] / lengths
             routes = routers.decision(means, rate)[1]
@@ -154,9 +154,9 @@ class Prefill:
         if self._kv is None:
             self._kv = self._empty(len(self._ids))
         ids, kept, ends = _padded(prompts, rows, width)
-        self._ids[:tokens] = ids.view(-1).to(self._ids.device)
-        self._kept[:tokens] = kept.view(-1).to(self._kept.device)
-        self._ends[:rows] = ends.to(self._ends.device)
+        self._ids[:tokens].copy_(ids.view(-1), non_blocking=True)
+        self._kept[:tokens].copy_(kept.view(-1), non_blocking=True)
+        self._ends[:rows].copy_(ends, non_blocking=True)
         pooled = None
         key: tuple[object, ...] = ("prefill", rows, width)
         if routers is not None:
