@@ -101,9 +101,9 @@ def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[St
     shared = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-        # PEFT's own adapters at the same places, of the same sizes and in the dtype of the model, as in phase 2.
+        # PEFT's own adapters at the same places, of the same sizes and in float32, as in phase 2.
         adapters = PeftConfig(**{name: getattr(ours, name) for name in shared}, task_type="CAUSAL_LM")
-        plain: torch.nn.Module = get_peft_model(models.plain, adapters, autocast_adapter_dtype=False)
+        plain: torch.nn.Module = get_peft_model(models.plain, adapters)
     objective = RoutingObjective(objective=config.objective, gate=config.gate, pooled_tokens="prompt", multiplier=0.01)
     held = config.hold_routes if config.objective == "decode_consistent" else 0.0
     phase = PhaseConfig(learning_rate=config.learning_rate, warmup_fraction=0.0, gradient_clip=config.gradient_clip)
