@@ -78,7 +78,7 @@ class Prefill:
 
     def __init__(self, step: LlamaStep, fused: FusedLayers | None, max_batch_size: int) -> None:
         # Weak: the step has this, and a cycle would keep keys, values and graphs alive.
-        self._step: LlamaStep = proxy(step)
+        self._step: LlamaStep = proxy(step)  # type: ignore[assignment]
         self._fused = fused
         self._reads_in_norm = fused is not None or (step.embedding.is_cuda and find_spec("triton") is not None)
         self._longest, device = len(step.cos), step.embedding.device

@@ -262,9 +262,9 @@ class RouterAugmentedLM(nn.Module):
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
         prompt_mask = prompt_mask.bool() & attended
         routes = self._decided(routes, input_ids, prompt_mask)
-        masks = (each.to(shape_source.device, non_blocking=True) for each in (attended, prompt_mask))
+        real, prompt = (each.to(shape_source.device, non_blocking=True) for each in (attended, prompt_mask))
         current = TeacherForcedPass(
-            self.routers, *masks, objective, gate, pooled_tokens, routes, self._exit_head(routes),
+            self.routers, real, prompt, objective, gate, pooled_tokens, routes, self._exit_head(routes),
             checkpoint_layers=self.gradient_checkpointing,
         )  # fmt: skip
         constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
