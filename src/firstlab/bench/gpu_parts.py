@@ -117,10 +117,13 @@ class Sizes:
 def sizes_of(preset: str, device: str, out: Path) -> Sizes:
     """Those of a preset; `out` takes the config of a tiny model."""
     if preset == "gpu":
-        names = zip(("llama3_8b", "llama32_3b"), ARCHITECTURES, strict=True)
-        return Sizes(device, *(SpeedModelConfig(*each, dtype="bfloat16", random_init=True) for each in names))
+        large, small = (
+            SpeedModelConfig(name, path, dtype="bfloat16", random_init=True)
+            for name, path in zip(("llama3_8b", "llama32_3b"), ARCHITECTURES, strict=True)
+        )
+        return Sizes(device, large, small)
     folder = out / "tiny-model"
-    shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
+    shape: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     LlamaConfig(**shape).save_pretrained(folder)
     tiny = SpeedModelConfig("tiny", str(folder), dtype="float32", random_init=True)
