@@ -29,12 +29,9 @@ def main(composed: DictConfig) -> None:
 
 def main_of_parts(composed: DictConfig) -> None:
     """Check the settings, then measure every part."""
-    from firstlab.bench.gpu import load
+    from firstlab.bench.gpu import load, run
 
-    config = load(composed)
-    from firstlab.bench.gpu_run import run
-
-    run(config)
+    run(load(composed))
 
 
 if __name__ == "__main__":

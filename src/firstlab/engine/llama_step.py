@@ -151,7 +151,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 class Layer:
-    """What a decoder layer of transformers does before and after attention, in methods that can be compiled."""
+    """What a decoder layer of transformers does before and after attention."""
 
     def __init__(self, layer: Any, heads: int, kv_heads: int, head_dim: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+from weakref import proxy
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,9 @@ class Prompts:
     keys_values: Callable[[int, int], Tensor]  # of a prompt and layer of its route: [2, kv heads, length, head dim]
 
 
-def bucket_of(length: int, longest: int) -> int:
+def bucket_of(length: int, longest: int, smallest: int = 16) -> int:
     """The smallest of 16, 20, 24, 28, 32, 40, … that holds `length` tokens, at most `longest`."""
-    size = 16
+    size = smallest
     while size < length:
         size += 1 << (size.bit_length() - 3)  # a quarter of the power of two below
     return min(size, longest)
@@ -76,7 +77,9 @@ class Prefill:
     """
 
     def __init__(self, step: LlamaStep, fused: FusedLayers | None, max_batch_size: int) -> None:
-        self._step, self._fused = step, fused
+        # Weak: the step has this, and a cycle would keep keys, values and graphs alive.
+        self._step: LlamaStep = proxy(step)  # type: ignore[assignment]
+        self._fused = fused
         self._reads_in_norm = fused is not None or (step.embedding.is_cuda and find_spec("triton") is not None)
         self._longest, device = len(step.cos), step.embedding.device
         room = min(REPLAYED, max_batch_size * self._longest)
@@ -105,12 +108,12 @@ class Prefill:
             sums.append(found[1])
             kv += [found[2][:, row, : len(prompts[place])] for row, place in enumerate(some)]
         places, device = torch.tensor(order).argsort(), self._ids.device
-        back, of_prompt = places.to(device), places.tolist()
+        back, of_prompt = places.to(device, non_blocking=True), places.tolist()
         if measuring is None:
             assert rule is not None
             routes = rule.first(len(self._step.layers)).to(device).expand(len(prompts), -1)
         else:
-            lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(1)
+            lengths = torch.tensor([[len(prompt)] for prompt in prompts]).to(device, non_blocking=True)
             rate = rule.skip_rate if isinstance(rule, RoutersDecide) else None
             means = torch.cat([each for each in sums if each is not None])[back] / lengths
             routes = routers.decision(means, rate)[1]
@@ -151,9 +154,9 @@ class Prefill:
         if self._kv is None:
             self._kv = self._empty(len(self._ids))
         ids, kept, ends = _padded(prompts, rows, width)
-        self._ids[:tokens] = ids.view(-1).to(self._ids.device)
-        self._kept[:tokens] = kept.view(-1).to(self._kept.device)
-        self._ends[:rows] = ends.to(self._ends.device)
+        self._ids[:tokens].copy_(ids.view(-1), non_blocking=True)
+        self._kept[:tokens].copy_(kept.view(-1), non_blocking=True)
+        self._ends[:rows].copy_(ends, non_blocking=True)
         pooled = None
         key: tuple[object, ...] = ("prefill", rows, width)
         if routers is not None:

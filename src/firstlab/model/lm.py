@@ -229,6 +229,8 @@ class RouterAugmentedLM(nn.Module):
             input_ids, labels: [B, T]; labels -100 where no loss is wanted.
             attention_mask: [B, T], or [B, seen + T] with a cache from `new_cache`; 0 on padding.
             prompt_mask: [B, T], true on prompt tokens: by default those before the first label, all without labels.
+                With labels and without a cache, both masks and the labels may stay on the host: then nobody waits for
+                the device to tell where the labels are.
             objective, gate, pooled_tokens, routes: See `TeacherForcedPass`.
             keep_logits: False, with labels, computes only the logits that predict a label, `loss_chunk` at a time, and
                 returns none: less time and much less memory.
@@ -260,8 +262,9 @@ class RouterAugmentedLM(nn.Module):
             prompt_mask = attended if labels is None else attended & ((labels != -100).cumsum(1) == 0)
         prompt_mask = prompt_mask.bool() & attended
         routes = self._decided(routes, input_ids, prompt_mask)
+        real, prompt = (each.to(shape_source.device, non_blocking=True) for each in (attended, prompt_mask))
         current = TeacherForcedPass(
-            self.routers, attended, prompt_mask, objective, gate, pooled_tokens, routes, self._exit_head(routes),
+            self.routers, real, prompt, objective, gate, pooled_tokens, routes, self._exit_head(routes),
             checkpoint_layers=self.gradient_checkpointing,
         )  # fmt: skip
         constant_prompt = current.decode_consistent and routes is None and not keep_logits and not kwargs
@@ -301,10 +304,11 @@ class RouterAugmentedLM(nn.Module):
         **options: Any,
     ) -> Any:
         """The module's output for new tokens, with the mask [B, seen + T] of all; routed by `current` or the cache."""
+        given = options["inputs_embeds"] if ids is None else ids
+        mask = None if mask is None else mask.to(given.device, non_blocking=True)
         if mask is not None and self._takes_positions:
-            tokens = (options["inputs_embeds"] if ids is None else ids).shape[1]
             positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-            options = {"position_ids": positions[:, -tokens:]} | options
+            options = {"position_ids": positions[:, -given.shape[1] :]} | options
         if cache is not None:
             options["past_key_values"] = cache
         with routing(current):
@@ -320,7 +324,8 @@ class RouterAugmentedLM(nn.Module):
         layout = Layout.of(prompt, attended & ~prompt) if self._reads_prompts_apart else None
         if layout is None:
             return None
-        ids, real, length = layout.take(input_ids), layout.real, layout.prompt_length
+        ids, length = layout.take(input_ids), layout.prompt_length
+        real = layout.real.to(ids.device, non_blocking=True)
         cache = PromptCache()
         prompts = PromptPass(self.routers, real[:, :length], constant=isinstance(self.routers, Routers))
         with torch.no_grad():
@@ -342,7 +347,8 @@ class RouterAugmentedLM(nn.Module):
         The model must be as it was when it read, but for the routers where `routes` are forced: one decision per prompt
         or for all. `labels` [B, T] stand as the ids that were read; the rest as in `TeacherForcedPass`.
         """
-        layout, rho, real, length = reading.layout, reading.rho, reading.layout.real, reading.layout.prompt_length
+        layout, rho, length = reading.layout, reading.rho, reading.layout.prompt_length
+        real, known_real = (layout.real.to(each.device, non_blocking=True) for each in (reading.ids, labels))
         attended = real[:, length:]
         responses = TeacherForcedPass(
             self.routers, attended, torch.zeros_like(attended), "decode_consistent", gate, routes=routes,
@@ -350,7 +356,8 @@ class RouterAugmentedLM(nn.Module):
         )  # fmt: skip
         out = self._run(responses, self.backbone, reading.ids[:, length:], real.long(), reading.cache)
         outputs = torch.cat([reading.states, out.last_hidden_state], 1)
-        found = self._losses(outputs, self.output_head(), layout.take(labels).masked_fill(~real, -100), real, rho)
+        labels_there = layout.take(labels).masked_fill(~known_real, -100)
+        found = self._losses(outputs, self.output_head(), labels_there, known_real, rho)
         found["token_losses"] = layout.put_back(found["token_losses"], labels.shape[1])
         return RouterAugmentedOutput(**found)
 
@@ -375,7 +382,8 @@ class RouterAugmentedLM(nn.Module):
         """The `states` [N, D] of the base model alone, every layer run and without LoRA, where labels are."""
         with self.lora_disabled():
             out = self._run(None, self.backbone, input_ids, attention_mask)
-        return out.last_hidden_state[:, :-1][predicting(labels, attention_mask.bool())]
+        states, places = out.last_hidden_state, predicting(labels, attention_mask.bool())
+        return states.flatten(0, 1)[places.to(states.device, non_blocking=True)]
 
     def _exit_head(self, routes: Routes | None) -> IntermediateHead | None:
         return None if routes is None or routes.exit_rule is None else IntermediateHead(self.lm)
@@ -393,7 +401,8 @@ class RouterAugmentedLM(nn.Module):
         attention_mask = self.prompt_mask(input_ids, attention_mask, {})
         # What stands behind every prompt's last token, such as responses, cannot matter.
         end = int(attention_mask.any(0).nonzero()[-1]) + 1
-        input_ids, attention_mask = input_ids[:, :end], attention_mask[:, :end]
+        input_ids = input_ids[:, :end]
+        attention_mask = attention_mask[:, :end].to(input_ids.device, non_blocking=True)
         current = PromptPass(self.routers, attention_mask.bool())
         self._run(current, self.backbone, input_ids, attention_mask)
         return current.means

@@ -19,8 +19,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 def predicting(labels: Tensor, attended: Tensor) -> Tensor:
-    """[B, T - 1] boolean: the positions whose next token is labelled (not -100); padding predicts nothing."""
-    return (labels[:, 1:] != -100) & attended[:, :-1]
+    """[N], the places among B · T whose next token is labelled (not -100); padding predicts nothing."""
+    wanted = (labels[:, 1:] != -100) & attended[:, :-1]
+    return F.pad(wanted, (0, 1)).flatten().nonzero().squeeze(1)
 
 
 class OutputHead:
@@ -71,14 +72,16 @@ def labelled_losses(
     """`loss`, `token_losses`, `states` of a `RouterAugmentedOutput`, and the number `count` of label tokens.
 
     `found` is [B, T, D] states, or [B, T, V] logits where there is no head; the logits of `chunk` positions exist at a
-    time, and `kernel` ("torch" or "liger") computes the cross-entropy.
+    time, and `kernel` ("torch" or "liger") computes the cross-entropy. Nothing waits for the device of `found` if
+    labels and mask are on the host.
     """
-    wanted = predicting(labels, attended).to(found.device)
-    states = found[:, :-1][wanted]
-    losses = token_cross_entropy(head or nn.Identity(), states, labels[:, 1:].to(found.device)[wanted], chunk, kernel)
-    token_losses = losses.new_zeros(labels.shape)
-    token_losses[:, 1:][wanted] = losses.detach()
-    count = wanted.sum()
+    places = predicting(labels, attended)
+    count = torch.full((), len(places), device=found.device)
+    given = places, labels.flatten()[places + 1]
+    places, targets = (each.to(found.device, non_blocking=True) for each in given)
+    states = found.flatten(0, 1).index_select(0, places)
+    losses = token_cross_entropy(head or nn.Identity(), states, targets, chunk, kernel)
+    token_losses = losses.new_zeros(labels.numel()).index_copy(0, places + 1, losses.detach()).view(labels.shape)
     loss = losses.sum() / count.clamp_min(1)
     return {"loss": loss, "token_losses": token_losses, "states": None if head is None else states, "count": count}
 

@@ -12,7 +12,10 @@ from transformers import DynamicCache
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of each row go: prompts padded on the left, responses right behind them, padded on the right."""
+    """Where the tokens of each row go: prompts padded on the left, responses right behind them, padded on the right.
+
+    Made on the host, it costs no wait for the device.
+    """
 
     columns: Tensor  # [B, P + R], the column each token comes from
     real: Tensor  # [B, P + R] boolean, false on padding
@@ -31,12 +34,12 @@ class Layout:
 
     def take(self, values: Tensor) -> Tensor:
         """[B, T] -> [B, P + R]; whatever stands there on padding."""
-        return values.gather(1, self.columns)
+        return values.gather(1, self.columns.to(values.device, non_blocking=True))
 
     def put_back(self, values: Tensor, length: int) -> Tensor:
         """[B, P + R] -> [B, `length`], 0 where no token came from."""
-        found = values.new_zeros(len(values), length)
-        return found.scatter_add(1, self.columns, values.masked_fill(~self.real, 0))
+        columns, real = (each.to(values.device, non_blocking=True) for each in (self.columns, self.real))
+        return values.new_zeros(len(values), length).scatter_add(1, columns, values.masked_fill(~real, 0))
 
 
 class PromptCache(DynamicCache):

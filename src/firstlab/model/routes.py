@@ -118,7 +118,7 @@ class FixedRoutes(Routes):
         return replace(self, ran=self.ran[list(index)]) if self.ran.ndim == 2 else self
 
     def to(self, device: torch.device) -> Routes:
-        return replace(self, ran=self.ran.to(device))
+        return replace(self, ran=self.ran.to(device, non_blocking=device.type != "cpu"))
 
     def to_json(self) -> Any:
         return self.ran.tolist()

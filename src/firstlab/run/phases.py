@@ -225,6 +225,7 @@ def _finish(run: Run, phase: str, record: dict[str, Any]) -> None:
         decided = run.prompts(run.data.train).take(_KEPT_DECISIONS).routed()
         if rank()[0] == 0:
             write_atomically(run.directory / "decided.json", json.dumps(decided.tolist()) + "\n")
+    run.model.to("cpu")  # makes room for the next
     earlier = {"router": "tune", "refit": "lora"}.get(phase)
     if earlier is not None and (run.directory / earlier).is_dir():
         # Routers fitted on merged weights are saved beside the adapter that was merged.

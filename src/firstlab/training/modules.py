@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -25,6 +25,9 @@ from firstlab.model.output import RouterAugmentedOutput
 from firstlab.model.routes import Routes, layer_skips
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
 from firstlab.training.sharding import ShardedBase, shard_base
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.
 _TARGET_WEIGHT = 10.0
@@ -74,13 +77,15 @@ class Phase(L.LightningModule):
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
         """What the phase minimises, from globally normalised terms."""
 
+    def cpu(self) -> Self:
+        """Stay: Lightning would move all weights to the host behind every fit and validation, and back before them."""
+        return self
+
     # -- training --
 
     def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, _: int) -> dict[str, Tensor]:
-        # Places in the data are read on the host, which would wait for the device.
-        return {
-            name: value if name == "index" else value.to(device, non_blocking=True) for name, value in batch.items()
-        }
+        # The rest says which tokens count, which is asked on the host without a wait for the device.
+        return batch | {"input_ids": batch["input_ids"].to(device, non_blocking=True)}
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # Dropout and sampled gates depend on the step alone, so that a resumed run repeats an uninterrupted one.
@@ -97,7 +102,7 @@ class Phase(L.LightningModule):
             divergence = self._global_mean(self._divergence(out, batch), terms["token_count"])
             self.log("train/divergence", divergence.detach(), sync_dist=True)
             fit = cross_entropy + self.phase.distill * divergence
-        rows = torch.tensor(len(batch["input_ids"]), device=self.device)
+        rows = torch.full((), len(batch["input_ids"]), device=self.device)
         non_skip = self._global_mean(terms["non_skip"], rows)
         loss = self.loss(fit, non_skip)
         if self.objective.hold_routes > 0 and routes is None:
@@ -113,7 +118,8 @@ class Phase(L.LightningModule):
         # The progress bar shows the fit: the loss with its driven penalty can fall while the fit gets worse.
         self.log("train/cross_entropy", cross_entropy.detach(), prog_bar=True, sync_dist=True)
         self.log("train/skip_rate", skip_rate, prog_bar=True, sync_dist=True)
-        self.log("train/multiplier", self.multiplier, rank_zero_only=True)
+        # Of a number Lightning makes a tensor that the host waits for.
+        self.log("train/multiplier", torch.full((), self.multiplier, device=self.device), rank_zero_only=True)
         return loss
 
     def _routed(self, batch: dict[str, Tensor], routes: Routes | None, **changed: Any) -> RouterAugmentedOutput:
@@ -138,7 +144,8 @@ class Phase(L.LightningModule):
             with self.model.lora_disabled():
                 before = self.model.prompt_rho(batch["input_ids"], batch["prompt_mask"])
         else:
-            before = self.held_rho[batch["index"]].to(self.device)
+            # Lightning's DDP moves whole batches to the device.
+            before = self.held_rho[batch["index"].cpu()].to(self.device, non_blocking=True)
         assert out.rho is not None
         return (out.rho - before).square().sum(1).mean()
 
@@ -210,8 +217,9 @@ class Phase(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.trainer.strategy.reduce(x, reduce_op="sum") for name, x in self._validation.items()}
-        rho, skip = sums["rho"] / sums["rows"], sums["skip"] / sums["rows"]
-        cross_entropy, skip_rate = float(sums["nll"] / sums["tokens"]), float(skip.mean())
+        skips = sums["skip"] / sums["rows"]
+        rho, skip = torch.stack([sums["rho"] / sums["rows"], skips]).tolist()
+        cross_entropy, skip_rate = float(sums["nll"] / sums["tokens"]), float(skips.mean())
         if self.reads_training_loss:
             score = float(sums["soft"] / sums["rows"])
         else:
@@ -224,8 +232,7 @@ class Phase(L.LightningModule):
         )
         values = {"val/cross_entropy": cross_entropy, "val/skip_rate": skip_rate}
         for index in range(self.model.num_layers):
-            values[f"rho/layer{index:02d}"] = float(rho[index])
-            values[f"skip/layer{index:02d}"] = float(skip[index])
+            values[f"rho/layer{index:02d}"], values[f"skip/layer{index:02d}"] = rho[index], skip[index]
         # The same number on every rank already, which the greatest of them is, exactly.
         self.log_dict(values, reduce_fx="max", sync_dist=True)
         self.log("val/score", score, prog_bar=True, reduce_fx="max", sync_dist=True)
@@ -300,4 +307,5 @@ class OnePhaseModule(RouterModule):
 def _step_skips(out: RouterAugmentedOutput, batch: dict[str, Tensor]) -> Tensor:
     """[B, L], how often the response's tokens skipped each layer under forced routes."""
     assert out.ran is not None
-    return layer_skips(out.ran, batch["attention_mask"].bool() & ~batch["prompt_mask"].bool())
+    response = batch["attention_mask"].bool() & ~batch["prompt_mask"].bool()
+    return layer_skips(out.ran, response.to(out.ran.device, non_blocking=True))

@@ -27,8 +27,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tile | None]:
             raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
         return 1.0 if runs[-1] == Tile(8, 512) else 2.0 if runs[-1] is None else 3.0
 
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", bench)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Pretended")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **kind: empty(1, **kind))
     return runs
 
 
@@ -72,3 +74,22 @@ def test_a_damaged_file_is_named(measured: list[Tile | None], tmp_path: Path, te
     file.write_text(text)
     with pytest.raises(ValueError, match="tiles.json holds no measured tiles"):
         Tiles(torch.device("cuda"), file)
+
+
+@pytest.mark.gpu
+def test_gpu_measures_in_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from firstlab.engine.kernels.product import product
+
+    monkeypatch.setattr(tiles, "_ONE_ROW", tiles._ONE_ROW[:2])
+    x, weight = (torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16) for rows in (1, 4096))
+
+    def run(tile: Tile | None) -> torch.Tensor:
+        out = x.new_empty(1, 4096)
+        if tile is None:
+            return torch.mm(x, weight.t(), out=out)
+        product(x, weight, None, None, None, 0.0, False, out, list(tile))
+        return out
+
+    chosen = Tiles(x.device, tmp_path / "tiles.json")("product", 1, SHAPE, x.dtype, run)
+    assert chosen in (*tiles._ONE_ROW, None) and len(json.loads((tmp_path / "tiles.json").read_text())) == 1
+    torch.testing.assert_close(run(chosen), run(None), atol=0.5, rtol=0.05)
