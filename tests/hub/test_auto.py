@@ -19,7 +19,7 @@ from firstlab.hub.modeling import FirstlabForCausalLM
 from firstlab.model.cache import RoutedCache
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.lora import LoraSettings
-from firstlab.model.storage import ModelUnavailableError
+from firstlab.model.storage import ModelUnavailableError, load_tokenizer
 from support.models import prompts, random_routers
 
 TEMPLATE = "{% for each in messages %}{{ each['role'] }}: {{ each['content'] }}\n{% endfor %}"
@@ -152,12 +152,48 @@ def test_a_hub_id_is_read_from_the_cache(library, routed, tmp_path):
     refs = tmp_path / "models--me--mine" / "refs"
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
-    found = AutoModelForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
     ids, mask = prompts()
+    expected = routed.route(ids, mask)
+    found = AutoModelForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
     assert isinstance(found, FirstlabForCausalLM)
-    assert torch.equal(found.route(ids, mask), routed.route(ids, mask))
-    with pytest.raises(ModelUnavailableError, match="neither a folder nor a model of the hub"):
+    assert torch.equal(found.route(ids, mask), expected)
+    assert torch.equal(RouterAugmentedLM.from_pretrained("me/mine", cache_dir=tmp_path).route(ids, mask), expected)
+    (snapshot / "tokenizer_config.json").unlink()  # as where a folder inside a run was uploaded
+    assert AutoTokenizer.from_pretrained("me/mine", cache_dir=tmp_path)("the dog") == load_tokenizer(library[0])(
+        "the dog"
+    )
+    with pytest.raises(ModelUnavailableError, match="the hub has no such model or cannot be reached: check the name"):
         FirstlabForCausalLM.from_pretrained("me/other", cache_dir=tmp_path)
+    (snapshot / "config.json").write_text("{")
+    with pytest.raises(ModelUnavailableError, match="config.json is not valid JSON"):
+        RouterAugmentedLM.from_pretrained("me/mine", cache_dir=tmp_path)
+
+
+def test_a_subfolder_is_the_one_that_is_loaded(library, routed, tiny_model_dir, tmp_path):
+    routed.save_pretrained(tmp_path / "inner")
+    RouterAugmentedLM.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)  # other routers, at the top
+    ids, mask = prompts()
+    for kind in (AutoModelForCausalLM, RouterAugmentedLM):
+        found = kind.from_pretrained(tmp_path, subfolder="inner")
+        assert torch.equal(found.route(ids, mask), routed.route(ids, mask))
+    assert AutoTokenizer.from_pretrained(tmp_path, subfolder="inner")("the dog") == load_tokenizer(library[0])(
+        "the dog"
+    )
+
+
+def test_options_of_from_pretrained_reach_the_base(library):
+    options = {"attn_implementation": "eager", "dtype": torch.bfloat16, "device_map": "cpu", "low_cpu_mem_usage": True}
+    found = AutoModelForCausalLM.from_pretrained(library[0], **options)
+    assert found.config._attn_implementation == found.routed.lm.config._attn_implementation == "eager"
+    assert found.dtype == torch.bfloat16 and found.routed.layer_routers.weight.dtype == torch.float32
+
+
+def test_a_damaged_generation_config_is_named(routed, tmp_path):
+    routed.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": "x"}))
+    with pytest.raises(ModelUnavailableError, match="generation_config.json: eos_token_id='x' must be a token id"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_what_nobody_else_could_load_is_not_uploaded(library, routed, monkeypatch):
