@@ -111,7 +111,8 @@ def test_what_is_published_travels_together(library, routed, tiny_model_dir, tmp
     last = tmp_path / "twice"
     assert GenerationConfig.from_pretrained(last).max_new_tokens == 3
     assert AutoTokenizer.from_pretrained(last).chat_template == TEMPLATE
-    assert (last / "README.md").read_text() == (published / "README.md").read_text()
+    cards = [(each / "README.md").read_text() for each in (published, last)]
+    assert cards[1] == cards[0].replace("'published'", "'twice'") and "from_pretrained('twice')" in cards[1]
     assert json.loads((last / "config.json").read_text())["files"].keys() == {
         "routers.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
     }  # fmt: skip
@@ -209,6 +210,7 @@ def test_what_nobody_else_could_load_is_not_uploaded(library, routed, monkeypatc
             return type("Url", (), {"repo_id": repo_id})
 
         def upload_folder(self, repo_id, folder_path, commit_message):
+            sent["card"] = (folder_path / "README.md").read_text()
             sent["files"] = {file.relative_to(folder_path).as_posix() for file in folder_path.rglob("*.*")}
             return f"https://huggingface.co/{repo_id}"
 
@@ -217,6 +219,7 @@ def test_what_nobody_else_could_load_is_not_uploaded(library, routed, monkeypatc
     assert merged.push_to_hub("me/mine", save_base=True, token="t") == "https://huggingface.co/me/mine"
     assert {"config.json", "routers.safetensors", "README.md", "base/model.safetensors"} <= sent["files"]
     assert not any("adapter" in name for name in sent["files"])
+    assert "from_pretrained('me/mine')" in sent["card"] and "- base model: in `base/`\n" in sent["card"]
 
 
 def test_refusals_name_the_way_out(library, tiny_model_dir):

@@ -74,6 +74,7 @@ class FirstlabLM(HFLM):
             raise ValueError(f"skip_rate={skip_rate}: the routes of {pretrained} are fixed; leave it out, or 0: dense")
         elif skip_rate is not None:
             routed.routers.checked_rate(skip_rate)
+        self.run = source.run
         self.dense = isinstance(self.routes, FixedRoutes) and bool(self.routes.ran.all())
         self.rate = None if self.routes is not None else skip_rate
         # Of the rows at work: where their context and their tokens end.
@@ -164,6 +165,7 @@ class FirstlabLM(HFLM):
         names = ["".join("1" if run else "0" for run in row) for row in (skips < 1).tolist()]
         return info | {
             "firstlab": {
+                **self._origin(),
                 "skip_rate_asked": self.asked,
                 "skip_rate": float(skips.mean()),
                 "skip_rate_per_layer": skips.mean(0).tolist(),
@@ -174,6 +176,13 @@ class FirstlabLM(HFLM):
                 "unique_routes": len(set(names)),
             }
         }
+
+    def _origin(self) -> dict[str, Any]:
+        """Which run the model is from."""
+        if self.run is None or self.run.record is None:
+            return {}
+        names = ("model", "data", "method", "level", "seed")
+        return {"variant": self.run.variant} | {name: self.run.record.get(name) for name in names}
 
 
 def _without_zeros(tokens: list[int]) -> tuple[int, ...]:

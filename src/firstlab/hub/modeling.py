@@ -100,14 +100,17 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
             push_to_hub: Upload it as well; `repo_id` and the other options of `push_to_hub` may follow.
             save_base: Write the base's weights, too; LoRA must be merged.
         """
-        folder = Path(save_directory)
+        folder, name = Path(save_directory), kwargs.pop("repo_id", None)
+        self._save(folder, save_base, name)
+        if push_to_hub:
+            self._upload(folder, name or folder.name, **kwargs)
+
+    def _save(self, folder: Path, save_base: bool, name: str | None) -> None:
         self.routed.save_pretrained(folder, save_base, published=True)
         self.generation_config.save_pretrained(folder)
         with suppress(ModelUnavailableError):  # many models have none
             load_tokenizer(self.source or self.routed.tokenizer_path).save_pretrained(folder)
-        write_card(folder, self.routed.num_layers, self.source)
-        if push_to_hub:
-            self._upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
+        write_card(folder, self.routed.num_layers, self.source, name=name)
 
     def push_to_hub(self, repo_id: str, *, save_base: bool = False, **kwargs: Any) -> str:  # type: ignore[override]
         """Save and upload; returns the commit's address. `private`, `token`, `revision`, `commit_message` may follow.
@@ -122,7 +125,7 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
                 "save_base=True, or load the base by its hub id"
             )
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, save_base=save_base)
+            self._save(Path(folder), save_base, repo_id)
             return self._upload(Path(folder), repo_id, **kwargs)
 
     def _upload(
