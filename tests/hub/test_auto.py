@@ -150,12 +150,16 @@ def test_a_hub_id_is_read_from_the_cache(library, routed, tmp_path):
     snapshot = tmp_path / "models--me--mine" / "snapshots" / ("a" * 40)
     routed.save_pretrained(snapshot)
     (snapshot / "modeling_evil.py").write_text("raise SystemExit('ran')")
+    (snapshot / "pytorch_model.bin").write_bytes(b"cbuiltins\nexit\n(tR.")  # a pickle that ends who reads it
+    config = json.loads((snapshot / "config.json").read_text())
+    evil = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    (snapshot / "config.json").write_text(json.dumps({**config, "auto_map": evil}))
     refs = tmp_path / "models--me--mine" / "refs"
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
     ids, mask = prompts()
     expected = routed.route(ids, mask)
-    found = AutoModelForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
+    found = AutoModelForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path, trust_remote_code=True)
     assert isinstance(found, FirstlabForCausalLM)
     assert torch.equal(found.route(ids, mask), expected)
     assert torch.equal(RouterAugmentedLM.from_pretrained("me/mine", cache_dir=tmp_path).route(ids, mask), expected)
