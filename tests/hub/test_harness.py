@@ -199,6 +199,12 @@ def test_the_command_line_writes_results_that_become_a_table(saved, tmp_path, mo
     assert "config.firstlab.skip_rate='much' is not a number" in read([str(tmp_path / "out")]).warnings[0]
 
 
+def test_options_that_a_run_answers_itself_are_refused(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="dtype='bfloat16': the run directory .* says that itself; leave it out"):
+        get_model("firstlab")(pretrained=str(tmp_path), dtype="bfloat16")
+
+
 def test_without_the_harness_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(SystemExit):

@@ -31,7 +31,8 @@ class FirstlabLM(HFLM):
         pretrained: A run directory, a folder or hub id of firstlab, or any causal LM, which then runs every layer.
         skip_rate: How much to skip, of models of any rate (router.kind=routes); 0 runs every layer of any model.
         variant: Of a run: base, base_lora, router or router_lora; the most trained by default.
-        dtype, device, revision, gguf_file: As of the model hf.
+        device: As of the model hf.
+        dtype, revision, gguf_file: As of the model hf; not of a run directory, which has its own.
         **kwargs: Other options of the model hf.
 
     Raises:
@@ -59,11 +60,15 @@ class FirstlabLM(HFLM):
             raise ValueError(f"skip_rate={skip_rate!r} must be a number from 0 to below 1")
         if skip_rate is not None and not 0 <= skip_rate < 1:
             raise ValueError(f"skip_rate={skip_rate} must be at least 0 and below 1")
+        given = {"dtype": dtype, "revision": revision, "gguf_file": gguf_file}
+        given = {name: value for name, value in given.items() if value is not None}
         if is_run(pretrained):
+            for name, value in given.items():
+                if value != "auto":
+                    raise ValueError(f"{name}={value!r}: the run directory {pretrained} says that itself; leave it out")
             source = open_run(pretrained, variant)
         else:
-            given = {"dtype": dtype, "revision": revision, "gguf_file": gguf_file}
-            source = open_model(pretrained, variant, **{k: v for k, v in given.items() if v is not None})
+            source = open_model(pretrained, variant, **given)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = source.model
         model, routed = model.to(where), source.model.routed

@@ -243,13 +243,10 @@ def local_folder(path: str | Path, subfolder: str | None = None, **hub: Any) -> 
         ModelUnavailableError: The hub does not have it or cannot be reached.
     """
     place, inside = Path(expanded(path)), subfolder or "."
-    for patterns in () if place.exists() else (("config.json",), _FILES):
+    for wanted in () if place.exists() else (("config.json",), _FILES):
+        patterns = [os.path.normpath(f"{inside}/{each}") for each in wanted]
         try:
-            place = Path(
-                snapshot_download(
-                    str(path), allow_patterns=[os.path.normpath(f"{inside}/{each}") for each in patterns], **hub
-                )
-            )
+            place = Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
         except (OSError, ValueError) as error:
             raise _unavailable(str(path), error) from error
         if read_config(place / inside) is None:

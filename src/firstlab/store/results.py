@@ -83,8 +83,9 @@ RECORD = {
 #: What tables read of lm-evaluation-harness's own files: values of each task, by "METRIC,FILTER", and of whose model.
 HARNESS_RECORD = {
     "results": {"*": dict},
+    "model_name?": str,
     "config": {
-        "firstlab": {
+        "firstlab?": {  # not of other models
             "skip_rate": float,
             "skip_rate_asked?": float,
             **dict.fromkeys(("model?", "data?", "method?", "level?", "variant?"), str),
@@ -203,11 +204,11 @@ def _qualities(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _tasks(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    model = row["config"]["firstlab"]
+    model = row["config"].get("firstlab", {})
     run = {"name": row["name"]} | {key: model.get(key) for key in ("model", "data", "method", "level", "seed")}
     for task, values in row["results"].items():
         for metric, value, low, high in harness_scores(values):
-            place = {"variant": model.get("variant"), "skip_rate": model["skip_rate"], "metric": f"{task} {metric}"}
+            place = {"variant": model.get("variant"), "skip_rate": model.get("skip_rate"), "metric": f"{task} {metric}"}
             yield run | place | {"value": value, "low": low, "high": high}
 
 

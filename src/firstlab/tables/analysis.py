@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,18 +147,19 @@ def ablations(cells: Cells) -> Table:
 
 def harness(cells: Cells) -> Table:
     """What lm-evaluation-harness measured, one row per model and skip rate, one column per task."""
-    heads = columns("Method", "Trained on", "Level", "LoRA", "asked", "skip")
-    found = [each for each in cells.library.harness if _is_of_scale(cells, each["config"]["firstlab"])]
+    heads = columns("Model", "Trained on", "Level", "LoRA", "asked", "skip")
+    models = {None, *cells.scale.models.values()}  # None: of a folder outside of runs
+    found = [each for each in cells.library.harness if _routed(each).get("model") in models]
     tasks = list(dict.fromkeys(task for each in found for task in each["results"]))
     shown = {task: _harness_metric([each["results"].get(task, {}) for each in found]) for task in tasks}
     heads += [Column(metric, task) for task, metric in shown.items()]
     rows = []
     for each in sorted(found, key=_harness_order):
-        model = each["config"]["firstlab"]
-        lora = LORA[str(model.get("variant")).endswith("_lora")]
-        row = [Cell(method_title(str(model.get("method", "–")))), Cell(str(model.get("data", "–")))]
-        row += [Cell(str(model.get("level") or "–")), lora]
-        row += [percent(model.get("skip_rate_asked"), "g"), percent(model["skip_rate"])]
+        model, name = _routed(each), Path(each.get("model_name", "")).name
+        row = [Cell(method_title(model["method"]) if "method" in model else name)]
+        row += [Cell(model.get(text) or "") for text in ("data", "level")]
+        row.append(LORA[model.get("variant", "").endswith("_lora")])
+        row += [percent(model.get(rate), form) for rate, form in (("skip_rate_asked", "g"), ("skip_rate", ".1f"))]
         rows.append([*row, *(_harness_cell(each["results"].get(task, {}), shown[task]) for task in tasks)])
     if not rows:
         heads.append(Column("accuracy and perplexity"))
@@ -169,13 +171,15 @@ def harness(cells: Cells) -> Table:
     return Table("harness", "lm-evaluation-harness under skipping", heads, rows, caption, section="Quality")
 
 
-def _is_of_scale(cells: Cells, model: dict[str, Any]) -> bool:
-    return model.get("model", cells.model) in cells.scale.models.values()
+def _routed(each: dict[str, Any]) -> dict[str, Any]:
+    """What the harness's model `firstlab` said of itself; nothing of other models."""
+    model: dict[str, Any] = each["config"].get("firstlab", {})
+    return model
 
 
 def _harness_order(each: dict[str, Any]) -> tuple[str, str, int, float]:
-    model = each["config"]["firstlab"]
-    return str(model.get("data")), str(model.get("method")), model.get("seed", 0), model["skip_rate"]
+    model = _routed(each)
+    return model.get("data", ""), model.get("method", ""), model.get("seed", 0), model.get("skip_rate", 0)
 
 
 def _harness_metric(results: list[dict[str, Any]]) -> str:
