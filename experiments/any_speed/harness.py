@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> None:
         )  # fmt: skip
         told = {key: found["config"][key] for key in ("firstlab", "limit", "num_fewshot") if key in found["config"]}
         kept = {key: found[key] for key in ("results", "n-samples", "versions")}
-        name = f"harness--{run.name}--{'own' if rate is None else f'{rate:g}'}"
+        name = f"{run.parent.name}--{run.name}--harness{'' if rate is None else f'-{rate:g}'}"
         print(name, *(f"{task}: {values}" for task, values in found["results"].items()), sep="\n  ", flush=True)
         results.add(Path(out), {name: {"config": told, **kept, "lm_eval_version": lm_eval.__version__}})
 
