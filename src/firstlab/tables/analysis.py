@@ -159,7 +159,8 @@ def harness(cells: Cells) -> Table:
         row = [Cell(method_title(model["method"]) if "method" in model else name)]
         row += [Cell(model.get(text) or "") for text in ("data", "level")]
         row.append(LORA[model.get("variant", "").endswith("_lora")])
-        row += [percent(model.get(rate), form) for rate, form in (("skip_rate_asked", "g"), ("skip_rate", ".1f"))]
+        rates = (model.get("skip_rate_asked"), "g"), (model.get("skip_rate"), ".1f")
+        row += [Cell() if rate is None else percent(rate, form) for rate, form in rates]
         rows.append([*row, *(_harness_cell(each["results"].get(task, {}), shown[task]) for task in tasks)])
     if not rows:
         heads.append(Column("accuracy and perplexity"))
