@@ -105,6 +105,7 @@ def test_what_the_index_shows(wheel: Path) -> None:
     assert metadata["Name"] == "firstlab" and metadata["Version"] == __version__
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2410.12513"]
     assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["project"]["optional-dependencies"])
 
 

@@ -19,7 +19,7 @@ from firstlab.hub.modeling import FirstlabForCausalLM
 from firstlab.model.cache import RoutedCache
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.lora import LoraSettings
-from firstlab.model.storage import ModelUnavailableError
+from firstlab.model.storage import ModelUnavailableError, load_tokenizer
 from support.models import prompts, random_routers
 
 TEMPLATE = "{% for each in messages %}{{ each['role'] }}: {{ each['content'] }}\n{% endfor %}"
@@ -111,7 +111,8 @@ def test_what_is_published_travels_together(library, routed, tiny_model_dir, tmp
     last = tmp_path / "twice"
     assert GenerationConfig.from_pretrained(last).max_new_tokens == 3
     assert AutoTokenizer.from_pretrained(last).chat_template == TEMPLATE
-    assert (last / "README.md").read_text() == (published / "README.md").read_text()
+    cards = [(each / "README.md").read_text() for each in (published, last)]
+    assert cards[1] == cards[0].replace("'published'", "'twice'") and "from_pretrained('twice')" in cards[1]
     assert json.loads((last / "config.json").read_text())["files"].keys() == {
         "routers.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
     }  # fmt: skip
@@ -149,15 +150,55 @@ def test_a_hub_id_is_read_from_the_cache(library, routed, tmp_path):
     snapshot = tmp_path / "models--me--mine" / "snapshots" / ("a" * 40)
     routed.save_pretrained(snapshot)
     (snapshot / "modeling_evil.py").write_text("raise SystemExit('ran')")
+    (snapshot / "pytorch_model.bin").write_bytes(b"cbuiltins\nexit\n(tR.")  # a pickle that ends who reads it
+    config = json.loads((snapshot / "config.json").read_text())
+    evil = {"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    (snapshot / "config.json").write_text(json.dumps({**config, "auto_map": evil}))
     refs = tmp_path / "models--me--mine" / "refs"
     refs.mkdir()
     (refs / "main").write_text("a" * 40)
-    found = AutoModelForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
     ids, mask = prompts()
+    expected = routed.route(ids, mask)
+    found = AutoModelForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path, trust_remote_code=True)
     assert isinstance(found, FirstlabForCausalLM)
-    assert torch.equal(found.route(ids, mask), routed.route(ids, mask))
-    with pytest.raises(ModelUnavailableError, match="neither a folder nor a model of the hub"):
+    assert torch.equal(found.route(ids, mask), expected)
+    assert torch.equal(RouterAugmentedLM.from_pretrained("me/mine", cache_dir=tmp_path).route(ids, mask), expected)
+    (snapshot / "tokenizer_config.json").unlink()  # as where a folder inside a run was uploaded
+    assert AutoTokenizer.from_pretrained("me/mine", cache_dir=tmp_path)("the dog") == load_tokenizer(library[0])(
+        "the dog"
+    )
+    with pytest.raises(ModelUnavailableError, match="the hub has no such model or cannot be reached: check the name"):
         FirstlabForCausalLM.from_pretrained("me/other", cache_dir=tmp_path)
+    (snapshot / "config.json").write_text("{")
+    with pytest.raises(ModelUnavailableError, match="config.json is not valid JSON"):
+        RouterAugmentedLM.from_pretrained("me/mine", cache_dir=tmp_path)
+
+
+def test_a_subfolder_is_the_one_that_is_loaded(library, routed, tiny_model_dir, tmp_path):
+    routed.save_pretrained(tmp_path / "inner")
+    RouterAugmentedLM.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)  # other routers, at the top
+    ids, mask = prompts()
+    for kind in (AutoModelForCausalLM, RouterAugmentedLM):
+        found = kind.from_pretrained(tmp_path, subfolder="inner")
+        assert torch.equal(found.route(ids, mask), routed.route(ids, mask))
+    assert AutoTokenizer.from_pretrained(tmp_path, subfolder="inner")("the dog") == load_tokenizer(library[0])(
+        "the dog"
+    )
+
+
+def test_options_of_from_pretrained_reach_the_base(library):
+    options = {"attn_implementation": "eager", "dtype": torch.bfloat16, "device_map": "cpu", "low_cpu_mem_usage": True}
+    found = AutoModelForCausalLM.from_pretrained(library[0], **options)
+    assert found.config._attn_implementation == found.routed.lm.config._attn_implementation == "eager"
+    assert found.dtype == torch.bfloat16 and found.routed.layer_routers.weight.dtype == torch.float32
+
+
+def test_a_damaged_generation_config_is_named(routed, tmp_path):
+    routed.save_pretrained(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": "x"}))
+    with pytest.raises(ModelUnavailableError, match="generation_config.json: eos_token_id='x' must be a token id"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_what_nobody_else_could_load_is_not_uploaded(library, routed, monkeypatch):
@@ -173,6 +214,7 @@ def test_what_nobody_else_could_load_is_not_uploaded(library, routed, monkeypatc
             return type("Url", (), {"repo_id": repo_id})
 
         def upload_folder(self, repo_id, folder_path, commit_message):
+            sent["card"] = (folder_path / "README.md").read_text()
             sent["files"] = {file.relative_to(folder_path).as_posix() for file in folder_path.rglob("*.*")}
             return f"https://huggingface.co/{repo_id}"
 
@@ -181,6 +223,7 @@ def test_what_nobody_else_could_load_is_not_uploaded(library, routed, monkeypatc
     assert merged.push_to_hub("me/mine", save_base=True, token="t") == "https://huggingface.co/me/mine"
     assert {"config.json", "routers.safetensors", "README.md", "base/model.safetensors"} <= sent["files"]
     assert not any("adapter" in name for name in sent["files"])
+    assert "from_pretrained('me/mine')" in sent["card"] and "- base model: in `base/`\n" in sent["card"]
 
 
 def test_refusals_name_the_way_out(library, tiny_model_dir):

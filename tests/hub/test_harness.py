@@ -9,14 +9,21 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'firstlab[lm-eval]'")
 import lm_eval
+from hydra import compose, initialize_config_dir
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+from firstlab.config.compose import conf_dir
 from firstlab.hub.__main__ import main
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.run.experiment import Experiment
+from firstlab.store import results
+from firstlab.tables.analysis import harness
+from firstlab.tables.cells import Cells
+from firstlab.tables.config import load
+from firstlab.tables.records import read
 from support.models import random_routers
 from support.tiny_run import composed, overrides
 
@@ -42,6 +49,13 @@ generation_kwargs: {until: ["zzz"], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
 }
+# Its interval is drawn by processes of its own.
+WORDS = """
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: " by the old river"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]
+"""
 TEXTS = ["the red house stands by", "by the old river", "der kleine Hund", "the dog sleeps by the old red house", "a"]
 
 
@@ -49,7 +63,7 @@ def write_tasks(folder: Path) -> Path:
     """The tasks as YAML files, over texts in a file."""
     data = folder / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": each, "target": "x"}) + "\n" for each in TEXTS))
-    for name, text in TASKS.items():
+    for name, text in {**TASKS, "words": WORDS}.items():
         source = f'dataset_path: json\ndataset_kwargs: {{data_files: {{test: "{data}"}}}}\ntest_split: test\n'
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{source}{text}")
     return folder
@@ -157,12 +171,38 @@ def test_runs_of_any_method(tasks, tiny_model_dir, tmp_path, capsys):
     assert said(dense) != said(results)
 
 
-def test_the_command_line_writes_results(saved, tmp_path, monkeypatch):
+def test_the_command_line_writes_results_that_become_a_table(saved, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # takes seconds
-    command = f"lm_eval --model firstlab --model_args pretrained={saved} --tasks writing --device cpu"
+    command = f"lm_eval --model firstlab --model_args pretrained={saved} --tasks writing,words --device cpu"
     main([*command.split(), "--include_path", str(write_tasks(tmp_path)), "--output_path", str(tmp_path / "out")])
+    assert "KeyboardInterrupt" not in capfd.readouterr().err  # of the processes that draw for the interval
     [file] = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(file.read_text())["config"]["firstlab"]["rows"] == len(TEXTS)
+    found = json.loads(file.read_text())
+    assert found["config"]["firstlab"]["rows"] == 2 * len(TEXTS)
+
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = load(compose("tables"))
+    library = read([str(tmp_path)])
+    table = harness(Cells(config, library))
+    [row], texts = table.rows, [column.full_name for column in table.columns]
+    assert texts[-2:] == ["words perplexity", "writing exact_match"] and not library.warnings and not table.missing
+    perplexity, error = (found["results"]["words"][f"perplexity{each},none"] for each in ("", "_stderr"))
+    assert row[-2].value == perplexity and row[-2].detail.startswith(f"[{perplexity - 1.96 * error:.3f}, ")
+    assert row[-1].text == "0.0" and row[5].value == 100 * found["config"]["firstlab"]["skip_rate"]
+    results.add(tmp_path / "packed", {"mine": found})
+    assert [harness(Cells(config, read([str(tmp_path / each)]))).rows for each in ("packed", "out")] == [table.rows] * 2
+    assert "mine,,,,,,,,,words perplexity," in (tmp_path / "packed" / "summary.csv").read_text().replace("None", "")
+    [empty] = harness(Cells(config, read([str(saved)]))).missing
+    assert empty.command.startswith("python -m firstlab.hub lm_eval --model firstlab --model_args pretrained=RUN")
+    found["config"]["firstlab"] |= {"model": "another", "skip_rate": "much"}
+    file.write_text(json.dumps(found))
+    assert "config.firstlab.skip_rate='much' is not a number" in read([str(tmp_path / "out")]).warnings[0]
+
+
+def test_options_that_a_run_answers_itself_are_refused(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="dtype='bfloat16': the run directory .* says that itself; leave it out"):
+        get_model("firstlab")(pretrained=str(tmp_path), dtype="bfloat16")
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch, capsys):

@@ -9,6 +9,7 @@ Everything behind lm_eval goes to the harness's own command line. model.path=FOL
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ def _harness(arguments: list[str]) -> None:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise ValueError("lm_eval needs the harness: pip install 'firstlab[lm-eval]'") from error
+    # Its bootstrap ends worker processes by SIGTERM, which in them would raise what it raises here.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.argv = ["lm_eval", *arguments]
     cli_evaluate()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import firstlab
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained({name!r}), AutoTokenizer.from_pretrained({name!r})
-tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=80)
+tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=80{rate})
 ```"""
 _ADAPTER = "\n\nWithout firstlab, the LoRA alone loads with PEFT: `PeftModel.from_pretrained(base, {name!r}, {where})`."
 _PLAIN = """\
@@ -66,7 +67,13 @@ def published_run(folder: Path) -> PublishedRun | None:
     return PublishedRun(directory, results.read(directory), variant, fixed)
 
 
-def write_card(folder: Path, layers: int, source: Path | None = None, removed: list[int] | None = None) -> None:
+def write_card(
+    folder: Path,
+    layers: int,
+    source: Path | None = None,
+    removed: list[int] | None = None,
+    name: str | None = None,
+) -> None:
     """Write README.md.
 
     Args:
@@ -74,10 +81,14 @@ def write_card(folder: Path, layers: int, source: Path | None = None, removed: l
         layers: Of the base.
         source: The folder inside a run that the model came from.
         removed: Layers that are not there any more, of a plain export.
+        name: By which the model is loaded; that of the folder by default.
     """
-    run = None if source is None else published_run(source)
+    run, name = None if source is None else published_run(source), name or folder.name
     if run is None and source is not None and (source / "README.md").is_file():
-        write_atomically(folder / "README.md", (source / "README.md").read_text(encoding="utf-8"))
+        text = (source / "README.md").read_text(encoding="utf-8")
+        for before in re.findall(r"AutoModelForCausalLM\.from_pretrained\('([^']+)'\)", text)[:1]:
+            text = text.replace(f"'{before}'", f"'{name}'")
+        write_atomically(folder / "README.md", text)
         return
     saved = read_config(folder)
     base = "" if saved is None else saved.base
@@ -96,16 +107,18 @@ def write_card(folder: Path, layers: int, source: Path | None = None, removed: l
         pipeline_tag="text-generation",
         tags=tags,
     )
-    name = folder.name if run is None else run.directory.name
     what = _ROUTED.format(layers=layers) if removed is None else _EXPORTED.format(skipped=removed)
-    origin = [f"- base model: `{base}`", f"- licence of the base: {licence or 'see the base model'}"]
-    parts = [f"# {name}", f"{what} Made with firstlab {__version__}.", "\n".join(origin)]
+    shown = "in `base/`" if saved is not None and saved.base == str(folder / "base") else f"`{base}`"
+    origin = [f"- base model: {shown}", f"- licence of the base: {licence or 'see the base model'}"]
+    title = name.rpartition("/")[2] if run is None else run.directory.name
+    parts = [f"# {title}", f"{what} Made with firstlab {__version__}.", "\n".join(origin)]
     if run is not None and run.record is not None and run.variant in run.record["variants"]:
         parts.append(_measured(run.directory, run.record, run.variant))
     text = _LOAD if removed is None else _PLAIN
+    rate = ", skip_rate=0.25" if saved is not None and saved.router.kind == "routes" else ""
     if adapter is not None:
         text += _ADAPTER.replace("{where}", f"subfolder={adapter!r}" if adapter else "")
-    parts.append("## Load it\n\n" + text.format(name=name))
+    parts.append("## Load it\n\n" + text.format(name=name, rate=rate))
     write_atomically(folder / "README.md", f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
@@ -143,9 +156,10 @@ def _measured(directory: Path, record: dict[str, Any], variant: str) -> str:
         ratio = "-" if ratio is None else f"{ratio:.2f}"
         table.append(f"| {title} | {quality} | {100 * each['skip']['skip_rate']:.1f} % | {ratio} |")
     often = [f"{layer} ({100 * share:.0f} %)" for layer, share in enumerate(skip["per_layer"]) if share > 0]
+    timed = any(each.get("timing", {}).get("tpot_ratio") is not None for _, each in rows)
+    device = f" Time per output token was measured on {record.get('device', 'an unknown device')}." if timed else ""
     notes = [
-        f"Task: {record['data']}, {found['n']} test prompts, seed {record['seed']}. Time per output token was measured "
-        f"on {record.get('device', 'an unknown device')}.",
+        f"Task: {record['data']}, {found['n']} test prompts, seed {record['seed']}.{device}",
         f"Layers skipped, with the share of prompts: {', '.join(often) or 'none'}.",
     ]
     return "## Measured\n\n" + "\n\n".join(["\n".join(table), *notes])

@@ -31,7 +31,8 @@ class FirstlabLM(HFLM):
         pretrained: A run directory, a folder or hub id of firstlab, or any causal LM, which then runs every layer.
         skip_rate: How much to skip, of models of any rate (router.kind=routes); 0 runs every layer of any model.
         variant: Of a run: base, base_lora, router or router_lora; the most trained by default.
-        dtype, device, revision, gguf_file: As of the model hf.
+        device: As of the model hf.
+        dtype, revision, gguf_file: As of the model hf; not of a run directory, which has its own.
         **kwargs: Other options of the model hf.
 
     Raises:
@@ -59,11 +60,15 @@ class FirstlabLM(HFLM):
             raise ValueError(f"skip_rate={skip_rate!r} must be a number from 0 to below 1")
         if skip_rate is not None and not 0 <= skip_rate < 1:
             raise ValueError(f"skip_rate={skip_rate} must be at least 0 and below 1")
+        given = {"dtype": dtype, "revision": revision, "gguf_file": gguf_file}
+        given = {name: value for name, value in given.items() if value is not None}
         if is_run(pretrained):
+            for name, value in given.items():
+                if value != "auto":
+                    raise ValueError(f"{name}={value!r}: the run directory {pretrained} says that itself; leave it out")
             source = open_run(pretrained, variant)
         else:
-            given = {"dtype": dtype, "revision": revision, "gguf_file": gguf_file}
-            source = open_model(pretrained, variant, **{k: v for k, v in given.items() if v is not None})
+            source = open_model(pretrained, variant, **given)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = source.model
         model, routed = model.to(where), source.model.routed
@@ -74,6 +79,7 @@ class FirstlabLM(HFLM):
             raise ValueError(f"skip_rate={skip_rate}: the routes of {pretrained} are fixed; leave it out, or 0: dense")
         elif skip_rate is not None:
             routed.routers.checked_rate(skip_rate)
+        self.run = source.run
         self.dense = isinstance(self.routes, FixedRoutes) and bool(self.routes.ran.all())
         self.rate = None if self.routes is not None else skip_rate
         # Of the rows at work: where their context and their tokens end.
@@ -164,6 +170,7 @@ class FirstlabLM(HFLM):
         names = ["".join("1" if run else "0" for run in row) for row in (skips < 1).tolist()]
         return info | {
             "firstlab": {
+                **self._origin(),
                 "skip_rate_asked": self.asked,
                 "skip_rate": float(skips.mean()),
                 "skip_rate_per_layer": skips.mean(0).tolist(),
@@ -174,6 +181,13 @@ class FirstlabLM(HFLM):
                 "unique_routes": len(set(names)),
             }
         }
+
+    def _origin(self) -> dict[str, Any]:
+        """Which run the model is from."""
+        if self.run is None or self.run.record is None:
+            return {}
+        names = ("model", "data", "method", "level", "seed")
+        return {"variant": self.run.variant} | {name: self.run.record.get(name) for name in names}
 
 
 def _without_zeros(tokens: list[int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -16,34 +16,12 @@ from firstlab.hub.card import published_run, write_card
 from firstlab.hub.config import FirstlabConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.output import RouterAugmentedOutput
-from firstlab.model.storage import ModelUnavailableError, load_tokenizer, read_config
+from firstlab.model.storage import FOLDER_OPTIONS, ModelUnavailableError, load_tokenizer, local_folder, refuse_bad_ends
 
-#: What a folder of firstlab may consist of: nothing that can hold code.
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# What the Auto classes move from the options into the config.
+_IN_CONFIG = ("attn_implementation", "experts_implementation")
 # What the Auto classes add for other models.
-_OF_AUTO = ("_from_auto", "adapter_kwargs", "trust_remote_code", "subfolder", "proxies")
-
-
-def local_folder(path: str | Path, **hub: Any) -> Path | None:
-    """The folder of a saved model, downloaded if `path` is a hub id; None if firstlab did not write it.
-
-    Raises:
-        ModelUnavailableError: The hub does not have it or cannot be reached.
-    """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        try:
-            folder = Path(snapshot_download(str(path), allow_patterns=["config.json"], **hub))
-            if read_config(folder) is None:
-                return None  # whose weights are not ours to fetch
-            folder = Path(snapshot_download(str(path), allow_patterns=_FILES, **hub))
-        except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise ModelUnavailableError(
-                f"{path} is neither a folder nor a model of the hub that can be reached ({first_line}); check the name"
-            ) from error
-    return None if read_config(folder) is None else folder
+_OF_AUTO = ("_from_auto", "adapter_kwargs", "trust_remote_code", "proxies")
 
 
 class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
@@ -83,7 +61,7 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             pretrained_model_name_or_path: Folder or hub id.
-            config: Read from the folder; what transformers gives is not needed.
+            config: Read from the folder; of what the Auto classes give, only the options count that they put there.
             **kwargs: Of transformers' `from_pretrained`, for the base model; `base=` where that has moved.
 
         Raises:
@@ -92,8 +70,11 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
         if args or kwargs.get("output_loading_info"):
             raise ValueError("output_loading_info and model arguments are for transformers' own models; leave them out")
         kwargs = {name: value for name, value in kwargs.items() if name not in _OF_AUTO}
-        hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
-        folder = local_folder(pretrained_model_name_or_path, **hub)
+        for name in _IN_CONFIG:
+            if (asked := getattr(config, f"_{name}", None)) is not None:
+                kwargs.setdefault(name, asked)
+        where = {name: kwargs.pop(name) for name in FOLDER_OPTIONS if name in kwargs}
+        folder = local_folder(pretrained_model_name_or_path, **where)
         if folder is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is no folder of firstlab; use RouterAugmentedLM.from_pretrained"
@@ -105,6 +86,7 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
             )
         model = cls(RouterAugmentedLM.from_pretrained(folder, **kwargs), folder)
         if (folder / "generation_config.json").is_file():
+            refuse_bad_ends(folder)
             model.generation_config = model.routed.lm.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
@@ -118,14 +100,17 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
             push_to_hub: Upload it as well; `repo_id` and the other options of `push_to_hub` may follow.
             save_base: Write the base's weights, too; LoRA must be merged.
         """
-        folder = Path(save_directory)
+        folder, name = Path(save_directory), kwargs.pop("repo_id", None)
+        self._save(folder, save_base, name)
+        if push_to_hub:
+            self._upload(folder, name or folder.name, **kwargs)
+
+    def _save(self, folder: Path, save_base: bool, name: str | None) -> None:
         self.routed.save_pretrained(folder, save_base, published=True)
         self.generation_config.save_pretrained(folder)
         with suppress(ModelUnavailableError):  # many models have none
             load_tokenizer(self.source or self.routed.tokenizer_path).save_pretrained(folder)
-        write_card(folder, self.routed.num_layers, self.source)
-        if push_to_hub:
-            self._upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
+        write_card(folder, self.routed.num_layers, self.source, name=name)
 
     def push_to_hub(self, repo_id: str, *, save_base: bool = False, **kwargs: Any) -> str:  # type: ignore[override]
         """Save and upload; returns the commit's address. `private`, `token`, `revision`, `commit_message` may follow.
@@ -140,7 +125,7 @@ class FirstlabForCausalLM(PreTrainedModel, GenerationMixin):
                 "save_base=True, or load the base by its hub id"
             )
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, save_base=save_base)
+            self._save(Path(folder), save_base, repo_id)
             return self._upload(Path(folder), repo_id, **kwargs)
 
     def _upload(
@@ -213,6 +198,8 @@ class BaseTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if (Path(path) / "tokenizer_config.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(path, *args, **kwargs)
-        return load_tokenizer(path)
+        folder = local_folder(path, **{name: kwargs.pop(name) for name in FOLDER_OPTIONS if name in kwargs})
+        assert folder is not None  # transformers has read its config.json
+        if (folder / "tokenizer_config.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, *args, **kwargs)
+        return load_tokenizer(folder)

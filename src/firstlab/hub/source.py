@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from firstlab.config.build import build_data, model_path
 from firstlab.data.task import Task
 from firstlab.hub.card import PublishedRun
-from firstlab.hub.modeling import FirstlabForCausalLM, local_folder
+from firstlab.hub.modeling import FirstlabForCausalLM
 from firstlab.methods.base import routes_without
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.routes import FixedRoutes, Routes
-from firstlab.model.storage import load_tokenizer
+from firstlab.model.storage import load_tokenizer, local_folder
 from firstlab.run.decisions import decided_routes
 from firstlab.run.load import load_run
 from firstlab.store import results

@@ -96,7 +96,7 @@ class RouterAugmentedLM(nn.Module):
             merge: Fold the LoRA of a PEFT folder into the weights; that of the base of a saved folder always is.
             **kwargs: For transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
         """
-        saved = storage.read_config(path)
+        saved, kwargs = storage.find_saved(path, kwargs)
         if saved is None:
             if base is not None:
                 raise ValueError(f"base={str(base)!r} is for a folder written by save_pretrained, which {path} is not")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -38,6 +39,10 @@ _PUBLISHED = "adapter/"
 #: Folder of a base that was saved along.
 _BASE = "base"
 _PEFT_PREFIX = "base_model.model."
+#: Which files of a folder of firstlab are downloaded: nothing that can hold code.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
+#: Where a folder of firstlab is found.
+FOLDER_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
 #: Where a hub's files are found; the other options say how a model is loaded.
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
@@ -151,11 +156,7 @@ def _checked_adapter(path: str, hub: dict[str, Any], attention_is_named: bool) -
 
     Refused are a damaged generation config, which transformers would replace in silence, and names of code to import.
     """
-    file = Path(path) / "generation_config.json"
-    if file.is_file():
-        ends = _read_object(file).get("eos_token_id")
-        if not all(isinstance(each, int | None) for each in (ends if isinstance(ends, list) else [ends])):
-            raise ModelUnavailableError(f"{file}: eos_token_id={ends!r} must be a token id or a list of them")
+    refuse_bad_ends(Path(path))
     configs, found = [(path, hub)], None
     if (adapter := find_adapter_config_file(path, **hub)) is not None:
         found = _read_object(Path(adapter))
@@ -168,6 +169,14 @@ def _checked_adapter(path: str, hub: dict[str, Any], attention_is_named: bool) -
             continue
         _refuse_kernels(path, config)
     return found
+
+
+def refuse_bad_ends(folder: Path) -> None:
+    """ModelUnavailableError if the folder's generation config has other end-of-text tokens than ids."""
+    file = folder / "generation_config.json"
+    ends = _read_object(file).get("eos_token_id") if file.is_file() else None
+    if not all(isinstance(each, int | None) for each in (ends if isinstance(ends, list) else [ends])):
+        raise ModelUnavailableError(f"{file}: eos_token_id={ends!r} must be a token id or a list of them")
 
 
 def _refuse_kernels(path: str, config: PretrainedConfig) -> None:
@@ -225,6 +234,33 @@ def _base_of(path: str | Path) -> str:
     if adapter.is_file() and not (adapter.parent / "config.json").is_file():  # of PEFT
         return str(_read_object(adapter).get("base_model_name_or_path"))
     return expanded(path)
+
+
+def local_folder(path: str | Path, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """The folder of a saved model, downloaded if `path` is a hub id; None if firstlab did not write it.
+
+    Raises:
+        ModelUnavailableError: The hub does not have it or cannot be reached.
+    """
+    place, inside = Path(expanded(path)), subfolder or "."
+    for wanted in () if place.exists() else (("config.json",), _FILES):
+        patterns = [os.path.normpath(f"{inside}/{each}") for each in wanted]
+        try:
+            place = Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
+        except (OSError, ValueError) as error:
+            raise _unavailable(str(path), error) from error
+        if read_config(place / inside) is None:
+            return None  # whose weights are not ours to fetch
+    return None if read_config(place / inside) is None else place / inside
+
+
+def find_saved(path: str | Path, options: dict[str, Any]) -> tuple[SavedModel | None, dict[str, Any]]:
+    """What config.json of a folder or hub id says, as `read_config`, and the options that are left for its base."""
+    names = ("subfolder",) if Path(expanded(path)).exists() else FOLDER_OPTIONS
+    folder = local_folder(path, **{name: options[name] for name in names if name in options})
+    if folder is None:
+        return None, options
+    return read_config(folder), {name: value for name, value in options.items() if name not in names}
 
 
 def read_config(path: str | Path) -> SavedModel | None:

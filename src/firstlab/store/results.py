@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import lzma
+import math
 import reprlib
 import sys
 import traceback
@@ -28,6 +29,8 @@ FAILURE = "failure.json"
 BENCHMARK = "benchmark.json"
 PACKED = "records.jsonl.xz"
 SUMMARY = "summary.csv"
+#: As lm-evaluation-harness calls its files.
+HARNESS = "results_*.json"
 #: Where `firstlab.evaluate` writes, inside a run directory.
 EVALUATIONS = "evaluations"
 #: Environment variable that tells the processes of a run that it is a job of a sweep, which wants to know failures.
@@ -77,6 +80,19 @@ RECORD = {
     "resumed?": bool,
     "phases?": dict,
 }
+#: What tables read of lm-evaluation-harness's own files: values of each task, by "METRIC,FILTER", and of whose model.
+HARNESS_RECORD = {
+    "results": {"*": dict},
+    "model_name?": str,
+    "config": {
+        "firstlab?": {  # not of other models
+            "skip_rate": float,
+            "skip_rate_asked?": float,
+            **dict.fromkeys(("model?", "data?", "method?", "level?", "variant?"), str),
+            "seed?": int,
+        }
+    },
+}
 #: What tables read of benchmark.json: one cell per batch size and prompt length.
 BENCHMARK_RECORD = {"model": str, "device": str, "cells": [{"router_share_of_prefill": float}]}
 
@@ -98,8 +114,8 @@ def read(directory: Path, remedy: str = "pass overwrite=true to run again") -> d
 
 
 def read_all(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every record and benchmark below a folder, with where it stands; what is damaged is warned of and left out."""
-    patterns = (RESULT, "results/*.json", BENCHMARK, PACKED)
+    """Every kind of record below a folder, with where it stands; what is damaged is warned of and left out."""
+    patterns = (RESULT, "results/*.json", BENCHMARK, HARNESS, PACKED)
     files = {file for pattern in patterns for file in folder.rglob(pattern)}
     # A run's own result comes before later evaluations of it.
     for file in sorted(files, key=lambda each: (EVALUATIONS in each.relative_to(folder).parts, each)):
@@ -117,14 +133,21 @@ def _read_file(file: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, 
                     if packed:
                         _check(node, {"name": str}, "")
                         place = file / node.pop("name")
-                    is_benchmark = "cells" in node if packed else file.name == BENCHMARK
-                    found = checked(node, BENCHMARK_RECORD if is_benchmark else RECORD)
+                    found = checked(node, _schema(file, node))
                 except ValueError as error:
                     warn(f"{place} is left out: {error}")
                 else:
                     yield place, found
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         warn(f"{file}{' or its rest' if packed else ''} is left out: {error}")
+
+
+def _schema(file: Path, node: Any) -> dict[str, Any]:
+    """What a record must look like, by its file's name or, where several kinds are packed, by what it has."""
+    packed = file.name == PACKED
+    if "cells" in node if packed else file.name == BENCHMARK:
+        return BENCHMARK_RECORD
+    return HARNESS_RECORD if ("results" in node if packed else file.match(HARNESS)) else RECORD
 
 
 def _json(text: str) -> Any:
@@ -155,8 +178,12 @@ def add(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> Path:
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:
-    """CSV with one line per variant of each run, and per decoder of each benchmark."""
-    found = [line for row in rows for line in (_timings(row) if "cells" in row else _qualities(row))]
+    """CSV with one line per variant of each run, decoder of each benchmark and task of the harness."""
+
+    def lines(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        return _timings(row) if "cells" in row else _tasks(row) if "results" in row else _qualities(row)
+
+    found = [line for row in rows for line in lines(row)]
     text = io.StringIO()
     out = csv.DictWriter(text, list(dict.fromkeys(key for line in found for key in line)), lineterminator="\n")
     out.writeheader()
@@ -176,6 +203,36 @@ def _qualities(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield run | {"level": level, "variant": name} | rates | value | times
 
 
+def _tasks(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    model = row["config"].get("firstlab", {})
+    run = {"name": row["name"]} | {key: model.get(key) for key in ("model", "data", "method", "level", "seed")}
+    for task, values in row["results"].items():
+        for metric, value, low, high in harness_scores(values):
+            place = {"variant": model.get("variant"), "skip_rate": model.get("skip_rate"), "metric": f"{task} {metric}"}
+            yield run | place | {"value": value, "low": low, "high": high}
+
+
+def harness_scores(values: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None, float | None]]:
+    """Metric, value and 95 % interval, of what the harness says of one task.
+
+    Shares have Wilson's interval, which does not shrink to a point at 0 and 1; all else, 1.96 of the standard errors.
+    """
+    for key, value in values.items():
+        metric, comma, rule = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error, count = values.get(f"{metric}_stderr,{rule}"), values.get("sample_len")
+        if metric.startswith(("acc", "exact_match")) and isinstance(count, int) and count > 0 and 0 <= value <= 1:
+            z2 = 1.96**2 / count
+            middle = (value + z2 / 2) / (1 + z2)
+            half = math.sqrt(z2 * value * (1 - value) + z2**2 / 4) / (1 + z2)
+            yield metric, value, middle - half, middle + half
+        elif isinstance(error, int | float):
+            yield metric, value, value - 1.96 * error, value + 1.96 * error
+        else:
+            yield metric, value, None, None
+
+
 def _timings(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     run = {key: row[key] for key in ("name", "model", "device")}
     keys = ["decoder", "quantization", "skip_rate", "ttft_s", "tpot_mean_s"]
@@ -187,7 +244,7 @@ def _timings(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def checked(node: Any, schema: dict[str, Any]) -> dict[str, Any]:
-    """The node without optional keys that are null; ValueError if it does not follow RECORD or BENCHMARK_RECORD."""
+    """The node without optional keys that are null; ValueError if it does not follow the schema."""
     _check(node, schema, "")
     if schema is RECORD:
         for name, variant in node["variants"].items():

@@ -28,6 +28,7 @@ def build(config: TablesConfig, library: Library) -> list[Table]:
     cells = Cells(config, library)
     tables = [printed.overview(cells), analysis.equal_rates(cells), analysis.pareto(cells)]
     tables += [printed.quality_table(cells, each) for each in quality_of(config.scale)]
+    tables.append(analysis.harness(cells))
     tables += [printed.tpot_table(cells, *each) for each in tpot_of(config.scale).items()]
     tables += [printed.overhead_table(cells), printed.per_layer_table(cells), *printed.figures(cells)]
     if config.scale.ablation_model is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from firstlab.config.grid import Run, ablation_runs, at_rate, planned_runs
-from firstlab.store.results import ROW_NAMES
+from firstlab.store.results import ROW_NAMES, harness_scores
 from firstlab.tables import pictures
 from firstlab.tables.cells import Cells, Match, Score, column
 from firstlab.tables.printed import HEADLINE, METRICS, method_title, missing_cell, rate_cell, score_cell
@@ -16,6 +18,12 @@ from firstlab.tables.table import LORA, Cell, Column, Table, columns, interval, 
 
 #: Methods that skip one set of layers whatever the prompt.
 STATIC = ("random_skip", "unified_skip", "sleb")
+#: Metrics of lm-evaluation-harness, the first of a task's stands in the table.
+_QUOTED = ("acc_norm", "acc", "exact_match", "f1", "perplexity", "word_perplexity")
+_HARNESS = (
+    "python -m firstlab.hub lm_eval --model firstlab --model_args pretrained=RUN --tasks hellaswag,arc_easy,wikitext "
+    "--output_path runs/lm_eval"
+)
 #: Groups of equally many prompts in the table of lengths.
 _LENGTH_GROUPS = 4
 
@@ -135,6 +143,59 @@ def ablations(cells: Cells) -> Table:
         "fixed α, at whatever rate that skips, and are not tested."
     )
     return Table("ablations", "Ablations", heads, rows, caption, section="Analysis")
+
+
+def harness(cells: Cells) -> Table:
+    """What lm-evaluation-harness measured, one row per model and skip rate, one column per task."""
+    heads = columns("Model", "Trained on", "Level", "LoRA", "asked", "skip")
+    models = {None, *cells.scale.models.values()}  # None: of a folder outside of runs
+    found = [each for each in cells.library.harness if _routed(each).get("model") in models]
+    tasks = list(dict.fromkeys(task for each in found for task in each["results"]))
+    shown = {task: _harness_metric([each["results"].get(task, {}) for each in found]) for task in tasks}
+    heads += [Column(metric, task) for task, metric in shown.items()]
+    rows = []
+    for each in sorted(found, key=_harness_order):
+        model, name = _routed(each), Path(each.get("model_name", "")).name
+        row = [Cell(method_title(model["method"]) if "method" in model else name)]
+        row += [Cell(model.get(text) or "") for text in ("data", "level")]
+        row.append(LORA[model.get("variant", "").endswith("_lora")])
+        rates = (model.get("skip_rate_asked"), "g"), (model.get("skip_rate"), ".1f")
+        row += [Cell() if rate is None else percent(rate, form) for rate, form in rates]
+        rows.append([*row, *(_harness_cell(each["results"].get(task, {}), shown[task]) for task in tasks)])
+    if not rows:
+        heads.append(Column("accuracy and perplexity"))
+        rows.append([*[Cell() for _ in heads[1:]], Cell("no run", command=_HARNESS, kind="missing")])
+    caption = (
+        "Accuracy in percent, perplexity as it is; brackets: 95 % intervals, Wilson's for accuracy, else 1.96 of the "
+        "harness's standard errors. Contexts run every layer, continuations the route, as in decode."
+    )
+    return Table("harness", "lm-evaluation-harness under skipping", heads, rows, caption, section="Quality")
+
+
+def _routed(each: dict[str, Any]) -> dict[str, Any]:
+    """What the harness's model `firstlab` said of itself; nothing of other models."""
+    model: dict[str, Any] = each["config"].get("firstlab", {})
+    return model
+
+
+def _harness_order(each: dict[str, Any]) -> tuple[str, str, int, float]:
+    model = _routed(each)
+    return model.get("data", ""), model.get("method", ""), model.get("seed", 0), model.get("skip_rate", 0)
+
+
+def _harness_metric(results: list[dict[str, Any]]) -> str:
+    """Of a task's metrics, the one that is usually quoted."""
+    names = [metric for each in results for metric, *_ in harness_scores(each)]
+    return next((each for each in _QUOTED if each in names), names[0] if names else "")
+
+
+def _harness_cell(values: dict[str, Any], metric: str) -> Cell:
+    for name, value, low, high in harness_scores(values):
+        if name == metric:
+            factor, form = (1, ".3f") if "perplexity" in name or "bits" in name else (100, ".1f")
+            detail = "" if low is None or high is None else interval(factor * low, factor * high, form)
+            return Cell(f"{factor * value:{form}}", factor * value, detail, kind="ours")
+    return Cell(note="not measured")
 
 
 def adaptivity(cells: Cells) -> Table:

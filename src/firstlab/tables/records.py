@@ -51,6 +51,7 @@ class Library:
 
     records: list[Record] = field(default_factory=list)  # one per configuration and seed
     benchmarks: list[dict[str, Any]] = field(default_factory=list)  # what `firstlab.benchmark` wrote
+    harness: list[dict[str, Any]] = field(default_factory=list)  # what lm-evaluation-harness wrote
     warnings: list[str] = field(default_factory=list)  # one line per record that was left out
 
     def of(self, run: Run, scale: ScaleConfig) -> list[Record]:
@@ -81,6 +82,9 @@ def read(folders: Sequence[str]) -> Library:
         for file, node in results.read_all(Path(folder), library.warnings.append):
             if "cells" in node:
                 library.benchmarks.append(node)
+                continue
+            if "results" in node:
+                library.harness.append(node)
                 continue
             made = _settings(node["config"]), _as_trained(file, node)
             record = Record(file, node, node["seed"], node.get("level", ""), *made)
