@@ -11,6 +11,7 @@ from torch import Tensor
 
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.files import warn
 from firstlab.evaluation.decoding import Decoder
 from firstlab.evaluation.scoring import primary_metric, score_texts
 from firstlab.methods.objective import RouteFit
@@ -47,6 +48,10 @@ def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
     if not record["worth"]:
         use_static(router, measured, fit)
     _report(record)
+    if (highest := router.highest_rate) < fit.target_skip - 1e-6:
+        most = router.settings.max_harm
+        bound = f"method.highest_skip={fit.highest_skip}" if most is None else f"router.max_harm={most}"
+        warn(f"method.target_skip={fit.target_skip}: the routes skip {highest:.3g} at most, over tokens; raise {bound}")
     return record
 
 

@@ -41,6 +41,8 @@ class Experiment(Run):
             raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")
         if "router" in config.phases and (start := method.router_start()) is not None:
             start.check(config.router.threshold)
+        if (fit := method.route_fit()) is not None and "router" in config.phases:
+            fit.check_rates(config.evaluation.skip_rates)
         build.check_device(config.trainer)
         if rank()[0] == 0:
             directory.check_directory(self.directory, config)

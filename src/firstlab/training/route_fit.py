@@ -172,17 +172,25 @@ def fit_router(router: RouteRouter, measured: Measured, fit: RouteFit, price: st
 
 
 def use_static(router: RouteRouter, measured: Measured, fit: RouteFit) -> None:
-    """Let every prompt have the best set of the size nearest to the wanted rate, whatever it says."""
-    router.settings = replace(router.settings, price="size", max_harm=None)
-    features = measured.means.shape[1]
+    """Let every prompt have the best set of the size nearest to the wanted rate, whatever it says.
+
+    Sets that harm prompts more than `max_harm` on average are left out.
+    """
+    most = router.settings.max_harm
+    harm, routes = measured.harm.mean(0), measured.routes
+    if most is not None:
+        allowed = (harm <= most) | routes.all(1)
+        harm, routes = harm[allowed], routes[allowed]
+    router.settings = replace(router.settings, price="size")
+    features, highest = measured.means.shape[1], float((~routes).float().mean(1).max())
     router.set_fit(
-        codebook=measured.routes.float(),
-        harm_weight=torch.zeros(len(measured.routes), features),
-        harm_bias=measured.harm.mean(0),
+        codebook=routes.float(),
+        harm_weight=torch.zeros(len(routes), features),
+        harm_bias=harm,
         length_weight=torch.zeros(features),
         length_bias=torch.zeros(()),
-        **_grid(float((~measured.routes).float().mean(1).max())),
-        default_rate=torch.tensor(fit.target_skip),
+        **_grid(highest),
+        default_rate=torch.tensor(min(fit.target_skip, highest)),
     )
 
 
