@@ -175,6 +175,8 @@ def test_other_methods_are_chosen_on_the_tuned_model(method: str, start: str, ti
         (["method=routes", "router.kind=layers"], "router.kind=routes"),
         (["evaluation.skip_rates=[0.2]"], "knows one rate"),
         (["method=sleb", "phases=[lora,refit]"], "refit"),
+        (["phases=[lora,choose,evaluate]"], r"order .*\['router', 'lora', 'evaluate'\]"),
+        (["phases=[tune,choose,choose]"], "each once"),
         (["method=routes", "method.highest_skip=0.1"], "highest_skip"),
         (["phases=[tune,lora]", "init_from=somewhere"], "tune"),
         (["method=routes", "router.max_harm=-1"], "max_harm"),
@@ -187,10 +189,14 @@ def test_what_does_not_go_together_is_named(options: list[str], message: str, ti
         Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *options)))
 
 
-def test_a_model_with_too_few_layers_is_refused_before_it_is_tuned(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("method", "message"), [("routes", "method.highest_skip=0.45 of 2 layers is 1"), ("first", "1 of 2")]
+)
+def test_a_model_with_too_few_layers_is_refused_before_it_is_tuned(method: str, message: str, tmp_path: Path):
     model = save_tiny_model(tmp_path / "model", num_layers=2)
-    experiment = Experiment(*composed(*overrides(model, tmp_path, *ROUTES)))
-    with pytest.raises(ValueError, match=r"method.highest_skip=0.5 of 2 layers is 1, .* use method=none"):
+    steps = "phases=[tune,choose,evaluate]"
+    experiment = Experiment(*composed(*overrides(model, tmp_path, f"method={method}", steps)))
+    with pytest.raises(ValueError, match=f"{message}.* choose method=none"):
         experiment.run()
     assert not (experiment.directory / "tune").exists()
 

@@ -145,6 +145,15 @@ def test_noise_is_worth_nothing_and_the_static_set_serves_all():
     assert int(router.choose(measured.means, 0.0)[0]) == 0
 
 
+def test_a_few_held_out_prompts_prove_nothing():
+    measured = measured_prompts()
+    for count, worth in ((20, False), (24, True)):  # a quarter of them is held out
+        part = measured.rows(torch.arange(count))
+        part.losses[:, 1:3] = 1 + 0.3 * (torch.tensor([-1.0, 1.0]) * part.means[:, :1].sign()).clamp_min(0)
+        report = fit_router(RouteRouter(LAYERS, HIDDEN), part, FIT, "tokens")
+        assert report["gain_interval"][1] < 0 and report["worth"] is worth
+
+
 def test_the_static_sets_keep_the_limit_of_harm():
     measured = measured_prompts(noise=1.0, signal=0.0)
     harm = measured.harm.mean(0)

@@ -34,7 +34,7 @@ class RouteChoice(RouteFit, RoutedMethod):
         """Nothing is rounded, but the largest sets must leave the first and the last layer."""
         largest, most = math.ceil(round(self.highest_skip * num_layers, 9)), num_layers - 2
         if largest > most:
-            remedy = f"give at most {math.floor(1e3 * most / num_layers) / 1e3:g}" if most > 0 else "use method=none"
+            remedy = f"give at most {math.floor(1e3 * most / num_layers) / 1e3:g}" if most > 0 else "choose method=none"
             raise ValueError(
                 f"method.highest_skip={self.highest_skip} of {num_layers} layers is {largest}, but the first and the "
                 f"last are kept: {remedy}"

@@ -29,6 +29,8 @@ _LEAST_HARM = -0.3
 _CLIPS = (0.5, 1.0, 2.0, 4.0)
 _RIDGES = tuple(10.0**power for power in range(0, 7))
 _HELD_OUT = 0.25
+#: Fewer held-out prompts agree by chance more often than once in twenty times.
+ENOUGH_HELD_OUT = 6
 _RATES = 33
 # A fit is chosen by what it loses at these multiples of the wanted rate.
 _RATES_OF_INTEREST = (0.6, 1.0, 1.4)
@@ -346,7 +348,7 @@ def _diagnose(router: RouteRouter, held: Measured) -> dict[str, Any]:
         "predicted_harm": mean(predicted.gather(1, chosen[:, None])[:, 0]),
         "measured_harm": mean(routed - held.losses[:, 0]),
         "highest_rate": router.highest_rate,
-        "worth": high < 0,
+        "worth": high < 0 and len(routed) >= ENOUGH_HELD_OUT,
     }
 
 
