@@ -177,6 +177,7 @@ def test_other_methods_are_chosen_on_the_tuned_model(method: str, start: str, ti
         (["method=sleb", "phases=[lora,refit]"], "refit"),
         (["phases=[lora,choose,evaluate]"], r"order .*\['router', 'lora', 'evaluate'\]"),
         (["phases=[tune,choose,choose]"], "each once"),
+        (["method=sleb", "lora_start=continue", "phases=[choose,lora]"], "add tune"),
         (["method=routes", "method.highest_skip=0.1"], "highest_skip"),
         (["phases=[tune,lora]", "init_from=somewhere"], "tune"),
         (["method=routes", "router.max_harm=-1"], "max_harm"),

@@ -145,6 +145,13 @@ def test_noise_is_worth_nothing_and_the_static_set_serves_all():
     assert int(router.choose(measured.means, 0.0)[0]) == 0
 
 
+def test_what_does_not_vary_is_not_told_by_the_prompt():
+    measured = measured_prompts(40)
+    measured.tokens = torch.full_like(measured.tokens, 5)
+    report = fit_router(RouteRouter(LAYERS, HIDDEN), measured, FIT, "length")
+    assert report["length_r2"] == 0
+
+
 def test_a_few_held_out_prompts_prove_nothing():
     measured = measured_prompts()
     for count, worth in ((20, False), (24, True)):  # a quarter of them is held out

@@ -353,8 +353,9 @@ def _diagnose(router: RouteRouter, held: Measured) -> dict[str, Any]:
 
 
 def _r2(values: Tensor, predicted: Tensor, constant: Tensor) -> float:
-    """Share of the variance around a constant that the prediction explains, all columns together."""
-    return float(1 - (values - predicted).square().sum() / (values - constant).square().sum().clamp_min(1e-12))
+    """Share of the variance around a constant that the prediction explains, all columns together; 0 without any."""
+    variance = float((values - constant).square().sum())
+    return 1 - float((values - predicted).square().sum()) / variance if variance > 1e-9 else 0.0
 
 
 def _interval(differences: Tensor, weights: Tensor) -> tuple[float, float]:
