@@ -31,6 +31,7 @@ PARTS = {
 METHODS = {
     "none": ("dense", "#000000", "*"),
     "routes": ("routes, one adapter for all rates", "#009e73", "o"),
+    "one_size": ("routes of one size, PuDDing's rule", "#cc79a7", "P"),
     "sleb": ("SLEB", "#0072b2", "^"),
     "first": ("FiRST", "#d55e00", "s"),
     "first_soft": ("FiRST, paper's form", "#e69f00", "D"),
@@ -118,6 +119,7 @@ def points_of(record: dict[str, Any]) -> Iterator[Point]:
     if record["data"] not in PARTS or record["method"] not in METHODS:
         return
     tuned = "tune" in record["config"].get("steps", [])
+    one_size = record["config"]["router"].get("price") == "size"
     for name, variant in record["variants"].items():
         if not tuned and not name.endswith("_lora"):
             continue
@@ -127,7 +129,7 @@ def points_of(record: dict[str, Any]) -> Iterator[Point]:
             metric, skip = each["metrics"][each["primary_metric"]], each["skip"]
             yield Point(
                 part=record["data"],
-                method=record["method"],
+                method="one_size" if one_size else record["method"],
                 asked=rate,
                 lora=name.endswith("_lora"),
                 rate=skip["skip_rate"],

@@ -8,7 +8,8 @@
 #   DATA     folder that holds squad/, cnn_dm/ and multi30k/, linked into data/; not needed where data/ has them
 #   MODEL    folder of make_model.py, or a hub id; default runs/models/smollm2 if it is there, else the hub
 #   PARTS    default "real_mixture squad cnn_dm captions"
-#   METHODS  default "routes sleb none first random_skip unified_skip"; first_soft is the paper's own form of first
+#   METHODS  default "routes sleb none first random_skip unified_skip"; first_soft is the paper's own form of first,
+#            one_size is routes by PuDDing's rule: routes of one size for each rate and no price, without LoRA
 #   STEPS    optimizer steps of every run, whatever their kind; default 300
 #   SEED     default 0
 #   MINUTES  when they are over, what still runs is stopped, to be gone on with by the same command; default 25
@@ -52,7 +53,11 @@ job() {
     routes) # one adapter for all rates; rate 0 is the dense model as the choice and the adapter find and leave it
       options+=('phases=[tune,choose,lora,refit,evaluate]' lora_phase.max_steps="$half")
       options+=(evaluation.skip_rates="[0.0,$OTHER_RATES]") ;;
-    *) die "METHODS: $method is none of routes, sleb, none, first, first_soft, random_skip, unified_skip" ;;
+    one_size)
+      options=(data="$part" method=routes note=one_size router.price=size method.sizes=1 "${options[@]:2}")
+      options+=('phases=[tune,choose,evaluate]' lora_phase.max_steps="$half" method.target_skip="$rates")
+      options+=('method.highest_skip=${method.target_skip}') ;;
+    *) die "METHODS: $method is none of routes, sleb, none, first, first_soft, one_size, random_skip, unified_skip" ;;
   esac
   [ "$method" = first_soft ] && options+=(router.input_norm=none router_phase.loss_on=all method.calibrate_rate=true)
   # Kinds of prompts are what a mixture's routers can tell apart.
@@ -62,6 +67,7 @@ job() {
     sleb) read -ra size <<<"$SIZES ${SEARCH:-}" ;;
     first | first_soft) read -ra size <<<"$SIZES ${SEARCH:-} ${FIRST:-}" ;;
     routes) read -ra size <<<"$SIZES ${SEARCH:-} ${ROUTES:-}" ;;
+    one_size) read -ra size <<<"$SIZES ${SEARCH:-} ${ONE_SIZE:-}" ;;
   esac
   local log="$RUNS/logs/$part-$method.log" left=$((DEADLINE - $(date +%s)))
   [ "$left" -gt 0 ] || { echo "left for later: $part, $method"; return 1; }
@@ -118,6 +124,7 @@ if [ -n "$reduced" ]; then
   SEARCH="method.calibration_prompts=4"
   FIRST="method.fit_prompts=8 method.codebook_size=2"
   ROUTES="method.fit_prompts=16 method.target_skip=0.05 method.highest_skip=0.066 method.sizes=1 method.swaps=1"
+  ONE_SIZE="method.fit_prompts=16 method.swaps=1"
   MINUTES=${MINUTES:-600}
   collect=$RUNS/records
 else
@@ -134,11 +141,12 @@ else
   SEARCH=
   FIRST=
   ROUTES=
+  ONE_SIZE=
   MINUTES=${MINUTES:-25}
   collect=$here
 fi
 DEADLINE=$(($(date +%s) + 60 * MINUTES))
-export RATES OTHER_RATES SIZES SEARCH FIRST ROUTES MODEL DEADLINE
+export RATES OTHER_RATES SIZES SEARCH FIRST ROUTES ONE_SIZE MODEL DEADLINE
 mkdir -p "$RUNS/logs"
 
 echo "model $MODEL, $STEPS steps, $JOBS at a time, at most $MINUTES minutes; logs in $RUNS/logs"

@@ -59,6 +59,8 @@ def main(arguments: list[str]) -> None:
     check_metrics(run.data.task, config.evaluation)
     check_vocabulary(config, run.data.tokenizer, model)
     routes = decided_routes(directory, method, variant, run.prompts(run.data.test))
+    for rate in config.evaluation.skip_rates if "evaluation.skip_rates" in options and routes is None else ():
+        model.routers.checked_rate(rate)
     # The text as well: the same files may hold other text the next time.
     out = directory / results.EVALUATIONS / f"{config.data.name}-{config.hash()}-{fingerprint(run.data.test)}"
     source = source_of(model, routes)

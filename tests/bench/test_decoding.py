@@ -34,6 +34,7 @@ from firstlab.engine.engine import DecodeEngine
 from firstlab.engine.sampling import Sampling
 from firstlab.model.settings import RouterSettings
 from support.models import tiny_model
+from support.tiny_run import save_tiny_model
 
 
 @given(st.integers(3, 80), st.floats(0, 0.6))
@@ -103,6 +104,32 @@ def test_a_queue(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["speedup_over_generate"] == pytest.approx(np.median(row["speedup_of_repetitions"]))
         text = f"queue of 7 prompts of up to {row['prompt_length']} tokens, batch 3, {100 * row['skip_rate']:.1f} %"
         assert f"{text} skipped: {row['tokens_per_s']:.0f} tokens/s" in printed
+
+
+def test_ways_to_the_dense_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{word} sees a dog\n" for word in "abcdefghijklmnopqrs"))
+    options = {"batch_sizes": [1], "skip_rates": [0.25, 0.5], "lossless": 3, "lossless_prompts": str(prompts)}
+    folder = save_tiny_model(tmp_path / "model")
+    record = measure(settings(folder, **options))
+    print_decoding(record)
+    rows = {(row["decoder"], row["skip_rate_asked"]): row for row in record["lossless"]}
+    assert set(rows) == {
+        *((way, None) for way in ("transformers", "prompt_lookup", "generate", "engine")),
+        *((way, rate) for way in ("early_exit", "lossless") for rate in (0.25, 0.5)),
+    }
+    printed = capsys.readouterr().out
+    assert "tiny, dense greedy text, 3 prompts one by one" in printed
+    for (way, rate), row in rows.items():
+        assert row["same_text"] == 1 and 0 < row["tokens"] <= 15 and row["seconds_per_token"] > 0
+        assert len(row["speedup_of_repetitions"]) == 2 and way in printed
+        assert row["speedup_over_transformers"] == pytest.approx(np.median(row["speedup_of_repetitions"]))
+        if way == "lossless":
+            assert len(row["skipped_layers"]) == 4 * rate and 0 <= row["accepted"] <= row["drafted"]
+            assert 0 <= row["warned"] <= 3 and f"{row['warned']} of 3" in printed
+    for wrong, message in (({"lossless_prompts": "nowhere"}, "is no file"), ({"lossless": 9}, "holds 19 prompts")):
+        with pytest.raises(ValueError, match=message):
+            measure(settings(folder, **options | wrong))
 
 
 @pytest.mark.parametrize("tied", [True, False])

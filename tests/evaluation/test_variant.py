@@ -95,6 +95,23 @@ def test_a_greedy_evaluation_goes_on_where_memory_runs_out(setting, tmp_path: Pa
         evaluate(setting, tmp_path / "drawn", None, do_sample=True, **options)
 
 
+def test_each_part_of_a_mixture_has_its_rates(setting, tmp_path: Path) -> None:
+    parts = [each.part for each in setting[1].test]
+    skipped = [0 if part == "mini_qa" else 1 + index % 2 for index, part in enumerate(parts)]
+    ran = torch.ones(LIMIT, 4, dtype=torch.bool)
+    for row, count in enumerate(skipped):
+        ran[row, 1 : 1 + count] = False
+    record = evaluate(setting, tmp_path, FixedRoutes(ran), tpot_prompts=0)
+    steps = unpack(record["examples"]["response_tokens"]) - 1
+    for part, found in record["skip"]["by_part"].items():
+        own = [index for index, each in enumerate(parts) if each == part]
+        assert found["n"] == len(own)
+        assert found["skip_rate"] == pytest.approx(sum(skipped[i] for i in own) / 4 / len(own))
+        over_tokens = sum(skipped[i] / 4 * steps[i] for i in own) / sum(steps[i] for i in own)
+        assert found["skip_rate_by_token"] == pytest.approx(over_tokens)
+    assert record["skip"]["by_part"]["mini_qa"]["skip_rate_by_token"] == 0
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_engine_says_what_generate_says(setting, tmp_path: Path, name: str) -> None:
     weights = {key: value.clone() for key, value in setting[2].state_dict().items()}

@@ -112,6 +112,7 @@ def test_what_does_not_go_together_is_named():
         ({"repetition_penalty": 1.2}, "repetition_penalty"),
         ({"past_key_values": model.new_cache()}, "past_key_values"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_length": 4}, "max_length=4 is less than the 9 tokens"),
     ):
         with pytest.raises(ValueError, match=name):
             model.generate(ids, mask, lossless=True, **options)

@@ -56,6 +56,8 @@ def test_the_rule_is_the_cheapest_allowed_route(seed, price, rate, floor):
             near = min(abs(skip - rate) for skip in skips)
             allowed = [k for k in allowed if abs(abs(skips[k] - rate) - near) < 1e-5] or [0]
             costs = {k: harms[k] for k in allowed}
+        elif torch.tensor(rate) == 0:
+            allowed, costs = [0], {0: 0.0}
         else:
             length = 1.0
             if price == "length":
@@ -109,7 +111,16 @@ def test_a_teacher_forced_pass_follows_the_decision():
     torch.testing.assert_close(free.token_losses, forced.token_losses)
 
 
-@pytest.mark.parametrize("rate", [-0.1, 0.51, float("nan"), [0.1, 0.2, 0.3]])
+def test_a_rate_of_0_is_dense_decoding():
+    ids, mask = prompts((5, 9, 12))
+    model = routed()
+    assert not model.route(ids, mask, skip_rate=1e-6).all()  # routes that promise to help
+    assert model.route(ids, mask, skip_rate=0).all()
+    mixed = model.route(ids, mask, skip_rate=torch.tensor([0, 0.5, 0.0]))
+    assert mixed.all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("rate", [-0.1, 0.51, float("nan"), [0.1, 0.2, 0.3], "0.2"])
 def test_rates_out_of_range_are_refused_with_the_range(rate):
     ids, mask = prompts((5, 9))
     rate = torch.tensor(rate) if isinstance(rate, list) else rate

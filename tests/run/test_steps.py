@@ -20,9 +20,9 @@ from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.route_router import RouteRouter
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
-from firstlab.run.report import row_title, rows_of_record
+from firstlab.run.report import print_table, row_title, rows_of_record
 from firstlab.store import results
-from support.tiny_run import composed, overrides
+from support.tiny_run import composed, overrides, save_tiny_model
 
 ROUTES = [
     "method=routes", "data=mini_mixture", "method.fit_prompts=24", "method.sizes=2", "method.swaps=1",
@@ -138,6 +138,9 @@ def test_commands_take_a_rate(any_speed: Path, capsys: pytest.CaptureFixture[str
     generate([f"run={any_speed}", "part=mini_ende", "max_new_tokens=4", "lossless=true", "a b c"])
     assert "dense passes" in capsys.readouterr().out
     assert "skip_rate" in said("skip_rate=0.9")
+    with pytest.raises(SystemExit):
+        evaluate.main([f"run={any_speed}", "evaluation.skip_rates=[0.1,0.9]", "trainer.progress_bar=false"])
+    assert "skip_rate=0.9 must lie between 0 and" in capsys.readouterr().err
     assert "fixed" in said("skip_rate=0.2", "variant=base")
     assert "lossless" in said("lossless=true", "decoder=engine")
     evaluate.main(
@@ -172,15 +175,41 @@ def test_other_methods_are_chosen_on_the_tuned_model(method: str, start: str, ti
         (["method=routes", "router.kind=layers"], "router.kind=routes"),
         (["evaluation.skip_rates=[0.2]"], "knows one rate"),
         (["method=sleb", "phases=[lora,refit]"], "refit"),
+        (["phases=[lora,choose,evaluate]"], r"order .*\['router', 'lora', 'evaluate'\]"),
+        (["phases=[tune,choose,choose]"], "each once"),
+        (["method=sleb", "lora_start=continue", "phases=[choose,lora]"], "add tune"),
         (["method=routes", "method.highest_skip=0.1"], "highest_skip"),
         (["phases=[tune,lora]", "init_from=somewhere"], "tune"),
         (["method=routes", "router.max_harm=-1"], "max_harm"),
         (["method=routes", "evaluation.skip_rates=[2]"], "skip_rates"),
+        (["method=routes", "evaluation.skip_rates=[0.2,0.6]"], r"skip_rates=\[0.6\] must lie between 0 and .*=0.45"),
     ],
 )
 def test_what_does_not_go_together_is_named(options: list[str], message: str, tiny_model_dir: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         Experiment(*composed(*overrides(tiny_model_dir, tmp_path, *options)))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("routes", "method.highest_skip=0.45 of 2 layers is 1"), ("first", "1 of 2")]
+)
+def test_a_model_with_too_few_layers_is_refused_before_it_is_tuned(method: str, message: str, tmp_path: Path):
+    model = save_tiny_model(tmp_path / "model", num_layers=2)
+    steps = "phases=[tune,choose,evaluate]"
+    experiment = Experiment(*composed(*overrides(model, tmp_path, f"method={method}", steps)))
+    with pytest.raises(ValueError, match=f"{message}.* choose method=none"):
+        experiment.run()
+    assert not (experiment.directory / "tune").exists()
+
+
+def test_the_report_shows_scores_and_rates_of_every_part(any_speed: Path, capsys: pytest.CaptureFixture[str]):
+    rows = rows_of_record(results.read(any_speed))
+    print_table("mixture", rows)
+    printed = "".join(capsys.readouterr().out.partition("Skip rate by part")[2].split())
+    for row in rows:
+        for part, found in row["skip"]["by_part"].items():
+            rates = f"{100 * found['skip_rate']:.1f}%,{100 * found['skip_rate_by_token']:.1f}%"
+            assert part in printed and rates in printed
 
 
 def test_a_run_that_names_no_steps_takes_its_methods(tiny_model_dir: Path, tmp_path: Path):

@@ -15,7 +15,7 @@ from firstlab.config.compose import conf_dir
 from firstlab.config.grid import run_of
 from firstlab.metrics import Scores, from_rows, paired_test
 from firstlab.store import results
-from firstlab.tables.any_speed import any_speed, fits
+from firstlab.tables.any_speed import any_speed, by_part, fits
 from firstlab.tables.cells import Cells
 from firstlab.tables.config import TablesConfig, load
 from firstlab.tables.records import read
@@ -70,15 +70,69 @@ def test_a_rate_is_compared_with_the_mixture_of_the_sets_next_to_it(config: Tabl
     for place, node in enumerate([*ours, *few, *many]):
         save(tmp_path, str(place), node)
     table = any_speed(Cells(config, read([str(tmp_path)])))
-    assert [row[2].text for row in table.rows] == ["25.0 %", "40.0 %"] * 2
+    assert [row[3].text for row in table.rows] == ["25.0 %", "40.0 %"] * 2
     row = table.rows[2]
-    assert row[1].text == "+ LoRA" and row[4].value == pytest.approx(22) and row[5].value == 2
+    assert row[2].text == "+ LoRA" and row[5].value == pytest.approx(22) and row[6].value == 2
     share = (0.22 - 0.125) / 0.125
     theirs = Scores.average([Scores.blend(scores(few[i]), scores(many[i]), share) for i in (0, 1)])
     test = paired_test(Scores.average([scores(each) for each in ours]), theirs, resamples=200)
-    assert row[7].value == pytest.approx(theirs.value)
-    assert row[8].value == pytest.approx(test.difference) and row[9].value == pytest.approx(test.p_value)
-    assert table.rows[3][7].note and table.rows[3][7].value is None  # no larger set
+    assert row[8].value == pytest.approx(theirs.value)
+    assert row[9].value == pytest.approx(test.difference) and row[10].value == pytest.approx(test.p_value)
+    assert "seed" not in row[9].detail  # both have all seeds that are compared
+    assert table.rows[3][8].note and table.rows[3][8].value is None  # no larger set
+
+
+def test_one_size_without_a_price_is_a_row_of_its_own(config: TablesConfig, tmp_path: Path):
+    ours, rule = routed(config, 0.25, {0.25: 0.25}), routed(config, 0.25, {0.25: 0.25})
+    rule |= {"config_hash": "one size", "note": "one_size"}
+    rule["config"]["router"] |= {"kind": "routes", "price": "size"}
+    rule["config"]["method"]["sizes"] = 1
+    del rule["variants"]["router_lora"]
+    for place, node in enumerate((ours, rule, sleb(config, 0.25, 60))):
+        save(tmp_path, str(place), node)
+    cells = Cells(config, read([str(tmp_path)]))
+    rows = {(row[1].text, row[2].text): row for row in any_speed(cells).rows}
+    [[rule_title, _], *_] = sorted(rows)
+    assert rule_title.startswith("PuDDing's rule") and set(rows) == {
+        (rule_title, "–"), ("routes", "–"), ("routes", "+ LoRA"),
+    }  # fmt: skip
+    row = rows[rule_title, "–"]
+    assert row[7].detail.startswith("[") and row[9].detail.startswith("[") and row[8].value is not None
+    assert {row[1].text for row in fits(cells).rows} == {rule_title, "routes"}
+
+
+def test_each_part_of_a_mixture_is_compared_at_the_rate_of_the_whole(config: TablesConfig, tmp_path: Path):
+    def mixed(node: dict[str, Any], rates: tuple[float, float]) -> dict[str, Any]:
+        for variant in node["variants"].values():
+            packed = variant["examples"]["scores"].pop("f1")
+            halves = np.split(results.unpack(packed), 2)
+            for part, half, name in zip(("a", "b"), halves, ("f1", "rougeL"), strict=True):
+                variant["examples"]["scores"][f"{part}/{name}"] = results.pack(half)
+            variant["examples"]["scores"].pop("em")
+            variant["metrics"]["mean"], variant["primary_metric"] = variant["metrics"].pop("f1"), "mean"
+            variant["skip"]["by_part"] = {
+                part: {"n": 30, "skip_rate": rate + 0.01, "skip_rate_by_token": rate}
+                for part, rate in zip(("a", "b"), rates, strict=True)
+            }
+        return node
+
+    ours = mixed(routed(config, 0.25, {0.25: 0.25}), (0.1, 0.4))
+    theirs = mixed(sleb(config, 0.25, 60), (0.25, 0.25))
+    for place, node in enumerate((ours, theirs)):
+        save(tmp_path, str(place), node)
+    table = by_part(Cells(config, read([str(tmp_path)])))
+    assert [(row[2].text, row[4].text) for row in table.rows] == [
+        (lora, part) for lora in ("–", "+ LoRA") for part in ("a", "b")
+    ]
+    row = table.rows[3]
+    assert (row[5].value, row[6].value) == (pytest.approx(41), pytest.approx(40))
+    a, b = (
+        from_rows("rougeL", results.unpack(node["variants"]["router_lora"]["examples"]["scores"]["b/rougeL"]))
+        for node in (ours, theirs)
+    )
+    test = paired_test(a, b, resamples=200)
+    assert row[7].value == pytest.approx(a.value) and row[8].value == pytest.approx(b.value)
+    assert row[9].value == pytest.approx(test.difference) and row[10].value == pytest.approx(test.p_value)
 
 
 @pytest.mark.parametrize("section", ["lora_phase", "data"])
@@ -87,7 +141,7 @@ def test_sets_of_another_training_are_no_comparison(config: TablesConfig, tmp_pa
     other["config"][section]["max_steps" if section == "lora_phase" else "train_size"] = 7
     save(tmp_path, "ours", routed(config, 0.25, {0.25: 0.25}))
     save(tmp_path, "other", other)
-    assert all(row[7].value is None for row in any_speed(Cells(config, read([str(tmp_path)]))).rows)
+    assert all(row[8].value is None for row in any_speed(Cells(config, read([str(tmp_path)]))).rows)
 
 
 def test_fits_are_shown_and_what_is_no_fit_is_not(config: TablesConfig, tmp_path: Path):
@@ -98,9 +152,9 @@ def test_fits_are_shown_and_what_is_no_fit_is_not(config: TablesConfig, tmp_path
     for place, each in enumerate((node, other)):
         save(tmp_path, str(place), each)
     rows = fits(Cells(config, read([str(tmp_path)]))).rows
-    assert [(row[1].value, row[2].text) for row in rows] == [(0, "choose"), (0, "refit")]
-    assert rows[0][13].detail == "[-0.2000, -0.0500]" and not rows[0][13].mark and rows[1][13].mark
-    assert rows[0][7].value == 0.4
+    assert [(row[2].value, row[3].text) for row in rows] == [(0, "choose"), (0, "refit")]
+    assert rows[0][14].detail == "[-0.2000, -0.0500]" and not rows[0][14].mark and rows[1][14].mark
+    assert rows[0][8].value == 0.4
 
 
 def test_records_keep_their_rates(config: TablesConfig, tmp_path: Path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from firstlab.data.task import Example
 from firstlab.methods.objective import RouteFit
 from firstlab.model.route_router import RouteRouter
+from firstlab.model.settings import RouterSettings
 from firstlab.training import route_fit
 from firstlab.training.drawn_routes import DrawnRoutes
 from firstlab.training.route_fit import (
@@ -142,6 +143,34 @@ def test_noise_is_worth_nothing_and_the_static_set_serves_all():
     assert int((~measured.routes[chosen[0]]).sum()) == 2
     assert len(router.choose(measured.means, 0.0).unique()) == 1
     assert int(router.choose(measured.means, 0.0)[0]) == 0
+
+
+def test_what_does_not_vary_is_not_told_by_the_prompt():
+    measured = measured_prompts(40)
+    measured.tokens = torch.full_like(measured.tokens, 5)
+    report = fit_router(RouteRouter(LAYERS, HIDDEN), measured, FIT, "length")
+    assert report["length_r2"] == 0
+
+
+def test_a_few_held_out_prompts_prove_nothing():
+    measured = measured_prompts()
+    for count, worth in ((20, False), (24, True)):  # a quarter of them is held out
+        part = measured.rows(torch.arange(count))
+        part.losses[:, 1:3] = 1 + 0.3 * (torch.tensor([-1.0, 1.0]) * part.means[:, :1].sign()).clamp_min(0)
+        report = fit_router(RouteRouter(LAYERS, HIDDEN), part, FIT, "tokens")
+        assert report["gain_interval"][1] < 0 and report["worth"] is worth
+
+
+def test_the_static_sets_keep_the_limit_of_harm():
+    measured = measured_prompts(noise=1.0, signal=0.0)
+    harm = measured.harm.mean(0)
+    most = float(harm[1:].min() + harm[1:].max()) / 2
+    router = RouteRouter(LAYERS, HIDDEN, RouterSettings(kind="routes", max_harm=most))
+    use_static(router, measured, FIT)
+    left = measured.routes[(harm <= most) | measured.routes.all(1)]
+    assert torch.equal(router.codebook.bool(), left) and 1 < len(left) < len(measured.routes)
+    assert router.highest_rate == pytest.approx(float(router.skips.max()))
+    assert float(router.default_rate) <= router.highest_rate
 
 
 def test_static_sets_between_two_sizes_are_their_mixture():

@@ -51,6 +51,10 @@ class BenchmarkConfig(SpeedConfig):
     mixed_batch_size: int = option(32, least=2)
     queue: int = option(0, least=0)  # prompts and responses of different lengths that wait for a place; 0 for none
     queue_batch_size: int = option(8, least=1)
+    # Prompts whose greedy text is decoded one by one: densely, from drafts of routes (lossless=True), and by two ways
+    # of transformers' assisted decoding, prompt lookup and early exit; 0 for none.
+    lossless: int = option(0, least=0)
+    lossless_prompts: str | None = option(None, filled="a text file, a prompt a line")  # null: those of bundled tasks
     tokens: int = option(32, least=2)  # new ones, per row: one from prefill, the others from decode
     do_sample: bool = False  # draw tokens, as in the paper, instead of greedy decoding
     temperature: float = 0.8
@@ -78,6 +82,7 @@ class BenchmarkConfig(SpeedConfig):
             ("batch_sizes", min(self.batch_sizes, default=0) >= 1, "one value or more, each at least 1"),
             ("prompt_lengths", min(self.prompt_lengths, default=0) >= 1, "one value or more, each at least 1"),
             ("mixed_routes", fits, f"each from 2 to mixed_batch_size={self.mixed_batch_size}"),
+            ("lossless", not (self.lossless and self.model.random_init), "it needs weights; model.random_init=false"),
             ("mixed_routes", not without_engine, f"they run on the engine; add it to decoders={self.decoders}"),
         ):
             if not holds:

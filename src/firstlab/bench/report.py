@@ -84,6 +84,9 @@ def print_decoding(record: dict[str, Any]) -> None:
             f"{row['speedup_over_generate']:.2f} times those of generate, batch by batch "
             f"({row['tokens_per_s_generate']:.0f})"
         )
+    if record["lossless"]:
+        title = f"{record['model']}, dense greedy text, {record['lossless'][0]['prompts']} prompts one by one"
+        print_table(title, [_lossless_row(row) for row in record["lossless"]])
     share = min(row["cpu_share"] for cell in record["cells"] for row in cell["variants"])
     if share < record["settings"]["least_cpu_share"]:
         print(
@@ -115,6 +118,19 @@ def _decoding_row(row: dict[str, Any]) -> dict[str, str | None]:
         "peak MiB": number("peak_memory_bytes", ".0f", 2**-20),
         "CPU": f"{100 * row['cpu_share']:.0f} %",
         "J/token": number("joules_per_token", ".3g"),
+    }
+
+
+def _lossless_row(row: dict[str, Any]) -> dict[str, str | None]:
+    rate, drafted = row["skip_rate_asked"], row.get("drafted")
+    return {
+        "": row["decoder"],
+        "drafts skip": None if rate is None else f"{100 * rate:g} %",
+        "ms per token": f"{1000 * row['seconds_per_token']:.2f}",
+        "speed-up": f"{row['speedup_over_transformers']:.2f}",
+        "same text": f"{100 * row['same_text']:.0f} %",
+        "accepted": None if not drafted else f"{row['accepted']} of {drafted}",
+        "said to be slower": None if drafted is None else f"{row['warned']} of {row['prompts']}",
     }
 
 

@@ -290,6 +290,8 @@ class ExperimentConfig:
         self.phases = ["router" if each == "choose" else each for each in self.phases]
         if not set(self.phases) <= set(PHASES):
             raise ValueError(f"phases={self.phases!r} is not allowed: choose from {', '.join(PHASES)}")
+        if self.phases != (ordered := [each for each in PHASES if each in self.phases]):
+            raise ValueError(f"phases={self.phases!r} are not in the order in which they run, each once: {ordered}")
         if "tune" in self.phases and self.init_from is not None:
             raise ValueError(f"init_from={self.init_from!r} brings a trained model: leave tune out of phases")
 

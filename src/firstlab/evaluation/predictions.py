@@ -180,20 +180,23 @@ def skip_statistics(
         tokens: Of each prompt, the length of its reference, for the rate by token.
         static: [L], a static set to compare the routes with.
     """
-    all_rates = np.array([np.mean(p.skip_shares(num_layers)) for p in predictions])
-    by_token = results.rate_by_token(all_rates, np.array(tokens))
+    all_rates, lengths = np.array([np.mean(p.skip_shares(num_layers)) for p in predictions]), np.array(tokens)
+    by_token, parts = results.rate_by_token(all_rates, lengths), np.array([p.part for p in predictions])
     # Without a decode step, a method that decides at each of them decides nothing.
     predictions = [p for p in predictions if p.shares is None or p.new_tokens > 1] or predictions
     skipped = np.array([p.skip_shares(num_layers) for p in predictions])
     rates = skipped.mean(1)
     margin = 1.96 * float(rates.std(ddof=1)) / math.sqrt(len(rates)) if len(rates) > 1 else 0.0
+    by_part = _by_group(skipped, [p.part for p in predictions]) if predictions[0].part else {}
+    for part, group in by_part.items():
+        group["skip_rate_by_token"] = results.rate_by_token(all_rates[parts == part], lengths[parts == part])
     return {
         "skip_rate": float(rates.mean()),
         "skip_rate_by_token": by_token,
         "skip_rate_interval": [max(0.0, float(rates.mean()) - margin), min(1.0, float(rates.mean()) + margin)],
         "per_layer": skipped.mean(0).tolist(),
         "by_difficulty": _by_group(skipped, [p.difficulty for p in predictions]),
-        "by_part": _by_group(skipped, [p.part for p in predictions]) if predictions[0].part else {},
+        "by_part": by_part,
         **_adaptivity(predictions, skipped, static),
     }
 

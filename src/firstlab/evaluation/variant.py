@@ -17,6 +17,7 @@ from firstlab.config.schema import EvaluationConfig
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import TrainingRows, collate_training, response_ids
+from firstlab.data.files import warn
 from firstlab.data.room import Room
 from firstlab.evaluation.decoding import Decoder, check_engine
 from firstlab.evaluation.predictions import fingerprint, generate_predictions, skip_statistics, write_predictions
@@ -93,6 +94,9 @@ def evaluate_variant(
         record["examples"] = examples
         write_predictions(file, predictions)
     if config.skip_rates and routes is None:
+        if max(config.skip_rates) > highest + 1e-6:
+            said = f"evaluation.skip_rates={config.skip_rates}"
+            warn(f"{said}: the routers reach {highest:.3g} at most, which is evaluated in place of higher ones")
         again = partial(evaluate_variant, model, data, replace(config, skip_rates=[]), directory, seed=seed)
         rates = {f"{rate:.4g}": rate for rate in sorted({min(rate, highest) for rate in config.skip_rates})}
         record["rates"] = {

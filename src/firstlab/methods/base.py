@@ -200,9 +200,10 @@ def check_count(count: int, num_layers: int, protect_first: int, protect_last: i
     """`count`, if so many of the unprotected layers can be skipped, else a ValueError."""
     most = num_layers - protect_first - protect_last
     if count > most:
+        remedy = f"lower method.target_skip, to skip at most {most}" if most > 0 else "choose method=none"
         raise ValueError(
             f"cannot skip {count} of {num_layers} layers while the first {protect_first} and the last {protect_last} "
-            f"are kept: lower method.target_skip, to skip at most {max(most, 0)}"
+            f"are kept: {remedy}"
         )
     return count
 

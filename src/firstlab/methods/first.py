@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from firstlab.methods.base import RoutedMethod
+from firstlab.methods.base import RoutedMethod, check_count
 from firstlab.methods.objective import RouterStart, RoutingObjective
 from firstlab.model.teacher_forcing import GATES, OBJECTIVES, POOLED_TOKENS
 
@@ -105,6 +106,11 @@ class First(RoutedMethod):
     @property
     def threshold_skip(self) -> float | None:
         return self.target_skip if self.calibrate_rate else None
+
+    def rounding(self, num_layers: int) -> None:
+        """Nothing is rounded, but a start from layers to skip must leave the first and the last."""
+        if (start := self.router_start()) is not None:
+            check_count(math.ceil(start.skip_rate * num_layers), num_layers, 1, 1)
 
     def router_start(self) -> RouterStart | None:
         if self.start == "random":

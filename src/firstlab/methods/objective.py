@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -60,3 +61,11 @@ class RouteFit:
     fit_prompts: int = 2000  # training prompts that are measured under every route, a quarter of them held out
     grow_rounds: int = 1  # how often sets for the prompts that still lose most are added
     any_speed: bool = True  # train one LoRA under routes of all rates, instead of those of the wanted rate
+
+    def check_rates(self, rates: Sequence[float]) -> None:
+        """Raises ValueError for rates at which a model is to be evaluated, and that it will not reach."""
+        if above := [rate for rate in rates if rate > self.highest_skip]:
+            raise ValueError(
+                f"evaluation.skip_rates={above} must lie between 0 and method.highest_skip={self.highest_skip}, what "
+                "the largest sets of the codebook skip: lower the one or raise the other"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,6 +28,16 @@ class RouteChoice(RouteFit, RoutedMethod):
             raise ValueError(
                 f"method.highest_skip={self.highest_skip} must be at least method.target_skip={self.target_skip} and "
                 "below 1; room above the wanted rates is what prompts are told apart by"
+            )
+
+    def rounding(self, num_layers: int) -> None:
+        """Nothing is rounded, but the largest sets must leave the first and the last layer."""
+        largest, most = math.ceil(round(self.highest_skip * num_layers, 9)), num_layers - 2
+        if largest > most:
+            remedy = f"give at most {math.floor(1e3 * most / num_layers) / 1e3:g}" if most > 0 else "choose method=none"
+            raise ValueError(
+                f"method.highest_skip={self.highest_skip} of {num_layers} layers is {largest}, but the first and the "
+                f"last are kept: {remedy}"
             )
 
     def route_fit(self) -> RouteFit:

@@ -88,7 +88,10 @@ class LosslessOptions:
             raise ValueError(f"num_beams={beams} cannot be used with lossless=True: drafts follow one text; drop one")
         limit = value("max_new_tokens", None)
         if limit is None:
-            limit = (value("max_length", prompt_length + 20) - prompt_length) or 1
+            length = value("max_length", prompt_length + 20)
+            if length < prompt_length:
+                raise ValueError(f"max_length={length} is less than the {prompt_length} tokens of the prompt; raise it")
+            limit = (length - prompt_length) or 1
         if limit < 1:
             raise ValueError(f"max_new_tokens={limit} must be at least 1")
         warpers = LogitsProcessorList()

@@ -145,9 +145,13 @@ class RouteRouter(nn.Module):
         return (means.float() @ self.length_weight + self.length_bias).clamp_max(_LONGEST_LOG_LENGTH).exp()
 
     def choose(self, means: Tensor, skip_rate: float | Tensor | None = None) -> Tensor:
-        """[B], the place in the codebook of each prompt's route; z [B, F], one rate or [B], None for the default."""
+        """[B], the place in the codebook of each prompt's route; z [B, F], one rate or [B], None for the default.
+
+        A rate of 0 is dense decoding, also of prompts for which a shorter route promises less than no harm.
+        """
         rate = self.checked_rate(skip_rate).to(means.device)
-        return self.cheapest(self.predicted_harm(means), self.predicted_length(means), rate, self.price(rate))
+        chosen = self.cheapest(self.predicted_harm(means), self.predicted_length(means), rate, self.price(rate))
+        return chosen.masked_fill(rate == 0, 0)
 
     def cheapest(self, harm: Tensor, length: Tensor, rate: Tensor, price: Tensor) -> Tensor:
         """[B], the place of each prompt's route, from what is predicted: harm [B, K] and length [B].
@@ -182,7 +186,10 @@ class RouteRouter(nn.Module):
         """The wanted rate as a tensor, [] or [B]; ValueError for one out of range, or not one per row."""
         if skip_rate is None:
             return self.default_rate
-        rate = torch.as_tensor(skip_rate, dtype=torch.float32, device=self.device)
+        try:
+            rate = torch.as_tensor(skip_rate, dtype=torch.float32, device=self.device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"skip_rate={skip_rate!r} must be a number, or a tensor of one per prompt") from error
         if rate.ndim > 1 or (rows is not None and rate.ndim == 1 and len(rate) != rows):
             raise ValueError(
                 f"skip_rate has shape {list(rate.shape)} for {rows} prompts; give one rate, or one per prompt"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from firstlab.data.batching import shard_batches
 from firstlab.data.datamodule import PromptDataModule
+from firstlab.data.files import warn
 from firstlab.evaluation.decoding import Decoder
 from firstlab.evaluation.scoring import primary_metric, score_texts
 from firstlab.methods.objective import RouteFit
@@ -23,7 +24,15 @@ from firstlab.store.files import read_own
 from firstlab.training.calibration import fit_to_decisions
 from firstlab.training.drawn_routes import DrawnRoutes
 from firstlab.training.prompt_set import PromptSet
-from firstlab.training.route_fit import Measured, extend, fit_router, measure, read_means, use_static
+from firstlab.training.route_fit import (
+    ENOUGH_HELD_OUT,
+    Measured,
+    extend,
+    fit_router,
+    measure,
+    read_means,
+    use_static,
+)
 from firstlab.training.route_search import grown, saved_codebook, searched_once
 
 
@@ -47,6 +56,10 @@ def fit_route_router(run: Run, name: str = "router") -> dict[str, Any]:
     if not record["worth"]:
         use_static(router, measured, fit)
     _report(record)
+    if (highest := router.highest_rate) < fit.target_skip - 1e-6:
+        most = router.settings.max_harm
+        bound = f"method.highest_skip={fit.highest_skip}" if most is None else f"router.max_harm={most}"
+        warn(f"method.target_skip={fit.target_skip}: the routes skip {highest:.3g} at most, over tokens; raise {bound}")
     return record
 
 
@@ -86,7 +99,7 @@ def validation_score(run: Run, routes: Routes | None = None) -> float:
 
 def _report(record: dict[str, Any]) -> None:
     low, high = record["gain_interval"]
-    harm, length, rate = (100 * record[key] for key in ("harm_r2", "length_r2", "skip_rate_by_token"))
+    harm, length, rate = (100 * max(record[key], 0) for key in ("harm_r2", "length_r2", "skip_rate_by_token"))
     say(
         f"route router: {record['routes']} routes, measured on {record['prompts']} prompts. On held-out ones the "
         f"prompt tells {harm:.0f} % of what a route costs (R²) and {length:.0f} % of the response's length. With "
@@ -95,7 +108,9 @@ def _report(record: dict[str, Any]) -> None:
         f"[{low:+.4f}, {high:+.4f}], price by {record['price']})"
     )
     if not record["worth"]:
-        say("reading the prompt is worth nothing here: every prompt gets the best set of the wanted size")
+        few = record["held_out"] < ENOUGH_HELD_OUT
+        why = "too few held-out prompts to tell" if few else "reading the prompt is worth nothing here"
+        say(f"{why}: every prompt gets the best set of the wanted size")
 
 
 def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firstlab.config.compose import load_dict, read_saved
-from firstlab.config.schema import ExperimentConfig
+from firstlab.config.schema import PHASES, ExperimentConfig
 from firstlab.methods.base import Method
 from firstlab.store import results
 from firstlab.store.files import read_own, remove_torn, write_atomically, yaml_text
@@ -93,8 +93,8 @@ def check_same(directory: Path, config: ExperimentConfig) -> None:
         saved = load_dict(read_saved(directory / CONFIG))
     except ValueError as error:
         raise ValueError(f"{error}; choose another run_dir, or delete {directory}") from error
-    made = [each for each in ("tune", "refit") if (directory / each).is_dir() and each not in saved.phases]
-    saved = replace(saved, phases=[*saved.phases, *made])
+    made = [each for each in ("tune", "refit") if (directory / each).is_dir()]
+    saved = replace(saved, phases=[each for each in PHASES if each in (*saved.phases, *made)])
     old, new = (_flat(each.located().identity()) for each in (saved, config))
     if config.phases == ["evaluate"]:  # of whatever has been trained
         new["steps"] = old.get("steps")

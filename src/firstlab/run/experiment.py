@@ -41,6 +41,11 @@ class Experiment(Run):
             raise ValueError("data.val_size=0: training keeps the weights that validate best, so give it at least 1")
         if "router" in config.phases and (start := method.router_start()) is not None:
             start.check(config.router.threshold)
+        tunes = "tune" in config.phases or (self.directory / "tune").is_dir()
+        if config.lora_start == "continue" and "lora" in config.phases and method.name != "none" and not tunes:
+            raise ValueError("lora_start=continue goes on from the tuned LoRA: add tune to phases, or leave it out")
+        if (fit := method.route_fit()) is not None and "router" in config.phases:
+            fit.check_rates(config.evaluation.skip_rates)
         build.check_device(config.trainer)
         if rank()[0] == 0:
             directory.check_directory(self.directory, config)

@@ -104,10 +104,33 @@ def print_table(title: str, table: Sequence[dict[str, Any]]) -> None:
             cells.append("-" if rate is None else f"{100 * rate:.1f} %")
         timing = row.get("timing")
         view.add_row(row_title(row), *cells, f"{timing['tpot_ratio']:.2f}x" if timing else "-")
-    Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(view)
+    console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
+    console.print(view)
+    if (rates := _rates_by_part(table)) is not None:
+        console.print(rates)
     for row in table:
         for warning in row["warnings"]:
             print(f"warning: {row_title(row)}: {warning}")
+
+
+def _rates_by_part(table: Sequence[dict[str, Any]]) -> Table | None:
+    """What each part of a mixture pays, beside its scores: skip rates over prompts and over tokens."""
+    shown = {row_title(row): row["skip"].get("by_part") for row in table if row["skip"]["skip_rate"] > 0}
+    parts = list(dict.fromkeys(part for found in shown.values() for part in found or {}))
+    if not parts:
+        return None
+    view = Table(title="Skip rate by part: over prompts, over tokens", title_justify="left")
+    view.add_column("", no_wrap=True)
+    for part in parts:
+        view.add_column(part, justify="right")
+
+    def cell(group: dict[str, Any]) -> str:
+        rates = (group.get("skip_rate"), group.get("skip_rate_by_token"))  # older records lack the second
+        return ", ".join("-" if rate is None else f"{100 * rate:.1f} %" for rate in rates)
+
+    for title, found in shown.items():
+        view.add_row(title, *(cell((found or {}).get(part, {})) for part in parts))
+    return view
 
 
 def skip_per_layer(rows: Sequence[dict[str, Any]], file: Path, title: str) -> None:

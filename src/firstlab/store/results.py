@@ -56,6 +56,7 @@ _VARIANT = {
         "per_layer": [float],
         "skip_rate_by_token?": float,
         "by_difficulty?": {"*": {"n": int, "skip_rate": float}},
+        "by_part?": {"*": {"n": int, "skip_rate": float, "skip_rate_by_token?": float, "perplexity?": float}},
         **dict.fromkeys(("unique_routes?", "route_entropy_bits?", "mode_agreement?", "static_agreement?"), float),
     },
     "metrics": {"*": _METRIC},

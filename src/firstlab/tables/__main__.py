@@ -36,6 +36,7 @@ def build(config: TablesConfig, library: Library) -> list[Table]:
     tables.append(analysis.adaptivity(cells))
     if any(each.node["method"] == "routes" for each in library.records):
         tables += [any_speed.fits(cells), any_speed.any_speed(cells)]
+        tables += [table for table in [any_speed.by_part(cells)] if table.rows]  # of mixtures alone
     tables.append(analysis.by_group(cells, "difficulty", "difficulty level", "difficulty"))
     tables.append(analysis.by_group(cells, "length", "prompt tokens", "prompt_tokens"))
     tables += [printed.splits_table(cells), analysis.every_run(cells)]

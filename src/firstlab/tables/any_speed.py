@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +29,8 @@ class Point:
     """One rate that was asked of one trained router, the parts of its records by seed."""
 
     data: str
+    title: str  # of the method
+    settings: str  # of method and routers, but for the rate
     lora: bool
     asked: float
     parts: dict[int, dict[str, Any]]
@@ -36,21 +38,25 @@ class Point:
 
     def of(self, seeds: Iterable[int]) -> Point:
         """With these seeds only."""
-        return Point(self.data, self.lora, self.asked, {seed: self.parts[seed] for seed in sorted(seeds)}, self.trained)
+        return replace(self, parts={seed: self.parts[seed] for seed in sorted(seeds)})
 
-    def mean(self, key: str) -> float:
-        """Mean over seeds of a skip rate: "skip_rate" or "skip_rate_by_token"."""
-        return fmean(part["skip"][key] for part in self.parts.values())
+    def mean(self, key: str, name: str = "") -> float | None:
+        """Mean over seeds of "skip_rate" or "skip_rate_by_token"; of one part of a mixture, if a `name` is given.
 
-    @property
-    def scores(self) -> list[Scores]:
-        """The headline metric per test prompt, of each seed."""
-        return [_scores(part) for part in self.parts.values()]
+        None where a record lacks it.
+        """
+        skips = [part["skip"] for part in self.parts.values()]
+        found = [(skip["by_part"][name] if name else skip).get(key) for skip in skips]
+        return None if None in found else fmean(found)
+
+    def scores(self, name: str = "") -> list[Scores]:
+        """The headline metric per test prompt, of each seed; of one part of a mixture, if a `name` is given."""
+        return [_scores(part, name) for part in self.parts.values()]
 
 
 def fits(cells: Cells) -> Table:
     """What each fit of a route router says of itself on held-out prompts."""
-    heads = columns("Task", "Seed", "Step", "Prompts", "Price")
+    heads = columns("Task", "Method", "Seed", "Step", "Prompts", "Price")
     heads += columns("in all", "used", group="routes")
     heads += columns("harm", "length", group="R², held out")
     heads += columns("skip, over tokens", "dense", "static sets", "routed", "gain", group="loss, held out")
@@ -60,7 +66,7 @@ def fits(cells: Cells) -> Table:
         for step in ("router", "refit"):
             found = record.node.get("phases", {}).get(step)
             if found and all(isinstance(found.get(name), int | float) for name in _NUMBERS):
-                row = [Cell(record.node["data"]), Cell(str(record.seed), record.seed)]
+                row = [Cell(record.node["data"]), Cell(_title(record)), Cell(str(record.seed), record.seed)]
                 row += [Cell("choose" if step == "router" else step), number(found["prompts"], ".0f")]
                 row += [
                     Cell(str(found.get("price"))),
@@ -84,39 +90,65 @@ def fits(cells: Cells) -> Table:
 
 def any_speed(cells: Cells) -> Table:
     """One checkpoint at every rate that was asked of it, beside static sets at the same rate over tokens."""
-    heads = columns("Task", "LoRA", "Asked", "skip", "skip, over tokens", "Seeds", "Score")
+    heads = columns("Task", "Method", "LoRA", "Asked", "skip", "skip, over tokens", "Seeds", "Score")
     heads += columns("score", "difference", "p", group=f"{method_title(STATIC)} at that rate")
-    statics = [each for record in cells.library.records for each in _points(record) if record.node["method"] == STATIC]
-    fixed = _over_seeds(statics)
-    rows = []
+    rows, fixed = [], _static(cells)
     for point in _over_seeds(each for record in _routed(cells) for each in _points(record)):
-        low, high = bootstrap_interval(Scores.average(point.scores), confidence=cells.config.confidence)
-        value = Scores.average(point.scores).value
-        row = [Cell(point.data), LORA[point.lora], percent(point.asked), percent(point.mean("skip_rate"))]
-        row += [percent(point.mean("skip_rate_by_token")), Cell(str(len(point.parts)), len(point.parts))]
-        row.append(Cell(f"{value:.1f}", value, interval(low, high), kind="ours"))
-        found = compare(point, fixed, cells.config.resamples)
-        if found is None:
-            rows.append([*row, Cell(note="no static sets of the same training next to this rate"), Cell(), Cell()])
-        else:
-            static, test = found
-            detail = interval(test.low, test.high, "+.1f")
-            row += [number(static), Cell(f"{test.difference:+.1f}", test.difference, detail, kind="ours")]
-            rows.append([*row, number(test.p_value, ".3g")])
+        row = [Cell(point.data), Cell(point.title), LORA[point.lora], percent(point.asked)]
+        row += [percent(point.mean(key)) for key in ("skip_rate", "skip_rate_by_token")]
+        rows.append([*row, Cell(str(len(point.parts)), len(point.parts)), *_scored(cells, point, fixed)])
     caption = (
         "One router and, with LoRA, one adapter for all rates. Static sets have an adapter of their own for each rate, "
-        "trained for as many steps; between two sizes a share of the prompts gets the larger set."
+        "trained for as many steps; between two sizes a share of the prompts gets the larger set. PuDDing's rule takes "
+        "the set of least predicted harm among those of one size."
     )
     return Table("any_speed", "One checkpoint at any rate", heads, rows, caption, section="Analysis")
 
 
-def compare(point: Point, statics: list[Point], resamples: int) -> tuple[float, PairedTest] | None:
+def by_part(cells: Cells) -> Table:
+    """What each part of a mixture pays and gets: its rates and score, beside static sets at the same rate overall."""
+    heads = columns("Task", "Method", "LoRA", "Asked", "Part", "skip", "skip, over tokens", "Score")
+    heads += columns("score", "difference", "p", group=f"{method_title(STATIC)} at the rate of the whole")
+    rows, fixed = [], _static(cells)
+    for point in _over_seeds(each for record in _routed(cells) for each in _points(record)):
+        for name in sorted(set.intersection(*(set(part["skip"].get("by_part", {})) for part in point.parts.values()))):
+            row = [Cell(point.data), Cell(point.title), LORA[point.lora], percent(point.asked), Cell(name)]
+            row += [percent(point.mean(key, name)) for key in ("skip_rate", "skip_rate_by_token")]
+            rows.append([*row, *_scored(cells, point, fixed, name)])
+    caption = (
+        "A router may let one part of a mixture pay for the others: here is what each part skips and scores. Static "
+        "sets skip alike in all parts, at the rate over tokens of the whole mixture. router.max_harm bounds what a "
+        "prompt may lose."
+    )
+    return Table("by_part", "One checkpoint, part by part", heads, rows, caption, section="Analysis")
+
+
+def _scored(cells: Cells, point: Point, fixed: list[Point], name: str = "") -> list[Cell]:
+    """A point's score with its interval, and the comparison with static sets; of one part, if a `name` is given."""
+    mean = Scores.average(point.scores(name))
+    low, high = bootstrap_interval(mean, confidence=cells.config.confidence)
+    score = Cell(f"{mean.value:.1f}", mean.value, interval(low, high), kind="ours")
+    found = compare(point, fixed, cells.config.resamples, name)
+    if found is None:
+        return [score, Cell(note="no static sets of the same training next to this rate"), Cell(), Cell()]
+    static, test, seeds = found
+    detail = interval(test.low, test.high, "+.1f")
+    if seeds < point.parts.keys():  # what is subtracted is then not what stands beside it
+        detail += f" seeds {', '.join(map(str, sorted(seeds)))}"
+    difference = Cell(f"{test.difference:+.1f}", test.difference, detail, kind="ours")
+    return [score, number(static), difference, number(test.p_value, ".3g")]
+
+
+def compare(
+    point: Point, statics: list[Point], resamples: int, name: str = ""
+) -> tuple[float, PairedTest, set[int]] | None:
     """The static sets' score at the point's rate over tokens, and the paired test; None without sets next to it.
 
-    What is compared is the seeds that all have.
+    What is compared is the seeds that all have, which are the third.
     """
     near = [each for each in statics if each.trained == point.trained and each.lora == point.lora]
     rate = point.mean("skip_rate_by_token")
+    assert rate is not None
     below = max((x for x in near if x.asked <= rate + _SAME_RATE), key=lambda each: each.asked, default=None)
     above = min((x for x in near if x.asked >= rate - _SAME_RATE), key=lambda each: each.asked, default=None)
     if below is None or above is None:
@@ -125,19 +157,40 @@ def compare(point: Point, statics: list[Point], resamples: int) -> tuple[float, 
     if not shared:
         return None
     ours, less, more = (each.of(shared) for each in (point, below, above))
-    gap = more.asked - less.asked
-    share = min(max((ours.mean("skip_rate_by_token") - less.asked) / gap, 0.0), 1.0) if gap > 0 else 0.0
-    theirs = Scores.average([Scores.blend(a, b, share) for a, b in zip(less.scores, more.scores, strict=True)])
-    return theirs.value, paired_test(Scores.average(ours.scores), theirs, resamples=resamples)
+    gap, own = more.asked - less.asked, ours.mean("skip_rate_by_token") or 0.0
+    share = min(max((own - less.asked) / gap, 0.0), 1.0) if gap > 0 else 0.0
+    pairs = zip(less.scores(name), more.scores(name), strict=True)
+    theirs = Scores.average([Scores.blend(a, b, share) for a, b in pairs])
+    return theirs.value, paired_test(Scores.average(ours.scores(name)), theirs, resamples=resamples), shared
 
 
-def _scores(part: dict[str, Any]) -> Scores:
-    """The headline metric; of a mixture, the mean of its parts' headline metrics."""
+def _scores(part: dict[str, Any], name: str = "") -> Scores:
+    """The headline metric, of one part of a mixture if a `name` is given; of all, the mean of the parts' metrics."""
     rows = part["examples"]["scores"]
-    if part["primary_metric"] in rows:
+    if not name and part["primary_metric"] in rows:
         return from_rows(part["primary_metric"], results.unpack(rows[part["primary_metric"]]))
-    headlines = [name for name in rows if name.rpartition("/")[2] in PRIMARY_METRIC.values()]
-    return Scores.mixture([from_rows(name, results.unpack(rows[name])) for name in headlines])
+    headlines = [key for key in rows if key.rpartition("/")[2] in PRIMARY_METRIC.values()]
+    chosen = [key for key in headlines if not name or key.rpartition("/")[0] == name]
+    return Scores.mixture([from_rows(key, results.unpack(rows[key])) for key in chosen])
+
+
+def _title(record: Record) -> str:
+    """How a record's method is called, with what makes it another one."""
+    config = record.node["config"]
+    if record.node["method"] != "routes":
+        return method_title(record.node["method"])
+    router, method = config["router"], config["method"]
+    said = ["PuDDing's rule: routes of one size, no price" if router.get("price") == "size" else "routes"]
+    if router.get("max_harm") is not None:
+        said.append(f"harm at most {router['max_harm']:g}")
+    if method.get("any_speed") is False:
+        said.append("LoRA for one rate")
+    return ", ".join(said)
+
+
+def _static(cells: Cells) -> list[Point]:
+    found = [record for record in cells.library.records if record.node["method"] == STATIC]
+    return _over_seeds(each for record in found for each in _points(record))
 
 
 def _routed(cells: Cells) -> list[Record]:
@@ -151,6 +204,7 @@ def _points(record: Record) -> Iterator[Point]:
     config = record.node["config"]
     shared = {name: config[name] for name in ("model", "data", "lora_phase", "lora")}
     trained = json.dumps({**shared, "tuned": "tune" in config.get("steps", [])}, sort_keys=True)
+    settings = json.dumps([{**config["method"], "target_skip": None}, config["router"]], sort_keys=True)
     for name, variant in record.node["variants"].items():
         if name.startswith("router"):
             skip, asked = variant["skip"], config["method"]["target_skip"]
@@ -158,18 +212,29 @@ def _points(record: Record) -> Iterator[Point]:
             parts = {rate: variant} | {float(key): part for key, part in variant.get("rates", {}).items()}
             for rate, part in parts.items():
                 if part.get("examples", {}).get("scores") and "skip_rate_by_token" in part["skip"]:
-                    yield Point(record.node["data"], name.endswith("lora"), rate, {record.seed: part}, trained)
+                    yield Point(
+                        data=record.node["data"],
+                        title=_title(record),
+                        settings=settings,
+                        lora=name.endswith("lora"),
+                        asked=rate,
+                        parts={record.seed: part},
+                        trained=trained,
+                    )
 
 
 def _over_seeds(points: Iterable[Point]) -> list[Point]:
-    """Points of several seeds as one, where data, training, rate and test set are the same."""
-    groups: dict[Any, dict[int, dict[str, Any]]] = defaultdict(dict)
+    """Points of several seeds as one, where data, method, training, rate and test set are the same."""
+    groups: dict[Any, list[Point]] = defaultdict(list)
     for point in points:
-        [(seed, part)] = point.parts.items()
-        key = point.data, point.lora, round(point.asked, 4), point.trained, part["examples"].get("test_set")
-        groups[key].setdefault(seed, part)
-    return [
-        Point(data, lora, asked, dict(sorted(groups[key].items())), trained)
-        for key in sorted(groups, key=str)
-        for data, lora, asked, trained, _ in [key]
-    ]
+        [part] = point.parts.values()
+        test_set = str(part["examples"].get("test_set"))
+        key = point.data, point.lora, round(point.asked, 4), point.title, point.settings, point.trained, test_set
+        groups[key].append(point)
+    joined = []
+    for key in sorted(groups):
+        parts: dict[int, dict[str, Any]] = {}
+        for point in groups[key]:
+            parts |= {seed: part for seed, part in point.parts.items() if seed not in parts}
+        joined.append(replace(groups[key][0], parts=dict(sorted(parts.items()))))
+    return joined

@@ -29,6 +29,8 @@ _LEAST_HARM = -0.3
 _CLIPS = (0.5, 1.0, 2.0, 4.0)
 _RIDGES = tuple(10.0**power for power in range(0, 7))
 _HELD_OUT = 0.25
+#: Fewer held-out prompts agree by chance more often than once in twenty times.
+ENOUGH_HELD_OUT = 6
 _RATES = 33
 # A fit is chosen by what it loses at these multiples of the wanted rate.
 _RATES_OF_INTEREST = (0.6, 1.0, 1.4)
@@ -172,17 +174,25 @@ def fit_router(router: RouteRouter, measured: Measured, fit: RouteFit, price: st
 
 
 def use_static(router: RouteRouter, measured: Measured, fit: RouteFit) -> None:
-    """Let every prompt have the best set of the size nearest to the wanted rate, whatever it says."""
-    router.settings = replace(router.settings, price="size", max_harm=None)
-    features = measured.means.shape[1]
+    """Let every prompt have the best set of the size nearest to the wanted rate, whatever it says.
+
+    Sets that harm prompts more than `max_harm` on average are left out.
+    """
+    most = router.settings.max_harm
+    harm, routes = measured.harm.mean(0), measured.routes
+    if most is not None:
+        allowed = (harm <= most) | routes.all(1)
+        harm, routes = harm[allowed], routes[allowed]
+    router.settings = replace(router.settings, price="size")
+    features, highest = measured.means.shape[1], float((~routes).float().mean(1).max())
     router.set_fit(
-        codebook=measured.routes.float(),
-        harm_weight=torch.zeros(len(measured.routes), features),
-        harm_bias=measured.harm.mean(0),
+        codebook=routes.float(),
+        harm_weight=torch.zeros(len(routes), features),
+        harm_bias=harm,
         length_weight=torch.zeros(features),
         length_bias=torch.zeros(()),
-        **_grid(float((~measured.routes).float().mean(1).max())),
-        default_rate=torch.tensor(fit.target_skip),
+        **_grid(highest),
+        default_rate=torch.tensor(min(fit.target_skip, highest)),
     )
 
 
@@ -338,13 +348,14 @@ def _diagnose(router: RouteRouter, held: Measured) -> dict[str, Any]:
         "predicted_harm": mean(predicted.gather(1, chosen[:, None])[:, 0]),
         "measured_harm": mean(routed - held.losses[:, 0]),
         "highest_rate": router.highest_rate,
-        "worth": high < 0,
+        "worth": high < 0 and len(routed) >= ENOUGH_HELD_OUT,
     }
 
 
 def _r2(values: Tensor, predicted: Tensor, constant: Tensor) -> float:
-    """Share of the variance around a constant that the prediction explains, all columns together."""
-    return float(1 - (values - predicted).square().sum() / (values - constant).square().sum().clamp_min(1e-12))
+    """Share of the variance around a constant that the prediction explains, all columns together; 0 without any."""
+    variance = float((values - constant).square().sum())
+    return 1 - float((values - predicted).square().sum()) / variance if variance > 1e-9 else 0.0
 
 
 def _interval(differences: Tensor, weights: Tensor) -> tuple[float, float]:

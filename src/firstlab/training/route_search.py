@@ -55,10 +55,10 @@ def find_codebook(prompts: PromptSet, fit: RouteFit) -> Tensor:
 
 def wanted_sizes(num_layers: int, fit: RouteFit) -> list[int]:
     """Numbers of skipped layers, evenly spread up to the highest rate, with those next to the method's own rate."""
-    most = math.ceil(fit.highest_skip * num_layers)
+    most = math.ceil(round(fit.highest_skip * num_layers, 9))  # 0.55 · 20 is a little more than 11
     check_count(most, num_layers, 1, 1)
     spread = {round(most * step / fit.sizes) for step in range(1, fit.sizes + 1)}
-    own = fit.target_skip * num_layers
+    own = round(fit.target_skip * num_layers, 9)
     return sorted({size for size in spread | {math.floor(own), math.ceil(own)} if 0 < size <= most})
 
 
