@@ -34,7 +34,7 @@ from firstlab.serve import ServeOptions
 from firstlab.serve.__main__ import build
 from firstlab.serve.load import LoadOptions
 from firstlab.serve.page import PageOptions
-from firstlab.tables import config as tables
+from firstlab.tables import cells as tables
 from support.models import prompts, routed
 from support.pages import PAGES, ROOT, Command, blocks, commands
 from support.tiny_run import SMALL, composed

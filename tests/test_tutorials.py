@@ -74,7 +74,7 @@ def test_skip_a_quarter(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytes
 def test_table1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The table is made of the records; that the other commands would start is tested with those of all pages."""
     from firstlab.tables.__main__ import run as write_tables
-    from firstlab.tables.config import load
+    from firstlab.tables.cells import load
 
     monkeypatch.chdir(tmp_path)
     records = str(ROOT / "experiments" / "nano_grid")

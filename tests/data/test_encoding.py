@@ -23,6 +23,7 @@ from firstlab.data.encoding import (
 from firstlab.data.mini_qa import MiniQA
 from firstlab.data.mini_summarization import MiniSummarization
 from firstlab.data.mini_translation import MiniTranslation
+from firstlab.data.prompts import qa_prompt, summarization_prompt, translation_prompt
 from firstlab.data.task import Example
 from support.texts import tiny_tokenizer
 
@@ -281,3 +282,23 @@ def test_prompts_pad_left():
         "attention_mask": [[0, 1, 1, 1], [1, 1, 1, 1]],
         "index": [4, 2],
     }
+
+
+def test_translation_prompt_is_the_papers():
+    assert translation_prompt("Hello.", "English", "German") == (
+        "### Instruction:\nTranslate the following sentences from English to German.\n\n"
+        "### Input:\nHello.\n\n### Response:\n"
+    )
+
+
+def test_summarization_prompt_is_the_papers():
+    assert summarization_prompt("News.") == (
+        "### Instruction:\nSummarize the news article in around 100-200 words.\n\n### Input:\nNews.\n\n### Response:\n"
+    )
+
+
+def test_qa_prompt_is_the_papers():
+    assert qa_prompt("Tea is hot.", "What is hot?") == (
+        "### Instruction:\nAnswer the question based on the given passage.\n\n"
+        "### Passage:\nTea is hot.\n\n### Question:\nWhat is hot?\n\n### Response:\n"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from firstlab.data.datamodule import PromptDataModule
 from firstlab.data.encoding import PromptRows
 from firstlab.evaluation.decoding import Decoder
 from firstlab.evaluation.predictions import Prediction, generate_predictions, source_of
+from firstlab.evaluation.timing import Stopwatch
 from firstlab.evaluation.variant import evaluate_variant
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.lora import lora_layers
@@ -364,3 +366,33 @@ def test_a_run_is_itself_with_and_without_the_choice() -> None:
         composed("evaluation.decoder=engine", "evaluation.num_beams=2")
     with pytest.raises(ValueError, match="evaluation.decoder='vllm' is not allowed: choose one of generate, engine"):
         composed("evaluation.decoder=vllm")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_times_since_the_start(device: str) -> None:
+    scores = torch.zeros(1, 5, device=device)
+    watch, began = Stopwatch(torch.device(device)), time.perf_counter()
+    for _ in range(2):
+        time.sleep(0.02)
+        assert watch(torch.zeros(1, 1, dtype=torch.long), scores) is scores
+    first, second = watch.times
+    assert 0.02 <= first < first + 0.02 <= second <= time.perf_counter() - began + 0.005
+
+
+@pytest.mark.gpu
+def test_a_gpu_notes_its_own_time() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    (x @ x).sum().item()
+    watch, began = Stopwatch(torch.device("cuda")), time.perf_counter()
+    for _ in range(200):
+        x = x @ x / 4096
+    watch(x, x)
+    host = time.perf_counter() - began  # the products have been asked for, not made
+    assert watch.times[0] > 2 * host
+
+
+def test_what_is_on_the_host() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    watch.note()
+    watch.note()
+    assert 0 <= watch.times[0] <= watch.times[1] < 1

@@ -21,8 +21,7 @@ from firstlab.model.lm import RouterAugmentedLM
 from firstlab.run.experiment import Experiment
 from firstlab.store import results
 from firstlab.tables.analysis import harness
-from firstlab.tables.cells import Cells
-from firstlab.tables.config import load
+from firstlab.tables.cells import Cells, load
 from firstlab.tables.records import read
 from support.models import random_routers
 from support.tiny_run import composed, overrides

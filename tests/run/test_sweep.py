@@ -24,7 +24,7 @@ from firstlab.run.load import load
 from firstlab.run.sweep import PlannedRun, describe, duration, expand, plan, run_sweep, with_cells
 from firstlab.store import results
 from firstlab.store.files import claimed
-from firstlab.tables import config as tables_config
+from firstlab.tables import cells
 
 FOLDER = Path(conf_dir()) / "sweep"
 FILES = sorted(
@@ -74,14 +74,14 @@ def test_no_two_runs_of_a_sweep_share_a_directory(name: str):
     ("scale", "name", "least"), [("nano", "tables", 100), ("llama", "llama/tables", 100), ("multi30k", "multi30k", 14)]
 )
 def test_sweeps_run_what_the_tables_show(scale: str, name: str, least: int):
-    plan = planned_runs(tables_config.load(compose("tables", [f"scale={scale}"])).scale)
+    plan = planned_runs(cells.load(compose("tables", [f"scale={scale}"])).scale)
     wanted = {frozenset((*run.overrides, "seed=0")) for run in plan}
     assert len(wanted) > least and wanted <= set(map(frozenset, expand(grids_of(name), {})))
 
 
 @pytest.mark.parametrize(("scale", "name"), [("nano", "ablations"), ("llama", "llama/ablations")])
 def test_the_ablation_sweep_runs_what_the_table_shows(scale: str, name: str):
-    config = tables_config.load(compose("tables", [f"scale={scale}"]))
+    config = cells.load(compose("tables", [f"scale={scale}"]))
     wanted = [dict(each.split("=", 1) for each in run.overrides) for _, _, run in ablation_runs(config.scale, 15)]
     swept = [of_run(run) for run in expand(grids_of(name), {})]
     assert len(wanted) > 20 and all({**each, "seed": "0"} in swept for each in wanted)

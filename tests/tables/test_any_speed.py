@@ -16,8 +16,7 @@ from firstlab.config.grid import run_of
 from firstlab.metrics import Scores, from_rows, paired_test
 from firstlab.store import results
 from firstlab.tables.any_speed import any_speed, by_part, fits
-from firstlab.tables.cells import Cells
-from firstlab.tables.config import TablesConfig, load
+from firstlab.tables.cells import Cells, TablesConfig, load
 from firstlab.tables.records import read
 from support.made_records import record, save
 

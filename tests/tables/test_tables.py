@@ -26,8 +26,7 @@ from firstlab.store import results
 from firstlab.tables import __main__ as tables_command
 from firstlab.tables.__main__ import build, write
 from firstlab.tables.analysis import adaptivity, equal_rates, pareto
-from firstlab.tables.cells import WORSE, Cells
-from firstlab.tables.config import TablesConfig, load
+from firstlab.tables.cells import WORSE, Cells, TablesConfig, load
 from firstlab.tables.printed import missing_cell, overhead_table, score_cell, tpot_table
 from firstlab.tables.records import Library, read
 from firstlab.tables.table import Cell, Column, Table, csv_text, latex, markdown

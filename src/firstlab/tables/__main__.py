@@ -15,8 +15,7 @@ from firstlab.config.grid import quality_of, tpot_of
 from firstlab.store import paper
 from firstlab.store.files import check_writable, write_atomically
 from firstlab.tables import analysis, any_speed, pictures, printed
-from firstlab.tables.cells import BETTER, WORSE, Cells
-from firstlab.tables.config import TablesConfig, load
+from firstlab.tables.cells import BETTER, WORSE, Cells, TablesConfig, load
 from firstlab.tables.records import Library, read
 from firstlab.tables.table import Table, csv_text, latex, markdown
 

@@ -12,9 +12,8 @@ from typing import Any
 from hydra.utils import get_object
 
 from firstlab.config.compose import composed_config
-from firstlab.config.grid import Run, level_keys
+from firstlab.config.grid import Run, ScaleConfig, level_keys
 from firstlab.store import results
-from firstlab.tables.config import ScaleConfig
 
 #: Settings that decide what a run is, by section; all of it where none is named. Where it ran does not decide.
 _SETTINGS: dict[str, tuple[str, ...]] = {
