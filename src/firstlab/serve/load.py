@@ -23,11 +23,7 @@ import httpx
 
 from firstlab.config.command_line import guarded, read_options
 from firstlab.config.schema import option
-from firstlab.data.mini_qa import MiniQA
-from firstlab.data.mini_summarization import MiniSummarization
-from firstlab.data.mini_translation import MiniTranslation
 from firstlab.serve.client import Answer, ask, connect
-from firstlab.store.machine import provenance
 
 
 @dataclass
@@ -58,6 +54,12 @@ def measure(options: LoadOptions) -> dict[str, Any]:
 
     The speed-up is the median of tokens per second over those of the first rate in the same round.
     """
+    # Only now torch.
+    from firstlab.data.mini_qa import MiniQA
+    from firstlab.data.mini_summarization import MiniSummarization
+    from firstlab.data.mini_translation import MiniTranslation
+    from firstlab.store.machine import provenance
+
     try:
         rates = [None if each == "null" else float(each) for each in options.skip_rates.split(",")]
     except ValueError as error:
