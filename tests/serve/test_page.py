@@ -76,7 +76,7 @@ def test_the_page_shows_both_answers_their_times_and_the_layers_that_ran(server:
             return WebDriverWait(browser, 60, 0.02, drawn_anew).until(lambda _: condition())
 
         until(lambda: find("#prompt textarea"))
-        find("input[type=radio][value=text]")[0].click()
+        until(lambda: find("input[type=radio][value=text]"))[0].click()
         box = until(lambda: find("#rate input[type=number]"))[0]
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys("0.3", Keys.TAB)

@@ -513,7 +513,8 @@ def test_measuring_a_server(address: str, tmp_path: Path, capsys: pytest.Capture
     load.main([f"url={address}", *few, "skip_rates=0,0.3,null", f"out={tmp_path / 'load.json'}"])
     record = json.loads((tmp_path / "load.json").read_text())
     dense, some, own = record["variants"]
-    assert record["settings"]["concurrency"] == 3 and record["device"]
+    assert record["settings"]["concurrency"] == 3 and record["device"] and record["model"]["id"] == "routed"
+    assert dense["speed_up"] == 1 and some["speed_up"] > 0
     assert (dense["asked"], some["asked"], own["asked"]) == (0, 0.3, None)
     assert dense["skip_rate"] == 0 and dense["union_layers"] == LAYERS and 0 <= some["skip_rate"] < 1
     for row in (dense, some, own):

@@ -31,7 +31,8 @@ class Answer:
 def connect(url: str) -> httpx.Client:
     """A client that sends the API key in FIRSTLAB_API_KEY, if there is one."""
     headers = {"Authorization": f"Bearer {key}"} if (key := api_key()) else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=600, limits=httpx.Limits())
+    unlimited = httpx.Limits()  # by default a hundred connections
+    return httpx.Client(base_url=url, headers=headers, timeout=600, limits=unlimited)
 
 
 def ask(client: httpx.Client, prompt: str, chat: bool = False, **asked: Any) -> Iterator[Answer]:

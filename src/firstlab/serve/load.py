@@ -23,11 +23,7 @@ import httpx
 
 from firstlab.config.command_line import guarded, read_options
 from firstlab.config.schema import option
-from firstlab.data.mini_qa import MiniQA
-from firstlab.data.mini_summarization import MiniSummarization
-from firstlab.data.mini_translation import MiniTranslation
-from firstlab.serve.client import ask, connect
-from firstlab.store.machine import provenance
+from firstlab.serve.client import Answer, ask, connect
 
 
 @dataclass
@@ -53,51 +49,54 @@ class LoadOptions:
     out: str | None = None
 
 
-def measure(options: LoadOptions) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the server says of its model, and for each rate its medians over the rounds, and the figures of every round.
+def measure(options: LoadOptions) -> dict[str, Any]:
+    """The record: for each rate the medians over its rounds, and every round; ValueError where the server fails.
 
-    Raises:
-        ValueError: The server is not there, or refuses a request.
+    The speed-up is the median of tokens per second over those of the first rate in the same round.
     """
+    # Only now torch.
+    from firstlab.data.mini_qa import MiniQA
+    from firstlab.data.mini_summarization import MiniSummarization
+    from firstlab.data.mini_translation import MiniTranslation
+    from firstlab.store.machine import provenance
+
     try:
         rates = [None if each == "null" else float(each) for each in options.skip_rates.split(",")]
     except ValueError as error:
         raise ValueError(f"skip_rates={options.skip_rates!r}: give numbers or null, with commas between") from error
-    requests = _requests(options)
+    tasks = (MiniTranslation(), MiniTranslation("en-zh"), MiniSummarization(), MiniQA())
+    prompts = [task.prompt(example) for task in tasks for example in task.test()]
+    draw, most = random.Random(0), options.max_tokens
+    drawn = [(draw.choice(prompts), draw.randint(-(-most // 4), most)) for _ in range(options.requests)]
     rounds: dict[float | None, list[dict[str, float]]] = {rate: [] for rate in rates}
     try:
         with connect(options.url) as client:
             [model] = client.get("/v1/models").raise_for_status().json()["data"]
             for number in range(1 + options.rounds):
                 for rate in rates[:: (-1) ** number]:  # forwards and backwards, so that drift hits all alike
-                    rounds[rate].append(_round(client, requests, rate, options.concurrency))
+                    rounds[rate].append(_round(client, drawn, rate, options.concurrency))
     except httpx.HTTPError as error:
         raise ValueError(f"url={options.url} gave no answer ({error!r}): start the server, or correct it") from error
-    counted = {rate: done[1:] for rate, done in rounds.items()}
-    rows = [
-        {"asked": rate, **{name: median(each[name] for each in done) for name in done[0]}, "rounds": done}
-        for rate, done in counted.items()
-    ]
-    return model, rows
-
-
-def _requests(options: LoadOptions) -> list[dict[str, Any]]:
-    tasks = (MiniTranslation(), MiniTranslation("en-zh"), MiniSummarization(), MiniQA())
-    prompts = [task.prompt(example) for task in tasks for example in task.test()]
-    draw, most = random.Random(0), options.max_tokens
-    return [
-        {"prompt": draw.choice(prompts), "max_tokens": draw.randint(-(-most // 4), most)}
-        for _ in range(options.requests)
-    ]
+    variants, first = [], rounds[rates[0]]
+    for rate, (_, *counted) in rounds.items():
+        medians = {name: median(each[name] for each in counted) for name in counted[0]}
+        faster = [mine["tokens_per_s"] / base["tokens_per_s"] for mine, base in zip(counted, first[1:], strict=True)]
+        variants.append({"asked": rate, **medians, "speed_up": median(faster), "rounds": counted})
+    return {"model": model, "settings": asdict(options), "variants": variants, **provenance()}
 
 
 def _round(
-    client: httpx.Client, requests: list[dict[str, Any]], rate: float | None, concurrency: int
+    client: httpx.Client, drawn: list[tuple[str, int]], rate: float | None, concurrency: int
 ) -> dict[str, float]:
     """Every request once: throughput, the medians of the times, and what the decode steps of the server ran."""
+
+    def answer(request: tuple[str, int]) -> Answer:
+        prompt, limit = request
+        return [*ask(client, prompt, max_tokens=limit, skip_rate=rate)][-1]
+
     begun, before = time.perf_counter(), _counted(client)
     with ThreadPoolExecutor(concurrency) as threads:
-        answers = list(threads.map(lambda each: [*ask(client, **each, skip_rate=rate)][-1], requests))
+        answers = list(threads.map(answer, drawn))
     seconds = time.perf_counter() - begun
     steps, layers = (after - count for after, count in zip(_counted(client), before, strict=True))
     ttft = sorted(1000 * each.first_s for each in answers)
@@ -123,13 +122,12 @@ def _counted(client: httpx.Client) -> list[float]:
 def main(arguments: list[str]) -> None:
     """Parse, measure, print."""
     options = read_options(LoadOptions, arguments, __doc__)
-    model, rows = measure(options)
-    print("".join(f"{name:>14}" for name in rows[0] if name != "rounds"))
-    for row in rows:
-        shown = ["default" if value is None else f"{value:.3g}" for name, value in row.items() if name != "rounds"]
-        print("".join(f"{value:>14}" for value in shown))
+    record = measure(options)
+    names = [name for name in record["variants"][0] if name != "rounds"]
+    print("".join(f"{name:>14}" for name in names))
+    for row in record["variants"]:
+        print("".join(f"{'default' if row[name] is None else f'{row[name]:.3g}':>14}" for name in names))
     if options.out is not None:
-        record = {"model": model, "settings": asdict(options), "variants": rows, **provenance()}
         Path(options.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -71,12 +71,12 @@ def build(url: str, max_tokens: int) -> Any:
     def compare(kind: str, prompt: str, rate: float, seen: list[str]) -> Iterator[tuple[Any, ...]]:
         """First the routed answer, then the dense one: at once, each would slow the other."""
         routed, dense, strips = Answer(), Answer(), seen
-        asked = {"chat": kind == "chat", "max_tokens": max_tokens}
+        ask_server = partial(ask, client, prompt, kind == "chat", max_tokens=max_tokens)
         try:
-            for routed in ask(client, prompt, skip_rate=None if highest is None else rate, **asked):
+            for routed in ask_server(skip_rate=None if highest is None else rate):
                 yield routed.text, times(routed), "", "", "".join(strips), strips
             strips = [strip(routed.usage, layers, prompt), *seen]
-            for dense in ask(client, prompt, skip_rate=0, **asked):
+            for dense in ask_server(skip_rate=0):
                 yield routed.text, times(routed), dense.text, times(dense), "".join(strips), strips
         except (ValueError, httpx.HTTPError) as error:
             raise gr.Error(str(error)) from error

@@ -35,19 +35,25 @@ class ApiError(HTTPException):
 
 
 class _Sent(BaseModel):
-    """Anything unknown is refused; null is the same as nothing."""
+    """Anything unknown is refused, but for what changes nothing; null is the same as nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+    def _without_what_changes_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        newer = values.get("max_completion_tokens")
+        values = values if newer is None else values | {"max_tokens": newer}
+        return {name: value for name, value in values.items() if not _changes_nothing(name, value)}
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
-    same = name in _NEUTRAL and value == _NEUTRAL[name] and isinstance(value, bool) == isinstance(_NEUTRAL[name], bool)
-    return same or name in ("user", "metadata", "store", "max_completion_tokens")
+    if value is None or name in ("user", "name", "metadata", "store", "max_completion_tokens"):
+        return True
+    neutral = _NEUTRAL.get(name)
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 class StreamOptions(_Sent):
@@ -69,15 +75,6 @@ class Asked(_Sent):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     skip_rate: float | None = Field(None, ge=0, lt=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_changes_nothing(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if "max_completion_tokens" in values:
-            values = values | {"max_tokens": values["max_completion_tokens"]}
-        return {name: value for name, value in values.items() if not _changes_nothing(name, value)}
 
     @property
     def stops(self) -> list[str]:
@@ -103,7 +100,6 @@ class Message(_Sent):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    name: Any = None
 
     @property
     def text(self) -> str:
@@ -150,7 +146,7 @@ class Reply:
 
     def json(self, text: str, reason: str | None = None, whole: bool = False) -> Json:
         """The body of an answer, or a part of one that is streamed; the last of these has a reason."""
-        kind, said = "text_completion", {"text": text}
+        kind, said = "text_completion", Json(text=text)
         if self.chat:
             kind = "chat.completion" if whole else "chat.completion.chunk"
             said = {"message" if whole else "delta": {"role": "assistant", "content": text}}
