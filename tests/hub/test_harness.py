@@ -184,13 +184,14 @@ def test_the_command_line_writes_results_that_become_a_table(saved, tmp_path, mo
     library = read([str(tmp_path)])
     table = harness(Cells(config, library))
     [row], texts = table.rows, [column.full_name for column in table.columns]
-    assert texts[-2:] == ["words perplexity", "writing exact_match"] and not library.warnings and not table.missing
+    assert texts[-2:] == ["writing exact_match", "words perplexity"] and not library.warnings and not table.missing
     perplexity, error = (found["results"]["words"][f"perplexity{each},none"] for each in ("", "_stderr"))
-    assert row[-2].value == perplexity and row[-2].detail.startswith(f"[{perplexity - 1.96 * error:.3f}, ")
-    assert row[-1].text == "0.0" and row[5].value == 100 * found["config"]["firstlab"]["skip_rate"]
+    assert row[-1].value == perplexity and row[-1].detail.startswith(f"[{perplexity - 1.96 * error:.3f}, ")
+    assert row[-2].plain == "0.0 [0.0, 43.4]" and row[5].value == 100 * found["config"]["firstlab"]["skip_rate"]
     results.add(tmp_path / "packed", {"mine": found})
     assert [harness(Cells(config, read([str(tmp_path / each)]))).rows for each in ("packed", "out")] == [table.rows] * 2
-    assert "mine,,,,,,,,,words perplexity," in (tmp_path / "packed" / "summary.csv").read_text().replace("None", "")
+    summary = (tmp_path / "packed" / "summary.csv").read_text()
+    assert f"\nmine,,,,,,,{row[5].value / 100:.5g},words perplexity,{perplexity:.5g}," in summary
     [empty] = harness(Cells(config, read([str(saved)]))).missing
     assert empty.command.startswith("python -m firstlab.hub lm_eval --model firstlab --model_args pretrained=RUN")
     found["config"]["firstlab"] |= {"model": "another", "skip_rate": "much"}
@@ -219,10 +220,12 @@ def test_without_the_harness_the_extra_is_named(monkeypatch, capsys):
         ({"skip_rate": "much"}, "skip_rate='much' must be a number"),
         ({"variant": "router"}, "variant='router' is for run directories"),
         ({"peft": "x"}, "peft='x' is of the model hf"),
+        ({"skiprate": 0.25}, "skiprate=0.25 is no option of this model: did you mean skip_rate"),
+        ({"pretrained": ""}, "pretrained= is missing"),
         ({"trust_remote_code": True}, "firstlab runs no code from the hub"),
     ],
     ids=str,
 )
 def test_refusals_name_option_and_way_out(saved, arguments, message):
     with pytest.raises(ValueError, match=message):
-        get_model("firstlab")(pretrained=str(saved), **arguments)
+        get_model("firstlab")(**{"pretrained": str(saved), **arguments})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from inspect import signature
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class FirstlabLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         skip_rate: float | None = None,
         variant: str | None = None,
         dtype: str = "auto",
@@ -51,6 +52,11 @@ class FirstlabLM(HFLM):
         trust_remote_code: bool | None = False,
         **kwargs: Any,
     ) -> None:
+        if not pretrained:
+            raise ValueError("pretrained= is missing: name a run directory, a folder or a hub id")
+        if unknown := sorted(kwargs.keys() - signature(HFLM.__init__).parameters.keys()):
+            name = unknown[0]
+            raise ValueError(f"{name}={kwargs[name]!r} is no option of this model: did you mean skip_rate or variant?")
         if trust_remote_code:
             raise ValueError("trust_remote_code=True: firstlab runs no code from the hub; leave it out")
         for name in _NOT_OURS:
