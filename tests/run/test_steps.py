@@ -84,6 +84,8 @@ def test_a_run_that_lost_its_last_steps_repeats_only_these(any_speed: Path, tiny
     before = results.read(copy)
     for gone in ("refit", "evaluation", "predictions"):
         shutil.rmtree(copy / gone)
+    with pytest.raises(ValueError, match="refit is not there"):  # the LoRA alone is another model
+        load_run(copy, None)
     (copy / "refit.yaml").unlink()
     (copy / "result.json").unlink()
     trained = (copy / "lora" / "adapter_model.safetensors").stat().st_mtime_ns

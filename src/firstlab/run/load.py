@@ -22,7 +22,7 @@ from firstlab.methods.none import Dense
 from firstlab.metrics.comet import CometConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.storage import ModelUnavailableError
-from firstlab.run.directory import variant_names
+from firstlab.run.directory import phase_record, variant_names
 
 
 class TrainedRun(NamedTuple):
@@ -54,10 +54,11 @@ def load_run(
         given = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
         raise ValueError(f"{given}: a saved run is evaluated by one process; choose trainer=cpu or gpu")
     before, after = variant_names(method)
-    trained = "refit" if (directory / "refit").is_dir() else "lora"
-    folders = {"base": None, before: start, after: directory / trained}
+    trained = [name for name in ("lora", "refit") if phase_record(directory, name) is not None]
+    folders = {"base": None, before: start, after: directory / (trained or ["lora"])[-1]}
     if variant is None:
-        variant = [name for name, folder in folders.items() if folder is None or folder.is_dir()][-1]
+        made = [name for name, each in folders.items() if each is None or each.is_dir() or each.name in trained]
+        variant = made[-1]
         if variant == "base" and config.init_from is not None and start is not None:
             raise ValueError(f"init_from={config.init_from!r} is not there any more; put it back, or say variant=base")
     if variant not in folders:
