@@ -72,7 +72,7 @@ def test_the_rule_is_the_cheapest_allowed_route(seed, price, rate, floor):
 def test_one_decision_under_padding_batching_chunks_beams_and_the_engine():
     model = routed()
     ids, mask = prompts((5, 9, 12, 7))
-    rates = torch.tensor([0.0, 0.15, 0.3, 0.5])
+    rates = torch.tensor([0.05, 0.15, 0.3, 0.5])
     with torch.no_grad():
         batch = model.route(ids, mask, rates)
         assert len(batch.unique(dim=0)) > 2
