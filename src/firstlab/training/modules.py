@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,9 +25,6 @@ from firstlab.model.output import RouterAugmentedOutput
 from firstlab.model.routes import Routes, layer_skips
 from firstlab.training.equations import distillation_losses, dual_step, lora_loss, router_loss, selection_score
 from firstlab.training.sharding import ShardedBase, shard_base
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Price of a missed skip target in the selection score: 0.1 nats for every percent beyond the tolerance.
 _TARGET_WEIGHT = 10.0
@@ -77,7 +74,7 @@ class Phase(L.LightningModule):
     def loss(self, cross_entropy: Tensor, non_skip: Tensor) -> Tensor:
         """What the phase minimises, from globally normalised terms."""
 
-    def cpu(self) -> Self:
+    def cpu(self) -> Phase:  # type: ignore[override]
         """Stay: Lightning would move all weights to the host behind every fit and validation, and back before them."""
         return self
 
