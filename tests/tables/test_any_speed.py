@@ -38,6 +38,8 @@ def sleb(config: TablesConfig, rate: float, quality: float, seed: int = 0) -> di
     """A static set's record at a rate."""
     node = record(run_of(config.scale, "squad", "llama3_8b", "sleb", 15), quality=quality, rate=rate, seed=seed)
     node["config"]["method"]["target_skip"] = rate
+    node["config"]["steps"] = ["tune"]
+    node["phases"] = {"tune": {"steps": 4}, "lora": {"steps": 4}}
     node["config_hash"] = f"sleb{rate}{seed}"
     for variant in node["variants"].values():
         variant["skip"]["skip_rate_by_token"] = rate
@@ -47,7 +49,7 @@ def sleb(config: TablesConfig, rate: float, quality: float, seed: int = 0) -> di
 def routed(config: TablesConfig, asked: float, rates: dict[float, float], seed: int = 0) -> dict[str, Any]:
     """A route router's record: rates asked for, and those over tokens that came out."""
     node = sleb(config, rates[asked], 80, seed)
-    node |= {"method": "routes", "phases": {"router": FIT, "lora": None}, "config_hash": f"routes{seed}"}
+    node |= {"method": "routes", "phases": {**node["phases"], "router": FIT}, "config_hash": f"routes{seed}"}
     node["config"]["method"]["target_skip"] = asked
     for variant in node["variants"].values():
         parts = {str(rate): copy.deepcopy(variant) for rate in rates if rate != asked}
@@ -137,10 +139,23 @@ def test_each_part_of_a_mixture_is_compared_at_the_rate_of_the_whole(config: Tab
 @pytest.mark.parametrize("section", ["lora_phase", "data"])
 def test_sets_of_another_training_are_no_comparison(config: TablesConfig, tmp_path: Path, section: str):
     other = sleb(config, 0.25, 60)
-    other["config"][section]["max_steps" if section == "lora_phase" else "train_size"] = 7
+    other["config"][section]["batch_size" if section == "lora_phase" else "train_size"] = 7
     save(tmp_path, "ours", routed(config, 0.25, {0.25: 0.25}))
     save(tmp_path, "other", other)
     assert all(row[8].value is None for row in any_speed(Cells(config, read([str(tmp_path)]))).rows)
+
+
+@pytest.mark.parametrize(("steps", "compared"), [(8, 1), (7, 0)])
+def test_as_many_steps_in_another_order_are_a_comparison(
+    config: TablesConfig, tmp_path: Path, steps: int, compared: int
+):
+    other = sleb(config, 0.25, 60)
+    other["config"] |= {"steps": [], "lora_phase": {**other["config"]["lora_phase"], "max_steps": steps}}
+    other["phases"] = {"tune": None, "lora": {"steps": steps}}
+    save(tmp_path, "ours", routed(config, 0.25, {0.25: 0.25}))
+    save(tmp_path, "other", other)
+    rows = any_speed(Cells(config, read([str(tmp_path)]))).rows
+    assert sum(row[8].value is not None for row in rows) == compared
 
 
 def test_fits_are_shown_and_what_is_no_fit_is_not(config: TablesConfig, tmp_path: Path):

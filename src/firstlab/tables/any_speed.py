@@ -22,6 +22,8 @@ _NUMBERS = {"prompts", "routes", "routes_used", "harm_r2", "length_r2", "skip_ra
 _NUMBERS |= {"static_loss", "routed_loss", "gain", "predicted_harm", "measured_harm", "worth"}
 #: Rates that are nearer to each other count as equal.
 _SAME_RATE = 0.0025
+#: Settings of the LoRA phase that say how long it is.
+_LENGTHS = ("epochs", "max_steps", "validate_every", "checkpoint_every")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,8 @@ class Point:
     lora: bool
     asked: float
     parts: dict[int, dict[str, Any]]
-    trained: str  # what a static set must share to be compared: model, data, steps
+    trained: str  # model, data, LoRA and steps
+    comparable: str  # the same, whatever the order of as many steps: what a static set must share to be compared
 
     def of(self, seeds: Iterable[int]) -> Point:
         """With these seeds only."""
@@ -146,7 +149,14 @@ def compare(
 
     What is compared is the seeds that all have, which are the third.
     """
-    near = [each for each in statics if each.trained == point.trained and each.lora == point.lora]
+    near = [each for each in statics if each.comparable == point.comparable and each.lora == point.lora]
+    for trained in sorted({each.trained for each in near}, key=lambda own: (own != point.trained, own)):
+        if (found := _beside(point, [each for each in near if each.trained == trained], resamples, name)) is not None:
+            return found
+    return None
+
+
+def _beside(point: Point, near: list[Point], resamples: int, name: str) -> tuple[float, PairedTest, set[int]] | None:
     rate = point.mean("skip_rate_by_token")
     assert rate is not None
     below = max((x for x in near if x.asked <= rate + _SAME_RATE), key=lambda each: each.asked, default=None)
@@ -185,6 +195,8 @@ def _title(record: Record) -> str:
         said.append(f"harm at most {router['max_harm']:g}")
     if method.get("any_speed") is False:
         said.append("LoRA for one rate")
+    if "tune" not in config.get("steps", []):
+        said.append("not tuned first")
     return ", ".join(said)
 
 
@@ -204,9 +216,12 @@ def _points(record: Record) -> Iterator[Point]:
     config = record.node["config"]
     shared = {name: config[name] for name in ("model", "data", "lora_phase", "lora")}
     trained = json.dumps({**shared, "tuned": "tune" in config.get("steps", [])}, sort_keys=True)
+    shared["lora_phase"] = {key: value for key, value in config["lora_phase"].items() if key not in _LENGTHS}
     settings = json.dumps([{**config["method"], "target_skip": None}, config["router"]], sort_keys=True)
     for name, variant in record.node["variants"].items():
         if name.startswith("router"):
+            phases = ("tune", "lora") if name.endswith("lora") else ("tune",)
+            steps = sum((record.node.get("phases", {}).get(phase) or {}).get("steps", 0) for phase in phases)
             skip, asked = variant["skip"], config["method"]["target_skip"]
             rate = skip["skip_rate"] if record.node["method"] == STATIC else asked
             parts = {rate: variant} | {float(key): part for key, part in variant.get("rates", {}).items()}
@@ -220,6 +235,7 @@ def _points(record: Record) -> Iterator[Point]:
                         asked=rate,
                         parts={record.seed: part},
                         trained=trained,
+                        comparable=json.dumps({**shared, "steps": steps}, sort_keys=True),
                     )
 
 
