@@ -57,15 +57,15 @@ def test_replays_read_what_the_model_reads(architecture: str) -> None:
     assert len({tuple(route) for route in step.read(prompts(0), model.routers, None).routes.tolist()}) > 1
 
 
-@pytest.mark.parametrize("norm", ["none", "rms"])
+@pytest.mark.parametrize(("norm", "reads"), [("none", 1), ("rms", 2)])  # the first records, the second replays
 @torch.no_grad()
-def test_routers_read_in_the_pass_of_the_norm(norm: str) -> None:
+def test_routers_read_in_the_pass_of_the_norm(norm: str, reads: int) -> None:
     pytest.importorskip("triton")
     model = routed_model("qwen2")
     model.routers.settings = RouterSettings(input_norm=norm)
     step = step_of(model, kernels=True)
     assert step._prefill._reads_in_norm
-    for seed in range(2):
+    for seed in range(reads):
         same_as_the_model(step, model, prompts(seed))
 
 
