@@ -96,6 +96,12 @@ def test_a_run_that_lost_its_last_steps_repeats_only_these(any_speed: Path, tiny
         assert after["variants"][name]["skip"] == variant["skip"]
 
 
+def test_routers_that_are_recorded_and_lost_are_no_base_model(any_speed: Path, tmp_path: Path):
+    shutil.copytree(any_speed, tmp_path / "run", ignore=shutil.ignore_patterns("router", "lora*", "refit*"))
+    with pytest.raises(ValueError, match="router is not there"):
+        load_run(tmp_path / "run", None)
+
+
 def trained(directory: Path, model: Path, *extra: str, until: str | None = None) -> int:
     """Train in a process of its own, which is killed once a file of the run is there."""
     command = [sys.executable, "-m", "firstlab.train", *overrides(model, directory, *ROUTES, *extra)]

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from firstlab.config import compose, instantiate
 from firstlab.config.build import check_device, load_model, model_path
-from firstlab.config.schema import PAPER_ORDER, ExperimentConfig, PhaseConfig, training_routers
+from firstlab.config.schema import PAPER_ORDER, TRAINED, ExperimentConfig, PhaseConfig, training_routers
 from firstlab.data.task import Task
 from firstlab.methods.base import Method
 from firstlab.methods.none import Dense
@@ -54,11 +54,12 @@ def load_run(
         given = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
         raise ValueError(f"{given}: a saved run is evaluated by one process; choose trainer=cpu or gpu")
     before, after = variant_names(method)
-    trained = [name for name in ("lora", "refit") if phase_record(directory, name) is not None]
-    folders = {"base": None, before: start, after: directory / (trained or ["lora"])[-1]}
+    recorded = {directory / name for name in TRAINED if phase_record(directory, name) is not None}
+    refitted = directory / "refit"
+    folders = {"base": None, before: start, after: refitted if refitted in recorded else directory / "lora"}
     if variant is None:
-        made = [name for name, each in folders.items() if each is None or each.is_dir() or each.name in trained]
-        variant = made[-1]
+        # What is recorded and lost is an error, not a reason to take less.
+        variant = [name for name, each in folders.items() if each is None or each.is_dir() or each in recorded][-1]
         if variant == "base" and config.init_from is not None and start is not None:
             raise ValueError(f"init_from={config.init_from!r} is not there any more; put it back, or say variant=base")
     if variant not in folders:
