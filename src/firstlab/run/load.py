@@ -22,7 +22,7 @@ from firstlab.methods.none import Dense
 from firstlab.metrics.comet import CometConfig
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.storage import ModelUnavailableError
-from firstlab.run.directory import phase_record, variant_names
+from firstlab.run.directory import variant_names
 
 
 class TrainedRun(NamedTuple):
@@ -54,7 +54,7 @@ def load_run(
         given = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
         raise ValueError(f"{given}: a saved run is evaluated by one process; choose trainer=cpu or gpu")
     before, after = variant_names(method)
-    recorded = {directory / name for name in TRAINED if phase_record(directory, name) is not None}
+    recorded = {directory / name for name in TRAINED if (directory / f"{name}.yaml").is_file()}
     refitted = directory / "refit"
     folders = {"base": None, before: start, after: refitted if refitted in recorded else directory / "lora"}
     if variant is None:
