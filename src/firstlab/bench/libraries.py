@@ -39,7 +39,8 @@ def beside_flashinfer(config: Any, places: int, dtype: torch.dtype, device: torc
     kept = kv.clone()
     at, ones = torch.tensor([places], device=device), torch.ones(places + 1, 1, dim, device=device, dtype=dtype)
     qkv = torch.cat([query, kv[:, :, places]], 1)  # what stands there already
-    given = (at, ones, torch.zeros_like(ones), None, None, 0.0, 0.0, dim**-0.5, 16, 16)
+    ended = torch.zeros(kv_heads, dtype=torch.int32, device=device)
+    given = (at, ones, torch.zeros_like(ones), None, None, 0.0, 0.0, dim**-0.5, 16, 16, ended)
     keys, values = kept.chunk(2, 1)
     ours: dict[str, Callable[[], Tensor]] = {
         "RMS norm": lambda: rms_norm(x, norm, 1e-5),

@@ -71,7 +71,7 @@ class GraphStep(LlamaStep):
         if kernels or (kernels is None and device.type == "cuda" and find_spec("triton") is not None):
             from firstlab.engine.kernels.layers import FusedLayers, fits
 
-            self._fused = FusedLayers(self.layers, self.cos, self.sin) if fits(self.layers) else None
+            self._fused = FusedLayers(self.layers, self.cos, self.sin, max_batch_size) if fits(self.layers) else None
         # Line 0 of what follows is about all rows in their order, line 1 + i about the rows of layer i in its order.
         # With one row they are the same.
         lines = 1 if max_batch_size == 1 else 1 + len(self.layers)

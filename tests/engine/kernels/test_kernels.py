@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from firstlab.engine.kernels.attention import attend
 from firstlab.engine.kernels.pointwise import rms_norm, rms_norm_and_reading, silu_times_up
 from firstlab.engine.kernels.product import gated, product
+from firstlab.engine.kernels.rows import overlap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -97,8 +98,9 @@ def test_gated(dtype: torch.dtype, rows: int, n: int, k: int, bias: bool) -> Non
 def test_eight_bit_weights(dtype: torch.dtype, rows: int) -> None:
     random, (n, k) = Numbers(dtype), (42, 75)
     x, b, g, before = random(rows, k), random(n), random(k), random(rows, n)
-    integers = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
-    scales = torch.rand(n, device=DEVICE) / 100 + 0.001
+    generator = torch.Generator().manual_seed(1)
+    integers = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator).to(DEVICE)
+    scales = torch.rand(n, generator=generator).to(DEVICE) / 100 + 0.001
 
     def reference(x: Tensor, integers: Tensor, scales: Tensor, b: Tensor, g: Tensor, before: Tensor) -> Tensor:
         return before + F.linear(normed(x, g), integers.to(x.dtype) * scales.unsqueeze(1), b)
@@ -171,6 +173,8 @@ def attention(
         (2, 2, 16, True, 1, [63, 64]),
         (4, 1, 8, True, 4, [15, 16, 17, 80]),
         (34, 2, 16, False, 1, [40, 31]),
+        (34, 2, 16, False, 64, [98, 3]),
+        (10, 2, 20, False, 64, [99]),
     ],
 )
 def test_attention(
@@ -184,8 +188,9 @@ def test_attention(
         kv[row, :, length:] = torch.nan  # what another row has left there is never read
     cos, sin = random(places, 1, dim).clamp(-1, 1), random(places, 1, dim).clamp(-1, 1)
     norms = (random(dim), random(dim)) if has_norm else (None, None)
-    mine = kv.clone()
-    read = attend(qkv, mine, at, cos, sin, *norms, EPS, EPS, dim**-0.5, splits, 16)
+    mine, ended = kv.clone(), torch.zeros(len(lengths) * kv_heads, dtype=torch.int32, device=DEVICE)
+    read = attend(qkv, mine, at, cos, sin, *norms, EPS, EPS, dim**-0.5, splits, 16, ended)
+    assert not ended.any()  # ready for the next call
 
     given = (qkv, kv, at, cos, sin, *norms)
     assert_as_close_as_torch(read, lambda *given: attention(*given)[0], *given)
@@ -205,5 +210,17 @@ def test_attention_on_a_long_cache(length: int, splits: int, places: int) -> Non
     kv[0, 0, length - 300] = 9 * qkv[0, 0]
     one, zero = torch.ones(length + 3, 1, 16, device=DEVICE), torch.zeros(length + 3, 1, 16, device=DEVICE)
     given = (qkv, kv, torch.tensor([length], device=DEVICE), one, zero, None, None)
-    read = attend(*(each.clone() if each is not None else None for each in given), 0.0, 0.0, 0.25, splits, places)
+    ended = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    settings = (0.0, 0.0, 0.25, splits, places, ended)
+    read = attend(*(each.clone() if each is not None else None for each in given), *settings)
     assert_as_close_as_torch(read, lambda *given: attention(*given)[0], *given)
+
+
+@pytest.mark.parametrize(("major", "overlaps"), [(8, False), (9, True), (10, True), (12, False)])
+def test_kernels_overlap_where_the_device_can(monkeypatch: pytest.MonkeyPatch, major: int, overlaps: bool) -> None:
+    """What waits for nothing must not be launched early, and the other way round it would be of no use."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    options = overlap.__wrapped__(torch.device("cuda"))
+    assert options["OVERLAP"] == overlaps == options.get("launch_pdl", False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert overlap.__wrapped__(torch.device("cuda")) == {"OVERLAP": False}

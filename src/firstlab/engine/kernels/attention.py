@@ -7,7 +7,8 @@
 q, k, v stand side by side [rows, heads + 2 · kv heads, d]; K, V [rows, 2 · kv heads, places, d], of which 2 · t · d per
 row and kv head are read once; cos, sin [places, d]. Each program takes one row, one kv head with the group of queries
 that read it, and one of SPLITS equal parts of the row's length, as the device knows it: one capture serves any length.
-It leaves its maximum m, its sum l of exp(score - m), and its mean o, which the second kernel weighs by l · exp(m).
+It leaves its maximum m, its sum l of exp(score - m), and its mean o; the last of them to end weighs the means by
+l · exp(m), so that attention is one launch.
 """
 
 import torch
@@ -15,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from firstlab.engine.kernels.rows import dot
+from firstlab.engine.kernels.rows import dot, overlap, wait_for_inputs
+
+#: Numbers of parts that a program holds at a time when it combines them: 64 registers of each of its threads.
+_COMBINED = 8192
 
 
 @triton.jit
@@ -46,6 +50,8 @@ def _attend(
     maxima,
     sums,
     means,
+    ended,
+    out,
     stride_row,
     stride_head,
     QUERY_NORM: tl.constexpr,
@@ -57,7 +63,10 @@ def _attend(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     PLACES: tl.constexpr,
+    AT_A_TIME: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAP)
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     here = tl.load(at + row).to(tl.int32)
     part = tl.cdiv(tl.cdiv(here + 1, SPLITS), PLACES) * PLACES
@@ -105,27 +114,58 @@ def _attend(
         mixed = dot(share.to(kind), value, mixed * kept[:, None])
         top = higher
 
-    slot = (row * HEADS + head) * SPLITS + split
-    found = inside & (dim < tl.where(start <= here, DIM, 0))[None, :]
-    tl.store(maxima + slot, top, mask=mine)
-    tl.store(sums + slot, total, mask=mine)
     mean = mixed / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(means + slot[:, None] * DIM + dim[None, :], mean.to(means.dtype.element_ty), mask=found)
+    if SPLITS == 1:
+        place = (row * HEADS + head)[:, None] * DIM + dim[None, :]
+        tl.store(out + place, mean.to(out.dtype.element_ty), mask=inside)
+    else:
+        slot = (row * HEADS + head) * SPLITS + split
+        tl.store(maxima + slot, top, mask=mine)
+        tl.store(sums + slot, total, mask=mine)
+        found = inside & (dim < tl.where(start <= here, DIM, 0))[None, :]
+        tl.store(means + slot[:, None] * DIM + dim[None, :], mean, mask=found)
+        tl.debug_barrier()  # all threads have written before one of them says so
+        count = ended + row * KV_HEADS + kv_head
+        if tl.atomic_add(count, 1) == SPLITS - 1:
+            tl.store(count, 0)
+            first_head = row * HEADS + kv_head * (HEADS // KV_HEADS)
+            _combine(maxima, sums, means, out, first_head, HEADS // KV_HEADS, DIM, WIDTH, SPLITS, AT_A_TIME)
 
 
 @triton.jit
-def _combine(maxima, sums, means, out, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
-    head = tl.program_id(0).to(tl.int64)  # of all rows
-    slot, dim = head * SPLITS + tl.arange(0, SPLITS), tl.arange(0, WIDTH)
-    top, total = tl.load(maxima + slot), tl.load(sums + slot)
-    share = tl.exp(top - tl.max(top, 0)) * total
-    inside = (total > 0)[:, None] & (dim < DIM)[None, :]  # parts behind the row's end hold nothing
-    mean = tl.load(means + slot[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
-    found = tl.sum(mean * share[:, None], 0) / tl.sum(share, 0)
-    tl.store(out + head * DIM + dim, found.to(out.dtype.element_ty), mask=dim < DIM)
+def _combine(
+    maxima,
+    sums,
+    means,
+    out,
+    first_head,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    AT_A_TIME: tl.constexpr,
+):
+    """What the parts of some heads, from the first on, come to; other programs have written them, hence past L1."""
+    member = tl.arange(0, triton.next_power_of_2(HEADS))
+    head, mine = first_head + member, member < HEADS
+    slot = head[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    top = tl.load(maxima + slot, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+    total = tl.load(sums + slot, mask=mine[:, None], other=1.0, cache_modifier=".cg")
+    share = tl.exp(top - tl.max(top, 1)[:, None]) * total
+    share = share / tl.sum(share, 1)[:, None]
+    holds = mine[:, None] & (total > 0)  # parts behind the row's end hold nothing
+    for first in tl.static_range(0, WIDTH, AT_A_TIME):
+        dim = first + tl.arange(0, AT_A_TIME)
+        inside = holds[:, :, None] & (dim < DIM)[None, None, :]
+        part = tl.load(
+            means + slot[:, :, None] * DIM + dim[None, None, :], mask=inside, other=0.0, cache_modifier=".cg"
+        )
+        found = tl.sum(part * share[:, :, None], 1)
+        place = out + head[:, None] * DIM + dim[None, :]
+        tl.store(place, found.to(out.dtype.element_ty), mask=mine[:, None] & (dim < DIM)[None, :])
 
 
-@torch.library.custom_op("firstlab::attend", mutates_args={"kv"})
+@torch.library.custom_op("firstlab::attend", mutates_args={"kv", "ended"})
 def attend(
     qkv: Tensor,
     kv: Tensor,
@@ -139,6 +179,7 @@ def attend(
     scale: float,
     splits: int,
     places: int,
+    ended: Tensor,
 ) -> Tensor:
     """What the queries read, [rows, heads · d]; the new keys and values go to their places.
 
@@ -152,15 +193,17 @@ def attend(
         scale: Of the scores.
         splits: Parts of the length, a power of two.
         places: Of keys and values read at a time, a power of two from 16.
+        ended: [at least rows · kv heads] zeros of 32-bit integers, which count the parts meanwhile.
     """
     rows, _, dim = qkv.shape
     kv_heads = kv.shape[1] // 2
     heads = qkv.shape[1] - 2 * kv_heads
-    width = max(16, triton.next_power_of_2(dim))
-    maxima = torch.empty(rows * heads, splits, dtype=torch.float32, device=qkv.device)
-    sums = torch.empty_like(maxima)
+    group, width = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     out = qkv.new_empty(rows, heads * dim)
-    means = out if splits == 1 else maxima.new_empty(rows * heads, splits, dim)
+    maxima = sums = means = out
+    if splits > 1:
+        maxima = torch.empty(rows * heads, splits, dtype=torch.float32, device=qkv.device)
+        sums, means = torch.empty_like(maxima), maxima.new_empty(rows * heads, splits, dim)
     _attend[(rows, kv_heads, splits)](
         qkv,
         kv,
@@ -175,20 +218,22 @@ def attend(
         maxima,
         sums,
         means,
+        ended,
+        out,
         kv.stride(0),
         kv.stride(1),
         QUERY_NORM=query_norm is not None,
         KEY_NORM=key_norm is not None,
         HEADS=heads,
         KV_HEADS=kv_heads,
-        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
+        GROUP=max(16, triton.next_power_of_2(group)),
         DIM=dim,
         WIDTH=width,
         SPLITS=splits,
         PLACES=places,
+        AT_A_TIME=max(1, min(width, _COMBINED // (splits * triton.next_power_of_2(group)))),
         num_warps=4,
         num_stages=2,
+        **overlap(qkv.device),
     )
-    if splits > 1:
-        _combine[(rows * heads,)](maxima, sums, means, out, DIM=dim, WIDTH=width, SPLITS=splits, num_warps=4)
     return out

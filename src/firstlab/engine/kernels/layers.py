@@ -33,10 +33,13 @@ class FusedLayers:
     Args:
         layers: See `fits`.
         cos, sin: Angles [places, 1, head dim], see `LlamaStep`.
+        max_batch_size: Rows at most.
     """
 
-    def __init__(self, layers: Sequence[Layer], cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, layers: Sequence[Layer], cos: Tensor, sin: Tensor, max_batch_size: int) -> None:
         self._layers, self._cos, self._sin = layers, cos, sin
+        most = max_batch_size * max(layer.kv_heads for layer in layers)
+        self._ended = torch.zeros(most, dtype=torch.int32, device=cos.device)
         self._tiles = Tiles(cos.device)
         self._processors, shared = 4, 1 << 16
         if cos.device.type == "cuda":
@@ -120,4 +123,5 @@ class FusedLayers:
             layer.head_dim**-0.5,
             splits,
             self._places,
+            self._ended,
         )

@@ -10,9 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from firstlab.engine.kernels.rows import overlap, wait_for_inputs
+
 
 @triton.jit
-def _rms_norm(x, norm, out, router, products, lengths, k, eps, READ: tl.constexpr, WIDTH: tl.constexpr):
+def _rms_norm(
+    x,
+    norm,
+    out,
+    router,
+    products,
+    lengths,
+    k,
+    eps,
+    READ: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait_for_inputs(OVERLAP)
     inner = tl.arange(0, WIDTH)
     start = tl.program_id(0).to(tl.int64) * k
     some = tl.load(x + start + inner, mask=inner < k, other=0.0).to(tl.float32)
@@ -27,7 +42,8 @@ def _rms_norm(x, norm, out, router, products, lengths, k, eps, READ: tl.constexp
 
 
 @triton.jit
-def _silu_times_up(both, out, n, WIDTH: tl.constexpr):
+def _silu_times_up(both, out, n, WIDTH: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_inputs(OVERLAP)
     row, inner = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     gate = tl.load(both + row * 2 * n + inner, mask=inner < n, other=0.0).to(tl.float32)
     up = tl.load(both + row * 2 * n + n + inner, mask=inner < n, other=0.0).to(tl.float32)
@@ -58,7 +74,7 @@ def _launch_norm(
     width = triton.next_power_of_2(x.shape[1])
     warps = min(max(width // 512, 1), 16)
     given = (x, norm, out, router, products, lengths, x.shape[1], eps)
-    _rms_norm[(len(x),)](*given, READ=read, WIDTH=width, num_warps=warps)
+    _rms_norm[(len(x),)](*given, READ=read, WIDTH=width, num_warps=warps, **overlap(x.device))
 
 
 @torch.library.custom_op("firstlab::silu_times_up", mutates_args=())
@@ -66,5 +82,5 @@ def silu_times_up(both: Tensor) -> Tensor:
     """[rows, N] of gate and up side by side [rows, 2 N], which stand row by row."""
     rows, n = len(both), both.shape[1] // 2
     out = both.new_empty(rows, n)
-    _silu_times_up[(rows, triton.cdiv(n, 1024))](both, out, n, WIDTH=1024, num_warps=4)
+    _silu_times_up[(rows, triton.cdiv(n, 1024))](both, out, n, WIDTH=1024, num_warps=4, **overlap(both.device))
     return out

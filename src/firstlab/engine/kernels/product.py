@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from firstlab.engine.kernels.rows import add_product, inverse_rms, load_rows, load_weight, no_sums, padded, whole_sums
+from firstlab.engine.kernels.rows import (
+    add_product,
+    inverse_rms,
+    load_rows,
+    load_weight,
+    no_sums,
+    overlap,
+    padded,
+    wait_for_inputs,
+    whole_sums,
+)
 
 
 @triton.jit
@@ -40,7 +50,9 @@ def _product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAP)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     if NORM and ROWS > 1:
@@ -169,4 +181,5 @@ def _launch(
         DEPTH=depth,
         num_warps=warps,
         num_stages=stages,
+        **overlap(x.device),
     )

@@ -1,10 +1,14 @@
-"""What the products of a few rows share: one row is summed up by the threads, more go through tensor cores.
+"""What the kernels share: one row of a product is summed up by the threads, more go through tensor cores.
 
 Branches that return need their `else`: Triton compiles what stands behind a branch without it, taken or not.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -12,6 +16,25 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def padded(rows: int) -> int:
     """Rows that a program computes for these, at most 32: one, or as many as tensor cores take."""
     return 1 if rows == 1 else 16 if rows <= 16 else 32
+
+
+@cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Options that start a kernel while the one before it ends, where GPUs can: Hopper and Blackwell of data centres.
+
+    A decode step is some 200 kernels, and a microsecond between any two of them would be a twentieth of its time. The
+    other Blackwells (12.x) are left out, as capturing such launches is known to fail there.
+    """
+    can = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return {"OVERLAP": can} | ({"launch_pdl": True} if can else {})
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Comes before a kernel reads or writes anything: lets the next one start, and waits for all that came before."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
