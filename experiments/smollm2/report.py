@@ -116,10 +116,12 @@ def points_of(record: dict[str, Any]) -> Iterator[Point]:
 
     Before LoRA those that were tuned only: without it the model does not know the task, whatever it skips.
     """
-    if record["data"] not in PARTS or record["method"] not in METHODS:
+    method = record["label"].partition("-")[0]  # record["method"] is the same for both forms of FiRST
+    if record["data"] not in PARTS or method not in METHODS:
         return
     tuned = "tune" in record["config"].get("steps", [])
-    one_size = record["config"]["router"].get("price") == "size"
+    if record["config"]["router"].get("price") == "size":
+        method = "one_size"
     for name, variant in record["variants"].items():
         if not tuned and not name.endswith("_lora"):
             continue
@@ -129,7 +131,7 @@ def points_of(record: dict[str, Any]) -> Iterator[Point]:
             metric, skip = each["metrics"][each["primary_metric"]], each["skip"]
             yield Point(
                 part=record["data"],
-                method="one_size" if one_size else record["method"],
+                method=method,
                 asked=rate,
                 lora=name.endswith("_lora"),
                 rate=skip["skip_rate"],
