@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from firstlab.model import lossless
 from firstlab.model.lm import RouterAugmentedLM
-from firstlab.model.lossless import best_draft, expected_speedup
+from firstlab.model.lossless import Costs, best_draft, expected_speedup
 from firstlab.model.settings import LoraSettings
 from support.models import LAYERS, pair, prompts, random_lora
 
@@ -100,8 +100,8 @@ def test_padding_is_no_part_of_a_prompt_without_a_mask():
 
 def test_drafts_are_as_long_as_pays():
     assert [best_draft(0.3, 0.25), best_draft(1.0, 0.25)] == [0, lossless.MOST_DRAFTED]
-    assert expected_speedup(0.8, 0.5, 2) == pytest.approx((1 + 0.8 + 0.64) / (2 * 0.5 + 1))
-    assert expected_speedup(0.0, 0.5, 0) == 1.0
+    assert expected_speedup(0.8, 2, 0.5, 1.5) == pytest.approx((1 + 0.8 + 0.64) / (2 * 0.5 + 1.5))
+    assert expected_speedup(0.0, 0, 0.5) == 1.0
 
 
 def test_what_does_not_go_together_is_named():
@@ -121,9 +121,38 @@ def test_what_does_not_go_together_is_named():
         windowed.generate(ids, mask, lossless=True, max_new_tokens=3)
 
 
-def test_it_says_before_it_starts_that_it_will_be_slower():
-    _, model = pair("llama")
+@pytest.mark.parametrize(
+    ("draft", "verify", "warns"),
+    [(1.1, 1.0, True), (0.2, 4.0, True), (0.2, 1.0, False), (0.2, 1.2, False)],
+    ids=["slow drafts", "slow verification", "fast", "hardly slower verification"],
+)
+def test_it_says_before_it_starts_that_it_will_be_slower(monkeypatch, recwarn, draft, verify, warns):
+    """By measured times: a route that always agrees and skips a third of the layers need not be faster."""
+    model = RouterAugmentedLM(copy.deepcopy(pair("llama")[0])).eval()
     ids, mask = prompts((9,))
-    with pytest.warns(UserWarning, match="will not be faster than dense"):
-        lossless.warn_if_slower(0.1, skip_rate=1 / 3)
-    model.generate(ids, mask, lossless=True, routes=torch.ones(LAYERS, dtype=torch.bool), max_new_tokens=2)
+    monkeypatch.setattr(lossless.Drafter, "_seconds", lambda *_: next(seconds))
+    for layer in model.lm.model.layers:  # every route gives the same text
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    seconds = iter([100.0, 100 * draft, 100 * verify])  # measured once, whatever the machine does meanwhile
+    for _ in range(2):
+        model.generate(ids, mask, routes=SKIPPING, lossless=True, max_new_tokens=4)
+    said = [str(each.message) for each in recwarn if "will not be faster than dense" in str(each.message)]
+    assert bool(said) == warns
+    assert list(lossless._MEASURED[model].values()) == [Costs(100.0, 100 * draft, 100 * verify)]
+
+
+@pytest.mark.filterwarnings("ignore:lossless")
+def test_measuring_changes_no_text(monkeypatch):
+    _, model = pair("llama")
+    ids, mask = prompts((7, 9))
+    common = {"routes": SKIPPING, "lossless": True, "max_new_tokens": 6, "do_sample": True, "eos_token_id": None}
+    found, own = [], lossless.Drafter._seconds
+    for seconds in (1e-9, 1.0):
+        lossless._MEASURED.clear()
+        monkeypatch.setattr(
+            lossless.Drafter, "_seconds", lambda self, run, seconds=seconds: seconds * (own(self, run) > 0)
+        )
+        torch.manual_seed(0)
+        found.append(model.generate(ids, mask, **common))
+    assert torch.equal(*found)

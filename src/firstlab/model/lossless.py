@@ -5,10 +5,12 @@ Self-speculative decoding (Zhang et al. 2024; Elhoushi et al. 2024); drafts are 
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -120,18 +122,32 @@ class LosslessOptions:
         return self.warpers(ids, logits).softmax(-1)  # type: ignore[arg-type]
 
 
-def expected_speedup(acceptance: float, skip_rate: float, drafted: int) -> float:
-    """Tokens per dense pass's time, when each of d drafted tokens is accepted with probability a.
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a dense step, of a draft's step, and of the pass that verifies a draft."""
 
-    They give (1 - a^(d + 1)) / (1 - a) tokens (Leviathan et al. 2023, equation 1) for d · (1 - skip_rate) + 1 passes.
+    dense: float
+    draft: float
+    verify: float
+
+
+#: Of each model, by layers that a draft runs and its length. They serve warnings only: no text depends on a clock.
+_MEASURED: WeakKeyDictionary[Any, dict[tuple[int, int], Costs]] = WeakKeyDictionary()
+
+
+def expected_speedup(acceptance: float, drafted: int, draft: float, verify: float = 1.0) -> float:
+    """Tokens per dense step's time, when each of d drafted tokens is accepted with probability a.
+
+    They give (1 - a^(d + 1)) / (1 - a) tokens (Leviathan et al. 2023, equation 1) for d drafts and a verification,
+    whose costs are given in dense steps.
     """
     a = min(max(acceptance, 0.0), 1 - 1e-6)
-    return (1 - a ** (drafted + 1)) / (1 - a) / (drafted * (1 - skip_rate) + 1)
+    return (1 - a ** (drafted + 1)) / (1 - a) / (drafted * draft + verify)
 
 
 def best_draft(acceptance: float, skip_rate: float) -> int:
     """The length with the greatest expected speed-up; 0 where drafting does not pay."""
-    return max(range(MOST_DRAFTED + 1), key=lambda drafted: expected_speedup(acceptance, skip_rate, drafted))
+    return max(range(MOST_DRAFTED + 1), key=lambda drafted: expected_speedup(acceptance, drafted, 1 - skip_rate))
 
 
 class Drafter:
@@ -152,8 +168,9 @@ class Drafter:
         self._runs: list[bool] = self.route.tolist()
         self._skip_rate = float((~self.route).float().mean())
         # How often the route agrees with the dense model where the prompt shows both.
+        start = time.perf_counter()
         self._acceptance = float((self._draft(prompt).argmax(-1) == logits.argmax(-1)).float().mean())
-        warn_if_slower(self._acceptance, self._skip_rate)
+        self._warn_if_slower(time.perf_counter() - start)
         self._first = logits[:, -1]
         self.tokens: list[int] = []
         self.drafted = self.accepted = self.dense_passes = 0
@@ -172,6 +189,42 @@ class Drafter:
     def _logits(self, ids: Tensor, cache: DynamicCache | None) -> Tensor:
         ids = ids.to(self._model.device)
         return self._model.lm(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+
+    def _warn_if_slower(self, begun: float) -> None:
+        """Say before decoding begins if drafting is not expected to pay, having taken so many seconds already."""
+        length = best_draft(self._acceptance, self._skip_rate)
+        costs = self._costs(length)
+        speedup = expected_speedup(self._acceptance, length, costs.draft / costs.dense, costs.verify / costs.dense)
+        dense = self._options.max_new_tokens * costs.dense
+        ratio = 1 / (speedup if length else 1) + begun / dense
+        if ratio >= 1:
+            warnings.warn(
+                f"lossless=True will not be faster than dense decoding here but take {ratio:.2f} times as long, to all "
+                f"expectation: a route that skips {100 * self._skip_rate:.0f} % of the layers agrees with the dense "
+                f"model on {100 * self._acceptance:.0f} % of the prompt's tokens, and a step under it takes "
+                f"{costs.draft / costs.dense:.2f} times as long as a dense one",
+                stacklevel=5,
+            )
+
+    def _costs(self, length: int) -> Costs:
+        """Measured once for each model, number of layers and length of drafts."""
+        known, key = _MEASURED.setdefault(self._model, {}), (sum(self._runs), length)
+        if key not in known:
+            one, more = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, length + 1, dtype=torch.long)
+            dense = self._seconds(lambda: self._dense(one))
+            draft = self._seconds(lambda: self._draft(one, self._cache))
+            known[key] = Costs(dense, draft, self._seconds(lambda: self._dense(more)) if length else dense)
+        return known[key]
+
+    def _seconds(self, run: Callable[[], Tensor]) -> float:
+        """Of the faster of two runs, whose keys and values are forgotten."""
+        seen, seconds = self._cache.get_seq_length(), []
+        for _ in range(2):
+            start = time.perf_counter()
+            float(run()[0, -1, 0])  # waits for the device
+            seconds.append(time.perf_counter() - start)
+            _cut(self._cache, seen)
+        return min(seconds)
 
     def decode(self) -> None:
         self._take([self._draw(self._options.probabilities(self._first))])
@@ -231,17 +284,6 @@ def _cut(cache: DynamicCache, length: int) -> None:
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.keys, layer.values = (x[..., :length, :] for x in (layer.keys, layer.values))
-
-
-def warn_if_slower(acceptance: float, skip_rate: float) -> None:
-    """Say before decoding begins if drafting will not pay, by how often the route agrees with the dense model."""
-    if expected_speedup(acceptance, skip_rate, best_draft(acceptance, skip_rate)) <= 1.0 + 1e-9:
-        warnings.warn(
-            f"lossless=True will not be faster than dense decoding here: a route that skips {100 * skip_rate:.0f} % of "
-            f"the layers agrees with the dense model on {100 * acceptance:.0f} % of the prompt's tokens; after a few "
-            "trials drafts are left out if they fail as often in the response",
-            stacklevel=3,
-        )
 
 
 def generate_lossless(
