@@ -56,7 +56,7 @@ class RouteFit:
     # allocate.
     highest_skip: float = 0.45
     sizes: int = 4  # of sets, evenly spread up to the highest
-    swaps: int = 4  # further routes of every size that differ from its set by one exchange
+    swaps: int = 8  # further routes of every size that differ from its set by one exchange
     calibration_prompts: int = 192  # training prompts that sets are searched on
     fit_prompts: int = 2000  # training prompts that are measured under every route, a quarter of them held out
     grow_rounds: int = 1  # how often sets for the prompts that still lose most are added

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from firstlab.methods.objective import RouteFit
 from firstlab.model.generation_options import pinned_generation
 from firstlab.model.route_router import RouteRouter
 from firstlab.model.routers import Routers
-from firstlab.model.routes import FixedRoutes, Routes
+from firstlab.model.routes import FixedRoutes, RoutersDecide, Routes
 from firstlab.run.context import Run, say
 from firstlab.store.files import read_own
 from firstlab.training.calibration import fit_to_decisions
@@ -26,6 +27,7 @@ from firstlab.training.drawn_routes import DrawnRoutes
 from firstlab.training.prompt_set import PromptSet
 from firstlab.training.route_fit import (
     ENOUGH_HELD_OUT,
+    RATES_OF_INTEREST,
     Measured,
     extend,
     fit_router,
@@ -74,16 +76,17 @@ def _grown(run: Run, turn: int, measured: Measured, router: RouteRouter, prompts
 
 
 def _best_price(run: Run, router: RouteRouter, measured: Measured, fit: RouteFit) -> tuple[str, dict[str, float]]:
-    """The price whose routes score best when validation prompts are decoded."""
+    """The price whose routes score best when validation prompts are decoded, mean over a few rates."""
     scores = {}
     for price in ("length", "tokens"):
         fit_router(router, measured, fit, price)
-        scores[price] = validation_score(run)
+        rates = (min(share * fit.target_skip, router.highest_rate) for share in RATES_OF_INTEREST)
+        scores[price] = fmean(validation_score(run, RoutersDecide(rate)) for rate in rates)
     return max(scores, key=scores.__getitem__), scores
 
 
-def validation_score(run: Run, routes: Routes | None = None) -> float:
-    """The headline score of validation prompts, decoded under the routes, or as the routers decide."""
+def validation_score(run: Run, routes: Routes) -> float:
+    """The headline score of validation prompts, decoded under the routes."""
     data: PromptDataModule = copy(run.data)
     data.__dict__["test"] = run.data.val[:128]  # tells prices apart
     config = replace(run.config.evaluation, resamples=100, do_sample=False)

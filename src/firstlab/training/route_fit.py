@@ -32,8 +32,8 @@ _HELD_OUT = 0.25
 #: Fewer held-out prompts agree by chance more often than once in twenty times.
 ENOUGH_HELD_OUT = 6
 _RATES = 33
-# A fit is chosen by what it loses at these multiples of the wanted rate.
-_RATES_OF_INTEREST = (0.6, 1.0, 1.4)
+#: A fit and its price are chosen by what is lost at these multiples of the wanted rate.
+RATES_OF_INTEREST = (0.6, 1.0, 1.4)
 _BISECTIONS = 40
 _RESAMPLES = 2000
 
@@ -292,7 +292,7 @@ def _solve_prices(router: RouteRouter, held: Measured, fit: RouteFit) -> None:
 def _regret(router: RouteRouter, held: Measured, fit: RouteFit) -> float:
     """The loss that skipping adds on held-out prompts, mean over a few rates; what a fit is chosen by."""
     predicted, weights = _Predicted.of(router, held), _weights(held, router.settings.price)
-    chosen = (predicted.choose_at(share * fit.target_skip) for share in _RATES_OF_INTEREST)
+    chosen = (predicted.choose_at(share * fit.target_skip) for share in RATES_OF_INTEREST)
     compared = (_compared(router, held, each) for each in chosen)
     return sum(float(((routed - static) * weights).sum()) for routed, static, _ in compared)
 
