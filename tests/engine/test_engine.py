@@ -475,7 +475,7 @@ def test_gpu_tokens_of_generate(mode: str, architecture: str) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_captures_each_run_of_layers_once() -> None:
+def test_gpu_captures_each_run_of_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, engine = on_gpu(), DecodeEngine(on_gpu(), 64)
     assert engine.mode == "graphs" and engine.lookahead == 1 and isinstance(engine.step, GraphStep)
     engine.generate([[5, 6, 7]], NEW, torch.ones(6, dtype=torch.bool))
@@ -486,6 +486,10 @@ def test_gpu_captures_each_run_of_layers_once() -> None:
         assert engine.generate([[5, 6, 7]], NEW, route).tokens == [gpu_tokens(model, [5, 6, 7], route, NEW)]
         known |= set(map(tuple, runs_of(route.nonzero().flatten().tolist())))
         assert len(engine.step._graphs) == len(known) + 3
+    monkeypatch.setattr("firstlab.engine.graph_step.OFTEN", 2)
+    for _ in range(2):
+        assert engine.generate([[5, 6, 7]], NEW, route).tokens == [gpu_tokens(model, [5, 6, 7], route, NEW)]
+        assert len(engine.step._graphs) == len(known) + 4  # and the whole of the last route
 
 
 @pytest.mark.gpu

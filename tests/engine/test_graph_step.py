@@ -6,6 +6,7 @@ from weakref import ref
 import pytest
 import torch
 
+from firstlab.engine import graph_step
 from firstlab.engine.graph_step import GraphStep, runs_of, size_of
 from firstlab.engine.graphs import Graphs
 from firstlab.engine.llama_step import LlamaStep
@@ -119,6 +120,33 @@ def test_any_route_is_at_most_one_run_more_than_skipped_layers() -> None:
         for layer, (old, new) in enumerate(zip(kept, step.kv, strict=True)):
             assert torch.equal(old, new) == (layer not in route)  # skipped layers are not written
     assert addresses == [buffer.data_ptr() for buffer in (step._x, step._scores, step._mask, step._filled)]
+
+
+@pytest.mark.parametrize("routes", [[[0, 2, 3, 5]], [[0, 1, 3], EVERY, [1, 3]]])
+def test_what_is_run_often_becomes_one_replay(routes: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_step, "OFTEN", 3)
+    monkeypatch.setattr(graph_step, "_COUNTED", 1)
+    tape, lm = Tape(), tiny_model("llama")
+    eager, graphs = LlamaStep(lm, 4, 100), GraphStep(lm, 4, 100, tape)
+    each = len(runs_of(sorted({layer for route in routes for layer in route}))) + 2
+    for turn in range(3):
+        for step in (eager, graphs):
+            step.clear()
+            joined(step, routes, [5, 7, 9][: len(routes)], turn)
+        played = []
+        for token in range(5):
+            tokens, before = torch.arange(len(routes)) + token, tape.played
+            torch.testing.assert_close(graphs(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
+            played.append(tape.played - before)
+        assert played == ([each] * 3 + [1] * 2 if turn != 1 else [1] * 5)
+        if turn == 1:  # a whole that the graphs forget is run in parts again, until it has been run often
+            [whole] = [key for key in tape._replays if isinstance(key[0], tuple)]
+            del tape._replays[whole]
+    assert len(graphs._taken) <= 2
+    for step in (eager, graphs):  # another plan for the same size
+        step.leave(0)
+        joined(step, [[0, 5]], [20])
+    torch.testing.assert_close(graphs(tokens), eager(tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_graphs_grow_with_sizes_and_windows_only() -> None:

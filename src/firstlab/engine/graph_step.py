@@ -1,7 +1,8 @@
 """Run the step of `LlamaStep` as few graph replays: one per run of consecutive layers, one before and one after them.
 
 All tensors between them stand at fixed addresses and have fixed shapes. A route that skips k layers is at most k + 1
-runs, which routes share; each is captured when it is first needed. Two things change their shape: how many rows they
+runs, which routes share; each is captured when it is first needed. What has been run `OFTEN` times gets a replay of its
+own, in which the device does not wait between runs. Two things change their shape: how many rows they
 compute, rounded up to a power of two, and, without our kernels, how many places attention sees, rounded up to one of
 four sizes per doubling.
 
@@ -11,7 +12,8 @@ rounding up adds is computed on a spare row of one token and in free places, whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from firstlab.engine.kernels.layers import FusedLayers
 
 SMALLEST_WINDOW = 64
+#: Steps after which the whole of a route is captured as one.
+OFTEN = 64
+#: Wholes whose steps are counted.
+_COUNTED = 4096
 
 
 def size_of(rows: int, most: int) -> int:
@@ -87,6 +93,8 @@ class GraphStep(LlamaStep):
         self._x = torch.zeros(max_batch_size + 1, weight.shape[1], dtype=weight.dtype, device=device)
         self._scores = torch.zeros(max_batch_size, len(self.embedding), dtype=weight.dtype, device=device)
         self._replays: tuple[int, list[Body]] | None = None
+        self._taken: Counter[Hashable] = Counter()  # steps of wholes that are not captured
+        self._counted: Hashable = None  # the current one, None where it is captured
         self._prefill = Prefill(self, self._fused, max_batch_size)
 
     def read(self, prompts: Sequence[Sequence[int]], routers: Routers | RouteRouter, rule: Routes | None) -> Prompts:
@@ -108,8 +116,10 @@ class GraphStep(LlamaStep):
             self._place(self._plan)
             self._replays = None
         window = 0 if self._fused else bucket_of(max(self.lengths) + 1, len(self._places), SMALLEST_WINDOW)
-        if self._replays is None or self._replays[0] != window:
+        if self._replays is None or self._replays[0] != window or self._taken[self._counted] >= OFTEN:
             self._replays = window, self._list_replays(self._plan, window)
+        if self._counted is not None:
+            self._taken[self._counted] += 1
         self._tokens[: len(tokens)] = tokens
         for replay in self._replays[1]:
             replay()
@@ -137,14 +147,25 @@ class GraphStep(LlamaStep):
             there.copy_(here, non_blocking=True)
 
     def _list_replays(self, plan: Plan, window: int) -> list[Body]:
+        if len(self._taken) > _COUNTED:
+            self._taken.clear()
         size = size_of(len(self.lengths), self._spare)
         apart = {index for index, _, rows in plan.layers if rows is not None}
-        graphs = [self._graphs(("begin", window, bool(apart)), partial(self._start, window, bool(apart)))]
+        parts: list[tuple[Hashable, Body, int]] = [
+            (("begin", window, bool(apart)), partial(self._start, window, bool(apart)), 1)
+        ]
         for run in runs_of([index for index, _, _ in plan.layers]):
             some, mixed = size_of(max(len(self._slots[each]) for each in run), self._spare), not apart.isdisjoint(run)
             body = partial(self._run, run, window, some, mixed)
-            graphs.append(self._graphs((run[0], run[-1], window, some, mixed), body, len(run)))
-        return [*graphs, self._graphs(("end", size), partial(self._finish_step, size))]
+            parts.append(((run[0], run[-1], window, some, mixed), body, len(run)))
+        parts.append((("end", size), partial(self._finish_step, size), 1))
+        whole = tuple(key for key, _, _ in parts)
+        if whole in self._graphs or self._taken[whole] >= OFTEN:
+            del self._taken[whole]  # forgotten by the graphs, it has to earn its place again
+            self._counted = None
+            return [self._graphs(whole, partial(_all, [body for _, body, _ in parts]), len(plan.layers) + 2)]
+        self._counted = whole
+        return [self._graphs(*part) for part in parts]
 
     # -- what is captured: fixed memory in, fixed memory out --
 
@@ -191,3 +212,8 @@ class GraphStep(LlamaStep):
         else:
             scores.copy_(self._logits(x))
         self._filled += self._grows
+
+
+def _all(bodies: Sequence[Body]) -> None:
+    for body in bodies:
+        body()

@@ -25,6 +25,9 @@ class Graphs:
         if device.type == "cuda":
             self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._replays
+
     def __len__(self) -> int:
         return len(self._replays)
 
