@@ -36,6 +36,42 @@ def _turned(heads, head, norm, eps, cosine, sine, dim, inside, NORM: tl.constexp
 
 
 @triton.jit
+def _read(
+    keys,
+    values,
+    query,
+    start,
+    end,
+    dim,
+    real,
+    scale,
+    top,
+    total,
+    mixed,
+    kind: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Maximum, sum and mix of scores [GROUP] once the places from start to end have joined them."""
+    for first in range(start, end, PLACES):
+        place = first + tl.arange(0, PLACES)
+        known = place < end
+        offset = place.to(tl.int64)[:, None] * DIM + dim[None, :]
+        key = tl.load(keys + offset, mask=known[:, None] & real[None, :], other=0.0)
+        value = tl.load(values + offset, mask=known[:, None] & real[None, :], other=0.0)
+        score = dot(query, tl.trans(key), tl.zeros((GROUP, PLACES), tl.float32)) * scale
+        score = tl.where(known[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        share = tl.exp(score - higher[:, None])
+        kept = tl.exp(top - higher)
+        total = total * kept + tl.sum(share, 1)
+        mixed = dot(share.to(kind), value, mixed * kept[:, None])
+        top = higher
+    return top, total, mixed
+
+
+@triton.jit
 def _attend(
     qkv,
     kv,
@@ -73,17 +109,15 @@ def _attend(
     start = split * part
     end = tl.minimum(start + part, here)  # of what was there before
     dim, member = tl.arange(0, WIDTH), tl.arange(0, GROUP)
-    real, one = dim < DIM, tl.arange(0, 1)
-    head = kv_head * (HEADS // KV_HEADS) + member
-    mine = member < HEADS // KV_HEADS
-    kind = kv.dtype.element_ty
+    real, new_head = dim < DIM, HEADS + kv_head + tl.arange(0, 1)
+    head, mine = kv_head * (HEADS // KV_HEADS) + member, member < HEADS // KV_HEADS
 
     cosine = tl.load(cos + here.to(tl.int64) * DIM + dim, mask=real, other=0.0).to(tl.float32)
     sine = tl.load(sin + here.to(tl.int64) * DIM + dim, mask=real, other=0.0).to(tl.float32)
     given = qkv + row * (HEADS + 2 * KV_HEADS) * DIM
+    kind = kv.dtype.element_ty
     inside = mine[:, None] & real[None, :]
     query = _turned(given, head, query_norm, query_eps, cosine, sine, dim, inside, QUERY_NORM, DIM).to(kind)
-    new_head = HEADS + kv_head + one
     new_key = _turned(given, new_head, key_norm, key_eps, cosine, sine, dim, real[None, :], KEY_NORM, DIM).to(kind)
     new_value = tl.load(given + (new_head + KV_HEADS)[:, None] * DIM + dim[None, :], mask=real[None, :], other=0.0)
 
@@ -99,21 +133,9 @@ def _attend(
     top = tl.where(is_last, new_score, float("-inf"))
     total = tl.full((GROUP,), 1.0, tl.float32) * is_last
     mixed = tl.zeros((GROUP, WIDTH), tl.float32) + tl.where(is_last, new_value.to(tl.float32), 0.0)
-    for first in range(start, end, PLACES):
-        place = first + tl.arange(0, PLACES)
-        known = place < end
-        offset = place.to(tl.int64)[:, None] * DIM + dim[None, :]
-        key = tl.load(keys + offset, mask=known[:, None] & real[None, :], other=0.0)
-        value = tl.load(values + offset, mask=known[:, None] & real[None, :], other=0.0)
-        score = dot(query, tl.trans(key), tl.zeros((GROUP, PLACES), tl.float32)) * scale
-        score = tl.where(known[None, :], score, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))
-        share = tl.exp(score - higher[:, None])
-        kept = tl.exp(top - higher)
-        total = total * kept + tl.sum(share, 1)
-        mixed = dot(share.to(kind), value, mixed * kept[:, None])
-        top = higher
-
+    top, total, mixed = _read(
+        keys, values, query, start, end, dim, real, scale, top, total, mixed, kind, GROUP, DIM, PLACES
+    )
     mean = mixed / tl.where(total > 0, total, 1.0)[:, None]
     if SPLITS == 1:
         place = (row * HEADS + head)[:, None] * DIM + dim[None, :]
