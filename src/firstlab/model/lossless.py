@@ -170,7 +170,7 @@ class Drafter:
         # How often the route agrees with the dense model where the prompt shows both.
         start = time.perf_counter()
         self._acceptance = float((self._draft(prompt).argmax(-1) == logits.argmax(-1)).float().mean())
-        self._warn_if_slower(time.perf_counter() - start)
+        self.doubt = self._doubt(time.perf_counter() - start)
         self._first = logits[:, -1]
         self.tokens: list[int] = []
         self.drafted = self.accepted = self.dense_passes = 0
@@ -190,21 +190,21 @@ class Drafter:
         ids = ids.to(self._model.device)
         return self._model.lm(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
 
-    def _warn_if_slower(self, begun: float) -> None:
-        """Say before decoding begins if drafting is not expected to pay, having taken so many seconds already."""
+    def _doubt(self, begun: float) -> str | None:
+        """What to say before decoding begins, so many seconds after its start, if drafting is not expected to pay."""
         length = best_draft(self._acceptance, self._skip_rate)
         costs = self._costs(length)
         speedup = expected_speedup(self._acceptance, length, costs.draft / costs.dense, costs.verify / costs.dense)
         dense = self._options.max_new_tokens * costs.dense
         ratio = 1 / (speedup if length else 1) + begun / dense
-        if ratio >= 1:
-            warnings.warn(
-                f"lossless=True will not be faster than dense decoding here but take {ratio:.2f} times as long, to all "
-                f"expectation: a route that skips {100 * self._skip_rate:.0f} % of the layers agrees with the dense "
-                f"model on {100 * self._acceptance:.0f} % of the prompt's tokens, and a step under it takes "
-                f"{costs.draft / costs.dense:.2f} times as long as a dense one",
-                stacklevel=5,
-            )
+        if ratio < 1:
+            return None
+        return (
+            f"lossless=True will not be faster than dense decoding here but take {ratio:.2f} times as long, to all "
+            f"expectation: a route that skips {100 * self._skip_rate:.0f} % of the layers agrees with the dense "
+            f"model on {100 * self._acceptance:.0f} % of the prompt's tokens, and a step under it takes "
+            f"{costs.draft / costs.dense:.2f} times as long as a dense one"
+        )
 
     def _costs(self, length: int) -> Costs:
         """Measured once for each model, number of layers and length of drafts."""
@@ -312,6 +312,8 @@ def generate_lossless(
         if chosen.streamer is not None:
             chosen.streamer.put(prompt.cpu())
         drafter = Drafter(model, prompt, forced.rows([row]), chosen)
+        if drafter.doubt and not any(each.doubt for each in drafters):  # once is enough
+            warnings.warn(drafter.doubt, stacklevel=3)
         drafter.decode()
         drafters.append(drafter)
     if chosen.streamer is not None:
