@@ -1,6 +1,6 @@
 """Pack the finished runs of run.sh and show what they say: python experiments/smollm2/report.py [RUNS [STUDY]].
 
-STUDY gets records.jsonl.xz, summary.csv, table.md and quality.png; without RUNS the table and picture are made again.
+STUDY gets records.jsonl.xz, summary.csv, table.md and quality.png; without RUNS tables and picture are made again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from firstlab.config.grid import ScaleConfig
 from firstlab.store import results
 from firstlab.store.files import write_atomically
+from firstlab.tables.any_speed import any_speed, by_part, fits
+from firstlab.tables.cells import Cells, TablesConfig
+from firstlab.tables.records import read
+from firstlab.tables.table import markdown
 
 STUDY = Path(__file__).resolve().parent
 PARTS = {
@@ -97,7 +102,7 @@ def pack(runs: Path, study: Path) -> None:
 
 
 def report(study: Path) -> None:
-    """Write table and picture of the study's records.
+    """Write tables and picture of the study's records.
 
     Raises:
         ValueError: There are none.
@@ -105,7 +110,7 @@ def report(study: Path) -> None:
     points = over_seeds([each for _, record in results.read_all(study, print) for each in points_of(record)])
     if not points:
         raise ValueError(f"{study} holds no records: run.sh makes them")
-    text = table(points)
+    text = "\n".join([table(points), *compared(study)])
     write_atomically(study / "table.md", text)
     draw(points, study / "quality.png")
     print(text)
@@ -175,6 +180,15 @@ def table(points: Sequence[Point]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def compared(study: Path) -> list[str]:
+    """Markdown: routes beside SLEB's sets at equal rates over tokens, of the whole and of each part, and their fits."""
+    tasks = {"squad": "squad", "cnn_dm": "cnn_dm", "wmt_ende": "captions"}
+    scale = ScaleConfig("smollm2", [], {"llama3_8b": "smollm2"}, tasks, {25: 0.25}, methods={"none": [], "first": []})
+    config = TablesConfig(scale, [str(study)], str(study), ablation_level=25, resamples=5000)
+    cells = Cells(config, read(config.results))
+    return [markdown(each) for each in (any_speed(cells), by_part(cells), fits(cells)) if each.rows]
 
 
 def draw(points: Sequence[Point], file: Path) -> None:

@@ -167,6 +167,7 @@ def test_fits_are_shown_and_what_is_no_fit_is_not(config: TablesConfig, tmp_path
         save(tmp_path, str(place), each)
     rows = fits(Cells(config, read([str(tmp_path)]))).rows
     assert [(row[2].value, row[3].text) for row in rows] == [(0, "choose"), (0, "refit")]
+    assert rows[0][15].value == pytest.approx(50)  # 0.1 of the 0.2 above dense
     assert rows[0][14].detail == "[-0.2000, -0.0500]" and not rows[0][14].mark and rows[1][14].mark
     assert rows[0][8].value == 0.4
 

@@ -62,7 +62,9 @@ def fits(cells: Cells) -> Table:
     heads = columns("Task", "Method", "Seed", "Step", "Prompts", "Price")
     heads += columns("in all", "used", group="routes")
     heads += columns("harm", "length", group="R², held out")
-    heads += columns("skip, over tokens", "dense", "static sets", "routed", "gain", group="loss, held out")
+    heads += columns(
+        "skip, over tokens", "dense", "static sets", "routed", "gain", "of what they add", group="loss, held out"
+    )
     heads += columns("predicted", "measured", group="harm of the chosen")
     rows = []
     for record in _routed(cells):
@@ -82,11 +84,13 @@ def fits(cells: Cells) -> Table:
                 gain, (low, high) = found["gain"], found.get("gain_interval", (None, None))
                 mark = "" if found["worth"] else "static set used"
                 row.append(Cell(f"{gain:+.4f}", gain, interval(low, high, "+.4f"), mark, kind="ours"))
+                added = found["static_loss"] - found["dense_loss"]
+                row.append(percent(-gain / added if added > 0 else None, ".0f"))
                 rows.append([*row, *(number(found[name], ".4f") for name in ("predicted_harm", "measured_harm"))])
     caption = (
         "One row per fit. R² is the share of a route's cost, and of the response's length, that the prompt tells. The "
-        "gain is against static sets at the same rate over tokens; where its interval holds 0, every prompt gets the "
-        "static set."
+        "gain is against static sets at the same rate over tokens, also as a share of the loss that they add to that "
+        "of the dense model; where its interval holds 0, every prompt gets the static set."
     )
     return Table("route_fits", "Route routers: what their fits found", heads, rows, caption, section="Routing")
 
