@@ -90,11 +90,16 @@ def test_ridge_is_that_of_the_normal_equations(seed, strength):
     torch.manual_seed(seed)
     means, targets = 3 * torch.randn(20, 6) + 5, torch.randn(20, 2)
     weights, bias = Ridge.of(means).solve(targets, strength)
-    scaled = ((means - means.mean(0)) / (means.std(0) + 1e-6)).double()
-    centred = (targets - targets.mean(0)).double()
-    solved = torch.linalg.solve(scaled.T @ scaled + strength * torch.eye(6), scaled.T @ centred)
-    expected = scaled @ solved + targets.mean(0)
+    expected = regressed(means, targets, strength, means)
     torch.testing.assert_close(means.double() @ weights.T + bias, expected, rtol=1e-6, atol=1e-6)
+
+
+def regressed(means, targets, strength, others):
+    """What ridge regression on means and targets expects of others, by the normal equations."""
+    mean, scale = means.mean(0), means.std(0) + 1e-6
+    scaled, centred = ((means - mean) / scale).double(), (targets - targets.mean(0)).double()
+    solved = torch.linalg.solve(scaled.T @ scaled + strength * torch.eye(scaled.shape[1]), scaled.T @ centred)
+    return ((others - mean) / scale).double() @ solved + targets.mean(0)
 
 
 @pytest.mark.parametrize("price", ["length", "tokens"])
@@ -110,6 +115,25 @@ def test_a_fit_finds_what_the_prompt_tells_and_meets_rates_over_tokens(price):
         assert abs(rate_over_tokens(router, chosen, measured.tokens) - rate) < 0.05
     chosen = router.choose(measured.means, router.highest_rate)
     assert rate_over_tokens(router, chosen, measured.tokens) == pytest.approx(router.highest_rate, abs=0.02)
+
+
+@pytest.mark.parametrize("price", ["length", "tokens"])
+def test_prices_make_their_rates_on_prompts_that_a_fit_has_not_seen(price):
+    router, measured = RouteRouter(LAYERS, HIDDEN), measured_prompts(60, noise=0.3)
+    found = fit_router(router, measured, FIT, price)
+    harm, length = torch.empty_like(measured.losses, dtype=torch.double), torch.empty(60, dtype=torch.double)
+    for start in range(4):
+        left, seen = measured.rows(torch.arange(start, 60, 4)), measured.rows(torch.arange(60) % 4 != start)
+        targets = seen.harm.clamp(-0.3, found["clip"])
+        harm[start::4] = regressed(seen.means, targets, found["harm_ridge"], left.means)
+        logs = regressed(seen.means, seen.tokens.log()[:, None], found["length_ridge"], left.means)
+        length[start::4] = logs[:, 0].exp()
+    for rate, paid in zip(router.rates[1:].tolist(), router.prices[1:].tolist(), strict=True):
+        unit = length[:, None] if price == "length" else 1
+        prices = (paid - 1e-3 * abs(paid), paid + 1e-3 * abs(paid))
+        chosen = ((harm - each * unit * router.skips).argmin(1) for each in prices)
+        below, above = (rate_over_tokens(router, each, measured.tokens) for each in chosen)
+        assert below - 1e-6 <= rate <= above + 1e-6
 
 
 def test_long_answers_carry_the_skipping_where_length_is_priced():

@@ -306,7 +306,7 @@ def generate_lossless(
     if not isinstance(forced, RoutersDecide | FixedRoutes):
         raise ValueError(f"lossless=True drafts under a fixed route; routes= is {type(forced).__name__}")
     model.check_routes(forced, len(ids))
-    drafters = []
+    drafters: list[Drafter] = []
     for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
         prompt = tokens[real].unsqueeze(0)
         if chosen.streamer is not None:

@@ -52,6 +52,16 @@ class Measured:
         """[N, K], the rise above the dense loss."""
         return self.losses - self.losses[:, :1]
 
+    @cached_property
+    def ridge(self) -> Ridge:
+        return Ridge.of(self.means)
+
+    @cached_property
+    def quarters(self) -> list[tuple[Measured, Measured]]:
+        """Each quarter of the prompts, behind the three others."""
+        quarter = torch.arange(len(self.tokens)) % 4
+        return [(self.rows(quarter != each), self.rows(quarter == each)) for each in quarter.unique()]
+
     def rows(self, index: Tensor) -> Measured:
         """Some of the prompts."""
         return Measured(self.routes, self.losses[index], self.tokens[index], self.means[index])
@@ -152,25 +162,37 @@ def fit_router(router: RouteRouter, measured: Measured, fit: RouteFit, price: st
     """Fit a router with a given price to measured prompts, which nothing sorts; returns diagnostics of held-out ones.
 
     The last quarter of the prompts is held out: it decides the strength of the ridges and the bound of a prompt's harm,
-    gives the table of prices, and tells what the fit is worth. The weights are then fitted to all prompts.
+    and tells what the fit is worth. The weights are then fitted to all prompts. The table of prices is solved on all of
+    them, too, each as fits see it that have not seen its quarter.
     """
     count = len(measured.tokens)
     cut = count - max(1, round(_HELD_OUT * count))
     seen, held = measured.rows(torch.arange(cut)), measured.rows(torch.arange(cut, count))
-    ridge = Ridge.of(seen.means)
-    length_ridge = min(_RIDGES, key=lambda strength: _length_error(ridge, seen, held, strength))
+    length_ridge = min(_RIDGES, key=lambda strength: _length_error(seen, held, strength))
 
     def regret(choice: Choice) -> float:
-        _set(router, ridge, seen, choice)
+        _set(router, seen, choice)
         return _regret(router, held, fit)
 
     choice = min((Choice(*each, length_ridge, price) for each in product(_CLIPS, _RIDGES)), key=regret)
-    _set(router, ridge, seen, choice)
-    _solve_prices(router, held, fit)
+    _set(router, seen, choice)
+    _solve_prices(_Predicted.of(router, held), fit)
     sizes = {"prompts": count, "held_out": len(held.tokens), "routes": len(measured.routes)}
     report = _diagnose(router, held) | choice._asdict() | sizes
-    _set(router, Ridge.of(measured.means), measured, choice)
-    return report
+    unseen = _unseen(router, measured, choice)
+    _set(router, measured, choice)
+    _solve_prices(unseen, fit)
+    return report | {"highest_rate": router.highest_rate}
+
+
+def _unseen(router: RouteRouter, measured: Measured, choice: Choice) -> _Predicted:
+    """What is expected of every prompt by a fit to the other quarters."""
+    parts = []
+    for others, quarter in measured.quarters:
+        _set(router, others, choice)
+        parts.append(_Predicted.of(router, quarter))
+    harm, length, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("harm", "length", "tokens"))
+    return _Predicted(router, harm, length, tokens)
 
 
 def use_static(router: RouteRouter, measured: Measured, fit: RouteFit) -> None:
@@ -200,15 +222,15 @@ def _grid(highest: float) -> dict[str, Tensor]:
     return {"rates": torch.linspace(0, highest, 2), "prices": torch.zeros(2)}
 
 
-def _length_error(ridge: Ridge, seen: Measured, held: Measured, strength: float) -> float:
-    weights, bias = ridge.solve(seen.tokens.log().unsqueeze(1), strength)
+def _length_error(seen: Measured, held: Measured, strength: float) -> float:
+    weights, bias = seen.ridge.solve(seen.tokens.log().unsqueeze(1), strength)
     return float(((held.means.double() @ weights.T + bias).squeeze(1) - held.tokens.double().log()).square().mean())
 
 
-def _set(router: RouteRouter, ridge: Ridge, measured: Measured, choice: Choice) -> None:
+def _set(router: RouteRouter, measured: Measured, choice: Choice) -> None:
     """Put a fit into the router, but for its prices."""
-    harm_weight, harm_bias = ridge.solve(measured.harm.clamp(_LEAST_HARM, choice.clip), choice.harm_ridge)
-    length_weight, length_bias = ridge.solve(measured.tokens.log().unsqueeze(1), choice.length_ridge)
+    harm_weight, harm_bias = measured.ridge.solve(measured.harm.clamp(_LEAST_HARM, choice.clip), choice.harm_ridge)
+    length_weight, length_bias = measured.ridge.solve(measured.tokens.log().unsqueeze(1), choice.length_ridge)
     router.settings = replace(router.settings, price=choice.price)
     router.set_fit(
         codebook=measured.routes.float(),
@@ -275,12 +297,12 @@ class _Predicted:
         return self.choose(self.solve(min(wanted, self.rate(most)), least, most))
 
 
-def _solve_prices(router: RouteRouter, held: Measured, fit: RouteFit) -> None:
-    """The table from skip rate over tokens to price, by bisection on held-out prompts."""
+def _solve_prices(predicted: _Predicted, fit: RouteFit) -> None:
+    """The table from skip rate over tokens to price, by bisection on prompts that the predictions have not seen."""
+    router = predicted.router
     if router.settings.price == "size":
         router.set_fit(**_grid(float(router.skips.max())), default_rate=torch.tensor(fit.target_skip))
         return
-    predicted = _Predicted.of(router, held)
     least, most = predicted.ends
     highest = predicted.rate(most)
     rates, prices = torch.linspace(0, highest, _RATES), [least]
@@ -347,7 +369,6 @@ def _diagnose(router: RouteRouter, held: Measured) -> dict[str, Any]:
         "gain_interval": [low, high],
         "predicted_harm": mean(predicted.gather(1, chosen[:, None])[:, 0]),
         "measured_harm": mean(routed - held.losses[:, 0]),
-        "highest_rate": router.highest_rate,
         "worth": high < 0 and len(routed) >= ENOUGH_HELD_OUT,
     }
 
