@@ -211,6 +211,7 @@ def quiet() -> None:
         ".*broadcast_buffers. is deprecated",
         ".*treespec, LeafSpec.*",
         ".*Checkpoint directory .* exists and is not empty.*",
+        "You have overridden .transfer_batch_to_device. in .LightningModule.*",
         # The frozen base is in eval mode on purpose, and the data module resumes by itself.
         "Found .* module.s. in eval mode at the start of training.*",
         "You're resuming from a checkpoint that ended before the epoch.*",
