@@ -253,7 +253,7 @@ class _Row:
     response: list[int]
 
 
-def test_drawn_routes_cover_all_speeds_and_follow_the_seed():
+def test_drawn_routes_cover_all_speeds_and_follow_the_seed(monkeypatch):
     router, measured = RouteRouter(LAYERS, HIDDEN), measured_prompts()
     fit_router(router, measured, FIT, "tokens")
     drawn = DrawnRoutes(router, measured.means)
@@ -267,3 +267,6 @@ def test_drawn_routes_cover_all_speeds_and_follow_the_seed():
     assert 0 < counts.mean() < LAYERS * router.highest_rate
     fixed = drawn.at([3, 4], torch.tensor([0.0, router.highest_rate])).ran
     assert fixed[0].all() and not fixed[1].all()
+    monkeypatch.setattr(DrawnRoutes, "at", lambda self, index, rates: rates)
+    rates = drawn.rows(range(17)).sort().values / router.highest_rate
+    assert rates[[0, 8, 16]].tolist() == pytest.approx([0, 0.5**0.5, 1])
