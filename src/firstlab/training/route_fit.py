@@ -59,7 +59,8 @@ class Measured:
     @cached_property
     def quarters(self) -> list[tuple[Measured, Measured]]:
         """Each quarter of the prompts, behind the three others."""
-        quarter = torch.arange(len(self.tokens)) % 4
+        # In a row: parts of a mixture take turns.
+        quarter = torch.arange(len(self.tokens)) * 4 // len(self.tokens)
         return [(self.rows(quarter != each), self.rows(quarter == each)) for each in quarter.unique()]
 
     def rows(self, index: Tensor) -> Measured:
