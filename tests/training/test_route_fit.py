@@ -268,5 +268,6 @@ def test_drawn_routes_cover_all_speeds_and_follow_the_seed(monkeypatch):
     fixed = drawn.at([3, 4], torch.tensor([0.0, router.highest_rate])).ran
     assert fixed[0].all() and not fixed[1].all()
     monkeypatch.setattr(DrawnRoutes, "at", lambda self, index, rates: rates)
-    rates = drawn.rows(range(17)).sort().values / router.highest_rate
-    assert rates[[0, 8, 16]].tolist() == pytest.approx([0, 0.5**0.5, 1])
+    for power in (1.0, 0.5):
+        rates = DrawnRoutes(router, measured.means, power).rows(range(17)).sort().values / router.highest_rate
+        assert rates[[0, 8, 16]].tolist() == pytest.approx([0, 0.5**power, 1])

@@ -18,7 +18,7 @@ class RouteChoice(RouteFit, RoutedMethod):
     name: ClassVar[str] = "routes"
     router_kind: ClassVar[str] = "routes"
     least: ClassVar[Mapping[str, float]] = {
-        "sizes": 1, "swaps": 0, "calibration_prompts": 1, "fit_prompts": 8, "grow_rounds": 0,
+        "sizes": 1, "swaps": 0, "calibration_prompts": 1, "fit_prompts": 8, "grow_rounds": 0, "draw_power": 0.01,
     }  # fmt: skip
     target_skip: float = 0.25
 

@@ -131,7 +131,8 @@ def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:
     if fit is not None:
         router = run.model.routers
         assert isinstance(router, RouteRouter)
-        drawn, held = (DrawnRoutes(router, read_means(run.prompts(each))) for each in (data.train, data.val))
+        means = (read_means(run.prompts(each)) for each in (data.train, data.val))
+        drawn, held = (DrawnRoutes(router, each, fit.draw_power) for each in means)
         if not fit.any_speed:
             return drawn.at(range(len(drawn.means)), None), held.at(range(len(held.means)), None)
         spread = torch.linspace(0, router.highest_rate, 5)[1:4]

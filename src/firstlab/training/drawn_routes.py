@@ -19,12 +19,12 @@ class DrawnRoutes(Routes):
     """Each prompt of a batch gets the route that the router chooses for it at a rate of its own.
 
     The rates of a global batch reach from dense to the highest one and are dealt out at random, so that every step sees
-    all speeds, and the same ones for any number of processes. Half of them lie above 0.7 times the highest, since LoRA
-    has most to learn there. The seed is that of the step.
+    all speeds, and the same ones for any number of processes. The seed is that of the step.
     """
 
     router: RouteRouter
     means: Tensor  # [N, F], what it read in the prompts
+    power: float = 1.0  # of the shares of the highest rate, which are even at 1; less favours high rates
 
     def check(self, num_layers: int, prompts: int | None = None) -> None:
         if prompts is not None and prompts != len(self.means):
@@ -43,7 +43,7 @@ class DrawnRoutes(Routes):
         count, start = max(2, sum(sizes)), sum(sizes[:my_rank])
         # A step seeds rank r of w with w · number + r.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(torch.initial_seed() // world))
-        rates = self.router.highest_rate * torch.linspace(0, 1, count).sqrt()[order]
+        rates = self.router.highest_rate * torch.linspace(0, 1, count)[order] ** self.power
         return self.at(index, rates[start : start + len(index)])
 
     def at(self, index: Sequence[int], rates: Tensor | float | None) -> FixedRoutes:
