@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from firstlab import evaluate
+from firstlab.data.task import Example
 from firstlab.generate import main as generate
+from firstlab.methods.objective import RouteFit
 from firstlab.model.lm import RouterAugmentedLM
 from firstlab.model.route_router import RouteRouter
+from firstlab.run import choosing
 from firstlab.run.experiment import Experiment
 from firstlab.run.load import load_run
 from firstlab.run.report import print_table, row_title, rows_of_record
@@ -55,6 +59,23 @@ def test_a_run_of_all_steps_records_each(any_speed: Path):
     for variant in record["variants"].values():
         rates = [each["skip"]["skip_rate_by_token"] for each in variant["rates"].values()]
         assert len(rates) == 2 and rates[0] <= rates[1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "given", "power"), [("ab", None, 1.0), ("a", None, 0.5), ("ab", 0.7, 0.7), ("a", 2, 2)]
+)
+def test_within_one_task_more_high_rates_are_drawn(monkeypatch, parts, given, power):
+    examples = [Example(str(i), "text", ("r",), part=parts[i % len(parts)]) for i in range(6)]
+    monkeypatch.setattr(choosing, "read_means", lambda prompts: torch.zeros(6, 5 * 4))
+    fake = SimpleNamespace(
+        data=SimpleNamespace(train=examples, val=examples),
+        method=SimpleNamespace(per_prompt=False, route_fit=lambda: RouteFit(target_skip=0.25, draw_power=given)),
+        model=SimpleNamespace(routers=RouteRouter(8, 4)),
+        routes=lambda examples: None,
+        prompts=lambda examples: None,
+    )
+    drawn, _ = choosing.training_routes(fake)
+    assert drawn.power == power
 
 
 def test_tables_tell_the_tuned_model_with_its_routes_from_a_router_alone(any_speed: Path):

@@ -61,8 +61,9 @@ class RouteFit:
     fit_prompts: int = 2000  # training prompts that are measured under every route, a quarter of them held out
     grow_rounds: int = 1  # how often sets for the prompts that still lose most are added
     any_speed: bool = True  # train one LoRA under routes of all rates, instead of those of the wanted rate
-    # These are the highest times u ** draw_power, u even in [0, 1]: 0.5 favours high ones.
-    draw_power: float = 1.0
+    # These are the highest times u ** draw_power, u even in [0, 1]: 0.5 favours high ones. None: 1 on a mixture of
+    # tasks, whose prompts share the skipping unevenly anyway, and 0.5 within one.
+    draw_power: float | None = None
 
     def check_rates(self, rates: Sequence[float]) -> None:
         """Raises ValueError for rates at which a model is to be evaluated, and that it will not reach."""

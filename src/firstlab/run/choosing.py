@@ -131,8 +131,9 @@ def training_routes(run: Run) -> tuple[Routes | None, Routes | None]:
     if fit is not None:
         router = run.model.routers
         assert isinstance(router, RouteRouter)
+        power = fit.draw_power or (1.0 if len({example.part for example in data.train}) > 1 else 0.5)
         means = (read_means(run.prompts(each)) for each in (data.train, data.val))
-        drawn, held = (DrawnRoutes(router, each, fit.draw_power) for each in means)
+        drawn, held = (DrawnRoutes(router, each, power) for each in means)
         if not fit.any_speed:
             return drawn.at(range(len(drawn.means)), None), held.at(range(len(held.means)), None)
         spread = torch.linspace(0, router.highest_rate, 5)[1:4]

@@ -199,7 +199,7 @@ def _title(record: Record) -> str:
         said.append(f"harm at most {router['max_harm']:g}")
     if method.get("any_speed") is False:
         said.append("LoRA for one rate")
-    if method.get("draw_power", 1) != 1:
+    if method.get("draw_power") is not None:
         said.append(f"rates drawn as u^{method['draw_power']:g}")
     if "tune" not in config.get("steps", []):
         said.append("not tuned first")
