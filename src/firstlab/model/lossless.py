@@ -313,7 +313,7 @@ def generate_lossless(
             chosen.streamer.put(prompt.cpu())
         drafter = Drafter(model, prompt, forced.rows([row]), chosen)
         if drafter.doubt and not any(each.doubt for each in drafters):  # once is enough
-            warnings.warn(drafter.doubt, stacklevel=3)
+            warnings.warn(drafter.doubt, stacklevel=4)
         drafter.decode()
         drafters.append(drafter)
     if chosen.streamer is not None:
